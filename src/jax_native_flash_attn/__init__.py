@@ -1,0 +1,7 @@
+"""FlashAttention in pure JAX: a drop-in replacement for `jax.nn.dot_product_attention`."""
+
+from ._api import flash_attention
+from ._dropout import dropout_keep_mask
+
+__all__ = ["dropout_keep_mask", "flash_attention"]
+__version__ = "0.1.0"

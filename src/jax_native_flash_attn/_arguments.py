@@ -1,0 +1,153 @@
+"""Checks of the public arguments; each error names the argument, what was given and what is accepted.
+
+Where `jax.nn.dot_product_attention` raises, the type of the error is the same.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
+_IMPLEMENTATIONS = (None, "xla", "cudnn")
+
+
+def as_4d(x: Any, name: str) -> jax.Array:
+    """An array of rank 4, with axes of size 1 put in front as `jax.nn` does."""
+    if x is None:
+        raise ValueError(f"{name} must be an array, got None")
+    x = jnp.asarray(x)
+    if x.ndim > 4:
+        raise ValueError(f"{name} must have at most 4 dimensions, got shape {x.shape}")
+    return x.reshape((1,) * (4 - x.ndim) + x.shape)
+
+
+def check_query_key_value(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+    B, _, N, H = query.shape
+    _, S, K, _ = key.shape
+    if query.dtype.name not in _FLOAT_DTYPES:
+        raise ValueError(f"query must have a dtype of {', '.join(_FLOAT_DTYPES)}, got {query.dtype}")
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise ValueError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
+    if key.shape != (B, S, K, H):
+        raise ValueError(
+            f"key must have query's batch size and head dimension, (B, S, K, H) = ({B}, S, K, {H}), got {key.shape}"
+        )
+    if value.shape != key.shape:
+        raise ValueError(f"value must have key's shape {key.shape}, got {value.shape}")
+    if K == 0 or N % K != 0:
+        raise ValueError(f"query must have a multiple of key's {K} heads, got {N}")
+
+
+def check_broadcastable(x: jax.Array, name: str, shape: tuple[int, int, int, int]) -> None:
+    """Bias and mask: each axis 1 or full. A wrong head axis is a ValueError (the reference asserts)."""
+    for axis, letter in enumerate("BNTS"):
+        if x.shape[axis] not in (1, shape[axis]):
+            error = ValueError if letter == "N" else TypeError
+            raise error(f"{name} must be broadcastable to (B, N, T, S) = {shape}, got {x.shape} (axis {letter})")
+
+
+def as_bias(bias: Any, shape: tuple[int, int, int, int]) -> jax.Array:
+    bias = as_4d(bias, "bias")
+    if jnp.issubdtype(bias.dtype, jnp.complexfloating):
+        raise TypeError(f"bias must be real, got {bias.dtype}")
+    check_broadcastable(bias, "bias", shape)
+    return bias
+
+
+def as_mask(mask: Any, shape: tuple[int, int, int, int]) -> jax.Array:
+    mask = as_4d(mask, "mask")
+    if mask.dtype != jnp.bool_:
+        raise ValueError(f"mask must have dtype bool, got {mask.dtype} (an additive mask is a bias)")
+    check_broadcastable(mask, "mask", shape)
+    return mask
+
+
+def as_lengths(lengths: Any, name: str, batch: int) -> jax.Array | None:
+    if lengths is None:
+        return None
+    lengths = jnp.asarray(lengths)
+    if lengths.shape != (batch,):
+        raise ValueError(f"{name} must have shape (B,) = ({batch},), got {lengths.shape}")
+    if lengths.dtype != jnp.int32:
+        raise ValueError(f"{name} must have dtype int32, got {lengths.dtype}")
+    return lengths
+
+
+def as_window(window: Any) -> tuple[Any, Any] | None:
+    """(left, right), Python integers where they are static."""
+    if window is None:
+        return None
+    if _is_scalar_integer(window):
+        window = (window, window)
+    if not isinstance(window, tuple | list | np.ndarray | jax.Array):
+        raise TypeError(f"local_window_size must be an integer or a pair of integers, got {window!r}")
+    if len(window) != 2:
+        raise ValueError(f"local_window_size must be an integer or a pair (left, right), got {window!r}")
+    for side in window:
+        if not _is_scalar_integer(side):
+            raise TypeError(f"local_window_size must hold integers, got {window!r}")
+    return tuple(int(side) if isinstance(side, int | np.integer) else side for side in window)  # pyright: ignore[reportReturnType]
+
+
+def _is_scalar_integer(x: Any) -> bool:
+    if isinstance(x, np.ndarray | jax.Array):
+        return x.ndim == 0 and bool(jnp.issubdtype(x.dtype, jnp.integer))
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
+def as_scale(scale: Any, head_dim: int) -> jax.Array:
+    """Scalar; 1 / sqrt(H) by default."""
+    if scale is None:
+        return jnp.asarray(1 / np.sqrt(max(head_dim, 1)))
+    if isinstance(scale, str) or np.iscomplexobj(scale):
+        raise ValueError(f"scale must be a real number, got {scale!r}")
+    scale = jnp.asarray(scale)
+    if scale.size != 1:
+        raise ValueError(f"scale must be a scalar, got shape {scale.shape}")
+    return scale.reshape(())
+
+
+def as_precision(precision: Any) -> Any:
+    """Hashable; the context's default is read here, at trace time, as an einsum would."""
+    if precision is None:
+        return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    names = [*jax.lax.Precision.__members__, *jax.lax.DotAlgorithmPreset.__members__]
+    for p in precision if isinstance(precision, tuple | list) else (precision,):
+        known = jax.lax.Precision | jax.lax.DotAlgorithmPreset | jax.lax.DotAlgorithm
+        if not (p is None or isinstance(p, known) or (isinstance(p, str) and p.upper() in names)):
+            raise ValueError(f"precision must be a jax.lax.Precision, DotAlgorithmPreset or a name of one, got {p!r}")
+    return tuple(precision) if isinstance(precision, list) else precision
+
+
+def check_dropout(dropout_rate: Any, dropout_rng: Any) -> None:
+    if not isinstance(dropout_rate, int | float | np.floating):
+        raise TypeError(f"dropout_rate must be a Python number (static), got {type(dropout_rate).__name__}")
+    if not 0 <= dropout_rate <= 1:
+        raise ValueError(f"dropout_rate must be in [0, 1], got {dropout_rate}")
+    if dropout_rate > 0 and dropout_rng is None:
+        raise ValueError(f"dropout_rng must be a PRNG key when dropout_rate > 0 (got {dropout_rate}), got None")
+
+
+def check_static(*, is_causal: Any, implementation: Any, block_q: Any, block_kv: Any, dropout_rate: Any) -> None:
+    if not isinstance(is_causal, bool | np.bool_):
+        raise TypeError(f"is_causal must be a bool, got {is_causal!r}")
+    if implementation not in _IMPLEMENTATIONS:
+        accepted = ", ".join(map(repr, _IMPLEMENTATIONS))
+        raise ValueError(f"implementation must be one of {accepted}, got {implementation!r}")
+    for name, block in (("block_q", block_q), ("block_kv", block_kv)):
+        if block is None:
+            continue
+        if not isinstance(block, int | np.integer) or isinstance(block, bool):
+            raise TypeError(f"{name} must be an int or None, got {block!r}")
+        if block < 1:
+            raise ValueError(f"{name} must be at least 1, got {block}")
+    if implementation == "cudnn":
+        given = {"dropout_rate": dropout_rate > 0, "block_q": block_q, "block_kv": block_kv}
+        for name, value in given.items():
+            if value:
+                raise NotImplementedError(
+                    f"{name} is not supported by implementation='cudnn', which is jax.nn's; use None or 'xla'"
+                )

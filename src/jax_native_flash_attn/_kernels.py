@@ -1,0 +1,235 @@
+"""The three kernels: attention, its tangent, and the transpose of its tangent.
+
+Notation, for one head; sums run over the keys s of row t, z are the logits, c = keep / (1 - rate) is dropout:
+
+    z_ts = scale * q_t . k_s + bias_ts          lse_t = log sum_s exp z_ts
+    p_ts = exp(z_ts - lse_t)                    out_t = sum_s c_ts p_ts v_s
+
+Forward: online softmax over the key/value tiles (Milakov and Gimelshein 2018, arXiv:1805.02867; Rabe and
+Staats 2021, arXiv:2112.05682; FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 1).
+
+Tangent: differentiating the four equations above,
+
+    dz_ts = scale * (dq_t . k_s + q_t . dk_s) + dscale * q_t . k_s + dbias_ts
+    dlse_t = sum_s p_ts dz_ts
+    dout_t = sum_s c_ts p_ts dz_ts v_s - dlse_t out_t + sum_s c_ts p_ts dv_s
+
+Cotangent (the same linear map, transposed; FlashAttention-2, algorithm 2): for cotangents do_t of out and dl_t of lse,
+
+    delta_t = do_t . out_t - dl_t
+    dz_ts = p_ts (c_ts do_t . v_s - delta_t)    dv_s = sum_t c_ts p_ts do_t
+    dq_t = scale * sum_s dz_ts k_s              dk_s = scale * sum_t dz_ts q_t
+    dscale = sum_ts dz_ts q_t . k_s             dbias_ts = dz_ts
+
+Both recompute p from lse, so that no T x S array is ever stored, and need no online softmax.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ._logits import Tiles
+from ._nest import ColumnTile, RowTile, TileMask
+from ._numerics import LN2, lowest
+
+
+class OnlineSoftmax(NamedTuple):
+    """Running softmax of some rows: weighted sum of values, sum of weights, and the largest logit (base 2)."""
+
+    numerator: jax.Array
+    denominator: jax.Array
+    max_so_far: jax.Array
+
+
+def forward(tiles: Tiles) -> tuple[jax.Array, jax.Array]:
+    """out (batch..., T, K, G, D) in query's dtype, lse (batch..., K, G, T) in accumulation dtype."""
+    nest, sizes = tiles.nest, tiles.sizes
+
+    def row_tile(at: RowTile, results: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        query = tiles.query(at)
+
+        def key_tile(columns: ColumnTile, mask: TileMask | None, state: OnlineSoftmax) -> OnlineSoftmax:
+            key, value = tiles.key(at, columns, mask), tiles.value(at, columns, mask)
+            logits = tiles.logits(query, key, at, columns, mask)
+            new_max = jnp.maximum(state.max_so_far, logits.max(-1, keepdims=True))
+            correction = tiles.exp2(state.max_so_far - new_max)
+            weights = tiles.exp2(logits - new_max)
+            return OnlineSoftmax(
+                state.numerator * correction
+                + tiles.einsum("...gts,...sd->...gtd", tiles.keep(weights, at, columns), value),
+                state.denominator * correction + weights.sum(-1, keepdims=True),
+                new_max,
+            )
+
+        rows = (*nest.tile.batch, nest.tile.heads, sizes.G, nest.tile.block_q)
+        state = OnlineSoftmax(
+            tiles.zeros(*rows, sizes.D),
+            tiles.zeros(*rows, 1),
+            jnp.full((*rows, 1), lowest(tiles.accumulate), tiles.accumulate),
+        )
+        state = nest.columns(at, key_tile, state)
+        # Only a tile of rows without any work (padding) has a denominator of zero.
+        denominator = jnp.where(state.denominator == 0, 1, state.denominator)
+        out = state.numerator / denominator
+        lse = (state.max_so_far + jnp.log2(denominator)) * LN2
+        return (
+            nest.write_query(results[0], out, at, add=False),
+            nest.write_row(results[1], lse[..., 0], at, add=False),
+        )
+
+    results = (
+        jnp.zeros((*sizes.batch, sizes.T, sizes.K, sizes.G, sizes.D), tiles.inputs.query.dtype),
+        tiles.zeros(*sizes.batch, sizes.K, sizes.G, sizes.T),
+    )
+    return nest.rows(row_tile, results)
+
+
+def tangent(
+    tiles: Tiles,
+    out: jax.Array,
+    lse: jax.Array,
+    tangents: Mapping[str, jax.Array],
+    results: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.Array]:
+    """The tangents of 'out' and/or 'lse', given those of some of `Inputs`' floats.
+
+    An axis of size 1 in `results` is summed over.
+    """
+    nest, sizes = tiles.nest, tiles.sizes
+
+    def row_tile(at: RowTile, results: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        query, row_lse = tiles.query(at), tiles.row_lse(lse, at)
+
+        def logits_tangent(key: jax.Array, columns: ColumnTile, mask: TileMask | None) -> jax.Array | None:
+            """dz in base 2; None if no tangent reaches the logits."""
+            terms = []
+            if "query" in tangents:
+                dquery = nest.query_slice(tangents["query"], at)
+                terms.append(tiles.products(dquery, key, tiles.scale(at)))
+            if "key" in tangents:
+                dkey = nest.key_slice(tangents["key"], at, columns)
+                terms.append(tiles.products(query, dkey, tiles.scale(at)))
+            if "scale" in tangents:
+                dscale = nest.batch_slice(tangents["scale"], at)[..., None]
+                terms.append(tiles.products(query, key, dscale))
+            total = sum(terms[1:], terms[0]) * LN2 if terms else None
+            if "bias" in tangents:
+                dbias = tiles.bias(tangents["bias"], at, columns)
+                total = dbias if total is None else total + dbias
+            return None if total is None else tiles.through_mask(total, mask)
+
+        def key_tile(
+            columns: ColumnTile, mask: TileMask | None, state: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array]:
+            dout, dlse = state
+            key = tiles.key(at, columns, mask)
+            weights = tiles.exp2(tiles.logits(query, key, at, columns, mask) - row_lse)
+            dlogits = logits_tangent(key, columns, mask)
+            if dlogits is not None:
+                dweights = weights * dlogits
+                dlse += dweights.sum(-1, keepdims=True)
+                value = tiles.value(at, columns, mask)
+                dropped = tiles.keep(dweights, at, columns)
+                dout += tiles.einsum("...gts,...sd->...gtd", dropped, value)
+            if "value" in tangents:
+                dvalue = nest.key_slice(tangents["value"], at, columns)
+                dropped = tiles.keep(weights, at, columns)
+                dout += tiles.einsum("...gts,...sd->...gtd", dropped, dvalue)
+            return dout, dlse
+
+        rows = (*nest.tile.batch, nest.tile.heads, sizes.G, nest.tile.block_q)
+        dout, dlse = nest.columns(at, key_tile, (tiles.zeros(*rows, sizes.D), tiles.zeros(*rows, 1)))
+        if "out" in results:
+            dout -= dlse * nest.query_slice(out, at).astype(tiles.accumulate)
+            dout = nest.owned_rows(dout, at, axis=-2)
+            results["out"] = nest.write_query(results["out"], dout, at, add=True)
+        if "lse" in results:
+            dlse = nest.owned_rows(dlse, at, axis=-2)
+            results["lse"] = nest.write_row(results["lse"], dlse[..., 0], at, add=True)
+        return results
+
+    zeros = {name: tiles.zeros_for(name, like) for name, like in results.items()}
+    sums = nest.rows(lambda at, sums: row_tile(at, dict(sums)), zeros)
+    return {name: sums[name].astype(like.dtype) for name, like in results.items()}
+
+
+def cotangent(
+    tiles: Tiles,
+    out: jax.Array,
+    lse: jax.Array,
+    cotangents: Mapping[str, jax.Array],
+    results: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.Array]:
+    """The cotangents of some of `Inputs`' floats, given those of 'out' and/or 'lse'.
+
+    An axis of size 1 in `results` is summed over.
+    """
+    nest, sizes = tiles.nest, tiles.sizes
+    needs_logits = any(name in results for name in ("query", "key", "scale", "bias"))
+    needs_query = any(name in results for name in ("query", "scale"))
+    has_out = "out" in cotangents
+    # Transposed, (batch..., K, H, S): a product is fast on CPU only if its left operand contracts its last axis,
+    # and transposing the small row operand is cheaper than transposing the weights.
+    zeros = {name: tiles.zeros_for(name, like) for name, like in results.items()}
+    transposed = [name for name in ("key", "value") if name in results]
+    zeros |= {name: jnp.moveaxis(zeros[name], -3, -1) for name in transposed}
+
+    def row_tile(at: RowTile, results: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        query, row_lse = tiles.query(at), tiles.row_lse(lse, at)
+        rows = (*nest.tile.batch, nest.tile.heads, sizes.G, nest.tile.block_q)
+        # Rows that the tile before owns get cotangents of zero, and so contribute nothing anywhere.
+        delta = tiles.zeros(*rows, 1)
+        dout = tiles.zeros(*rows, sizes.D)
+        if has_out:
+            dout = nest.owned_rows(nest.query_slice(cotangents["out"], at), at, axis=-2)
+            dout = dout.astype(tiles.accumulate)
+            delta += (dout * nest.query_slice(out, at).astype(tiles.accumulate)).sum(-1, keepdims=True)
+        if "lse" in cotangents:
+            dlse = nest.row_slice(cotangents["lse"], at)[..., None]
+            delta -= nest.owned_rows(dlse, at, axis=-2).astype(tiles.accumulate)
+        scaled_query = query.astype(tiles.accumulate) * tiles.scale(at)
+        query_transposed, dout_transposed = (jnp.moveaxis(x, -1, -3) for x in (scaled_query, dout))
+
+        def key_tile(
+            columns: ColumnTile,
+            mask: TileMask | None,
+            state: tuple[jax.Array | None, dict[str, jax.Array]],
+        ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
+            dquery, results = state[0], dict(state[1])
+            key = tiles.key(at, columns, mask)
+            weights = tiles.exp2(tiles.logits(query, key, at, columns, mask) - row_lse)
+            if "value" in results and has_out:
+                dropped = tiles.keep(weights, at, columns)
+                dvalue = tiles.einsum("...dgt,...gts->...ds", dout_transposed, dropped)
+                results["value"] = nest.add_key_transposed(results["value"], dvalue, at, columns)
+            if not needs_logits:
+                return dquery, results
+            dlogits = -delta
+            if has_out:
+                value = tiles.value(at, columns, mask)
+                dweights = tiles.einsum("...gtd,...sd->...gts", dout, value)
+                dlogits = tiles.keep(dweights, at, columns) - delta
+            dlogits = tiles.through_mask(weights * dlogits, mask)
+            if "key" in results:
+                dkey = tiles.einsum("...hgt,...gts->...hs", query_transposed, dlogits)
+                results["key"] = nest.add_key_transposed(results["key"], dkey, at, columns)
+            if "bias" in results:
+                results["bias"] = nest.add_score(results["bias"], dlogits, at, columns)
+            if dquery is not None:
+                dquery += tiles.einsum("...gts,...sh->...gth", dlogits, key)
+            return dquery, results
+
+        dquery = tiles.zeros(*rows, sizes.H) if needs_query else None
+        dquery, results = nest.columns(at, key_tile, (dquery, results))
+        if dquery is not None and "query" in results:
+            results["query"] = nest.write_query(results["query"], dquery * tiles.scale(at), at, add=True)
+        if dquery is not None and "scale" in results:
+            dscale = (dquery * query.astype(tiles.accumulate)).sum((-1, -2, -3, -4))
+            results["scale"] = nest.add_batch(results["scale"], dscale, at)
+        return results
+
+    sums = nest.rows(lambda at, sums: row_tile(at, dict(sums)), zeros)
+    sums |= {name: jnp.moveaxis(sums[name], -1, -3) for name in transposed}
+    return {name: sums[name].astype(like.dtype) for name, like in results.items()}

@@ -1,0 +1,207 @@
+"""What every kernel reads of one tile: its logits, their derivative, and its dropout. Nothing else computes them."""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._dropout import Dropout
+from ._masks import Band, MaskOperands
+from ._nest import ColumnTile, Nest, RowTile, TileMask
+from ._numerics import LOG2E, accumulation_dtype, bias_floor, exp2_polynomial, lowest
+from ._tiles import Sizes, choose_tile
+
+
+@dataclass(frozen=True)
+class Config:
+    """The static part of a call."""
+
+    band: Band
+    dropout: Dropout | None
+    block_q: int | None
+    block_kv: int | None
+    precision: Any
+
+
+class Inputs(NamedTuple):
+    """The arrays of a call; any batch axis, and any axis of bias and mask, may have size 1 and then broadcasts.
+
+    Attributes:
+      query: (batch..., T, K, G, H).
+      key, value: (batch..., S, K, H) and (batch..., S, K, D).
+      scale: (batch...) multiplier of the products, in accumulation dtype.
+      bias: (batch..., K, G, T, S) or None.
+      mask: see `MaskOperands`.
+      dropout_key: (batch..., 2) uint32, or None without dropout.
+      head_index: (batch..., K, G) uint32, the number b * N + n of a head in the dropout mask, or None.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    scale: jax.Array
+    bias: jax.Array | None
+    mask: MaskOperands
+    dropout_key: jax.Array | None
+    head_index: jax.Array | None
+
+    @property
+    def sizes(self) -> Sizes:
+        *_, T, K, G, H = self.query.shape
+        *_, S, _, D = self.value.shape
+        trailing = {
+            "query": 4,
+            "key": 3,
+            "value": 3,
+            "scale": 0,
+            "bias": 4,
+            "dropout_key": 1,
+            "head_index": 2,
+        }
+        batches = [x.shape[: x.ndim - n] for name, n in trailing.items() if (x := getattr(self, name)) is not None]
+        trailing = {"key_start": 3, "key_stop": 3, "allowed": 4, "dead": 3, "key_value_length": 0}
+        batches += [
+            x.shape[: x.ndim - n] for name, n in trailing.items() if (x := getattr(self.mask, name)) is not None
+        ]
+        return Sizes(np.broadcast_shapes(*batches), T, S, K, G, H, D)
+
+
+class Tiles:
+    """Reads the tiles of one call, for a platform and one kernel's tile shape."""
+
+    def __init__(
+        self,
+        config: Config,
+        inputs: Inputs,
+        platform: str,
+        *,
+        extra_batch: tuple[tuple[int, ...], ...] = (),
+        differentiable: bool = False,
+    ):
+        """`extra_batch`: batch axes of further operands; `differentiable`: see `Nest`."""
+        self.config, self.inputs = config, inputs
+        sizes = inputs.sizes
+        self.sizes = replace(sizes, batch=np.broadcast_shapes(sizes.batch, *extra_batch))
+        self.accumulate = accumulation_dtype(inputs.query.dtype)
+        # XLA:CPU has no fast products of 16-bit floats; elsewhere they are what the matrix units want.
+        self.product = self.accumulate if platform == "cpu" else inputs.query.dtype
+        use_polynomial = platform == "cpu" and self.accumulate == jnp.float32
+        self.exp2 = exp2_polynomial if use_polynomial else jnp.exp2
+        tile = choose_tile(
+            self.sizes,
+            platform,
+            block_q=config.block_q,
+            block_kv=config.block_kv,
+            is_banded=config.band != Band() or inputs.mask.key_start is not None,
+            all_heads=differentiable,
+        )
+        self.nest = Nest(self.sizes, tile, config.band, inputs.mask, differentiable)
+
+    def zeros_for(self, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
+        """Where a kernel collects a result: in accumulation dtype if an element gets more than one contribution."""
+        z = self.sizes
+        written_once = {
+            "out": (*z.batch, z.T, z.K, z.G, z.D),
+            "lse": (*z.batch, z.K, z.G, z.T),
+            "query": (*z.batch, z.T, z.K, z.G, z.H),
+            "bias": (*z.batch, z.K, z.G, z.T, z.S),
+        }
+        once = written_once.get(name) == like.shape
+        return jnp.zeros(like.shape, like.dtype if once else self.accumulate)
+
+    def zeros(self, *shape: int) -> jax.Array:
+        return jnp.zeros(shape, self.accumulate)
+
+    def einsum(self, subscripts: str, *operands: jax.Array) -> jax.Array:
+        """Product of tiles in product dtype, accumulated in accumulation dtype."""
+        return jnp.einsum(
+            subscripts,
+            *(x.astype(self.product) for x in operands),
+            precision=self.config.precision,
+            preferred_element_type=self.accumulate,
+        )
+
+    def query(self, at: RowTile) -> jax.Array:
+        return self.nest.query_slice(self.inputs.query, at)
+
+    def key(self, at: RowTile, columns: ColumnTile, mask: TileMask | None) -> jax.Array:
+        return self._without_padding(self.inputs.key, at, columns, mask)
+
+    def value(self, at: RowTile, columns: ColumnTile, mask: TileMask | None) -> jax.Array:
+        return self._without_padding(self.inputs.value, at, columns, mask)
+
+    def _without_padding(self, x: jax.Array, at: RowTile, columns: ColumnTile, mask: TileMask | None) -> jax.Array:
+        """NaN or inf in padding would survive a weight of zero (0 * NaN). Full tiles hold no padding."""
+        x = self.nest.key_slice(x, at, columns)
+        length = self.inputs.mask.key_value_length
+        if mask is None or length is None:
+            return x
+        position = self.nest.column_positions(columns).reshape((1,) * (x.ndim - 2) + (-1, 1))
+        padded = position >= self.nest.batch_slice(length, at)
+        return jnp.where(padded & ~jnp.isfinite(x), 0, x)
+
+    def scale(self, at: RowTile) -> jax.Array:
+        """(batch..., 1, 1, 1, 1), to multiply a tile."""
+        return self.nest.batch_slice(self.inputs.scale, at)[..., None]
+
+    def products(self, query: jax.Array, key: jax.Array, multiplier: jax.Array) -> jax.Array:
+        """multiplier * query @ key, in base 2: (..., G, t, H), (..., s, H) -> (..., G, t, s)."""
+        multiplier = multiplier * LOG2E
+        # The multiplier goes to the smaller operand, unless that would round it to 16 bits.
+        early = self.product == self.accumulate
+        if early:
+            query = query.astype(self.product) * multiplier
+        scores = self.einsum("...gth,...sh->...gts", query, key)
+        return scores if early else scores * multiplier
+
+    def bias(self, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
+        return self.nest.score_slice(x, at, columns).astype(self.accumulate)
+
+    def logits(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        at: RowTile,
+        columns: ColumnTile,
+        mask: TileMask | None,
+    ) -> jax.Array:
+        """Logits of one tile in base 2, (batch..., heads, G, block_q, block_kv)."""
+        logits = self.products(query, key, self.scale(at))
+        if self.inputs.bias is not None:
+            bias = self.bias(self.inputs.bias, at, columns)
+            logits += jnp.maximum(bias, bias_floor(self.accumulate)) * LOG2E
+        if mask is None:
+            return logits
+        if mask.dead is not None:
+            logits = jnp.where(mask.dead, 0, logits)
+        return jnp.where(mask.allowed, logits, lowest(self.accumulate))
+
+    @staticmethod
+    def through_mask(x: jax.Array, mask: TileMask | None) -> jax.Array:
+        """Derivative of the masking in `logits`, which is its own transpose."""
+        if mask is None:
+            return x
+        live = mask.allowed if mask.dead is None else mask.allowed & ~mask.dead
+        return jnp.where(live, x, 0)
+
+    def row_lse(self, lse: jax.Array, at: RowTile) -> jax.Array:
+        """Log-sum-exp of the rows, in base 2, as (batch..., heads, G, block_q, 1)."""
+        return self.nest.row_slice(lse, at)[..., None] * LOG2E
+
+    def keep(self, weights: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
+        """Drop weights (probabilities, or what multiplies them) and rescale the kept ones."""
+        dropout, key, heads = self.config.dropout, self.inputs.dropout_key, self.inputs.head_index
+        if dropout is None or key is None or heads is None:
+            return weights
+        key = self.nest.slice(key, (*at.batch, 0), (*self.nest.tile.batch, 2))
+        keep = dropout.keep_tile(
+            key[..., None, None, :],
+            self.nest.head_slice(heads, at),
+            self.nest.row_positions(at),
+            self.nest.column_positions(columns),
+            self.sizes.T,
+            self.sizes.S,
+        )
+        return jnp.where(keep, weights * dropout.rescaling, 0)

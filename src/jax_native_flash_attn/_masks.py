@@ -1,0 +1,122 @@
+"""Which keys a query row may attend, as data: one interval of keys per row, never a T x S array.
+
+Causal masks, sliding windows and sequence lengths all say that query row t may attend the keys
+`key_start[t] <= s < key_stop[t]`. Static ones (causal, an integer window) are kept as a `Band`, whose
+intervals are NumPy vectors, so that the tile schedule is static as well. Anything traced becomes a pair of
+arrays. A boolean `mask` argument stays as the caller passed it and is only ever read tile by tile.
+
+Three kinds of rows:
+
+- live rows have at least one key;
+- dead rows have none. As in `jax.nn`, they attend all S keys with equal weight: their interval is [0, S) and
+  their logits are the constant 0;
+- padded rows lie past `query_seq_lengths`. Their interval is empty, so that no tile is visited on their behalf,
+  and the public function zeroes them.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# Elements of the boolean mask examined at once when looking for rows without any key.
+_MASK_CHUNK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Band:
+    """Static mask: key s is allowed for query t where lower <= s - t <= upper (None: no bound)."""
+
+    lower: int | None = None
+    upper: int | None = None
+
+    def intervals(self, T: int, S: int) -> tuple[np.ndarray, np.ndarray]:
+        """`key_start` and `key_stop`, each (T,) int32."""
+        rows = np.arange(T)
+        start = np.zeros(T, int) if self.lower is None else rows + self.lower
+        stop = np.full(T, S) if self.upper is None else rows + self.upper + 1
+        return np.clip(start, 0, S).astype(np.int32), np.clip(stop, 0, S).astype(np.int32)
+
+
+class MaskOperands(NamedTuple):
+    """The traced part of a mask. `B`, `K`, `G` and the mask's `T`, `S` may each be 1 and then broadcast.
+
+    Attributes:
+      key_start, key_stop: (B, K, G, T) int32, or None where the `Band` says it all.
+      allowed: (B, K, G, T, S) bool, the caller's `mask`, or None.
+      dead: (B, K, G, T) bool, True on rows with no key at all, or None where there are none.
+      key_value_length: (B,) int32: keys and values from here on are padding and may hold NaN; or None.
+    """
+
+    key_start: jax.Array | None = None
+    key_stop: jax.Array | None = None
+    allowed: jax.Array | None = None
+    dead: jax.Array | None = None
+    key_value_length: jax.Array | None = None
+
+
+def make_mask(
+    T: int,
+    S: int,
+    *,
+    is_causal: bool,
+    window: tuple | None,
+    query_lengths: jax.Array | None,
+    key_value_lengths: jax.Array | None,
+    allowed: jax.Array | None,
+) -> tuple[Band, MaskOperands]:
+    """Intersect all masks of a call into one static band and the operands it cannot express."""
+    static_window = window is not None and all(isinstance(w, int) for w in window)
+    lower, upper = (-window[0], window[1]) if window is not None and static_window else (None, None)
+    if is_causal:
+        upper = 0 if upper is None else min(upper, 0)
+    band = Band(lower, upper)
+    start, stop = band.intervals(T, S)
+    traced = (
+        query_lengths is not None
+        or key_value_lengths is not None
+        or (window is not None and not static_window)
+        or bool((stop <= start).any())  # the static form has no dead rows
+    )
+    if not traced and allowed is None:
+        return band, MaskOperands()
+
+    start, stop = (jnp.asarray(x)[None, None, None, :] for x in (start, stop))
+    rows = jnp.arange(T, dtype=jnp.int32)[None, None, None, :]
+    if window is not None and not static_window:
+        left, right = (jnp.asarray(w).astype(jnp.int32) for w in window)
+        start, stop = jnp.maximum(start, rows - left), jnp.minimum(stop, rows + right + 1)
+    if key_value_lengths is not None:
+        stop = jnp.minimum(stop, key_value_lengths[:, None, None, None])
+    has_key = start < stop if allowed is None else _rows_with_a_key(start, stop, allowed, T, S)
+    dead = ~has_key
+    if query_lengths is not None:
+        padded = rows >= query_lengths[:, None, None, None]
+        dead &= ~padded
+        start, stop = jnp.where(padded, S, start), jnp.where(padded, 0, stop)
+    start, stop = jnp.where(dead, 0, start), jnp.where(dead, S, stop)
+    return band, MaskOperands(start, stop, allowed, dead, key_value_lengths)
+
+
+def _rows_with_a_key(start: jax.Array, stop: jax.Array, allowed: jax.Array, T: int, S: int) -> jax.Array:
+    """Whether a row's interval holds an allowed key; (B, K, G, T) broadcast over both arguments.
+
+    Runs over chunks of rows: with a mask that broadcasts over T, intervals and mask together would make T x S.
+    """
+    lead = np.broadcast_shapes(start.shape[:3], allowed.shape[:3])
+    columns = jnp.arange(S, dtype=jnp.int32)[None, None, None, None, :]
+    chunk = min(T, max(1, _MASK_CHUNK_ELEMENTS // max(1, int(np.prod(lead)) * S)))
+
+    def rows_of(x: jax.Array, first: jax.Array) -> jax.Array:
+        return x if x.shape[3] == 1 else lax.dynamic_slice_in_dim(x, first, chunk, axis=3)
+
+    def step(i: jax.Array, has_key: jax.Array) -> jax.Array:
+        first = jnp.minimum(i * chunk, T - chunk)
+        low, high = (rows_of(x, first)[..., None] for x in (start, stop))
+        inside = (columns >= low) & (columns < high) & rows_of(allowed, first)
+        return lax.dynamic_update_slice_in_dim(has_key, inside.any(-1), first, axis=3)
+
+    return lax.fori_loop(0, -(-T // chunk), step, jnp.zeros((*lead, T), bool))

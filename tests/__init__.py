@@ -1,0 +1,1 @@
+"""Tests of jax_native_flash_attn."""

@@ -1,0 +1,33 @@
+"""Configuration of the test run; tests/environment.py has what run_generated.py needs as well."""
+
+import os
+
+import pytest
+
+from tests import environment
+
+environment.configure()
+
+import hypothesis  # noqa: E402  (nothing may come before configure())
+import jax  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "default",
+    deadline=None,  # the first example of a shape compiles
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile(
+    "ci", hypothesis.settings.get_profile("default"), derandomize=True
+)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked gpu where JAX has no GPU."""
+    if jax.default_backend() == "gpu":
+        return
+    skip = pytest.mark.skip(reason=f"needs a GPU; JAX's backend is {jax.default_backend()}")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)

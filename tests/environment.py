@@ -1,0 +1,39 @@
+"""JAX's configuration under test, shared by pytest (conftest.py) and run_generated.py."""
+
+import contextlib
+import os
+
+DEVICE_COUNT = 8
+
+
+def configure() -> None:
+    """Several CPU devices and strict promotion; call it before anything initialises JAX's backend."""
+    flag = "--xla_force_host_platform_device_count"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flag not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}={DEVICE_COUNT}".strip()
+
+    import jax
+
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def enable_x64(enabled: bool = True) -> contextlib.AbstractContextManager[object]:
+    """The context manager that switches 64-bit types on, under its name in the installed JAX."""
+    import jax
+
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(enabled)
+    from jax.experimental import enable_x64 as experimental_enable_x64  # JAX < 0.8
+
+    return experimental_enable_x64(enabled)
+
+
+@contextlib.contextmanager
+def lenient_promotion():
+    """JAX's default promotion, which jax.nn and Flax rely on inside."""
+    import jax
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

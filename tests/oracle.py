@@ -1,0 +1,393 @@
+"""Dense attention, written from its mathematics: what the library's results are compared with.
+
+Nothing here calls the library or `jax.nn`. Axis letters are those of the library (B T S N K G H D).
+
+    logits[b,n,t,s] = scale * query[b,t,n] . key[b,s,n // G] + bias[b,n,t,s]
+    probs[b,n,t,:]  = softmax of logits[b,n,t,:] over the allowed keys s
+    out[b,t,n]      = sum over s of probs[b,n,t,s] * factor[b,n,t,s] * value[b,s,n // G]
+
+with `factor` = keep / (1 - rate) of dropout. A row that may attend no key weighs every key, masked and
+padded ones included, by 1 / S; a row past its query length gives 0. Two implementations:
+
+- `float64_oracle`: everything in float64; its derivatives come from autodiff.
+- `dense_same_dtype`: what careful dense code does in the input dtype. Its error against the oracle is
+  the yardstick for the error of the library (`assert_as_accurate_as_dense`).
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.environment import enable_x64
+
+# The lse of rows without an allowed key.
+NOTHING_ALLOWED = -0.7 * float(np.finfo(np.float32).max)
+
+
+def to_4d(array: Any) -> Any:
+    """The array with axes of size 1 put in front until it has four."""
+    return array.reshape((1,) * (4 - array.ndim) + array.shape)
+
+
+def allowed_pairs(
+    shape: tuple[int, int, int, int],
+    mask: Any = None,
+    *,
+    is_causal: bool = False,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    local_window_size: Any = None,
+) -> np.ndarray:
+    """Which query row may attend which key, as booleans of shape (B, N, T, S)."""
+    B, _, T, S = shape
+    t, s = np.arange(T)[:, None], np.arange(S)[None, :]
+    allowed = np.ones(shape, bool)
+    if mask is not None:
+        allowed &= to_4d(np.asarray(mask))
+    if is_causal:
+        allowed &= s <= t
+    if local_window_size is not None:
+        left, right = np.broadcast_to(np.asarray(local_window_size), (2,))
+        allowed &= (t - left <= s) & (s <= t + right)
+    allowed &= valid_rows(B, T, query_seq_lengths)[:, None, :, None]
+    allowed &= valid_rows(B, S, key_value_seq_lengths)[:, None, None, :]
+    return allowed
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype in which results of a dtype are accumulated."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == np.float64 else jnp.float32)
+
+
+def valid_rows(B: int, length: int, lengths: Any) -> np.ndarray:
+    """Which rows of a padded array (B, length, ...) are not padding."""
+    if lengths is None:
+        return np.ones((B, length), bool)
+    return np.arange(length)[None, :] < np.asarray(lengths)[:, None]
+
+
+def dropout_factor(keep: Any, rate: float) -> Any:
+    """What the probabilities are multiplied by."""
+    if keep is None:
+        return 1.0
+    return keep / (1.0 - rate) if rate < 1.0 else keep * 0.0
+
+
+def _heads(key_or_value: Any, N: int) -> Any:
+    """Repeats key/value heads to one per query head: head n reads key/value head n // G."""
+    return jnp.repeat(key_or_value, N // key_or_value.shape[2], axis=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Masking:
+    """Everything about a call that is not differentiable, as arrays of full shape."""
+
+    allowed: Any  # (B, N, T, S)
+    query_valid: Any  # (B, T)
+    key_valid: Any  # (B, S)
+    factor: Any  # (B, N, T, S), or 1.0 without dropout
+
+
+jax.tree_util.register_dataclass(
+    Masking, ["allowed", "query_valid", "key_valid", "factor"], []
+)
+
+
+def masking(
+    query: Any,
+    key: Any,
+    mask: Any = None,
+    *,
+    is_causal: bool = False,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    local_window_size: Any = None,
+    dropout_rate: float = 0.0,
+    keep: Any = None,
+) -> Masking:
+    """Gathers the arguments of flash_attention that select or drop pairs; `keep` is the dropout mask."""
+    (B, T, N, _), S = to_4d(query).shape, to_4d(key).shape[1]
+    return Masking(
+        allowed_pairs(
+            (B, N, T, S),
+            mask,
+            is_causal=is_causal,
+            query_seq_lengths=query_seq_lengths,
+            key_value_seq_lengths=key_value_seq_lengths,
+            local_window_size=local_window_size,
+        ),
+        valid_rows(B, T, query_seq_lengths),
+        valid_rows(B, S, key_value_seq_lengths),
+        dropout_factor(None if keep is None else np.asarray(keep, np.float64), dropout_rate),
+    )
+
+
+def dense_float64(query, key, value, bias, scale, masks: Masking):
+    """(out, lse) of 4-D float64 inputs; differentiable in every argument but `masks`."""
+    N, S = query.shape[2], key.shape[1]
+    allowed, factor = jnp.asarray(masks.allowed), jnp.asarray(masks.factor)
+    query_valid = jnp.asarray(masks.query_valid)[:, :, None, None]
+    key_valid = jnp.asarray(masks.key_valid)[:, :, None, None]
+    live = allowed.any(axis=-1, keepdims=True)  # (B, N, T, 1)
+
+    # Padding may hold NaN, and 0 * NaN is NaN: it must not enter a product, here or in a derivative.
+    real_query = jnp.where(query_valid, query, 0.0)
+    real_key = _heads(jnp.where(key_valid, key, 0.0), N)
+    real_value = _heads(jnp.where(key_valid, value, 0.0), N)
+
+    logits = jnp.einsum("btnh,bsnh->bnts", real_query, real_key) * scale + bias
+    logits = jnp.where(allowed, logits, -jnp.inf)
+    row_max = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
+    row_max = jax.lax.stop_gradient(jnp.where(live, row_max, 0.0))
+    weights = jnp.exp(logits - row_max)
+    total = jnp.where(live, weights.sum(axis=-1, keepdims=True), 1.0)
+    out = jnp.einsum("bnts,bsnd->btnd", weights / total * factor, real_value)
+    lse = (row_max + jnp.log(total))[..., 0].transpose(0, 2, 1)
+
+    # Rows without a key: the plain mean, of padding too.
+    uniform = jnp.full(allowed.shape, 1.0 / max(S, 1)) * factor
+    mean = jnp.einsum("bnts,bsnd->btnd", uniform, _heads(value, N))
+    live = live[..., 0].transpose(0, 2, 1)
+    out = jnp.where(live[..., None], out, mean)
+    out = jnp.where(query_valid, out, 0.0)
+    return out, jnp.where(live, lse, NOTHING_ALLOWED if S else -jnp.inf)
+
+
+def float64_oracle(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    *,
+    scale: Any = None,
+    dropout_rate: float = 0.0,
+    keep: Any = None,
+    **selection: Any,
+) -> tuple[Any, Any]:
+    """(out, lse) in float64 for the arguments of flash_attention, and the dropout mask `keep`.
+
+    Call it, and differentiate it, inside `enable_x64()`.
+    """
+    shape = query.shape
+    masks = masking(query, key, mask, dropout_rate=dropout_rate, keep=keep, **selection)
+    query, key, value, bias = (
+        to_4d(jnp.asarray(x, jnp.float64)) for x in (query, key, value, 0.0 if bias is None else bias)
+    )
+    bias = jnp.broadcast_to(bias, jnp.shape(masks.allowed))
+    scale = 1.0 / math.sqrt(shape[-1]) if scale is None else jnp.asarray(scale, jnp.float64)
+    out, lse = dense_float64(query, key, value, bias, scale, masks)
+    return out.reshape(shape), lse.reshape(shape[:-1])
+
+
+@jax.custom_vjp
+def _round_cotangent(x, like):
+    """Identity; the cotangent goes through the dtype of `like`."""
+    return x
+
+
+_round_cotangent.defvjp(
+    lambda x, like: (x, like),
+    lambda like, g: (g.astype(like.dtype).astype(g.dtype), jnp.zeros_like(like)),
+)
+
+
+def dense_same_dtype(query, key, value, bias, scale, masks: Masking):
+    """(out, lse) as dense code computes them in the dtype of its 4-D inputs; differentiable.
+
+    Products take the input dtype and accumulate in float32 (float64 for float64), in the derivative
+    too; softmax is in that wider dtype, and the probabilities are rounded to the dtype of value.
+    Written with an upcast before each product, which is exact and runs on every backend (XLA:CPU
+    has no float16 product).
+    """
+    dtype, N, S = query.dtype, query.shape[2], key.shape[1]
+    wide = wide_dtype(dtype)
+    key, value = _heads(key, N), _heads(value, N)
+    allowed = jnp.asarray(masks.allowed)
+    logits = jnp.einsum("btnh,bsnh->bnts", query.astype(wide), key.astype(wide))
+    logits = _round_cotangent(logits, jnp.zeros((), dtype))
+    logits = logits * jnp.asarray(scale, wide) + bias.astype(wide)
+    logits = jnp.where(allowed, logits, jnp.asarray(NOTHING_ALLOWED, wide))
+    row_max = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    weights = jnp.exp(logits - row_max)
+    total = weights.sum(axis=-1, keepdims=True)
+    probs = weights / total * jnp.asarray(masks.factor).astype(wide)
+    out = jnp.einsum("bnts,bsnd->btnd", probs.astype(dtype).astype(wide), value.astype(wide))
+    out = jnp.where(jnp.asarray(masks.query_valid)[:, :, None, None], out.astype(dtype), 0)
+    lse = (row_max + jnp.log(total))[..., 0].transpose(0, 2, 1)
+    return out, lse.astype(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The tolerance
+
+
+def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> dict[str, Any]:
+    """The error that a single rounding of every term would make, for each result; in float64.
+
+    Dense code is now and then exact by luck (one key; one term; a sum that cancels), so twice its
+    error alone is no fair bound. This is first-order error propagation through the formulas of value
+    and gradient: independent roundings add as root of squares; an error common to a row (of its lse,
+    or of delta = dout . out, which flash attention takes from the rounded `out`) adds coherently.
+    `bias` is for a bias of full shape, and `bias_row` its coherent part: reduce_bias_noise takes
+    them to the shape of the bias.
+    """
+    N, K = query.shape[2], key.shape[2]
+    low = float(jnp.finfo(dtype).eps) / 2
+    wide = float(jnp.finfo(wide_dtype(dtype)).eps) / 2
+    key, value = _heads(key, N), _heads(value, N)
+
+    def root(spec, *squares):
+        return jnp.sqrt(jnp.einsum(spec, *(x * x for x in squares)))
+
+    def rows(x):  # (B, T, N) -> (B, N, T, 1)
+        return x.transpose(0, 2, 1)[..., None]
+
+    def per_head(x):  # reduces query heads to key/value heads, root of squares
+        B, S, _, D = x.shape
+        return jnp.sqrt((x * x).reshape(B, S, K, N // K, D).sum(axis=3))
+
+    allowed, factor = jnp.asarray(masks.allowed), jnp.asarray(masks.factor)
+    dout = jnp.where(jnp.asarray(masks.query_valid)[:, :, None, None], dout, 0.0)
+    S = allowed.shape[-1]
+    live = allowed.any(axis=-1, keepdims=True)
+    plain = jnp.einsum("btnh,bsnh->bnts", query, key)
+    logits = jnp.where(allowed, plain * scale + bias, -jnp.inf)
+    top = jnp.where(live, logits.max(axis=-1, keepdims=True), 0.0)
+    weights = jnp.exp(logits - top)
+    total = jnp.where(live, weights.sum(axis=-1, keepdims=True), 1.0)
+    probs = jnp.where(live, weights / total, 1.0 / S)
+    lse = (top + jnp.log(total))[..., 0].transpose(0, 2, 1)
+    out = jnp.einsum("bnts,bsnd->btnd", probs * factor, value)
+
+    logit_size = root("btnh,bsnh->bnts", query, key) * jnp.abs(scale) + jnp.abs(bias)
+    logit_size = jnp.where(allowed, logit_size + jnp.abs(plain * scale), 0.0)
+    lse_noise = wide * (1.0 + logit_size.max(axis=-1, keepdims=True))  # (B, N, T, 1)
+    probs_noise = probs * (low + wide * (1.0 + logit_size))
+
+    dprobs = jnp.einsum("btnd,bsnd->bnts", dout, value)
+    dprobs_size = root("btnd,bsnd->bnts", dout, value) + jnp.abs(dprobs)
+    delta = rows((dout * out).sum(axis=-1))
+    delta_noise = low * (rows(root("btnd,btnd->btn", dout, out)) + jnp.abs(delta))
+    dlogits = jnp.where(live, probs * (dprobs * factor - delta), 0.0)
+    own = low * probs * (factor * dprobs_size + jnp.abs(delta))
+    own = own + probs_noise * jnp.abs(dprobs * factor - delta) + lse_noise * jnp.abs(dlogits)
+    own = jnp.where(live, own, 0.0)
+    common = jnp.where(live, delta_noise, 0.0)  # times probs, the same sign along a row
+
+    def column(own_size, common_size):
+        return jnp.sqrt(own_size**2 + common_size**2)
+
+    common_probs = common * probs
+    lse_rows = lse_noise[..., 0].transpose(0, 2, 1)[..., None]  # (B, T, N, 1)
+    scale_own = root("bnts,bnts->", own, plain)
+    scale_common = root("bnt->", (common_probs * plain).sum(axis=-1))
+    dscale = (dlogits * plain).sum()
+    dquery = scale * jnp.einsum("bnts,bsnh->btnh", dlogits, key)
+    dkey = scale * jnp.einsum("bnts,btnh->bsnh", dlogits, query)
+    dvalue = jnp.einsum("bnts,btnd->bsnd", probs * factor, dout)
+    dquery_own = root("bnts,bsnh->btnh", own, key)
+    dquery_common = jnp.abs(jnp.einsum("bnts,bsnh->btnh", common_probs, key))
+    dkey_noise = jnp.abs(scale) * column(
+        root("bnts,btnh->bsnh", own, query), root("bnts,btnh->bsnh", common_probs, query)
+    )
+    dvalue_noise = root("bnts,btnd->bsnd", probs_noise * factor, dout)
+    out_noise = root("bnts,bsnd->btnd", probs_noise * factor, value)
+    return {
+        "out": out_noise + (low + lse_rows) * jnp.abs(out),
+        "lse": lse_rows[..., 0] + low * jnp.abs(lse),
+        "query": jnp.abs(scale) * (dquery_own + dquery_common) + low * jnp.abs(dquery),
+        "key": per_head(dkey_noise + low * jnp.abs(dkey)),
+        "value": per_head(dvalue_noise + low * jnp.abs(dvalue)),
+        "scale": scale_own + scale_common + low * jnp.abs(dscale),
+        "bias": own,
+        "bias_row": common_probs,
+    }
+
+
+def reduce_bias_noise(own: Any, common: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Noise floor of the gradient of a bias of this (4-D) shape; each axis is 1 or full."""
+    own, common = np.asarray(own), np.asarray(common)
+    axes = tuple(i for i in range(4) if shape[i] == 1)
+    if shape[3] == 1:
+        common = common.sum(axis=3, keepdims=True)
+    squares = (own**2).sum(axis=axes, keepdims=True) + (common**2).sum(axis=axes, keepdims=True)
+    return np.sqrt(squares)
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """The largest absolute error of one result, beside what it is judged by."""
+
+    error: float
+    dense_error: float
+    floor: float
+
+    @property
+    def ratio(self) -> float:
+        """Error in units of the dense error or the floor, whichever is larger; at most 2 passes."""
+        yardstick = max(self.dense_error, self.floor)
+        if self.error == 0.0:
+            return 0.0
+        return self.error / yardstick if yardstick > 0.0 else math.inf
+
+    @property
+    def dense_ratio(self) -> float:
+        """How the dense error compares with the floor: the floor must not decide everything."""
+        return self.dense_error / self.floor if self.floor > 0.0 else math.inf
+
+
+def _as_float64(x: Any) -> np.ndarray:
+    return np.asarray(x).astype(np.float64)
+
+
+def assert_as_accurate_as_dense(
+    name: str, actual: Any, dense: Any, expected: Any, floor: Any = None, limit: float = 2.0
+) -> Accuracy:
+    """Asserts that the error of `actual` is at most `limit` times that of `dense`.
+
+    Both errors are the largest over the array, against `expected` (float64). `floor` replaces a
+    dense error that is smaller: an array of noise_floor, or by default two units in the last place
+    of the largest magnitude in `expected`.
+    """
+    dtype = np.asarray(actual).dtype
+    actual, dense, expected = _as_float64(actual), _as_float64(dense), _as_float64(expected)
+    assert actual.shape == expected.shape, (name, actual.shape, expected.shape)
+    assert np.isfinite(expected).all(), f"{name}: the oracle is not finite"
+    assert np.isfinite(actual).all(), f"{name}: {np.sum(~np.isfinite(actual))} values not finite"
+    largest = np.abs(expected).max(initial=0.0)
+    if floor is None:
+        floor = 2 * float(jnp.finfo(dtype).eps) * largest
+    accuracy = Accuracy(
+        float(np.abs(actual - expected).max(initial=0.0)),
+        float(np.abs(dense - expected).max(initial=0.0)),
+        float(np.max(np.asarray(floor), initial=0.0)),
+    )
+    assert accuracy.ratio <= limit, (
+        f"{name}: error {accuracy.error:.3e} is {accuracy.ratio:.2f} times that of dense attention "
+        f"({accuracy.dense_error:.3e}; noise floor {accuracy.floor:.3e}; largest {largest:.3e})"
+    )
+    return accuracy
+
+
+__all__ = [
+    "NOTHING_ALLOWED",
+    "Accuracy",
+    "Masking",
+    "allowed_pairs",
+    "assert_as_accurate_as_dense",
+    "dense_float64",
+    "dense_same_dtype",
+    "enable_x64",
+    "float64_oracle",
+    "masking",
+    "noise_floor",
+    "reduce_bias_noise",
+    "to_4d",
+    "valid_rows",
+    "wide_dtype",
+]
