@@ -52,7 +52,7 @@ class LinearKernel(Protocol):
         ...
 
     def batched(self, size: int, is_batched: Flags) -> "LinearKernel":
-        """With one more axis in front; of size 1 in linear inputs that are not batched."""
+        """With one more axis in front; where an input is not batched, of size 1 if the kernel can broadcast it."""
         ...
 
 
@@ -309,7 +309,10 @@ def _linear_batch(args: Any, dims: Any, *, kernel: LinearKernel, num_residuals: 
     size = next(x.shape[dim] for x, dim in zip(args, dims, strict=True) if dim is not None)
     is_batched = tuple(dim is not None for dim in dims[num_residuals:])
     kernel = kernel.batched(size, is_batched)
-    results = linear_kernel_p.bind(*_batch_operands(args, dims), kernel=kernel, num_residuals=num_residuals)
+    operands = _batch_operands(args, dims)
+    residuals, linear = operands[:num_residuals], operands[num_residuals:]
+    linear = [jnp.broadcast_to(x, like.shape) for x, like in zip(linear, kernel.inputs, strict=True)]
+    results = linear_kernel_p.bind(*residuals, *linear, kernel=kernel, num_residuals=num_residuals)
     return results, [0] * len(results)
 
 

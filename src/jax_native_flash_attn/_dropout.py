@@ -1,4 +1,4 @@
-"""The dropout keep-mask: a pure function of the key and of absolute positions, so that any tile of it can be made alone.
+"""The dropout keep-mask, a pure function of the key and of absolute positions: any tile of it can be made alone.
 
 The mask is that of `jax.random.bernoulli(dropout_rng, 1 - dropout_rate, (B, N, T, S))`. With JAX's default
 `jax_threefry_partitionable`, the random bits of element (b, n, t, s) are a hash of its linear index:
