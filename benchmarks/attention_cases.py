@@ -7,16 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from attention_calls import OURS, REFERENCE, TORCH, UNSUPPORTED, compile_attention
+from attention_calls import OURS, REFERENCE, UNSUPPORTED, compile_attention
 from attention_reference import largest_error, reference_results, select, with_cotangent_on
 from attention_shapes import AttentionShape, make_inputs
-from timing import call_with_peak, interleaved_seconds
+from resident_memory import can_measure, peak_resident_bytes
+from timing import interleaved_seconds
 
 Report = Callable[[str], None]
 
-# After its calls PyTorch's threads wait actively for some milliseconds, on cores that the next
-# call needs.
-_PAUSE_AFTER_TORCH = 0.02
 # Waiting for an accelerator costs about as much as a small call, so calls share a wait.
 _SAMPLE_SECONDS_ON_ACCELERATOR = 0.02
 
@@ -30,6 +28,7 @@ class Settings:
     max_dense_gib: float = 4.0
     seed: int = 0
     check_results: bool = True
+    measure_resident: bool = False
 
 
 @dataclasses.dataclass
@@ -38,7 +37,7 @@ class Measurement:
 
     samples: list[float] = dataclasses.field(default_factory=list)
     temporary_bytes: int | None = None
-    peak_bytes: int | None = None
+    resident_bytes: int | None = None
     error: float | None = None
     compile_seconds: float | None = None
     reason: str | None = None
@@ -88,8 +87,7 @@ class Case:
             "shape": dataclasses.asdict(self.shape),
             "mode": self.mode,
             "measurements": {
-                name: dataclasses.asdict(each)
-                | {"seconds": each.seconds, "ratio": self.ratio(name)}
+                name: dataclasses.asdict(each) | {"seconds": each.seconds, "ratio": self.ratio(name)}
                 for name, each in self.measurements.items()
             },
             "goal": self.goal,
@@ -121,8 +119,7 @@ def measure_case(
         dense_gib = shape.dense_bytes(mode) / 2**30
         if name in (REFERENCE, f"{REFERENCE}:xla") and dense_gib > settings.max_dense_gib:
             measurement.reason = (
-                f"skipped, dense attention needs about {dense_gib:.1f} GiB "
-                f"(--max-dense-gib {settings.max_dense_gib:g})"
+                f"skipped, dense attention needs about {dense_gib:.1f} GiB (--max-dense-gib {settings.max_dense_gib:g})"
             )
             continue
         try:
@@ -133,14 +130,15 @@ def measure_case(
             report(f"{name}: first call")
             # The first call also shows whether memory suffices.
             start = time.perf_counter()
-            result, peak = call_with_peak(attention.bind(checked_inputs))
+            result = jax.block_until_ready(attention.bind(checked_inputs)())
             first_seconds = time.perf_counter() - start
-            if jax.default_backend() == "cpu":
-                measurement.peak_bytes = peak
             if reference is not None:
                 named = attention.named_results(result)
                 measurement.error = largest_error(named, reference, selection)
             del result
+            if settings.measure_resident and can_measure():
+                report(f"{name}: resident memory")
+                measurement.resident_bytes = peak_resident_bytes(name, shape, mode, settings.seed)
             calls[name] = attention.bind(inputs)
             # Warming up a call of seconds once more gains nothing.
             if first_seconds > 1:
@@ -156,7 +154,6 @@ def measure_case(
             estimates=estimates,
             time_budget=settings.time_budget,
             sample_seconds=_SAMPLE_SECONDS_ON_ACCELERATOR if on_accelerator else 0.0,
-            pause_after={TORCH: _PAUSE_AFTER_TORCH},
             on_round=lambda done, planned: report(f"timing, round {done} of {planned}"),
         )
         for name, seconds in samples.items():

@@ -94,9 +94,7 @@ def reference_results(
     )
     scale = head_dim**-0.5
     by_key_head = (batch, key_heads, group * len(rows), shape.key_value_length)
-    logits = (scale * (query @ key.swapaxes(2, 3))).reshape(
-        batch, heads, len(rows), shape.key_value_length
-    )
+    logits = (scale * (query @ key.swapaxes(2, 3))).reshape(batch, heads, len(rows), shape.key_value_length)
     if inputs.bias is not None:
         logits += of_rows(float64(inputs.bias))
     allowed = np.ones((1, 1, len(rows), shape.key_value_length), bool)
@@ -126,9 +124,7 @@ def reference_results(
     delta = (cotangent * out).sum(axis=-1, keepdims=True)
     logits_gradient = probs * (cotangent @ value.swapaxes(2, 3) - delta)
     # A row without any allowed key has equal weights whatever its query: nothing flows to logits.
-    logits_gradient *= np.broadcast_to(allowed, (batch, heads, *allowed.shape[2:])).reshape(
-        by_key_head
-    )
+    logits_gradient *= np.broadcast_to(allowed, (batch, heads, *allowed.shape[2:])).reshape(by_key_head)
     results = {
         "out": by_row(out),
         "query": by_row(scale * (logits_gradient @ key)),
@@ -138,9 +134,7 @@ def reference_results(
     if inputs.bias is not None:
         bias_gradient = logits_gradient.reshape(batch, heads, len(rows), shape.key_value_length)
         summed = tuple(
-            axis
-            for axis, size in enumerate(inputs.bias.shape)
-            if size == 1 and bias_gradient.shape[axis] != 1
+            axis for axis, size in enumerate(inputs.bias.shape) if size == 1 and bias_gradient.shape[axis] != 1
         )
         results["bias"] = bias_gradient.sum(axis=summed, keepdims=True)
     return results

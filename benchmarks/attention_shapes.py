@@ -83,9 +83,7 @@ class AttentionShape:
         """The same call with `length` queries and `length` keys, for plots over the length."""
         if self.bias_shape or self.mask_shape or self.key_value_lengths:
             raise ValueError(f"{self.name}: only shapes without bias, mask and lengths are resized")
-        resized = _plain(
-            self.batch, length, length, self.num_heads, self.num_key_value_heads, self.head_dim
-        )
+        resized = _plain(self.batch, length, length, self.num_heads, self.num_key_value_heads, self.head_dim)
         return resized.with_settings(self.dtype, self.is_causal, self.local_window_size)
 
 
@@ -168,9 +166,7 @@ def _plain(
 ) -> AttentionShape:
     """A shape without mask or bias, named as `parse_dimensions` reads it."""
     if num_key_value_heads < 1 or num_heads % num_key_value_heads:
-        raise ValueError(
-            f"{num_heads} query heads are not a multiple of {num_key_value_heads} key/value heads"
-        )
+        raise ValueError(f"{num_heads} query heads are not a multiple of {num_key_value_heads} key/value heads")
     lengths, heads = f"{query_length}", f"{num_heads}"
     if key_value_length != query_length:
         lengths += f"/{key_value_length}"
@@ -316,9 +312,9 @@ def grid_shapes(
         head_dim = rng.choice((16, 32, 48, 64, 80, 96, 128, 192, 256))
         is_causal = rng.random() < 0.5
         dtype = rng.choice(("float32", "bfloat16"))
-        shape = _plain(
-            batch, query_length, key_value_length, num_heads, num_key_value_heads, head_dim
-        ).with_settings(dtype, is_causal)
+        shape = _plain(batch, query_length, key_value_length, num_heads, num_key_value_heads, head_dim).with_settings(
+            dtype, is_causal
+        )
         flops = 4 * shape.score_elements * head_dim
         fewest, most = score_classes[len(shapes) % len(score_classes)]
         if not fewest <= shape.score_elements < most:

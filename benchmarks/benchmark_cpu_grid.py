@@ -3,10 +3,11 @@
     python benchmarks/benchmark_cpu_grid.py
     python benchmarks/benchmark_cpu_grid.py --limit 20 --mode forward
 
-Measures a fixed list of shapes (see `grid_shapes` in attention_shapes.py), forward and gradient, and
-prints each ratio of the times, then their median, the largest, the share above 1.1 and the ten worst.
-Cases above 1.1 are measured once more with four times the time, and the second figure counts,
-because on a busy machine some of many short measurements are always wrong.
+Measures a fixed list of shapes (see `grid_shapes` in attention_shapes.py), forward and gradient,
+and prints each ratio of the times, then their median, the largest, the share above 1.1 and the ten
+worst. Cases above 1.1 are measured once more with four times the time, and the second figure
+counts, because on a busy machine some of many short measurements are always wrong; the JSON file
+keeps both.
 """
 
 import argparse
@@ -38,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     todo = [(shape, mode) for shape in shapes for mode in modes]
     settings = Settings(time_budget=options.time_per_case, check_results=False)
     print(header())
-    print(
-        f"{len(shapes)} shapes, {len(todo)} cases; ratio = {options.implementation} / {REFERENCE}"
-    )
+    print(f"{len(shapes)} shapes, {len(todo)} cases; ms and ratio: {options.implementation} / {REFERENCE}")
 
     measured: dict[tuple[str, str], Case] = {}
     skipped = 0
@@ -61,9 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     longer = dataclasses.replace(settings, time_budget=4 * settings.time_budget)
     first_ratios = {}
     slow = [
-        (name, case)
-        for name, case in measured.items()
-        if (case.ratio(options.implementation) or 0) > _LARGEST_GOAL
+        (name, case) for name, case in measured.items() if (case.ratio(options.implementation) or 0) > _LARGEST_GOAL
     ]
     if slow:
         print(f"measured again, {len(slow)} cases above {_LARGEST_GOAL}:")
@@ -87,12 +84,11 @@ def _measure(shape: AttentionShape, mode: str, implementation: str, settings: Se
 
 def _line(case: Case, implementation: str) -> str:
     label = f"{case.shape.name:<42} {case.mode:<8}"
+    seconds = [case.measurements[name].seconds for name in (implementation, REFERENCE)]
     ratio = case.ratio(implementation)
     if ratio is not None:
-        times = (case.measurements[name].seconds or 0 for name in (implementation, REFERENCE))
-        return (
-            label + " {:10.3f} ms {:10.3f} ms".format(*(1e3 * t for t in times)) + f" {ratio:7.3f}"
-        )
+        times = "".join(f"{1e3 * each:11.3f}" for each in seconds if each is not None)
+        return f"{label}{times} {ratio:7.3f}"
     reasons = (f"{name}: {each.reason}" for name, each in case.measurements.items() if each.reason)
     return f"{label} {'; '.join(reasons)}"
 
@@ -121,17 +117,11 @@ def _summarise(cases: Sequence[Case], implementation: str) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--limit", type=int, default=160, help="number of shapes (default: %(default)s)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int, default=160, help="number of shapes (default: %(default)s)")
     parser.add_argument("--mode", choices=(*MODES, "both"), default="both")
     parser.add_argument("--seed", type=int, default=0, help="of the list of shapes")
-    parser.add_argument(
-        "--implementation", default=OURS, help=f"{OURS} or {OURS}:name (default: %(default)s)"
-    )
+    parser.add_argument("--implementation", default=OURS, help=f"{OURS} or {OURS}:name (default: %(default)s)")
     parser.add_argument(
         "--time-per-case",
         type=float,
@@ -139,9 +129,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="SECONDS",
         help="for the timed calls of a case, at least three rounds (default: %(default)s)",
     )
-    parser.add_argument(
-        "--time-budget", type=float, metavar="SECONDS", help="start no further case after this"
-    )
+    parser.add_argument("--time-budget", type=float, metavar="SECONDS", help="start no further case after this")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     return parser.parse_args(argv)
 

@@ -41,16 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "float64" in (options.dtype, *(shape.dtype for shape in options.shapes)):
         jax.config.update("jax_enable_x64", True)
     implementations = options.implementations or default_implementations()
-    shapes = [
-        shape.with_settings(options.dtype, options.causal, options.window)
-        for shape in options.shapes
-    ]
+    shapes = [shape.with_settings(options.dtype, options.causal, options.window) for shape in options.shapes]
     if options.plot:
         shapes = [shapes[0].with_length(length) for length in options.plot_lengths]
     modes = MODES if options.mode == "both" else (options.mode,)
-    todo = [
-        (shape, mode) for shape in shapes for mode in modes if options.plot or mode in shape.modes
-    ]
+    todo = [(shape, mode) for shape in shapes for mode in modes if options.plot or mode in shape.modes]
     if not todo:
         print(f"none of these shapes has the mode {options.mode}", file=sys.stderr)
         return 2
@@ -59,9 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         time_budget=options.time_budget,
         max_dense_gib=options.max_dense_gib,
         seed=options.seed,
+        measure_resident=options.resident,
     )
     goals = any(shape.goal for shape, _ in todo)
-    table = Table([shape.name for shape, _ in todo], implementations, goals)
+    table = Table(
+        [shape.name for shape, _ in todo],
+        implementations,
+        goals=goals,
+        resident=options.resident,
+    )
     print(header())
     print(f"{GRADIENT} = one call returning output and gradients; error relative, against float64")
     print(table.head(), flush=True)
@@ -97,16 +98,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--shapes",
         nargs="+",
         type=_shape,
         metavar="SHAPE",
-        help="named shapes, BxTxNxH, BxT/SxN/KxH or B,T,S,N,K,H, in place of a preset; "
-        "--list-shapes prints the names",
+        help="named shapes, BxTxNxH, BxT/SxN/KxH or B,T,S,N,K,H, in place of a preset; --list-shapes prints the names",
     )
     parser.add_argument("--list-shapes", action="store_true", help="print all names and stop")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="default")
@@ -146,6 +144,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="GIB",
         help=f"skip {REFERENCE} where its dense code needs more (default: %(default)s)",
     )
+    parser.add_argument(
+        "--resident",
+        action="store_true",
+        help="measure the peak of resident memory too, of one call in a process of its own (Linux, "
+        "CPU; some seconds for each figure)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument(
@@ -155,9 +159,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="measure the first of --shapes (default: 1xTx4x64 causal) at several lengths instead, "
         "and plot time and memory",
     )
-    parser.add_argument(
-        "--plot-lengths", nargs="+", type=int, default=list(_PLOT_LENGTHS), metavar="T"
-    )
+    parser.add_argument("--plot-lengths", nargs="+", type=int, default=list(_PLOT_LENGTHS), metavar="T")
     options = parser.parse_args(argv)
     if options.list_shapes:
         print("\n".join(NAMED_SHAPES))

@@ -17,22 +17,28 @@ _MISSING = "-"
 class Table:
     """Lines of a Markdown table, one for each case, that also read well in a terminal."""
 
-    def __init__(self, cases_names: Sequence[str], implementations: Sequence[str], goals: bool):
+    def __init__(
+        self,
+        case_names: Sequence[str],
+        implementations: Sequence[str],
+        *,
+        goals: bool,
+        resident: bool,
+    ):
+        self._resident = resident
         self._implementations = list(implementations)
         self._goals = goals
         self._compared = [
-            name
-            for name in self._implementations
-            if name != REFERENCE and REFERENCE in self._implementations
+            name for name in self._implementations if name != REFERENCE and REFERENCE in self._implementations
         ]
         width = 7 * len(implementations)
         self._columns: list[tuple[str, int]] = [
-            ("case", max(len("case"), *(len(name) for name in cases_names))),
+            ("case", max(len("case"), *(len(name) for name in case_names))),
             ("mode", 8),
             *((f"{name} ms", max(9, len(name) + 3)) for name in implementations),
             *((f"{name} / {REFERENCE}", len(name) + 9) for name in self._compared),
             ("temp MiB", width),
-            ("peak MiB", width),
+            *([("resident MiB", max(12, width))] if resident else []),
             ("error", 8 * len(implementations)),
             *([("goal", 5), ("verdict", 7)] if goals else []),
         ]
@@ -42,7 +48,7 @@ class Table:
         order = ", ".join(self._implementations)
         return "\n".join(
             (
-                f"temp (compiler), peak (rise of resident memory) and error are those of: {order}",
+                f"temp (temporary memory, says the compiler) and error are those of: {order}",
                 "",
                 self._line([name for name, _ in self._columns]),
                 "|" + "|".join("-" * (width + 2) for _, width in self._columns) + "|",
@@ -58,9 +64,10 @@ class Table:
             *(_format(each.seconds, _milliseconds) for each in measured),
             *(_format(case.ratio(name), "{:.3f}".format) for name in self._compared),
             _joined(measured, lambda each: _format(each.temporary_bytes, _mebibytes)),
-            _joined(measured, lambda each: _format(each.peak_bytes, _mebibytes)),
-            _joined(measured, lambda each: _format(each.error, "{:.0e}".format)),
         ]
+        if self._resident:
+            cells.append(_joined(measured, lambda each: _format(each.resident_bytes, _mebibytes)))
+        cells.append(_joined(measured, lambda each: _format(each.error, "{:.0e}".format)))
         if self._goals:
             cells += [_format(case.goal, "{:.3g}".format), case.verdict or _MISSING]
         reasons = (
@@ -110,7 +117,7 @@ def write_json(path: Path, settings: dict[str, Any], cases: Sequence[Case], **mo
 def write_plot(path: Path, cases: Sequence[Case], title: str) -> None:
     """Time and memory over the sequence length, both axes logarithmic.
 
-    Solid lines are the compiler's temporary bytes; on a CPU dotted ones are the rise of resident
+    Solid lines are the compiler's temporary bytes; dotted ones, if measured, the peak of resident
     memory, which includes the results and the scratch that the compiler does not count.
     """
     import matplotlib
@@ -124,9 +131,7 @@ def write_plot(path: Path, cases: Sequence[Case], title: str) -> None:
     figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     markers = {FORWARD: "o", GRADIENT: "s"}
 
-    def draw(
-        axes: Any, values: Callable[[Measurement], float | None], mode: str, style: str, note: str
-    ) -> None:
+    def draw(axes: Any, values: Callable[[Measurement], float | None], mode: str, style: str, note: str) -> None:
         for index, name in enumerate(implementations):
             points = [
                 (case.shape.query_length, value)
@@ -154,9 +159,9 @@ def write_plot(path: Path, cases: Sequence[Case], title: str) -> None:
     for mode in modes:
         draw(time_axes, milliseconds, mode, "-", "")
         draw(memory_axes, lambda each: mebibytes(each.temporary_bytes), mode, "-", "")
-        draw(memory_axes, lambda each: mebibytes(each.peak_bytes), mode, ":", ", resident")
+        draw(memory_axes, lambda each: mebibytes(each.resident_bytes), mode, ":", ", resident")
     time_axes.set(ylabel="milliseconds per call", title="Time")
-    memory_axes.set(ylabel="MiB", title="Memory: temporary (solid), rise of resident (dotted)")
+    memory_axes.set(ylabel="MiB", title="Temporary memory")
     lengths = sorted({case.shape.query_length for case in cases})
     for axes in (time_axes, memory_axes):
         axes.set(xscale="log", yscale="log", xlabel="sequence length")

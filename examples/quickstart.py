@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from jax_native_flash_attn import flash_attention
 
-TOLERANCE = 1e-5  # relative to the largest element; float32 rounding stays well below
+TOLERANCE = 1e-4  # relative to the largest element of a head; float32 rounding stays well below
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,21 +81,19 @@ def compare_with_dense(
     # rows are left out: their elements are so large that errors in the others would look small.
     length = query.shape[1]
     last = max(length - 32, 0)
-    rows = np.union1d(
-        np.linspace(last // 32, last, 32, endpoint=False, dtype=int), np.arange(last, length)
-    )
-    causal = np.arange(length) <= rows[:, None]
+    spread = np.linspace(last // 32, last, 32, endpoint=False, dtype=int)
+    rows = np.union1d(spread, np.arange(last, length))
+    visible = np.arange(length) <= rows[:, None]
 
     @jax.jit
     def dense(query: jax.Array, key: jax.Array, value: jax.Array, out_gradient: jax.Array):
         def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-            return jax.nn.dot_product_attention(query, key, value, mask=causal[None, None])
+            return jax.nn.dot_product_attention(query, key, value, mask=visible[None, None])
 
         out, transpose = jax.vjp(attend, query, key, value)
         query_gradient, key_gradient, value_gradient = transpose(out_gradient)
         return out, query_gradient, key_gradient[:, last:], value_gradient[:, last:]
 
-    expected = dense(query[:, rows], key, value, out_gradient[:, rows])
     query_gradient, key_gradient, value_gradient = gradients
     actual = (
         out[:, rows],
@@ -103,11 +101,13 @@ def compare_with_dense(
         key_gradient[:, last:],
         value_gradient[:, last:],
     )
+    errors = []
+    for n in range(query.shape[2]):  # one head at a time, so that the check needs little memory too
+        head = np.s_[:, :, n : n + 1]
+        expected = dense(query[:, rows][head], key[head], value[head], out_gradient[:, rows][head])
+        errors.append([jnp.abs(a[head] - e).max() / jnp.abs(e).max() for a, e in zip(actual, expected, strict=True)])
     names = ("value", "gradient of query", "gradient of key", "gradient of value")
-    return {
-        name: float(jnp.abs(a - e).max() / jnp.abs(e).max())
-        for name, a, e in zip(names, actual, expected, strict=True)
-    }
+    return dict(zip(names, np.max(errors, axis=0).tolist(), strict=True))
 
 
 @contextlib.contextmanager
@@ -120,9 +120,7 @@ def step(bar: tqdm, name: str) -> Iterator[None]:
         # Without a terminal there is no bar: a line now and then shows that it is alive.
         while not done.wait(5 if bar.disable else 0.2):
             if bar.disable:
-                print(
-                    f"{name}: {time.perf_counter() - start:.0f} s ...", file=sys.stderr, flush=True
-                )
+                print(f"{name}: {time.perf_counter() - start:.0f} s ...", file=sys.stderr, flush=True)
             else:
                 bar.refresh()
 

@@ -52,9 +52,7 @@ def flash(
     dropout_rate: float,
     dropout_rng: jax.Array | None,
 ) -> jax.Array:
-    return flash_attention(
-        query, key, value, is_causal=True, dropout_rate=dropout_rate, dropout_rng=dropout_rng
-    )
+    return flash_attention(query, key, value, is_causal=True, dropout_rate=dropout_rate, dropout_rng=dropout_rng)
 
 
 def dense(
@@ -81,17 +79,11 @@ ATTENTION: dict[str, Attention] = {"flash": flash, "dense": dense}
 
 
 class SelfAttention(nnx.Module):
-    def __init__(
-        self, width: int, heads: int, dropout: float, attention: Attention, rngs: nnx.Rngs
-    ):
+    def __init__(self, width: int, heads: int, dropout: float, attention: Attention, rngs: nnx.Rngs):
         self.dropout = dropout
         self.attention = attention
-        self.project_in = nnx.LinearGeneral(
-            width, (3, heads, width // heads), use_bias=False, rngs=rngs
-        )
-        self.project_out = nnx.LinearGeneral(
-            (heads, width // heads), width, axis=(-2, -1), use_bias=False, rngs=rngs
-        )
+        self.project_in = nnx.LinearGeneral(width, (3, heads, width // heads), use_bias=False, rngs=rngs)
+        self.project_out = nnx.LinearGeneral((heads, width // heads), width, axis=(-2, -1), use_bias=False, rngs=rngs)
 
     def __call__(self, x: jax.Array, dropout_rng: jax.Array | None) -> jax.Array:
         query, key, value = jnp.moveaxis(self.project_in(x), -3, 0)  # each (B, T, N, H)
@@ -101,9 +93,7 @@ class SelfAttention(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(
-        self, width: int, heads: int, dropout: float, attention: Attention, rngs: nnx.Rngs
-    ):
+    def __init__(self, width: int, heads: int, dropout: float, attention: Attention, rngs: nnx.Rngs):
         self.attention_norm = nnx.RMSNorm(width, rngs=rngs)
         self.attention = SelfAttention(width, heads, dropout, attention, rngs)
         self.mlp_norm = nnx.RMSNorm(width, rngs=rngs)
@@ -128,9 +118,7 @@ class LanguageModel(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.embedding = nnx.Embed(256, width, rngs=rngs)
-        self.blocks = nnx.List(
-            [Block(width, heads, dropout, attention, rngs) for _ in range(layers)]
-        )
+        self.blocks = nnx.List([Block(width, heads, dropout, attention, rngs) for _ in range(layers)])
         self.norm = nnx.RMSNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, 256, use_bias=False, rngs=rngs)
 
@@ -156,18 +144,14 @@ def rotate(x: jax.Array) -> jax.Array:
 # ------------------------------------------------------------------------------------- training
 
 
-def mean_loss(
-    model: LanguageModel, text: jax.Array, dropout_rng: jax.Array | None = None
-) -> jax.Array:
+def mean_loss(model: LanguageModel, text: jax.Array, dropout_rng: jax.Array | None = None) -> jax.Array:
     """Cross entropy, in nats per byte, of text (B, T + 1) given the bytes before."""
     logits = model(text[:, :-1], dropout_rng).astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
 
 
 @nnx.jit
-def train_step(
-    model: LanguageModel, optimizer: nnx.Optimizer, text: jax.Array, dropout_rng: jax.Array
-) -> jax.Array:
+def train_step(model: LanguageModel, optimizer: nnx.Optimizer, text: jax.Array, dropout_rng: jax.Array) -> jax.Array:
     loss, gradients = nnx.value_and_grad(mean_loss)(model, text, dropout_rng)
     optimizer.update(model, gradients)
     return loss
@@ -180,8 +164,7 @@ def validation_loss(model: LanguageModel, text: np.ndarray, args: argparse.Names
     """The loss on windows spread evenly over the held-out text, always the same ones."""
     starts = np.linspace(0, len(text) - args.context - 1, 4 * args.batch_size, dtype=int)
     losses = [
-        validation_step(model, windows(text, batch, args.context))
-        for batch in starts.reshape(4, args.batch_size)
+        validation_step(model, windows(text, batch, args.context)) for batch in starts.reshape(4, args.batch_size)
     ]
     return float(np.mean(jax.device_get(losses)))
 
@@ -204,9 +187,7 @@ def standard_library() -> tuple[np.ndarray, np.ndarray]:
 
 
 @nnx.jit
-def next_byte(
-    model: LanguageModel, window: jax.Array, length: jax.Array, rng: jax.Array
-) -> jax.Array:
+def next_byte(model: LanguageModel, window: jax.Array, length: jax.Array, rng: jax.Array) -> jax.Array:
     # Attention is causal, so what stands behind the first `length` bytes has no influence.
     logits = model(window[None])[0, length - 1]
     return jax.random.categorical(rng, logits.astype(jnp.float32) / 0.8)

@@ -98,11 +98,12 @@ def cases(draw: st.DrawFn, dtypes: tuple[str, ...] = DTYPES) -> Case:
     shape = draw(st.sampled_from(SHAPES))
     B, T, S, *_ = shape
     axes = st.tuples(*[st.booleans()] * 4)
-    sides = st.sampled_from((0, 1, 3, 17, 64, 200))
+    sides = st.sampled_from((17, 3, 64, 1, 0, 200))
 
     def lengths(full: int) -> st.SearchStrategy[tuple[int, ...] | None]:
         # Beyond the full length is allowed too, and means all of it.
-        one = st.one_of(st.sampled_from((full, 0, full // 2, full + 3)), st.integers(0, full))
+        some = st.integers((full + 1) // 2, full)
+        one = st.one_of(some, some, st.sampled_from((full + 3, full // 3, 0)), st.integers(0, full))
         return st.none() | st.tuples(*[one] * B)
 
     return Case(
@@ -112,11 +113,11 @@ def cases(draw: st.DrawFn, dtypes: tuple[str, ...] = DTYPES) -> Case:
         bias=draw(st.none() | axes),
         bias_dtype=draw(st.sampled_from((None, None, "float32", "bfloat16"))),
         mask=draw(st.none() | axes),
-        mask_density=draw(st.sampled_from((0.5, 1.0, 0.95, 0.1, 0.0))),
+        mask_density=draw(st.sampled_from((0.5, 0.9, 0.9, 1.0, 0.1, 0.0))),
         trim=draw(st.booleans()),
         is_causal=draw(st.booleans()),
         local_window_size=draw(
-            st.none() | st.none() | st.just((0, 0)) | st.tuples(sides, sides) | sides
+            st.none() | st.none() | st.none() | st.tuples(sides, sides) | sides
         ),
         query_seq_lengths=draw(lengths(T)),
         key_value_seq_lengths=draw(lengths(S)),
@@ -266,8 +267,12 @@ def run_case(case: Case, inputs: Inputs, attention: Callable[..., Any]) -> dict[
     return {k: np.asarray(v) for k, v in named.items() if v is not None}
 
 
+# Compiling is what takes time here, not running.
+_COMPILER_OPTIONS = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+
+
 def _value_and_gradients(dense: Callable[..., Any], cast: Any):
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=_COMPILER_OPTIONS)
     def run(query, key, value, bias, scale, masks, dout):
         arrays = [x.astype(cast) if cast else x for x in (query, key, value)]
         call = functools.partial(dense, masks=masks)
@@ -286,7 +291,6 @@ def _value_and_gradients(dense: Callable[..., Any], cast: Any):
 # One compilation for each shape (and dtype), since every option is data by now.
 _oracle = _value_and_gradients(dense_float64, jnp.float64)
 _dense = _value_and_gradients(dense_same_dtype, None)
-_noise = jax.jit(noise_floor, static_argnames="dtype")
 
 
 def check_case(case: Case, attention: Callable[..., Any] = flash_attention) -> dict[str, Accuracy]:
@@ -307,8 +311,8 @@ def check_case(case: Case, attention: Callable[..., Any] = flash_attention) -> d
         bias64 = full_bias.astype(np.float64)
         scale64 = np.float64(scale)
         expected = _oracle(*arrays, bias64, scale64, masks, dout)
-        arrays64 = [x.astype(np.float64) for x in (*arrays, dout)]
-        floors = _noise(*arrays64[:3], bias64, scale64, masks, arrays64[3], dtype=case.dtype)
+    query64, key64, value64, dout64 = (x.astype(np.float64) for x in (*arrays, dout))
+    floors = noise_floor(query64, key64, value64, bias64, scale64, masks, dout64, case.dtype)
     with enable_x64(case.dtype == "float64"):
         wide = wide_dtype(case.dtype)
         dense = _dense(*arrays, full_bias.astype(wide), wide.type(scale), masks, dout)
@@ -336,7 +340,8 @@ def check_case(case: Case, attention: Callable[..., Any] = flash_attention) -> d
     for b in np.flatnonzero(~rows_without_a_key.any(axis=(1, 2))):
         assert not actual["key"][b][~key_valid[b]].any(), "key: gradient of padding"
         assert not actual["value"][b][~key_valid[b]].any(), "value: gradient of padding"
-    nothing = np.asarray(NOTHING_ALLOWED, jnp.float32).astype(actual["lse"].dtype)
+    with np.errstate(over="ignore"):  # -inf in float16
+        nothing = np.asarray(NOTHING_ALLOWED, np.float32).astype(actual["lse"].dtype)
     np.testing.assert_allclose(
         actual["lse"][~live].astype(np.float64), float(nothing), rtol=float(jnp.finfo(jnp.float32).eps)
     )

@@ -15,6 +15,7 @@ padded ones included, by 1 / S; a row past its query length gives 0. Two impleme
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -226,84 +227,89 @@ def dense_same_dtype(query, key, value, bias, scale, masks: Masking):
 # The tolerance
 
 
+_einsum = functools.partial(np.einsum, optimize=True)
+
+
 def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> dict[str, Any]:
     """The error that a single rounding of every term would make, for each result; in float64.
 
     Dense code is now and then exact by luck (one key; one term; a sum that cancels), so twice its
     error alone is no fair bound. This is first-order error propagation through the formulas of value
-    and gradient: independent roundings add as root of squares; an error common to a row (of its lse,
-    or of delta = dout . out, which flash attention takes from the rounded `out`) adds coherently.
+    and gradient: products of inputs, probabilities, their cotangents and those of logits round to
+    `dtype`, all else to the wider dtype. Independent roundings add as root of squares; that of a
+    row's delta = dout . out is common to the row and adds coherently.
     `bias` is for a bias of full shape, and `bias_row` its coherent part: reduce_bias_noise takes
     them to the shape of the bias.
     """
     N, K = query.shape[2], key.shape[2]
     low = float(jnp.finfo(dtype).eps) / 2
     wide = float(jnp.finfo(wide_dtype(dtype)).eps) / 2
-    key, value = _heads(key, N), _heads(value, N)
+    key, value = np.repeat(key, N // K, axis=2), np.repeat(value, N // K, axis=2)
 
     def root(spec, *squares):
-        return jnp.sqrt(jnp.einsum(spec, *(x * x for x in squares)))
+        return np.sqrt(_einsum(spec, *(x * x for x in squares)))
 
     def rows(x):  # (B, T, N) -> (B, N, T, 1)
         return x.transpose(0, 2, 1)[..., None]
 
     def per_head(x):  # reduces query heads to key/value heads, root of squares
         B, S, _, D = x.shape
-        return jnp.sqrt((x * x).reshape(B, S, K, N // K, D).sum(axis=3))
+        return np.sqrt((x * x).reshape(B, S, K, N // K, D).sum(axis=3))
 
-    allowed, factor = jnp.asarray(masks.allowed), jnp.asarray(masks.factor)
-    dout = jnp.where(jnp.asarray(masks.query_valid)[:, :, None, None], dout, 0.0)
+    allowed, factor = masks.allowed, masks.factor
+    dout = np.where(masks.query_valid[:, :, None, None], dout, 0.0)
     S = allowed.shape[-1]
     live = allowed.any(axis=-1, keepdims=True)
-    plain = jnp.einsum("btnh,bsnh->bnts", query, key)
-    logits = jnp.where(allowed, plain * scale + bias, -jnp.inf)
-    top = jnp.where(live, logits.max(axis=-1, keepdims=True), 0.0)
-    weights = jnp.exp(logits - top)
-    total = jnp.where(live, weights.sum(axis=-1, keepdims=True), 1.0)
-    probs = jnp.where(live, weights / total, 1.0 / S)
-    lse = (top + jnp.log(total))[..., 0].transpose(0, 2, 1)
-    out = jnp.einsum("bnts,bsnd->btnd", probs * factor, value)
+    plain = _einsum("btnh,bsnh->bnts", query, key)
+    logits = np.where(allowed, plain * scale + bias, -np.inf)
+    top = np.where(live, logits.max(axis=-1, keepdims=True), 0.0)
+    weights = np.exp(logits - top)
+    total = np.where(live, weights.sum(axis=-1, keepdims=True), 1.0)
+    probs = np.where(live, weights / total, 1.0 / S)
+    lse = (top + np.log(total))[..., 0].transpose(0, 2, 1)
+    out = _einsum("bnts,bsnd->btnd", probs * factor, value)
 
-    logit_size = root("btnh,bsnh->bnts", query, key) * jnp.abs(scale) + jnp.abs(bias)
-    logit_size = jnp.where(allowed, logit_size + jnp.abs(plain * scale), 0.0)
-    lse_noise = wide * (1.0 + logit_size.max(axis=-1, keepdims=True))  # (B, N, T, 1)
-    probs_noise = probs * (low + wide * (1.0 + logit_size))
+    logit_size = root("btnh,bsnh->bnts", query, key) * np.abs(scale) + np.abs(bias)
+    logit_size = np.where(allowed, logit_size + np.abs(plain * scale), 0.0)
+    lse_noise = 2 * wide * (1.0 + logit_size.max(axis=-1, keepdims=True))  # (B, N, T, 1)
+    probs_wide = probs * wide * (1.0 + logit_size)  # as softmax leaves them
+    probs_noise = probs_wide + probs * (low + lse_noise)  # as they enter the product with value
 
-    dprobs = jnp.einsum("btnd,bsnd->bnts", dout, value)
-    dprobs_size = root("btnd,bsnd->bnts", dout, value) + jnp.abs(dprobs)
+    dprobs = _einsum("btnd,bsnd->bnts", dout, value)
+    dprobs_size = root("btnd,bsnd->bnts", dout, value) + np.abs(dprobs)
     delta = rows((dout * out).sum(axis=-1))
-    delta_noise = low * (rows(root("btnd,btnd->btn", dout, out)) + jnp.abs(delta))
-    dlogits = jnp.where(live, probs * (dprobs * factor - delta), 0.0)
-    own = low * probs * (factor * dprobs_size + jnp.abs(delta))
-    own = own + probs_noise * jnp.abs(dprobs * factor - delta) + lse_noise * jnp.abs(dlogits)
-    own = jnp.where(live, own, 0.0)
-    common = jnp.where(live, delta_noise, 0.0)  # times probs, the same sign along a row
+    delta_size = rows(root("btnd,btnd->btn", dout, out)) + np.abs(delta)
+    dlogits = np.where(live, probs * (dprobs * factor - delta), 0.0)
+    own = probs * (low * np.abs(dprobs) + wide * dprobs_size) * factor + low * np.abs(dlogits)
+    own = own + (probs_wide + probs * lse_noise) * np.abs(dprobs * factor - delta)
+    own = np.where(live, own, 0.0)
+    common = np.where(live, wide * delta_size, 0.0)  # times probs, the same sign along a row
 
     def column(own_size, common_size):
-        return jnp.sqrt(own_size**2 + common_size**2)
+        return np.sqrt(own_size**2 + common_size**2)
 
     common_probs = common * probs
     lse_rows = lse_noise[..., 0].transpose(0, 2, 1)[..., None]  # (B, T, N, 1)
     scale_own = root("bnts,bnts->", own, plain)
     scale_common = root("bnt->", (common_probs * plain).sum(axis=-1))
     dscale = (dlogits * plain).sum()
-    dquery = scale * jnp.einsum("bnts,bsnh->btnh", dlogits, key)
-    dkey = scale * jnp.einsum("bnts,btnh->bsnh", dlogits, query)
-    dvalue = jnp.einsum("bnts,btnd->bsnd", probs * factor, dout)
+    dquery = scale * _einsum("bnts,bsnh->btnh", dlogits, key)
+    dkey = scale * _einsum("bnts,btnh->bsnh", dlogits, query)
+    dvalue = _einsum("bnts,btnd->bsnd", probs * factor, dout)
     dquery_own = root("bnts,bsnh->btnh", own, key)
-    dquery_common = jnp.abs(jnp.einsum("bnts,bsnh->btnh", common_probs, key))
-    dkey_noise = jnp.abs(scale) * column(
+    dquery_common = np.abs(_einsum("bnts,bsnh->btnh", common_probs, key))
+    dkey_noise = np.abs(scale) * column(
         root("bnts,btnh->bsnh", own, query), root("bnts,btnh->bsnh", common_probs, query)
     )
     dvalue_noise = root("bnts,btnd->bsnd", probs_noise * factor, dout)
     out_noise = root("bnts,bsnd->btnd", probs_noise * factor, value)
     return {
-        "out": out_noise + (low + lse_rows) * jnp.abs(out),
-        "lse": lse_rows[..., 0] + low * jnp.abs(lse),
-        "query": jnp.abs(scale) * (dquery_own + dquery_common) + low * jnp.abs(dquery),
-        "key": per_head(dkey_noise + low * jnp.abs(dkey)),
-        "value": per_head(dvalue_noise + low * jnp.abs(dvalue)),
-        "scale": scale_own + scale_common + low * jnp.abs(dscale),
+        "out": out_noise + (low + lse_rows) * np.abs(out),
+        "lse": lse_rows[..., 0] + low * np.abs(lse),
+        "query": np.abs(scale) * (dquery_own + dquery_common) + low * np.abs(dquery),
+        "key": per_head(dkey_noise + low * np.abs(dkey)),
+        "value": per_head(dvalue_noise + low * np.abs(dvalue)),
+        "scale": scale_own + scale_common + low * np.abs(dscale),
         "bias": own,
         "bias_row": common_probs,
     }

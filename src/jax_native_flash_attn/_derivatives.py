@@ -9,8 +9,8 @@ linear in some operands, given others (the residuals), and that knows its transp
 - batching puts one more axis in front of the kernels' batch axes, of size 1 where an operand is not batched: nothing
   shared is copied, and a `vmap` costs what a batch costs.
 
-Kernels run in two forms. The one that is lowered loops with run-time trip counts, which JAX cannot reverse; the transpose
-of a directional derivative is JAX's own reverse mode through the other (`differentiable=True`).
+Kernels run in two forms. The one that is lowered loops with run-time trip counts, which JAX cannot reverse; the
+transpose of a directional derivative is JAX's own reverse mode through the other (`differentiable=True`).
 """
 
 import functools
