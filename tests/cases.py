@@ -116,9 +116,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[str, ...] = DTYPES) -> Case:
         mask_density=draw(st.sampled_from((0.5, 0.9, 0.9, 1.0, 0.1, 0.0))),
         trim=draw(st.booleans()),
         is_causal=draw(st.booleans()),
-        local_window_size=draw(
-            st.none() | st.none() | st.none() | st.tuples(sides, sides) | sides
-        ),
+        local_window_size=draw(st.none() | st.none() | st.none() | st.tuples(sides, sides) | sides),
         query_seq_lengths=draw(lengths(T)),
         key_value_seq_lengths=draw(lengths(S)),
         poison=draw(st.booleans()),
@@ -215,8 +213,7 @@ def make_inputs(case: Case) -> Inputs:
 def run_case(case: Case, inputs: Inputs, attention: Callable[..., Any]) -> dict[str, np.ndarray]:
     """Value, lse and gradients of `attention` under jit, under the names of Case's results."""
     lengths = tuple(
-        None if x is None else np.asarray(x, np.int32)
-        for x in (case.query_seq_lengths, case.key_value_seq_lengths)
+        None if x is None else np.asarray(x, np.int32) for x in (case.query_seq_lengths, case.key_value_seq_lengths)
     )
     window = case.local_window_size
     query, key, value = (x[0] if case.unbatched else x for x in inputs.poisoned)
@@ -317,8 +314,7 @@ def check_case(case: Case, attention: Callable[..., Any] = flash_attention) -> d
         wide = wide_dtype(case.dtype)
         dense = _dense(*arrays, full_bias.astype(wide), wide.type(scale), masks, dout)
     expected, floors, dense = (
-        {k: np.asarray(v).astype(np.float64) for k, v in results.items()}
-        for results in (expected, floors, dense)
+        {k: np.asarray(v).astype(np.float64) for k, v in results.items()} for results in (expected, floors, dense)
     )
     floors["bias"] = reduce_bias_noise(
         floors["bias"], floors.pop("bias_row"), (1,) * 4 if inputs.bias is None else inputs.bias.shape
@@ -352,9 +348,7 @@ def check_case(case: Case, attention: Callable[..., Any] = flash_attention) -> d
     for name, result in actual.items():
         if name == "bias":
             result = to_4d(result)
-        accuracies[name] = assert_as_accurate_as_dense(
-            name, result, dense[name], expected[name], floors[name]
-        )
+        accuracies[name] = assert_as_accurate_as_dense(name, result, dense[name], expected[name], floors[name])
     return accuracies
 
 

@@ -93,9 +93,7 @@ class Masking:
     factor: Any  # (B, N, T, S), or 1.0 without dropout
 
 
-jax.tree_util.register_dataclass(
-    Masking, ["allowed", "query_valid", "key_valid", "factor"], []
-)
+jax.tree_util.register_dataclass(Masking, ["allowed", "query_valid", "key_valid", "factor"], [])
 
 
 def masking(
@@ -205,7 +203,7 @@ def dense_same_dtype(query, key, value, bias, scale, masks: Masking):
     Written with an upcast before each product, which is exact and runs on every backend (XLA:CPU
     has no float16 product).
     """
-    dtype, N, S = query.dtype, query.shape[2], key.shape[1]
+    dtype, N = query.dtype, query.shape[2]
     wide = wide_dtype(dtype)
     key, value = _heads(key, N), _heads(value, N)
     allowed = jnp.asarray(masks.allowed)
@@ -270,8 +268,8 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> 
     out = _einsum("bnts,bsnd->btnd", probs * factor, value)
 
     logit_size = root("btnh,bsnh->bnts", query, key) * np.abs(scale) + np.abs(bias)
-    logit_size = np.where(allowed, logit_size + np.abs(plain * scale), 0.0)
-    lse_noise = 2 * wide * (1.0 + logit_size.max(axis=-1, keepdims=True))  # (B, N, T, 1)
+    logit_size = np.where(allowed, np.maximum(logit_size, np.abs(logits)), 0.0)
+    lse_noise = wide * (1.0 + logit_size.max(axis=-1, keepdims=True))  # (B, N, T, 1)
     probs_wide = probs * wide * (1.0 + logit_size)  # as softmax leaves them
     probs_noise = probs_wide + probs * (low + lse_noise)  # as they enter the product with value
 
@@ -305,10 +303,11 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> 
     out_noise = root("bnts,bsnd->btnd", probs_noise * factor, value)
     return {
         "out": out_noise + (low + lse_rows) * np.abs(out),
-        "lse": lse_rows[..., 0] + low * np.abs(lse),
+        "lse": 3 * lse_rows[..., 0] + low * np.abs(lse),
         "query": np.abs(scale) * (dquery_own + dquery_common) + low * np.abs(dquery),
         "key": per_head(dkey_noise + low * np.abs(dkey)),
-        "value": per_head(dvalue_noise + low * np.abs(dvalue)),
+        # 1 / (1 - rate), and 1 / S of rows without a key, are rounded once for all rows.
+        "value": per_head(dvalue_noise + (low + 2 * wide) * np.abs(dvalue)),
         "scale": scale_own + scale_common + low * np.abs(dscale),
         "bias": own,
         "bias_row": common_probs,

@@ -1,0 +1,151 @@
+"""Memory: nothing of T * S elements, temporary memory linear in T, and a resident set to match."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_native_flash_attn import flash_attention
+
+B, N, K, H = 2, 4, 2, 32
+
+# Extra arrays of a call by sequence length, then its static options.
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "causal": ({}, {"is_causal": True}),
+    "window": ({}, {"local_window_size": (200, 100)}),
+    "lengths": ({"query_seq_lengths": ((B,), jnp.int32), "key_value_seq_lengths": ((B,), jnp.int32)}, {}),
+    "mask (B,1,1,S)": ({"mask": ((B, 1, 1, "T"), jnp.bool_)}, {}),
+    "bias (1,N,1,S)": ({"bias": ((1, N, 1, "T"), jnp.float32)}, {}),
+    "dropout": ({}, {"dropout_rate": 0.1}),
+}
+
+
+def call_and_arguments(name: str, T: int) -> tuple[Any, tuple[Any, ...]]:
+    """A loss of query, key, value, bias, and all of its arguments as shapes."""
+    extras, options = SETTINGS[name]
+    shapes = {
+        k: jax.ShapeDtypeStruct(tuple(T if n == "T" else n for n in shape), dtype)
+        for k, (shape, dtype) in extras.items()
+    }
+    bias = shapes.pop("bias", None)
+    rng = jax.eval_shape(lambda: jax.random.key(0)) if "dropout_rate" in options else None
+    query = jax.ShapeDtypeStruct((B, T, N, H), jnp.float32)
+    key = jax.ShapeDtypeStruct((B, T, K, H), jnp.float32)
+
+    def loss(query, key, value, bias, shapes, rng):
+        return flash_attention(query, key, value, bias, **shapes, **options, dropout_rng=rng).sum()
+
+    return loss, (query, key, key, bias, shapes, rng)
+
+
+def functions(name: str, T: int) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    loss, arguments = call_and_arguments(name, T)
+    argnums = (0, 1, 2) if arguments[3] is None else (0, 1, 2, 3)
+    return {"value": loss, "gradient": jax.grad(loss, argnums)}, arguments
+
+
+@functools.cache
+def compiled(name: str, mode: str, T: int) -> Any:
+    function, arguments = functions(name, T)
+    return jax.jit(function[mode]).lower(*arguments).compile()
+
+
+def sub_jaxprs(parameter: Any) -> Iterator[Any]:
+    if hasattr(parameter, "eqns"):
+        yield parameter
+    elif hasattr(parameter, "jaxpr"):  # closed
+        yield from sub_jaxprs(parameter.jaxpr)
+    elif isinstance(parameter, tuple | list):
+        for element in parameter:
+            yield from sub_jaxprs(element)
+
+
+def intermediates(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield from (variable.aval for variable in equation.outvars)
+        for parameter in equation.params.values():
+            for inner in sub_jaxprs(parameter):
+                yield from intermediates(inner)
+
+
+def largest_in_text(text: str) -> tuple[int, str]:
+    """The largest array named in optimised HLO (f32[2,3]) or StableHLO (tensor<2x3xf32>)."""
+    found = [(m[0], m[1].split(",")) for m in re.finditer(r"\b[a-z]+\d*\[([\d,]+)\]", text)]
+    found += [(m[0], m[1].split("x")[:-1]) for m in re.finditer(r"tensor<((?:\d+x)+)[a-z]", text)]
+    assert found
+    return max((int(np.prod([int(n) for n in sizes], dtype=np.int64)), shape) for shape, sizes in found)
+
+
+def test_the_search_for_quadratic_arrays_finds_them():
+    def dense(x):
+        return jax.nn.softmax(x @ x.T) @ x
+
+    x = jax.ShapeDtypeStruct((512, 8), jnp.float32)
+    assert max(a.size for a in intermediates(jax.make_jaxpr(jax.jit(dense))(x).jaxpr)) == 512 * 512
+    lowered = jax.jit(dense).lower(x)
+    assert largest_in_text(lowered.as_text())[0] == 512 * 512
+    assert largest_in_text(lowered.compile().as_text())[0] == 512 * 512
+
+
+@pytest.mark.parametrize("mode", ["value", "gradient"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_array_of_t_times_s_elements(name: str, mode: str):
+    T = 4096
+    function, arguments = functions(name, T)
+    jaxpr = jax.make_jaxpr(function[mode])(*arguments)
+    assert max(aval.size for aval in intermediates(jaxpr.jaxpr) if hasattr(aval, "size")) < T * T
+    # The kernels are opaque parameters of primitives: look at what they lower and compile to.
+    lowered = jax.jit(function[mode]).lower(*arguments)
+    size, shape = largest_in_text(lowered.as_text())
+    assert size < T * T, shape
+    size, shape = largest_in_text(compiled(name, mode, T).as_text())
+    assert size < T * T, shape
+
+
+@pytest.mark.parametrize("mode", ["value", "gradient"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_temporary_memory_is_linear_in_sequence_length(name: str, mode: str):
+    short, long = (compiled(name, mode, T).memory_analysis().temp_size_in_bytes for T in (4096, 16384))
+    assert long <= 4.2 * short
+    assert long < 16384**2  # bytes: a quarter of one dense matrix of one head
+
+
+RUN = """
+import resource, sys
+import jax, jax.numpy as jnp
+from jax_native_flash_attn import flash_attention
+
+@jax.jit
+def step(query, key, value, rng):
+    def loss(query, key, value):
+        dropout = {"dropout_rate": float(sys.argv[1]), "dropout_rng": rng}
+        return flash_attention(query, key, value, is_causal=True, **dropout).sum()
+    return jax.value_and_grad(loss, (0, 1, 2))(query, key, value)
+
+def run(T):
+    arrays = (jax.random.normal(k, (1, T, 2, 32)) for k in jax.random.split(jax.random.key(0), 3))
+    jax.block_until_ready(step(*arrays, jax.random.key(1)))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+print(run(512), run(8192))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
+@pytest.mark.parametrize("dropout_rate", [0.0, 0.1])
+def test_peak_resident_memory_of_a_long_run(dropout_rate: float):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    output = subprocess.run(
+        [sys.executable, "-c", RUN, str(dropout_rate)], capture_output=True, text=True, check=True, env=environment
+    )
+    short, long = (int(kib) for kib in output.stdout.split())
+    dense_mib = 2 * 8192**2 * 4 / 2**20  # one (N, T, S) array of float32; dense needs about three
+    assert (long - short) / 1024 < dense_mib / 4
