@@ -1,5 +1,6 @@
 """The public function: signature, mathematics, and the order in which the parts are called."""
 
+import functools
 from typing import Any, Literal, overload
 
 import jax
@@ -13,6 +14,7 @@ from ._dropout import Dropout, head_indices, make_dropout, threefry_words
 from ._logits import Config, Inputs
 from ._masks import make_mask
 from ._numerics import DEAD_ROW_LSE, accumulation_dtype
+from ._sharding import over_explicit_axes
 
 Implementation = Literal["xla", "cudnn"]
 
@@ -163,42 +165,68 @@ def flash_attention(
             **({"return_residual": True} if return_residual else {}),  # pyright: ignore[reportArgumentType]
         )
 
-    out, lse = _attention(
-        query_4d,
-        key_4d,
-        value_4d,
-        bias_4d,
-        mask_4d,
-        scale=scalar_scale,
+    has_dropout = dropout_rate > 0 and dropout_rng is not None
+    traced_window = window is not None and not all(isinstance(side, int) for side in window)
+    attention = functools.partial(
+        _attention,
         is_causal=bool(is_causal),
-        window=window,
-        query_lengths=query_lengths,
-        key_value_lengths=key_value_lengths,
-        dropout=make_dropout(dropout_rate) if dropout_rate > 0 else None,
-        dropout_rng=dropout_rng if dropout_rate > 0 else None,
+        static_window=None if traced_window else window,
+        dropout=make_dropout(dropout_rate) if has_dropout else None,
         blocks=(block_q, block_kv),
         precision=precision,
     )
+    operands = {
+        "query": query_4d,
+        "key": key_4d,
+        "value": value_4d,
+        "bias": bias_4d,
+        "mask": mask_4d,
+        "scale": scalar_scale,
+        "traced_window": jnp.stack([jnp.asarray(side, jnp.int32) for side in window]) if traced_window else None,
+        "query_lengths": query_lengths,
+        "key_value_lengths": key_value_lengths,
+        "dropout_key": threefry_words(dropout_rng) if has_dropout else None,
+        "head_index": head_indices(B, N) if has_dropout else None,
+    }
+    out, lse = over_explicit_axes(attention, operands, _OPERAND_LAYOUTS)
     shape = jnp.shape(query)
     if not return_residual:
         return out.reshape(shape)
     return out.reshape(shape), lax.stop_gradient(lse.astype(out.dtype).reshape(shape[:-1]))
 
 
+# "." is an axis that is never sharded.
+_OPERAND_LAYOUTS = {
+    "query": "BTNH",
+    "key": "BSKH",
+    "value": "BSKH",
+    "bias": "BNTS",
+    "mask": "BNTS",
+    "scale": "",
+    "traced_window": ".",
+    "query_lengths": "B",
+    "key_value_lengths": "B",
+    "dropout_key": ".",
+    "head_index": "BN",
+}
+
+
 def _attention(
+    *,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     bias: jax.Array | None,
     mask: jax.Array | None,
-    *,
     scale: jax.Array,
-    is_causal: bool,
-    window: tuple | None,
+    traced_window: jax.Array | None,
     query_lengths: jax.Array | None,
     key_value_lengths: jax.Array | None,
+    dropout_key: jax.Array | None,
+    head_index: jax.Array | None,
+    is_causal: bool,
+    static_window: tuple[int, int] | None,
     dropout: Dropout | None,
-    dropout_rng: jax.Array | None,
     blocks: tuple[int | None, int | None],
     precision: Any,
 ) -> tuple[jax.Array, jax.Array]:
@@ -221,7 +249,8 @@ def _attention(
         T,
         S,
         is_causal=is_causal,
-        window=window,
+        static_window=static_window,
+        traced_window=traced_window,
         query_lengths=query_lengths,
         key_value_lengths=key_value_lengths,
         allowed=grouped(mask),
@@ -238,8 +267,8 @@ def _attention(
         scale=scale.astype(accumulate)[None],
         bias=grouped(bias),
         mask=mask_operands,
-        dropout_key=None if dropout_rng is None else threefry_words(dropout_rng)[None],
-        head_index=None if dropout_rng is None else head_indices(B, N).reshape(B, K, G),
+        dropout_key=None if dropout_key is None else dropout_key[None],
+        head_index=None if head_index is None else head_index.reshape(B, K, G),
     )
     out, lse = flash_attention_core(Config(band, dropout, *blocks, precision), inputs)
     if mask_operands.dead is not None:

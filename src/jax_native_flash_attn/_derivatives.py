@@ -22,37 +22,65 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from . import _kernels
-from ._logits import Config, Inputs, Tiles
+from . import _kernels, _sharding
+from ._logits import FLOAT_FIELDS, Config, Inputs, Tiles, field_names
 from ._numerics import accumulation_dtype
 
 Leaves = tuple[jax.Array, ...]
 Flags = tuple[bool, ...]
 Shape = jax.ShapeDtypeStruct
 
-# Axes behind the batch axes.
-_TRAILING_AXES = {"query": 4, "key": 3, "value": 3, "scale": 0, "bias": 4, "out": 4, "lse": 3}
+
+@dataclass(frozen=True)
+class Slot:
+    """A linear input or an output of a kernel: shaped like one of the residuals, but for the axes that `vmap` added.
+
+    Attributes:
+      like: position of that residual.
+      batched: for each added axis, whether this one has it in full (otherwise with size 1), outermost first.
+    """
+
+    like: int
+    batched: Flags = ()
+
+    def shape(self, residuals: Leaves, added: tuple[int, ...]) -> Shape:
+        x = residuals[self.like]
+        lead = tuple(size if flag else 1 for size, flag in zip(added, self.batched, strict=True))
+        return Shape((*lead, *x.shape[len(lead) :]), x.dtype)
+
+    def with_axis(self, is_batched: bool) -> "Slot":
+        return Slot(self.like, (is_batched, *self.batched))
+
+
+Slots = tuple[Slot, ...]
 
 
 class LinearKernel(Protocol):
-    """A map linear in its `linear` operands, given residuals. Hashable: a parameter of `linear_kernel_p`."""
+    """A map from `inputs` to `outputs`, linear given residuals. Hashable: it is a parameter of `linear_kernel_p`.
+
+    It knows no sizes, so that it can be applied to the shards of its operands as well.
+    """
 
     @property
-    def inputs(self) -> tuple[Shape, ...]: ...
+    def inputs(self) -> Slots: ...
     @property
-    def outputs(self) -> tuple[Shape, ...]: ...
+    def outputs(self) -> Slots: ...
+    @property
+    def residual_names(self) -> tuple[str, ...]:
+        """Which field of `Inputs`, 'out' or 'lse' each residual is laid out as."""
+        ...
+
     def apply(self, residuals: Leaves, linear: Leaves, platform: str, differentiable: bool) -> Leaves: ...
     def transpose(self) -> "LinearKernel": ...
     def select(self, inputs: Flags, outputs: Flags) -> "LinearKernel":
         """The same map on some inputs (the others being zero), to some outputs."""
         ...
 
-    def batched(self, size: int, is_batched: Flags) -> "LinearKernel":
-        """With one more axis in front; where an input is not batched, of size 1 if the kernel can broadcast it."""
+    def batched(self, residuals: Flags, inputs: Flags) -> "LinearKernel":
+        """With one more axis in front, of size 1 where an operand is not batched (flag False)."""
         ...
 
 
@@ -62,30 +90,38 @@ class FirstDerivative:
 
     config: Config
     structure: Any
-    tangents: tuple[tuple[str, Shape], ...]
-    results: tuple[tuple[str, Shape], ...]
+    tangents: Slots
+    results: Slots
     flipped: bool = False
 
     @property
-    def inputs(self) -> tuple[Shape, ...]:
-        return tuple(shape for _, shape in (self.results if self.flipped else self.tangents))
+    def inputs(self) -> Slots:
+        return self.results if self.flipped else self.tangents
 
     @property
-    def outputs(self) -> tuple[Shape, ...]:
-        return tuple(shape for _, shape in (self.tangents if self.flipped else self.results))
+    def outputs(self) -> Slots:
+        return self.tangents if self.flipped else self.results
+
+    @property
+    def residual_names(self) -> tuple[str, ...]:
+        return (*field_names(self.structure), "out", "lse")
 
     def apply(self, residuals: Leaves, linear: Leaves, platform: str, differentiable: bool) -> Leaves:
         *leaves, out, lse = residuals
-        inputs = jax.tree.unflatten(self.structure, leaves)
-        given, wanted = self.tangents, self.results
-        if self.flipped:
-            given, wanted = wanted, given
-        operands = {name: x for (name, _), x in zip(given, linear, strict=True)}
-        leads = [x.shape[: x.ndim - _TRAILING_AXES[name]] for name, x in operands.items()]
-        tiles = Tiles(self.config, inputs, platform, extra_batch=tuple(leads), differentiable=differentiable)
+        names = self.residual_names
+        operands = {names[slot.like]: x for slot, x in zip(self.inputs, linear, strict=True)}
+        shapes = _shapes(self.outputs, residuals, linear)
+        wanted = {names[slot.like]: shape for slot, shape in zip(self.outputs, shapes, strict=True)}
+        tiles = Tiles(
+            self.config,
+            jax.tree.unflatten(self.structure, leaves),
+            platform,
+            further={**operands, "lse": lse},
+            differentiable=differentiable,
+        )
         kernel = _kernels.cotangent if self.flipped else _kernels.tangent
-        results = kernel(tiles, out, lse, operands, dict(wanted))
-        return tuple(results[name] for name, _ in wanted)
+        results = kernel(tiles, out, lse, operands, wanted)
+        return tuple(results[name] for name in wanted)
 
     def transpose(self) -> LinearKernel:
         return replace(self, flipped=not self.flipped)
@@ -94,89 +130,79 @@ class FirstDerivative:
         tangents, results = (outputs, inputs) if self.flipped else (inputs, outputs)
         return replace(self, tangents=_where(self.tangents, tangents), results=_where(self.results, results))
 
-    def batched(self, size: int, is_batched: Flags) -> LinearKernel:
-        given, wanted = self.tangents, self.results
-        if self.flipped:
-            given, wanted = wanted, given
-        given = tuple(
-            (name, _prepend(shape, size if flag else 1)) for (name, shape), flag in zip(given, is_batched, strict=True)
-        )
-        wanted = tuple((name, _prepend(shape, size)) for name, shape in wanted)
-        if self.flipped:
-            given, wanted = wanted, given
-        return replace(self, tangents=given, results=wanted)
+    def batched(self, residuals: Flags, inputs: Flags) -> LinearKernel:
+        given = tuple(slot.with_axis(flag) for slot, flag in zip(self.inputs, inputs, strict=True))
+        wanted = tuple(slot.with_axis(True) for slot in self.outputs)
+        tangents, results = (wanted, given) if self.flipped else (given, wanted)
+        return replace(self, tangents=tangents, results=results)
 
 
 @dataclass(frozen=True)
 class DirectionalDerivative:
-    """Derivative of another kernel with respect to its residuals; flipped, the transpose of that.
+    """Derivative of another kernel with respect to some of its residuals; flipped, the transpose of that.
 
-    Residuals are the inner kernel's residuals and linear operands.
-
-    Attributes:
-      inner: the kernel.
-      wrt: which of its residuals vary.
-      tangents: shapes of their tangents.
+    Its residuals are the inner kernel's residuals, then the inner kernel's linear operands.
     """
 
     inner: LinearKernel
-    wrt: tuple[int, ...]
-    tangents: tuple[Shape, ...]
+    tangents: Slots
     flipped: bool = False
 
     @property
-    def inputs(self) -> tuple[Shape, ...]:
+    def inputs(self) -> Slots:
         return self.inner.outputs if self.flipped else self.tangents
 
     @property
-    def outputs(self) -> tuple[Shape, ...]:
+    def outputs(self) -> Slots:
         return self.tangents if self.flipped else self.inner.outputs
 
+    @property
+    def residual_names(self) -> tuple[str, ...]:
+        names = self.inner.residual_names
+        return (*names, *(names[slot.like] for slot in self.inner.inputs))
+
     def apply(self, residuals: Leaves, linear: Leaves, platform: str, differentiable: bool) -> Leaves:
-        num_residuals = len(residuals) - len(self.inner.inputs)
-        residuals, inner_linear = residuals[:num_residuals], residuals[num_residuals:]
-        # Batching may have left either a residual or its tangent with an axis of size 1.
-        shapes = [
-            np.broadcast_shapes(residuals[i].shape, tangent.shape)
-            for i, tangent in zip(self.wrt, self.tangents, strict=True)
-        ]
+        num_residuals = len(self.inner.residual_names)
+        inner_residuals, inner_linear = residuals[:num_residuals], residuals[num_residuals:]
+        likes = [slot.like for slot in self.tangents]
+        shapes = [x.shape for x in _shapes(self.tangents, residuals, linear)]
+        # `vmap` may have left either a residual or its tangent with an axis of size 1.
+        full = [np.broadcast_shapes(residuals[i].shape, shape) for i, shape in zip(likes, shapes, strict=True)]
 
         def inner(*varying: jax.Array) -> Leaves:
-            leaves = list(residuals)
-            for i, x in zip(self.wrt, varying, strict=True):
+            leaves = list(inner_residuals)
+            for i, x in zip(likes, varying, strict=True):
                 leaves[i] = x
             return self.inner.apply(tuple(leaves), inner_linear, platform, differentiable or self.flipped)
 
-        primals = tuple(jnp.broadcast_to(residuals[i], shape) for i, shape in zip(self.wrt, shapes, strict=True))
+        primals = tuple(jnp.broadcast_to(residuals[i], shape) for i, shape in zip(likes, full, strict=True))
         if not self.flipped:
-            tangents = tuple(jnp.broadcast_to(t, s) for t, s in zip(linear, shapes, strict=True))
+            tangents = tuple(jnp.broadcast_to(t, shape) for t, shape in zip(linear, full, strict=True))
             return jax.jvp(inner, primals, tangents)[1]
         cotangents = jax.vjp(inner, *primals)[1](linear)
-        return tuple(_sum_to(x, like.shape) for x, like in zip(cotangents, self.tangents, strict=True))
+        return tuple(_sum_to(x, shape) for x, shape in zip(cotangents, shapes, strict=True))
 
     def transpose(self) -> LinearKernel:
         return replace(self, flipped=not self.flipped)
 
     def select(self, inputs: Flags, outputs: Flags) -> LinearKernel:
         varying, results = (outputs, inputs) if self.flipped else (inputs, outputs)
-        return replace(
-            self,
-            inner=self.inner.select((True,) * len(self.inner.inputs), results),
-            wrt=_where(self.wrt, varying),
-            tangents=_where(self.tangents, varying),
-        )
+        inner = self.inner.select((True,) * len(self.inner.inputs), results)
+        return replace(self, inner=inner, tangents=_where(self.tangents, varying))
 
-    def batched(self, size: int, is_batched: Flags) -> LinearKernel:
-        flags = (True,) * len(self.tangents) if self.flipped else is_batched
-        return replace(
-            self,
-            inner=self.inner.batched(size, (True,) * len(self.inner.inputs)),
-            tangents=tuple(_prepend(x, size if flag else 1) for x, flag in zip(self.tangents, flags, strict=True)),
-        )
+    def batched(self, residuals: Flags, inputs: Flags) -> LinearKernel:
+        num_residuals = len(self.inner.residual_names)
+        inner = self.inner.batched(residuals[:num_residuals], residuals[num_residuals:])
+        flags = (True,) * len(self.tangents) if self.flipped else inputs
+        tangents = tuple(slot.with_axis(flag) for slot, flag in zip(self.tangents, flags, strict=True))
+        return replace(self, inner=inner, tangents=tangents)
 
 
-def _prepend(shape: Shape, size: int) -> Shape:
-    return Shape((size, *shape.shape), shape.dtype)
+def _shapes(slots: Slots, residuals: Sequence[Any], linear: Sequence[Any]) -> list[Shape]:
+    """Shapes of inputs or outputs; added axes have the size of the operands that have them in full."""
+    num_added = len(slots[0].batched) if slots else 0
+    added = tuple(max(x.shape[i] for x in (*residuals, *linear)) for i in range(num_added))
+    return [slot.shape(tuple(residuals), added) for slot in slots]
 
 
 def _where(items: tuple, flags: Flags) -> tuple:
@@ -190,10 +216,6 @@ def _sum_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _is_zero(tangent: Any) -> bool:
     return type(tangent) is ad.Zero or tangent.dtype == jax.dtypes.float0
-
-
-def _shape_of(x: Any) -> Shape:
-    return Shape(x.shape, x.dtype)
 
 
 def _batch_operands(args: Sequence[jax.Array], dims: Sequence[int | None]) -> list[jax.Array]:
@@ -210,44 +232,45 @@ flash_attention_p = Primitive("flash_attention")
 flash_attention_p.multiple_results = True
 
 
+def _apply_forward(*leaves: Any, config: Config, structure: Any) -> Any:
+    partitioning = _sharding.partitioning()
+    return flash_attention_p.bind(*leaves, config=config, structure=structure, partitioning=partitioning)
+
+
 def _forward(*leaves: jax.Array, config: Config, structure: Any, platform: str) -> Leaves:
     return _kernels.forward(Tiles(config, jax.tree.unflatten(structure, leaves), platform))
 
 
-def _forward_abstract_eval(*leaves: Any, config: Config, structure: Any) -> list[ShapedArray]:
+def _forward_abstract_eval(*leaves: Any, config: Config, structure: Any, **_: Any) -> list[Any]:
+    del config
     inputs: Inputs = jax.tree.unflatten(structure, leaves)
     z, dtype = inputs.sizes, inputs.query.dtype
     return [
-        ShapedArray((*z.batch, z.T, z.K, z.G, z.D), dtype),
-        ShapedArray((*z.batch, z.K, z.G, z.T), accumulation_dtype(dtype)),
+        _sharding.result_aval(leaves, (*z.batch, z.T, z.K, z.G, z.D), dtype),
+        _sharding.result_aval(leaves, (*z.batch, z.K, z.G, z.T), accumulation_dtype(dtype)),
     ]
 
 
-def _forward_jvp(primals: Any, tangents: Any, *, config: Config, structure: Any) -> tuple:
-    out, lse = flash_attention_p.bind(*primals, config=config, structure=structure)
+def _forward_jvp(primals: Any, tangents: Any, *, config: Config, structure: Any, **_: Any) -> tuple:
+    out, lse = _apply_forward(*primals, config=config, structure=structure)
     # Named, so that a `jax.checkpoint` policy can save both and not run the forward kernel again.
-    out, lse = (
-        checkpoint_name(out, "flash_attention_out"),
-        checkpoint_name(lse, "flash_attention_lse"),
-    )
-    inputs: Inputs = jax.tree.unflatten(structure, tangents)
-    varying = {
-        name: tangent
-        for name in ("query", "key", "value", "scale", "bias")
-        if (tangent := getattr(inputs, name)) is not None and not _is_zero(tangent)
-    }
-    kernel = FirstDerivative(
-        config,
-        structure,
-        tuple((name, _shape_of(tangent)) for name, tangent in varying.items()),
-        (("out", _shape_of(out)), ("lse", _shape_of(lse))),
-    )
+    out, lse = checkpoint_name(out, "flash_attention_out"), checkpoint_name(lse, "flash_attention_lse")
+    names = field_names(structure)
+    varying = [i for i, t in enumerate(tangents) if names[i] in FLOAT_FIELDS and not _is_zero(t)]
     residuals = (*primals, out, lse)
-    return [out, lse], linear_kernel_p.bind(*residuals, *varying.values(), kernel=kernel, num_residuals=len(residuals))
+    slots = tuple(Slot(i) for i in varying), (Slot(len(primals)), Slot(len(primals) + 1))
+    kernel = FirstDerivative(config, structure, *slots)
+    dresults = _apply_linear(*residuals, *(tangents[i] for i in varying), kernel=kernel)
+    return [out, lse], dresults
 
 
-def _forward_batch(args: Any, dims: Any, **params: Any) -> tuple:
-    return flash_attention_p.bind(*_batch_operands(args, dims), **params), [0, 0]
+def _forward_batch(args: Any, dims: Any, *, config: Config, structure: Any, **_: Any) -> tuple:
+    return _apply_forward(*_batch_operands(args, dims), config=config, structure=structure), [0, 0]
+
+
+def _forward_layouts(*, config: Config, structure: Any) -> _sharding.Layouts:
+    del config
+    return field_names(structure), ("out", "lse")
 
 
 # ---- derivatives
@@ -257,75 +280,86 @@ linear_kernel_p = Primitive("flash_attention_linear_kernel")
 linear_kernel_p.multiple_results = True
 
 
-def _linear(*args: jax.Array, kernel: LinearKernel, num_residuals: int, platform: str) -> Leaves:
-    return kernel.apply(args[:num_residuals], args[num_residuals:], platform, False)
+def _apply_linear(*args: Any, kernel: LinearKernel) -> Any:
+    return linear_kernel_p.bind(*args, kernel=kernel, partitioning=_sharding.partitioning())
 
 
-def _linear_abstract_eval(*_: Any, kernel: LinearKernel, num_residuals: int) -> list[ShapedArray]:
-    del num_residuals
-    return [ShapedArray(x.shape, x.dtype) for x in kernel.outputs]
+def _linear(*args: jax.Array, kernel: LinearKernel, platform: str) -> Leaves:
+    residuals, linear = _split(args, kernel)
+    return kernel.apply(residuals, linear, platform, False)
 
 
-def _linear_jvp(primals: Any, tangents: Any, *, kernel: LinearKernel, num_residuals: int) -> tuple:
-    results = linear_kernel_p.bind(*primals, kernel=kernel, num_residuals=num_residuals)
-    residuals = primals[:num_residuals]
-    flags = tuple(not _is_zero(t) for t in tangents)
+def _split(args: Sequence[Any], kernel: LinearKernel) -> tuple[tuple, tuple]:
+    n = len(kernel.residual_names)
+    return tuple(args[:n]), tuple(args[n:])
+
+
+def _linear_abstract_eval(*args: Any, kernel: LinearKernel, **_: Any) -> list[Any]:
+    shapes = _shapes(kernel.outputs, *_split(args, kernel))
+    return [_sharding.result_aval(args, x.shape, x.dtype) for x in shapes]
+
+
+def _linear_jvp(primals: Any, tangents: Any, *, kernel: LinearKernel, **_: Any) -> tuple:
+    results = _apply_linear(*primals, kernel=kernel)
+    residuals, _ = _split(primals, kernel)
+    dresiduals, dlinear = _split(tangents, kernel)
     terms = []
-    if any(flags[num_residuals:]):
-        all_outputs = (True,) * len(kernel.outputs)
-        terms.append(
-            linear_kernel_p.bind(
-                *residuals,
-                *_where(tangents[num_residuals:], flags[num_residuals:]),
-                kernel=kernel.select(flags[num_residuals:], all_outputs),
-                num_residuals=num_residuals,
-            )
-        )
-    if any(flags[:num_residuals]):
-        varying = _where(tangents[:num_residuals], flags[:num_residuals])
-        indices = tuple(i for i in range(num_residuals) if flags[i])
-        derivative = DirectionalDerivative(kernel, indices, tuple(map(_shape_of, varying)))
-        terms.append(linear_kernel_p.bind(*primals, *varying, kernel=derivative, num_residuals=len(primals)))
+    flags = tuple(not _is_zero(t) for t in dlinear)
+    if any(flags):
+        linear_part = kernel.select(flags, (True,) * len(kernel.outputs))
+        terms.append(_apply_linear(*residuals, *_where(dlinear, flags), kernel=linear_part))
+    flags = tuple(not _is_zero(t) for t in dresiduals)
+    if any(flags):
+        # A residual's tangent has the residual's own shape, with nothing broadcast.
+        depth = len(kernel.outputs[0].batched)
+        slots = tuple(Slot(i, _added_flags(residuals[i], primals, depth)) for i, flag in enumerate(flags) if flag)
+        derivative = DirectionalDerivative(kernel, slots)
+        terms.append(_apply_linear(*primals, *_where(dresiduals, flags), kernel=derivative))
     return results, [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)]
 
 
-def _linear_transpose(cotangents: Any, *args: Any, kernel: LinearKernel, num_residuals: int) -> list:
-    residuals, linear = args[:num_residuals], args[num_residuals:]
+def _added_flags(x: Any, operands: Any, depth: int) -> Flags:
+    return tuple(x.shape[i] == max(y.shape[i] for y in operands) for i in range(depth))
+
+
+def _linear_transpose(cotangents: Any, *args: Any, kernel: LinearKernel, **_: Any) -> list:
+    residuals, linear = _split(args, kernel)
     wanted = tuple(ad.is_undefined_primal(x) for x in linear)
     given = tuple(type(c) is not ad.Zero for c in cotangents)
     transposed = kernel.select(wanted, given).transpose()
-    results = iter(
-        linear_kernel_p.bind(
-            *residuals,
-            *_where(tuple(cotangents), given),
-            kernel=transposed,
-            num_residuals=num_residuals,
-        )
-    )
-    return [None] * num_residuals + [next(results) if flag else None for flag in wanted]
+    results = iter(_apply_linear(*residuals, *_where(tuple(cotangents), given), kernel=transposed))
+    return [None] * len(residuals) + [next(results) if flag else None for flag in wanted]
 
 
-def _linear_batch(args: Any, dims: Any, *, kernel: LinearKernel, num_residuals: int) -> tuple:
-    size = next(x.shape[dim] for x, dim in zip(args, dims, strict=True) if dim is not None)
-    is_batched = tuple(dim is not None for dim in dims[num_residuals:])
-    kernel = kernel.batched(size, is_batched)
-    operands = _batch_operands(args, dims)
-    residuals, linear = operands[:num_residuals], operands[num_residuals:]
-    linear = [jnp.broadcast_to(x, like.shape) for x, like in zip(linear, kernel.inputs, strict=True)]
-    results = linear_kernel_p.bind(*residuals, *linear, kernel=kernel, num_residuals=num_residuals)
+def _linear_batch(args: Any, dims: Any, *, kernel: LinearKernel, **_: Any) -> tuple:
+    flags = tuple(dim is not None for dim in dims)
+    kernel = kernel.batched(*_split(flags, kernel))
+    residuals, linear = _split(_batch_operands(args, dims), kernel)
+    shapes = _shapes(kernel.inputs, residuals, linear)
+    linear = [jnp.broadcast_to(x, like.shape) for x, like in zip(linear, shapes, strict=True)]
+    results = _apply_linear(*residuals, *linear, kernel=kernel)
     return results, [0] * len(results)
+
+
+def _linear_layouts(*, kernel: LinearKernel) -> _sharding.Layouts:
+    names = kernel.residual_names
+    return (
+        (*names, *(names[slot.like] for slot in kernel.inputs)),
+        tuple(names[slot.like] for slot in kernel.outputs),
+    )
 
 
 # ---- registration
 
 
-def _register(primitive: Primitive, function: Any, abstract_eval: Any, jvp: Any, batch: Any) -> None:
+def _register(primitive: Primitive, function: Any, abstract_eval: Any, layouts: Any, jvp: Any, batch: Any) -> None:
     @functools.lru_cache(maxsize=1024)
     def jitted(params: tuple[tuple[str, Any], ...]) -> Any:
         return jax.jit(lambda *args: primitive.bind(*args, **dict(params)))
 
     def evaluate(*args: jax.Array, **params: Any) -> Any:
         if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
+            del params["partitioning"]
             return function(*args, platform=jax.default_backend(), **params)
         return jitted(tuple(params.items()))(*args)
 
@@ -334,16 +368,16 @@ def _register(primitive: Primitive, function: Any, abstract_eval: Any, jvp: Any,
     ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batch
     for platform in ("cpu", None):
-        lowered = functools.partial(function, platform=platform or "accelerator")
-        mlir.register_lowering(primitive, mlir.lower_fun(lowered, multiple_results=True), platform=platform)
+        kernel = functools.partial(function, platform=platform or "accelerator")
+        mlir.register_lowering(primitive, _sharding.lowering_rule(kernel, layouts), platform=platform)
 
 
-_register(flash_attention_p, _forward, _forward_abstract_eval, _forward_jvp, _forward_batch)
-_register(linear_kernel_p, _linear, _linear_abstract_eval, _linear_jvp, _linear_batch)
+_register(flash_attention_p, _forward, _forward_abstract_eval, _forward_layouts, _forward_jvp, _forward_batch)
+_register(linear_kernel_p, _linear, _linear_abstract_eval, _linear_layouts, _linear_jvp, _linear_batch)
 ad.primitive_transposes[linear_kernel_p] = _linear_transpose
 
 
 def flash_attention_core(config: Config, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     """out (batch..., T, K, G, D) and natural-log lse (batch..., K, G, T), differentiable in every mode."""
     leaves, structure = jax.tree.flatten(inputs)
-    return flash_attention_p.bind(*leaves, config=config, structure=structure)
+    return _apply_forward(*_sharding.vary_alike(leaves), config=config, structure=structure)

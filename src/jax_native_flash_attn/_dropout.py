@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.random import threefry2x32_p
 
 from ._arguments import check_dropout
 
@@ -57,10 +56,8 @@ class Dropout:
         row_high, row_low = _multiply_wide(low, np.uint32(S))
         row_high = row_high + high * np.uint32(S)
         high, low = _add_wide(row_high[..., None], row_low[..., None], columns.reshape((1,) * row_low.ndim + (-1,)))
-        shape = jnp.broadcast_shapes(high.shape, (*key_words.shape[:-1], 1, 1))
-        first, second = (key_words[..., i, None, None] for i in (0, 1))
-        first, second, high, low = (jnp.broadcast_to(x, shape) for x in (first, second, high, low))
-        return self._below_keep_probability(*threefry2x32_p.bind(first, second, high, low))
+        key = key_words[..., 0, None, None], key_words[..., 1, None, None]
+        return self._below_keep_probability(*_threefry2x32(key, high, low))
 
     def _below_keep_probability(self, first: jax.Array, second: jax.Array) -> jax.Array:
         """`uniform < 1 - rate` in integers: the uniform is the top bits of the random word(s) times 2**-bits."""
@@ -73,6 +70,22 @@ class Dropout:
         low_threshold = np.uint32(threshold & 0xFFFFF)
         high_threshold = np.uint32(threshold >> 20)
         return (first < high_threshold) | ((first == high_threshold) & ((second >> 12) < low_threshold))
+
+
+def _threefry2x32(key: tuple[jax.Array, jax.Array], x0: jax.Array, x1: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Threefry-2x32 with 20 rounds (Salmon et al. 2011, section 3.3), as `jax.random` computes it.
+
+    Unrolled, so that XLA fuses it with what consumes it; JAX's own is a loop over arrays on CPU, several times slower.
+    """
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ np.uint32(0x1BD11BDA))
+    x0, x1 = x0 + schedule[0], x1 + schedule[1]
+    for group in range(5):
+        for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x0 = x0 + x1
+            x1 = ((x1 << rotation) | (x1 >> (32 - rotation))) ^ x0
+        x0 = x0 + schedule[(group + 1) % 3]
+        x1 = x1 + schedule[(group + 2) % 3] + np.uint32(group + 1)
+    return x0, x1
 
 
 def _add_wide(high: jax.Array, low: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -58,7 +58,7 @@ def forward(tiles: Tiles) -> tuple[jax.Array, jax.Array]:
             weights = tiles.exp2(logits - new_max)
             return OnlineSoftmax(
                 state.numerator * correction
-                + tiles.einsum("...gts,...sd->...gtd", tiles.keep(weights, at, columns), value),
+                + tiles.einsum("...gts,...sd->...gtd", tiles.drop(weights, tiles.keep(at, columns)), value),
                 state.denominator * correction + weights.sum(-1, keepdims=True),
                 new_max,
             )
@@ -124,6 +124,7 @@ def tangent(
             columns: ColumnTile, mask: TileMask | None, state: tuple[jax.Array, jax.Array]
         ) -> tuple[jax.Array, jax.Array]:
             dout, dlse = state
+            keep = tiles.keep(at, columns)
             key = tiles.key(at, columns, mask)
             weights = tiles.exp2(tiles.logits(query, key, at, columns, mask) - row_lse)
             dlogits = logits_tangent(key, columns, mask)
@@ -131,11 +132,11 @@ def tangent(
                 dweights = weights * dlogits
                 dlse += dweights.sum(-1, keepdims=True)
                 value = tiles.value(at, columns, mask)
-                dropped = tiles.keep(dweights, at, columns)
+                dropped = tiles.drop(dweights, keep)
                 dout += tiles.einsum("...gts,...sd->...gtd", dropped, value)
             if "value" in tangents:
                 dvalue = nest.key_slice(tangents["value"], at, columns)
-                dropped = tiles.keep(weights, at, columns)
+                dropped = tiles.drop(weights, keep)
                 dout += tiles.einsum("...gts,...sd->...gtd", dropped, dvalue)
             return dout, dlse
 
@@ -198,10 +199,11 @@ def cotangent(
             state: tuple[jax.Array | None, dict[str, jax.Array]],
         ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
             dquery, results = state[0], dict(state[1])
+            keep = tiles.keep(at, columns)
             key = tiles.key(at, columns, mask)
             weights = tiles.exp2(tiles.logits(query, key, at, columns, mask) - row_lse)
             if "value" in results and has_out:
-                dropped = tiles.keep(weights, at, columns)
+                dropped = tiles.drop(weights, keep)
                 dvalue = tiles.einsum("...dgt,...gts->...ds", dout_transposed, dropped)
                 results["value"] = nest.add_key_transposed(results["value"], dvalue, at, columns)
             if not needs_logits:
@@ -210,7 +212,7 @@ def cotangent(
             if has_out:
                 value = tiles.value(at, columns, mask)
                 dweights = tiles.einsum("...gtd,...sd->...gts", dout, value)
-                dlogits = tiles.keep(dweights, at, columns) - delta
+                dlogits = tiles.drop(dweights, keep) - delta
             dlogits = tiles.through_mask(weights * dlogits, mask)
             if "key" in results:
                 dkey = tiles.einsum("...hgt,...gts->...hs", query_transposed, dlogits)

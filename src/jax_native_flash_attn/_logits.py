@@ -1,5 +1,6 @@
 """What every kernel reads of one tile: its logits, their derivative, and its dropout. Nothing else computes them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -51,21 +52,47 @@ class Inputs(NamedTuple):
     def sizes(self) -> Sizes:
         *_, T, K, G, H = self.query.shape
         *_, S, _, D = self.value.shape
-        trailing = {
-            "query": 4,
-            "key": 3,
-            "value": 3,
-            "scale": 0,
-            "bias": 4,
-            "dropout_key": 1,
-            "head_index": 2,
-        }
-        batches = [x.shape[: x.ndim - n] for name, n in trailing.items() if (x := getattr(self, name)) is not None]
-        trailing = {"key_start": 3, "key_stop": 3, "allowed": 4, "dead": 3, "key_value_length": 0}
-        batches += [
-            x.shape[: x.ndim - n] for name, n in trailing.items() if (x := getattr(self.mask, name)) is not None
-        ]
-        return Sizes(np.broadcast_shapes(*batches), T, S, K, G, H, D)
+        arrays = {name: x for name, x in _fields(self).items() if x is not None}
+        return Sizes(_batch_of(arrays), T, S, K, G, H, D)
+
+
+# Axes behind the batch axes; also of results, which are laid out as the field of the same name.
+LAYOUTS = {
+    "query": "TKGH",
+    "key": "SKH",
+    "value": "SKD",
+    "scale": "",
+    "bias": "KGTS",
+    "key_start": "KGT",
+    "key_stop": "KGT",
+    "allowed": "KGTS",
+    "dead": "KGT",
+    "key_value_length": "",
+    "dropout_key": "W",
+    "head_index": "KG",
+    "out": "TKGD",
+    "lse": "KGT",
+}
+
+FLOAT_FIELDS = ("query", "key", "value", "scale", "bias")
+
+
+def _fields(inputs: Inputs) -> dict[str, Any]:
+    fields = inputs._asdict()
+    mask: MaskOperands = fields.pop("mask")
+    return fields | mask._asdict()
+
+
+def field_names(structure: Any) -> tuple[str, ...]:
+    """Names of the leaves of `Inputs` with this tree structure, in order."""
+    positions = _fields(jax.tree.unflatten(structure, range(structure.num_leaves)))
+    names = {position: name for name, position in positions.items() if position is not None}
+    return tuple(names[i] for i in range(structure.num_leaves))
+
+
+def _batch_of(arrays: Mapping[str, Any]) -> tuple[int, ...]:
+    """The batch axes that these arrays broadcast to."""
+    return np.broadcast_shapes(*(x.shape[: x.ndim - len(LAYOUTS[name])] for name, x in arrays.items()))
 
 
 class Tiles:
@@ -77,13 +104,13 @@ class Tiles:
         inputs: Inputs,
         platform: str,
         *,
-        extra_batch: tuple[tuple[int, ...], ...] = (),
+        further: Mapping[str, Any] | None = None,
         differentiable: bool = False,
     ):
-        """`extra_batch`: batch axes of further operands; `differentiable`: see `Nest`."""
+        """`further`: other operands of the kernel; `differentiable`: see `Nest`."""
         self.config, self.inputs = config, inputs
         sizes = inputs.sizes
-        self.sizes = replace(sizes, batch=np.broadcast_shapes(sizes.batch, *extra_batch))
+        self.sizes = replace(sizes, batch=np.broadcast_shapes(sizes.batch, _batch_of(further or {})))
         self.accumulate = accumulation_dtype(inputs.query.dtype)
         # XLA:CPU has no fast products of 16-bit floats; elsewhere they are what the matrix units want.
         self.product = self.accumulate if platform == "cpu" else inputs.query.dtype
@@ -190,13 +217,13 @@ class Tiles:
         """Log-sum-exp of the rows, in base 2, as (batch..., heads, G, block_q, 1)."""
         return self.nest.row_slice(lse, at)[..., None] * LOG2E
 
-    def keep(self, weights: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
-        """Drop weights (probabilities, or what multiplies them) and rescale the kept ones."""
+    def keep(self, at: RowTile, columns: ColumnTile) -> jax.Array | None:
+        """Which weights of the tile dropout keeps; None without dropout."""
         dropout, key, heads = self.config.dropout, self.inputs.dropout_key, self.inputs.head_index
         if dropout is None or key is None or heads is None:
-            return weights
+            return None
         key = self.nest.slice(key, (*at.batch, 0), (*self.nest.tile.batch, 2))
-        keep = dropout.keep_tile(
+        return dropout.keep_tile(
             key[..., None, None, :],
             self.nest.head_slice(heads, at),
             self.nest.row_positions(at),
@@ -204,4 +231,9 @@ class Tiles:
             self.sizes.T,
             self.sizes.S,
         )
-        return jnp.where(keep, weights * dropout.rescaling, 0)
+
+    def drop(self, weights: jax.Array, keep: jax.Array | None) -> jax.Array:
+        """Weights (probabilities, or what multiplies them) after dropout; kept ones are rescaled."""
+        if keep is None or self.config.dropout is None:
+            return weights
+        return jnp.where(keep, weights * self.config.dropout.rescaling, 0)

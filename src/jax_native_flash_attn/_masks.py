@@ -63,14 +63,14 @@ def make_mask(
     S: int,
     *,
     is_causal: bool,
-    window: tuple | None,
+    static_window: tuple[int, int] | None,
+    traced_window: jax.Array | None,
     query_lengths: jax.Array | None,
     key_value_lengths: jax.Array | None,
     allowed: jax.Array | None,
 ) -> tuple[Band, MaskOperands]:
     """Intersect all masks of a call into one static band and the operands it cannot express."""
-    static_window = window is not None and all(isinstance(w, int) for w in window)
-    lower, upper = (-window[0], window[1]) if window is not None and static_window else (None, None)
+    lower, upper = (None, None) if static_window is None else (-static_window[0], static_window[1])
     if is_causal:
         upper = 0 if upper is None else min(upper, 0)
     band = Band(lower, upper)
@@ -78,7 +78,7 @@ def make_mask(
     traced = (
         query_lengths is not None
         or key_value_lengths is not None
-        or (window is not None and not static_window)
+        or traced_window is not None
         or bool((stop <= start).any())  # the static form has no dead rows
     )
     if not traced and allowed is None:
@@ -86,8 +86,8 @@ def make_mask(
 
     start, stop = (jnp.asarray(x)[None, None, None, :] for x in (start, stop))
     rows = jnp.arange(T, dtype=jnp.int32)[None, None, None, :]
-    if window is not None and not static_window:
-        left, right = (jnp.asarray(w).astype(jnp.int32) for w in window)
+    if traced_window is not None:
+        left, right = traced_window
         start, stop = jnp.maximum(start, rows - left), jnp.minimum(stop, rows + right + 1)
     if key_value_lengths is not None:
         stop = jnp.minimum(stop, key_value_lengths[:, None, None, None])
