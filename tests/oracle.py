@@ -334,16 +334,18 @@ class Accuracy:
 
     @property
     def ratio(self) -> float:
-        """Error in units of the dense error or the floor, whichever is larger; at most 2 passes."""
-        yardstick = max(self.dense_error, self.floor)
+        """Error in units of the dense error plus the floor; at most 2 passes."""
+        yardstick = self.dense_error + self.floor
         if self.error == 0.0:
             return 0.0
         return self.error / yardstick if yardstick > 0.0 else math.inf
 
     @property
     def dense_ratio(self) -> float:
-        """How the dense error compares with the floor: the floor must not decide everything."""
-        return self.dense_error / self.floor if self.floor > 0.0 else math.inf
+        """Error in units of the dense error alone, for statistics: dense is now and then exact."""
+        if self.error == 0.0:
+            return 0.0
+        return self.error / self.dense_error if self.dense_error > 0.0 else math.inf
 
 
 def _as_float64(x: Any) -> np.ndarray:
@@ -353,11 +355,10 @@ def _as_float64(x: Any) -> np.ndarray:
 def assert_as_accurate_as_dense(
     name: str, actual: Any, dense: Any, expected: Any, floor: Any = None, limit: float = 2.0
 ) -> Accuracy:
-    """Asserts that the error of `actual` is at most `limit` times that of `dense`.
+    """Asserts that the error of `actual` is at most `limit` times that of `dense` plus a floor.
 
-    Both errors are the largest over the array, against `expected` (float64). `floor` replaces a
-    dense error that is smaller: an array of noise_floor, or by default two units in the last place
-    of the largest magnitude in `expected`.
+    Both errors are the largest over the array, against `expected` (float64). `floor` is an array of
+    noise_floor, or by default the unit in the last place of the largest magnitude in `expected`.
     """
     dtype = np.asarray(actual).dtype
     actual, dense, expected = _as_float64(actual), _as_float64(dense), _as_float64(expected)
@@ -366,7 +367,7 @@ def assert_as_accurate_as_dense(
     assert np.isfinite(actual).all(), f"{name}: {np.sum(~np.isfinite(actual))} values not finite"
     largest = np.abs(expected).max(initial=0.0)
     if floor is None:
-        floor = 2 * float(jnp.finfo(dtype).eps) * largest
+        floor = float(jnp.finfo(dtype).eps) * largest
     accuracy = Accuracy(
         float(np.abs(actual - expected).max(initial=0.0)),
         float(np.abs(dense - expected).max(initial=0.0)),

@@ -2,6 +2,7 @@
 
 from ._api import flash_attention
 from ._dropout import dropout_keep_mask
+from ._partial import flash_attention_with_lse, merge_attention
 
-__all__ = ["dropout_keep_mask", "flash_attention"]
+__all__ = ["dropout_keep_mask", "flash_attention", "flash_attention_with_lse", "merge_attention"]
 __version__ = "0.1.0"

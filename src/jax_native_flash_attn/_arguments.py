@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 _FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
-_IMPLEMENTATIONS = (None, "xla", "cudnn")
 
 
 def as_4d(x: Any, name: str) -> jax.Array:
@@ -131,12 +130,9 @@ def check_dropout(dropout_rate: Any, dropout_rng: Any) -> None:
         raise ValueError(f"dropout_rng must be a PRNG key when dropout_rate > 0 (got {dropout_rate}), got None")
 
 
-def check_static(*, is_causal: Any, implementation: Any, block_q: Any, block_kv: Any, dropout_rate: Any) -> None:
+def check_static(*, is_causal: Any, block_q: Any, block_kv: Any) -> None:
     if not isinstance(is_causal, bool | np.bool_):
         raise TypeError(f"is_causal must be a bool, got {is_causal!r}")
-    if implementation not in _IMPLEMENTATIONS:
-        accepted = ", ".join(map(repr, _IMPLEMENTATIONS))
-        raise ValueError(f"implementation must be one of {accepted}, got {implementation!r}")
     for name, block in (("block_q", block_q), ("block_kv", block_kv)):
         if block is None:
             continue
@@ -144,10 +140,3 @@ def check_static(*, is_causal: Any, implementation: Any, block_q: Any, block_kv:
             raise TypeError(f"{name} must be an int or None, got {block!r}")
         if block < 1:
             raise ValueError(f"{name} must be at least 1, got {block}")
-    if implementation == "cudnn":
-        given = {"dropout_rate": dropout_rate > 0, "block_q": block_q, "block_kv": block_kv}
-        for name, value in given.items():
-            if value:
-                raise NotImplementedError(
-                    f"{name} is not supported by implementation='cudnn', which is jax.nn's; use None or 'xla'"
-                )

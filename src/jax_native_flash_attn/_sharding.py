@@ -49,7 +49,9 @@ def vary_alike(operands: Sequence[jax.Array]) -> list[jax.Array]:
         missing = tuple(axes - _varying_axes(jax.typeof(x)))
         if not missing:
             return x
-        return lax.pcast(x, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, missing)
+        if hasattr(lax, "pcast"):
+            return lax.pcast(x, missing, to="varying")
+        return lax.pvary(x, missing)  # pyright: ignore[reportAttributeAccessIssue]
 
     return [cast(x) for x in operands]
 

@@ -1,0 +1,172 @@
+"""From checked arguments to the core and back: the steps of one call, in order."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import _arguments as arguments
+from ._derivatives import flash_attention_core
+from ._dropout import Dropout, head_indices, make_dropout, threefry_words
+from ._logits import Config, Inputs
+from ._masks import make_mask
+from ._numerics import DEAD_ROW_LSE, accumulation_dtype
+from ._sharding import over_explicit_axes
+
+
+def attention_and_lse(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any,
+    mask: Any,
+    *,
+    scale: Any,
+    is_causal: Any,
+    query_seq_lengths: Any,
+    key_value_seq_lengths: Any,
+    local_window_size: Any,
+    dropout_rate: Any,
+    dropout_rng: Any,
+    block_q: Any,
+    block_kv: Any,
+    precision: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Check all arguments (see `flash_attention`); out as query, lse (B, T, N) or (T, N) in accumulation dtype."""
+    arguments.check_static(
+        is_causal=is_causal,
+        block_q=block_q,
+        block_kv=block_kv,
+    )
+    arguments.check_dropout(dropout_rate, dropout_rng)
+    precision = arguments.as_precision(precision)
+    query_4d, key_4d, value_4d = (
+        arguments.as_4d(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value"))
+    )
+    arguments.check_query_key_value(query_4d, key_4d, value_4d)
+    B, T, N, _ = query_4d.shape
+    S = key_4d.shape[1]
+    bias_4d = None if bias is None else arguments.as_bias(bias, (B, N, T, S))
+    mask_4d = None if mask is None else arguments.as_mask(mask, (B, N, T, S))
+    window = arguments.as_window(local_window_size)
+    query_lengths = arguments.as_lengths(query_seq_lengths, "query_seq_lengths", B)
+    key_value_lengths = arguments.as_lengths(key_value_seq_lengths, "key_value_seq_lengths", B)
+    scalar_scale = arguments.as_scale(scale, query_4d.shape[-1])
+
+    dropout, dropout_key, head_index = None, None, None
+    if dropout_rate > 0:
+        dropout, dropout_key = make_dropout(dropout_rate), threefry_words(dropout_rng)
+        head_index = head_indices(B, N)
+    static_window, traced_window = window, None
+    if window is not None and not all(isinstance(side, int) for side in window):
+        static_window, traced_window = None, jnp.stack([jnp.asarray(side, jnp.int32) for side in window])
+    attention = functools.partial(
+        _attention,
+        is_causal=bool(is_causal),
+        static_window=static_window,
+        dropout=dropout,
+        blocks=(block_q, block_kv),
+        precision=precision,
+    )
+    operands = {
+        "query": query_4d,
+        "key": key_4d,
+        "value": value_4d,
+        "bias": bias_4d,
+        "mask": mask_4d,
+        "scale": scalar_scale,
+        "traced_window": traced_window,
+        "query_lengths": query_lengths,
+        "key_value_lengths": key_value_lengths,
+        "dropout_key": dropout_key,
+        "head_index": head_index,
+    }
+    out, lse = over_explicit_axes(attention, operands, _OPERAND_LAYOUTS)
+    shape = jnp.shape(query)
+    return out.reshape(shape), lse.reshape(shape[:-1])
+
+
+# "." is an axis that is never sharded.
+_OPERAND_LAYOUTS = {
+    "query": "BTNH",
+    "key": "BSKH",
+    "value": "BSKH",
+    "bias": "BNTS",
+    "mask": "BNTS",
+    "scale": "",
+    "traced_window": ".",
+    "query_lengths": "B",
+    "key_value_lengths": "B",
+    "dropout_key": ".",
+    "head_index": "BN",
+}
+
+
+def _attention(
+    *,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    scale: jax.Array,
+    traced_window: jax.Array | None,
+    query_lengths: jax.Array | None,
+    key_value_lengths: jax.Array | None,
+    dropout_key: jax.Array | None,
+    head_index: jax.Array | None,
+    is_causal: bool,
+    static_window: tuple[int, int] | None,
+    dropout: Dropout | None,
+    blocks: tuple[int | None, int | None],
+    precision: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """out (B, T, N, H) and differentiable lse (B, T, N) in accumulation dtype, of checked 4-D arguments."""
+    B, T, N, H = query.shape
+    S, K = key.shape[1:3]
+    G = N // K
+    accumulate = accumulation_dtype(query.dtype)
+    if 0 in (B, T, N, S):
+        return jnp.zeros_like(query), jnp.full((B, T, N), -jnp.inf, accumulate)
+
+    def grouped(x: jax.Array | None) -> jax.Array | None:
+        """(B, N or 1, T, S) -> (B, K, G, T, S), heads still broadcast if they were."""
+        if x is None:
+            return None
+        heads = (1, 1) if x.shape[1] == 1 else (K, G)
+        return x.reshape(x.shape[0], *heads, *x.shape[2:])
+
+    band, mask_operands = make_mask(
+        T,
+        S,
+        is_causal=is_causal,
+        static_window=static_window,
+        traced_window=traced_window,
+        query_lengths=query_lengths,
+        key_value_lengths=key_value_lengths,
+        allowed=grouped(mask),
+    )
+    is_row = None
+    if query_lengths is not None:
+        # Padded rows may hold NaN, and their cotangents are zero: the two must not meet.
+        is_row = jnp.arange(T, dtype=jnp.int32)[None, :] < query_lengths[:, None]
+        query = jnp.where(is_row[..., None, None], query, 0)
+    inputs = Inputs(
+        query=query.reshape(B, T, K, G, H),
+        key=key,
+        value=value,
+        scale=scale.astype(accumulate)[None],
+        bias=grouped(bias),
+        mask=mask_operands,
+        dropout_key=None if dropout_key is None else dropout_key[None],
+        head_index=None if head_index is None else head_index.reshape(B, K, G),
+    )
+    out, lse = flash_attention_core(Config(band, dropout, *blocks, precision), inputs)
+    if mask_operands.dead is not None:
+        lse = jnp.where(mask_operands.dead, DEAD_ROW_LSE, lse)
+    out, lse = out.reshape(B, T, N, H), jnp.moveaxis(lse.reshape(B, N, T), 1, 2)
+    if is_row is not None:
+        out = jnp.where(is_row[..., None, None], out, 0)
+        lse = jnp.where(is_row[..., None], lse, DEAD_ROW_LSE)
+    return out, lse
