@@ -59,12 +59,17 @@ def compile_attention(
 
     Args:
         implementation: `flash` or `jax.nn`, either with `:name` for its `implementation=name`
-            argument, or `torch`.
+            argument; `flash@512x1024` for block_q=512 and block_kv=1024; or `torch`.
         shape: what to compute.
         mode: `forward` or `gradient`.
         inputs: arrays to compile for.
     """
     library, _, name = implementation.partition(":")
+    ours, _, blocks = implementation.partition("@")
+    if ours == OURS and blocks:
+        block_q, block_kv = map(int, blocks.split("x"))
+        tiled = functools.partial(flash_attention, block_q=block_q, block_kv=block_kv)
+        return _JaxAttention(tiled, None, shape, mode, inputs)
     if library == OURS:
         return _JaxAttention(flash_attention, name or None, shape, mode, inputs)
     if library == REFERENCE:

@@ -358,7 +358,7 @@ def assert_as_accurate_as_dense(
     """Asserts that the error of `actual` is at most `limit` times that of `dense` plus a floor.
 
     Both errors are the largest over the array, against `expected` (float64). `floor` is an array of
-    noise_floor, or by default the unit in the last place of the largest magnitude in `expected`.
+    noise_floor, or by default two units in the last place of the largest magnitude in `expected`.
     """
     dtype = np.asarray(actual).dtype
     actual, dense, expected = _as_float64(actual), _as_float64(dense), _as_float64(expected)
@@ -367,7 +367,7 @@ def assert_as_accurate_as_dense(
     assert np.isfinite(actual).all(), f"{name}: {np.sum(~np.isfinite(actual))} values not finite"
     largest = np.abs(expected).max(initial=0.0)
     if floor is None:
-        floor = float(jnp.finfo(dtype).eps) * largest
+        floor = 2 * float(jnp.finfo(dtype).eps) * largest
     accuracy = Accuracy(
         float(np.abs(actual - expected).max(initial=0.0)),
         float(np.abs(dense - expected).max(initial=0.0)),

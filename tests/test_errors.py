@@ -1,5 +1,6 @@
 """Invalid calls: each raises a documented type, and the message names the argument."""
 
+import warnings
 from typing import Any
 
 import jax
@@ -109,7 +110,8 @@ def describe(value: Any) -> str:
 
 def error_of_reference(arguments: dict[str, Any]) -> Exception | None:
     try:
-        reference_attention(**arguments)
+        with warnings.catch_warnings(action="ignore"):  # of complex numbers, and of H = 0
+            reference_attention(**arguments)
     except Exception as error:
         return error
     return None
@@ -141,7 +143,7 @@ def test_the_valid_call_is_valid():
 
 
 def test_messages_say_what_was_given_and_what_is_accepted():
-    with pytest.raises(TypeError, match=r"(?s)mask.*5.*6"):
+    with pytest.raises(TypeError, match=r"mask.*(\b6\b.*\b5\b|\b5\b.*\b6\b)"):
         flash_attention(QUERY, KEY, KEY, mask=ones(B, N, T, S - 1, dtype=bool))
     with pytest.raises(ValueError, match=r"(?s)implementation.*xla.*cudnn"):
         flash_attention(QUERY, KEY, KEY, implementation="mosaic")  # pyright: ignore
