@@ -148,8 +148,12 @@ def dense_float64(query, key, value, bias, scale, masks: Masking):
     lse = (row_max + jnp.log(total))[..., 0].transpose(0, 2, 1)
 
     # Rows without a key: the plain mean, of padding too.
-    uniform = jnp.full(allowed.shape, 1.0 / max(S, 1)) * factor
-    mean = jnp.einsum("bnts,bsnd->btnd", uniform, _heads(value, N))
+    # (Heads stay grouped here: XLA:CPU up to JAX 0.12 miscompiles the derivative of a product of
+    # repeated heads with a compile-time constant; the gradient of value came out as garbage.)
+    B, _, T, _ = allowed.shape
+    K = value.shape[2]
+    uniform = (jnp.full(allowed.shape, 1.0 / max(S, 1)) * factor).reshape(B, K, N // K, T, S)
+    mean = jnp.einsum("bkgts,bskd->btkgd", uniform, value).reshape(out.shape)
     live = live[..., 0].transpose(0, 2, 1)
     out = jnp.where(live[..., None], out, mean)
     out = jnp.where(query_valid, out, 0.0)

@@ -50,26 +50,30 @@ def forward(tiles: Tiles) -> tuple[jax.Array, jax.Array]:
     def row_tile(at: RowTile, results: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         query = tiles.query(at)
 
-        def key_tile(columns: ColumnTile, mask: TileMask | None, state: OnlineSoftmax) -> OnlineSoftmax:
+        def key_tile(columns: ColumnTile, mask: TileMask | None, state: OnlineSoftmax | None) -> OnlineSoftmax:
             key, value = tiles.key(at, columns, mask), tiles.value(at, columns, mask)
             logits = tiles.logits(query, key, at, columns, mask)
-            new_max = jnp.maximum(state.max_so_far, logits.max(-1, keepdims=True))
-            correction = tiles.exp2(state.max_so_far - new_max)
+            new_max = logits.max(-1, keepdims=True)
+            if state is not None:
+                new_max = jnp.maximum(state.max_so_far, new_max)
             weights = tiles.exp2(logits - new_max)
-            return OnlineSoftmax(
-                state.numerator * correction
-                + tiles.einsum("...gts,...sd->...gtd", tiles.drop(weights, tiles.keep(at, columns)), value),
-                state.denominator * correction + weights.sum(-1, keepdims=True),
-                new_max,
-            )
+            denominator = weights.sum(-1, keepdims=True)
+            dropped = tiles.drop(weights, tiles.keep(at, columns))
+            numerator = tiles.einsum("...gts,...sd->...gtd", dropped, value)
+            if state is not None:
+                correction = tiles.exp2(state.max_so_far - new_max)
+                numerator += state.numerator * correction
+                denominator += state.denominator * correction
+            return OnlineSoftmax(numerator, denominator, new_max)
 
         rows = (*nest.tile.batch, nest.tile.heads, sizes.G, nest.tile.block_q)
-        state = OnlineSoftmax(
+        empty = OnlineSoftmax(
             tiles.zeros(*rows, sizes.D),
             tiles.zeros(*rows, 1),
             jnp.full((*rows, 1), lowest(tiles.accumulate), tiles.accumulate),
         )
-        state = nest.columns(at, key_tile, state)
+        # A single tile of keys is an ordinary softmax; there is no state to correct.
+        state = nest.columns(at, key_tile, None if nest.visits_one_key_tile else empty)
         # Only a tile of rows without any work (padding) has a denominator of zero.
         denominator = jnp.where(state.denominator == 0, 1, state.denominator)
         out = state.numerator / denominator

@@ -66,6 +66,11 @@ class Nest:
     def num_key_tiles(self) -> int:
         return -(-self.sizes.S // self.tile.block_kv)
 
+    @property
+    def visits_one_key_tile(self) -> bool:
+        """Whether it is known that every row of tiles visits exactly one key/value tile."""
+        return self.num_key_tiles == 1 and self.mask.key_start is None
+
     # ---- loops
 
     def rows(self, body: Callable[[RowTile, Carry], Carry], carry: Carry) -> Carry:
@@ -106,6 +111,8 @@ class Nest:
                 return body(columns, mask, carry)
             return lax.cond(mask.allowed.any(), lambda c: body(columns, mask, c), lambda c: c, carry)
 
+        if self.visits_one_key_tile:
+            return masked(0, carry) if has_edges else full(0, carry)
         if self.differentiable:
             # The range decides inside the step, so that the trip count is static.
             def step(j: Index, carry: Carry) -> Carry:

@@ -30,9 +30,10 @@ class TileShape:
     block_kv: int
 
 
-# Elements (query rows x keys, over all heads of the tile) that a tile should have where all heads fit into it.
-_SMALL_TILE_ELEMENTS = 1 << 18
-_WIDE_TILE_ELEMENTS = 1 << 26
+# Elements (query rows x keys, over all heads) of a tile ...
+_CPU_SMALL = 1 << 18  # ... that several heads should share where one head has fewer
+_CPU_REVERSE = 1 << 22  # ... in reverse mode through a kernel
+_ACCELERATOR = 1 << 28  # ... of float32 scores: 1 GiB for each temporary
 
 
 def choose_tile(
@@ -44,38 +45,47 @@ def choose_tile(
     is_banded: bool,
     all_heads: bool,
 ) -> TileShape:
-    """The one place where tile shapes are chosen.
+    """The one place where tile shapes are chosen; `benchmarks/tune_tiles.py` made the measurements.
 
     Args:
       sizes: axis sizes of the call.
       platform: 'cpu' or anything else.
       block_q, block_kv: what the caller asked for, or None.
-      is_banded: whether tiles on the edge of a band will be masked; smaller tiles then waste less.
+      is_banded: whether rows attend an interval of the keys only; smaller tiles then skip more.
       all_heads: ask for all batch rows and heads at once (reverse mode through a kernel: slicing one head out of an
         array would make its transpose touch the whole array for every tile).
     """
-    heads = math.prod(sizes.batch) * sizes.K
+    heads = max(1, math.prod(sizes.batch) * sizes.K * sizes.G)
     if platform == "cpu" and not all_heads:
         # Threads split one matrix product, not a batch of them: one head at a time, in large squares.
         rows, columns = (512, 512) if is_banded else (1024, 1024)
-        block_q = block_q or max(1, rows // sizes.G)
-        block_kv = block_kv or (columns if sizes.T * sizes.G >= 64 else 4096)
+        rows = max(1, rows // sizes.G)
+        columns = columns if sizes.T * sizes.G >= 64 else 4096
     else:
-        # Kernel launches and bandwidth decide: everything at once, as long as a tile stays moderate.
-        side = math.isqrt(max(1, (_SMALL_TILE_ELEMENTS << 4) // max(1, heads * sizes.G)))
-        side = min(2048, max(128, 1 << (side.bit_length() - 1)))
-        block_q, block_kv = block_q or side, block_kv or side
-    block_q, block_kv = balanced_block(sizes.T, block_q), balanced_block(sizes.S, block_kv)
+        # Kernel launches and bandwidth decide: all heads at once. Rows against all keys need no online softmax, which
+        # saves a pass over the scores; a band is worth more.
+        per_head = max(1, (_CPU_REVERSE if platform == "cpu" else _ACCELERATOR) // heads)
+        side = min(2048, max(128, 1 << (math.isqrt(per_head).bit_length() - 1)))
+        rows, columns = side, side
+        whole_rows = per_head // max(1, sizes.S)
+        if not is_banded and whole_rows >= min(128, sizes.T):
+            rows, columns = min(2048, 1 << (whole_rows.bit_length() - 1)), sizes.S
+    block_q = balanced_block(sizes.T, block_q or rows)
+    block_kv = balanced_block(sizes.S, block_kv or columns)
     if all_heads or platform != "cpu":
         return TileShape(sizes.batch, sizes.K, block_q, block_kv)
-    # Small problems: several heads in a tile, as many as make it worth a loop step.
-    budget = max(1, _SMALL_TILE_ELEMENTS // max(1, sizes.G * block_q * block_kv))
-    tile_heads = largest_divisor(sizes.K, budget)
-    batch = []
+    return _with_heads(sizes, block_q, block_kv, _CPU_SMALL // max(1, sizes.G * block_q * block_kv))
+
+
+def _with_heads(sizes: Sizes, block_q: int, block_kv: int, limit: int) -> TileShape:
+    """As many key/value heads in a tile as `limit` allows, then batch rows from the innermost batch axis outwards."""
+    heads = taken = largest_divisor(sizes.K, limit)
+    batch, is_full = [], heads == sizes.K
     for n in reversed(sizes.batch):
-        full = tile_heads == sizes.K and all(b == m for b, m in zip(batch, reversed(sizes.batch), strict=False))
-        batch.append(largest_divisor(n, max(1, budget // (tile_heads * math.prod(batch)))) if full else 1)
-    return TileShape(tuple(reversed(batch)), tile_heads, block_q, block_kv)
+        rows = largest_divisor(n, limit // taken) if is_full else 1
+        taken, is_full = taken * rows, is_full and rows == n
+        batch.append(rows)
+    return TileShape(tuple(reversed(batch)), heads, block_q, block_kv)
 
 
 def largest_divisor(n: int, limit: int) -> int:
