@@ -198,7 +198,9 @@ def test_bias_gradient_batched_and_not(batch: int, use_vmap: bool):
         wide = x.astype(np.float64), bias.astype(np.float64)
         expected = gradients(oracle)(*wide)
     for name, *results in zip(("x", "bias"), actual, dense, expected, strict=True):
-        assert_as_accurate_as_dense(name, *results)
+        # The gradient of x is the sum of three.
+        floor = 4 * np.finfo(np.float32).eps * np.abs(results[-1])
+        assert_as_accurate_as_dense(name, *results, floor=floor)
 
 
 @pytest.mark.parametrize("use_mask", [False, True])
@@ -390,9 +392,16 @@ def test_large_negative_bias_masks_and_a_row_full_of_it_is_uniform(magnitude: fl
 
 def test_very_large_logits():
     query, key, value = qkv(1, 20, 50, 2, 1, 8)
-    compare((100 * query, key, value), scale=30.0)
-    out = flash_attention(100 * query, key, value, scale=30.0, block_q=16, block_kv=16)
-    assert np.isfinite(out).all()
+    query = 100 * query
+    with enable_x64():
+        expected = np.asarray(oracle(query, key, value, scale=30.0))
+    # A rounding of the largest logit is a relative error of a probability.
+    largest_logit = 30.0 * np.abs(np.einsum("btnh,bsh->bnts", query, key[:, :, 0])).max()
+    atol = 4 * np.finfo(np.float32).eps * largest_logit * np.abs(value).max()
+    assert atol < 0.05
+    for blocks in (None, 16):
+        out = flash_attention(query, key, value, scale=30.0, block_q=blocks, block_kv=blocks)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("T", [1, 2, 13, 127])
