@@ -6,7 +6,7 @@ import jax
 from jax import lax
 from jax.typing import ArrayLike
 
-from ._attention import attention_and_lse
+from ._attention import attention
 
 Implementation = Literal["xla", "cudnn"]
 
@@ -145,7 +145,7 @@ def flash_attention(
             implementation="cudnn",
             **({"return_residual": True} if return_residual else {}),  # pyright: ignore[reportArgumentType]
         )
-    out, lse = attention_and_lse(
+    out, *lse = attention(
         query,
         key,
         value,
@@ -161,5 +161,6 @@ def flash_attention(
         block_q=block_q,
         block_kv=block_kv,
         precision=precision,
+        needs_lse=return_residual,
     )
-    return (out, lax.stop_gradient(lse.astype(out.dtype))) if return_residual else out
+    return (out, lax.stop_gradient(lse[0].astype(out.dtype))) if return_residual else out

@@ -15,7 +15,7 @@ from ._numerics import DEAD_ROW_LSE, accumulation_dtype
 from ._sharding import over_explicit_axes
 
 
-def attention_and_lse(
+def attention(
     query: Any,
     key: Any,
     value: Any,
@@ -32,8 +32,12 @@ def attention_and_lse(
     block_q: Any,
     block_kv: Any,
     precision: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """Check all arguments (see `flash_attention`); out as query, lse (B, T, N) or (T, N) in accumulation dtype."""
+    needs_lse: bool,
+) -> tuple[jax.Array, ...]:
+    """Check all arguments (see `flash_attention`); out as query and, if needed, lse.
+
+    lse is (B, T, N) or (T, N), in accumulation dtype and differentiable.
+    """
     arguments.check_static(
         is_causal=is_causal,
         block_q=block_q,
@@ -61,13 +65,14 @@ def attention_and_lse(
     static_window, traced_window = window, None
     if window is not None and not all(isinstance(side, int) for side in window):
         static_window, traced_window = None, jnp.stack([jnp.asarray(side, jnp.int32) for side in window])
-    attention = functools.partial(
+    partial = functools.partial(
         _attention,
         is_causal=bool(is_causal),
         static_window=static_window,
         dropout=dropout,
         blocks=(block_q, block_kv),
         precision=precision,
+        needs_lse=needs_lse,
     )
     operands = {
         "query": query_4d,
@@ -82,9 +87,9 @@ def attention_and_lse(
         "dropout_key": dropout_key,
         "head_index": head_index,
     }
-    out, lse = over_explicit_axes(attention, operands, _OPERAND_LAYOUTS)
+    results = over_explicit_axes(partial, operands, _OPERAND_LAYOUTS, needs_lse=needs_lse)
     shape = jnp.shape(query)
-    return out.reshape(shape), lse.reshape(shape[:-1])
+    return tuple(x.reshape(like) for x, like in zip(results, (shape, shape[:-1]), strict=False))
 
 
 # "." is an axis that is never sharded.
@@ -121,14 +126,15 @@ def _attention(
     dropout: Dropout | None,
     blocks: tuple[int | None, int | None],
     precision: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """out (B, T, N, H) and differentiable lse (B, T, N) in accumulation dtype, of checked 4-D arguments."""
+    needs_lse: bool,
+) -> tuple[jax.Array, ...]:
+    """out (B, T, N, H) and, if needed, lse (B, T, N) in accumulation dtype, of checked 4-D arguments."""
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
     G = N // K
     accumulate = accumulation_dtype(query.dtype)
     if 0 in (B, T, N, S):
-        return jnp.zeros_like(query), jnp.full((B, T, N), -jnp.inf, accumulate)
+        return (jnp.zeros_like(query), jnp.full((B, T, N), -jnp.inf, accumulate))[: 2 if needs_lse else 1]
 
     def grouped(x: jax.Array | None) -> jax.Array | None:
         """(B, N or 1, T, S) -> (B, K, G, T, S), heads still broadcast if they were."""
@@ -162,11 +168,17 @@ def _attention(
         dropout_key=None if dropout_key is None else dropout_key[None],
         head_index=None if head_index is None else head_index.reshape(B, K, G),
     )
-    out, lse = flash_attention_core(Config(band, dropout, *blocks, precision), inputs)
-    if mask_operands.dead is not None:
-        lse = jnp.where(mask_operands.dead, DEAD_ROW_LSE, lse)
-    out, lse = out.reshape(B, T, N, H), jnp.moveaxis(lse.reshape(B, N, T), 1, 2)
+    config = Config(band, dropout, *blocks, precision, needs_lse)
+    out, *lses = flash_attention_core(config, inputs)
+    out = out.reshape(B, T, N, H)
     if is_row is not None:
         out = jnp.where(is_row[..., None, None], out, 0)
+    if not needs_lse:
+        return (out,)
+    (lse,) = lses
+    if mask_operands.dead is not None:
+        lse = jnp.where(mask_operands.dead, DEAD_ROW_LSE, lse)
+    lse = jnp.moveaxis(lse.reshape(B, N, T), 1, 2)
+    if is_row is not None:
         lse = jnp.where(is_row[..., None], lse, DEAD_ROW_LSE)
     return out, lse

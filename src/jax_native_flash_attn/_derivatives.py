@@ -12,6 +12,7 @@ linear in some operands, given others (the residuals), and that knows its transp
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -54,26 +55,27 @@ def _forward(*leaves: jax.Array, config: Config, structure: Any, platform: str) 
 
 
 def _forward_abstract_eval(*leaves: Any, config: Config, structure: Any, **unused: Any) -> list[Any]:
-    del config
     inputs: Inputs = jax.tree.unflatten(structure, leaves)
     z, dtype = inputs.sizes, inputs.query.dtype
-    return [
-        _sharding.result_aval(leaves, (*z.batch, z.T, z.K, z.G, z.D), dtype),
-        _sharding.result_aval(leaves, (*z.batch, z.K, z.G, z.T), accumulation_dtype(dtype)),
-    ]
+    results = [_sharding.result_aval(leaves, (*z.batch, z.T, z.K, z.G, z.D), dtype)]
+    if config.needs_lse:
+        results.append(_sharding.result_aval(leaves, (*z.batch, z.K, z.G, z.T), accumulation_dtype(dtype)))
+    return results
 
 
 def _forward_jvp(primals: Any, tangents: Any, *, config: Config, structure: Any, **unused: Any) -> tuple:
+    num_results = 2 if config.needs_lse else 1
+    config = replace(config, needs_lse=True)
     out, lse = _apply_forward(*primals, config=config, structure=structure)
     # Named, so that a `jax.checkpoint` policy can save both and not run the forward kernel again.
     out, lse = checkpoint_name(out, "flash_attention_out"), checkpoint_name(lse, "flash_attention_lse")
     names = field_names(structure)
     varying = [i for i, t in enumerate(tangents) if names[i] in FLOAT_FIELDS and not _is_zero(t)]
     residuals = (*primals, out, lse)
-    slots = tuple(Slot(i) for i in varying), (Slot(len(primals)), Slot(len(primals) + 1))
-    kernel = FirstDerivative(config, structure, *slots)
+    slots = (Slot(len(primals)), Slot(len(primals) + 1))
+    kernel = FirstDerivative(config, structure, tuple(map(Slot, varying)), slots[:num_results])
     dresults = _apply_linear(*residuals, *(tangents[i] for i in varying), kernel=kernel)
-    return [out, lse], dresults
+    return [out, lse][:num_results], dresults
 
 
 def _forward_transpose(cotangents: Any, *leaves: Any, config: Config, structure: Any, **unused: Any) -> list:
@@ -87,6 +89,7 @@ def _forward_transpose(cotangents: Any, *leaves: Any, config: Config, structure:
     if type(cotangents[0]) is ad.Zero:
         return [None] * len(leaves)
     known = [jnp.zeros(value.shape, value.dtype) if i == position else x for i, x in enumerate(leaves)]
+    config = replace(config, needs_lse=True)
     out, lse = _apply_forward(*known, config=config, structure=structure)
     kernel = FirstDerivative(config, structure, (Slot(position),), (Slot(len(leaves)),), flipped=True)
     (dvalue,) = _apply_linear(*known, out, lse, cotangents[0], kernel=kernel)
@@ -94,12 +97,12 @@ def _forward_transpose(cotangents: Any, *leaves: Any, config: Config, structure:
 
 
 def _forward_batch(args: Any, dims: Any, *, config: Config, structure: Any, **unused: Any) -> tuple:
-    return _apply_forward(*_batch_operands(args, dims), config=config, structure=structure), [0, 0]
+    results = _apply_forward(*_batch_operands(args, dims), config=config, structure=structure)
+    return results, [0] * len(results)
 
 
 def _forward_layouts(*, config: Config, structure: Any) -> _sharding.Layouts:
-    del config
-    return field_names(structure), ("out", "lse")
+    return field_names(structure), ("out", "lse") if config.needs_lse else ("out",)
 
 
 # ---- derivatives
@@ -207,7 +210,7 @@ ad.primitive_transposes[flash_attention_p] = _forward_transpose
 ad.primitive_transposes[linear_kernel_p] = _linear_transpose
 
 
-def flash_attention_core(config: Config, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-    """out (batch..., T, K, G, D) and natural-log lse (batch..., K, G, T), differentiable in every mode."""
+def flash_attention_core(config: Config, inputs: Inputs) -> list[jax.Array]:
+    """out (batch..., T, K, G, D) and, if needed, lse (batch..., K, G, T); differentiable in every mode."""
     leaves, structure = jax.tree.flatten(inputs)
     return _apply_forward(*_sharding.vary_alike(leaves), config=config, structure=structure)

@@ -32,22 +32,22 @@ import jax.numpy as jnp
 
 from ._logits import Tiles
 from ._nest import ColumnTile, RowTile, TileMask
-from ._numerics import LN2, lowest
+from ._numerics import lowest
 
 
 class OnlineSoftmax(NamedTuple):
-    """Running softmax of some rows: weighted sum of values, sum of weights, and the largest logit (base 2)."""
+    """Running softmax of some rows: weighted sum of values, sum of weights, and the largest logit."""
 
     numerator: jax.Array
     denominator: jax.Array
     max_so_far: jax.Array
 
 
-def forward(tiles: Tiles) -> tuple[jax.Array, jax.Array]:
-    """out (batch..., T, K, G, D) in query's dtype, lse (batch..., K, G, T) in accumulation dtype."""
+def forward(tiles: Tiles) -> tuple[jax.Array, ...]:
+    """out (batch..., T, K, G, D) in query's dtype; if needed, lse (batch..., K, G, T) in accumulation dtype."""
     nest, sizes = tiles.nest, tiles.sizes
 
-    def row_tile(at: RowTile, results: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def row_tile(at: RowTile, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         query = tiles.query(at)
 
         def key_tile(columns: ColumnTile, mask: TileMask | None, state: OnlineSoftmax | None) -> OnlineSoftmax:
@@ -56,17 +56,17 @@ def forward(tiles: Tiles) -> tuple[jax.Array, jax.Array]:
             new_max = logits.max(-1, keepdims=True)
             if state is not None:
                 new_max = jnp.maximum(state.max_so_far, new_max)
-            weights = tiles.exp2(logits - new_max)
+            weights = tiles.exp(logits - new_max)
             denominator = weights.sum(-1, keepdims=True)
             dropped = tiles.drop(weights, tiles.keep(at, columns))
-            numerator = tiles.einsum("...gts,...sd->...gtd", dropped, value)
+            numerator = tiles.einsum("...rs,...sd->...rd", dropped, value)
             if state is not None:
-                correction = tiles.exp2(state.max_so_far - new_max)
+                correction = tiles.exp(state.max_so_far - new_max)
                 numerator += state.numerator * correction
                 denominator += state.denominator * correction
             return OnlineSoftmax(numerator, denominator, new_max)
 
-        rows = (*nest.tile.batch, nest.tile.heads, sizes.G, nest.tile.block_q)
+        rows = nest.row_shape
         empty = OnlineSoftmax(
             tiles.zeros(*rows, sizes.D),
             tiles.zeros(*rows, 1),
@@ -74,19 +74,19 @@ def forward(tiles: Tiles) -> tuple[jax.Array, jax.Array]:
         )
         # A single tile of keys is an ordinary softmax; there is no state to correct.
         state = nest.columns(at, key_tile, None if nest.visits_one_key_tile else empty)
-        # Only a tile of rows without any work (padding) has a denominator of zero.
-        denominator = jnp.where(state.denominator == 0, 1, state.denominator)
-        out = state.numerator / denominator
-        lse = (state.max_so_far + jnp.log2(denominator)) * LN2
-        return (
-            nest.write_query(results[0], out, at, add=False),
-            nest.write_row(results[1], lse[..., 0], at, add=False),
-        )
+        denominator = state.denominator
+        if tiles.inputs.mask.key_start is not None:
+            # Padded rows may have visited no tile at all.
+            denominator = jnp.where(denominator == 0, 1, denominator)
+        written = (nest.write_query(results[0], state.numerator / denominator, at, add=False),)
+        if tiles.config.needs_lse:
+            lse = state.max_so_far / tiles.unit + jnp.log(denominator)
+            written += (nest.write_row(results[1], lse[..., 0], at, add=False),)
+        return written
 
-    results = (
-        jnp.zeros((*sizes.batch, sizes.T, sizes.K, sizes.G, sizes.D), tiles.inputs.query.dtype),
-        tiles.zeros(*sizes.batch, sizes.K, sizes.G, sizes.T),
-    )
+    results = (jnp.zeros((*sizes.batch, sizes.T, sizes.K, sizes.G, sizes.D), tiles.inputs.query.dtype),)
+    if tiles.config.needs_lse:
+        results += (tiles.zeros(*sizes.batch, sizes.K, sizes.G, sizes.T),)
     return nest.rows(row_tile, results)
 
 
@@ -107,7 +107,7 @@ def tangent(
         query, row_lse = tiles.query(at), tiles.row_lse(lse, at)
 
         def logits_tangent(key: jax.Array, columns: ColumnTile, mask: TileMask | None) -> jax.Array | None:
-            """dz in base 2; None if no tangent reaches the logits."""
+            """dz; None if no tangent reaches the logits."""
             terms = []
             if "query" in tangents:
                 dquery = nest.query_slice(tangents["query"], at)
@@ -116,13 +116,11 @@ def tangent(
                 dkey = nest.key_slice(tangents["key"], at, columns)
                 terms.append(tiles.products(query, dkey, tiles.scale(at)))
             if "scale" in tangents:
-                dscale = nest.batch_slice(tangents["scale"], at)[..., None]
+                dscale = nest.batch_slice(tangents["scale"], at)
                 terms.append(tiles.products(query, key, dscale))
-            total = sum(terms[1:], terms[0]) * LN2 if terms else None
-            if "bias" in tangents:
-                dbias = tiles.bias(tangents["bias"], at, columns)
-                total = dbias if total is None else total + dbias
-            return None if total is None else tiles.through_mask(total, mask)
+            products = sum(terms[1:], terms[0]) / tiles.unit if terms else None
+            bias = tiles.bias(tangents["bias"], at, columns) if "bias" in tangents else None
+            return None if products is None and bias is None else tiles.logits_tangent(products, bias, mask)
 
         def key_tile(
             columns: ColumnTile, mask: TileMask | None, state: tuple[jax.Array, jax.Array]
@@ -130,28 +128,28 @@ def tangent(
             dout, dlse = state
             keep = tiles.keep(at, columns)
             key = tiles.key(at, columns, mask)
-            weights = tiles.exp2(tiles.logits(query, key, at, columns, mask) - row_lse)
+            weights = tiles.exp(tiles.logits(query, key, at, columns, mask) - row_lse)
             dlogits = logits_tangent(key, columns, mask)
             if dlogits is not None:
                 dweights = weights * dlogits
                 dlse += dweights.sum(-1, keepdims=True)
                 value = tiles.value(at, columns, mask)
                 dropped = tiles.drop(dweights, keep)
-                dout += tiles.einsum("...gts,...sd->...gtd", dropped, value)
+                dout += tiles.einsum("...rs,...sd->...rd", dropped, value)
             if "value" in tangents:
                 dvalue = nest.key_slice(tangents["value"], at, columns)
                 dropped = tiles.drop(weights, keep)
-                dout += tiles.einsum("...gts,...sd->...gtd", dropped, dvalue)
+                dout += tiles.einsum("...rs,...sd->...rd", dropped, dvalue)
             return dout, dlse
 
-        rows = (*nest.tile.batch, nest.tile.heads, sizes.G, nest.tile.block_q)
+        rows = nest.row_shape
         dout, dlse = nest.columns(at, key_tile, (tiles.zeros(*rows, sizes.D), tiles.zeros(*rows, 1)))
         if "out" in results:
             dout -= dlse * nest.query_slice(out, at).astype(tiles.accumulate)
-            dout = nest.owned_rows(dout, at, axis=-2)
+            dout = nest.owned_rows(dout, at)
             results["out"] = nest.write_query(results["out"], dout, at, add=True)
         if "lse" in results:
-            dlse = nest.owned_rows(dlse, at, axis=-2)
+            dlse = nest.owned_rows(dlse, at)
             results["lse"] = nest.write_row(results["lse"], dlse[..., 0], at, add=True)
         return results
 
@@ -183,19 +181,19 @@ def cotangent(
 
     def row_tile(at: RowTile, results: dict[str, jax.Array]) -> dict[str, jax.Array]:
         query, row_lse = tiles.query(at), tiles.row_lse(lse, at)
-        rows = (*nest.tile.batch, nest.tile.heads, sizes.G, nest.tile.block_q)
+        rows = nest.row_shape
         # Rows that the tile before owns get cotangents of zero, and so contribute nothing anywhere.
         delta = tiles.zeros(*rows, 1)
         dout = tiles.zeros(*rows, sizes.D)
         if has_out:
-            dout = nest.owned_rows(nest.query_slice(cotangents["out"], at), at, axis=-2)
+            dout = nest.owned_rows(nest.query_slice(cotangents["out"], at), at)
             dout = dout.astype(tiles.accumulate)
             delta += (dout * nest.query_slice(out, at).astype(tiles.accumulate)).sum(-1, keepdims=True)
         if "lse" in cotangents:
-            dlse = nest.row_slice(cotangents["lse"], at)[..., None]
-            delta -= nest.owned_rows(dlse, at, axis=-2).astype(tiles.accumulate)
+            dlse = tiles.rows(cotangents["lse"], at)
+            delta -= nest.owned_rows(dlse, at).astype(tiles.accumulate)
         scaled_query = query.astype(tiles.accumulate) * tiles.scale(at)
-        query_transposed, dout_transposed = (jnp.moveaxis(x, -1, -3) for x in (scaled_query, dout))
+        query_transposed, dout_transposed = (jnp.swapaxes(x, -1, -2) for x in (scaled_query, dout))
 
         def key_tile(
             columns: ColumnTile,
@@ -205,26 +203,26 @@ def cotangent(
             dquery, results = state[0], dict(state[1])
             keep = tiles.keep(at, columns)
             key = tiles.key(at, columns, mask)
-            weights = tiles.exp2(tiles.logits(query, key, at, columns, mask) - row_lse)
+            weights = tiles.exp(tiles.logits(query, key, at, columns, mask) - row_lse)
             if "value" in results and has_out:
                 dropped = tiles.drop(weights, keep)
-                dvalue = tiles.einsum("...dgt,...gts->...ds", dout_transposed, dropped)
+                dvalue = tiles.einsum("...dr,...rs->...ds", dout_transposed, dropped)
                 results["value"] = nest.add_key_transposed(results["value"], dvalue, at, columns)
             if not needs_logits:
                 return dquery, results
             dlogits = -delta
             if has_out:
                 value = tiles.value(at, columns, mask)
-                dweights = tiles.einsum("...gtd,...sd->...gts", dout, value)
+                dweights = tiles.einsum("...rd,...sd->...rs", dout, value)
                 dlogits = tiles.drop(dweights, keep) - delta
             dlogits = tiles.through_mask(weights * dlogits, mask)
             if "key" in results:
-                dkey = tiles.einsum("...hgt,...gts->...hs", query_transposed, dlogits)
+                dkey = tiles.einsum("...hr,...rs->...hs", query_transposed, dlogits)
                 results["key"] = nest.add_key_transposed(results["key"], dkey, at, columns)
             if "bias" in results:
                 results["bias"] = nest.add_score(results["bias"], dlogits, at, columns)
             if dquery is not None:
-                dquery += tiles.einsum("...gts,...sh->...gth", dlogits, key)
+                dquery += tiles.einsum("...rs,...sh->...rh", dlogits, key)
             return dquery, results
 
         dquery = tiles.zeros(*rows, sizes.H) if needs_query else None
@@ -232,7 +230,7 @@ def cotangent(
         if dquery is not None and "query" in results:
             results["query"] = nest.write_query(results["query"], dquery * tiles.scale(at), at, add=True)
         if dquery is not None and "scale" in results:
-            dscale = (dquery * query.astype(tiles.accumulate)).sum((-1, -2, -3, -4))
+            dscale = (dquery * query.astype(tiles.accumulate)).sum((-1, -2, -3))
             results["scale"] = nest.add_batch(results["scale"], dscale, at)
         return results
 

@@ -24,6 +24,7 @@ class Config:
     block_q: int | None
     block_kv: int | None
     precision: Any
+    needs_lse: bool
 
 
 class Inputs(NamedTuple):
@@ -114,16 +115,23 @@ class Tiles:
         self.accumulate = accumulation_dtype(inputs.query.dtype)
         # XLA:CPU has no fast products of 16-bit floats; elsewhere they are what the matrix units want.
         self.product = self.accumulate if platform == "cpu" else inputs.query.dtype
-        use_polynomial = platform == "cpu" and self.accumulate == jnp.float32
-        self.exp2 = exp2_polynomial if use_polynomial else jnp.exp2
+        mask = inputs.mask
+        is_banded = config.band != Band() or mask.key_start is not None
+        is_plain = not (is_banded or config.needs_lse or config.dropout) and inputs.bias is None
         tile = choose_tile(
             self.sizes,
             platform,
             block_q=config.block_q,
             block_kv=config.block_kv,
-            is_banded=config.band != Band() or inputs.mask.key_start is not None,
+            is_banded=is_banded,
+            is_plain=is_plain,
             all_heads=differentiable,
         )
+        # Logits are in units of 1 / `unit`: base 2 where that is faster than XLA's exp. XLA:CPU fuses a plain softmax
+        # over whole rows with its products into one kernel, but only with its own exp.
+        is_one_tile = tile.block_q == sizes.T and tile.block_kv == sizes.S
+        use_base_2 = platform == "cpu" and self.accumulate == jnp.float32 and not (is_plain and is_one_tile)
+        self.unit, self.exp = (LOG2E, exp2_polynomial) if use_base_2 else (1.0, jnp.exp)
         self.nest = Nest(self.sizes, tile, config.band, inputs.mask, differentiable)
 
     def zeros_for(self, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -170,60 +178,72 @@ class Tiles:
         return jnp.where(padded & ~jnp.isfinite(x), 0, x)
 
     def scale(self, at: RowTile) -> jax.Array:
-        """(batch..., 1, 1, 1, 1), to multiply a tile."""
-        return self.nest.batch_slice(self.inputs.scale, at)[..., None]
+        """(batch..., 1, 1, 1), to multiply a tile."""
+        return self.nest.batch_slice(self.inputs.scale, at)
 
     def products(self, query: jax.Array, key: jax.Array, multiplier: jax.Array) -> jax.Array:
-        """multiplier * query @ key, in base 2: (..., G, t, H), (..., s, H) -> (..., G, t, s)."""
-        multiplier = multiplier * LOG2E
+        """multiplier * query @ key, in units: (..., rows, H), (..., s, H) -> (..., rows, s)."""
+        multiplier = multiplier * self.unit
         # The multiplier goes to the smaller operand, unless that would round it to 16 bits.
         early = self.product == self.accumulate
         if early:
             query = query.astype(self.product) * multiplier
-        scores = self.einsum("...gth,...sh->...gts", query, key)
+        scores = self.einsum("...rh,...sh->...rs", query, key)
         return scores if early else scores * multiplier
 
     def bias(self, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
+        """A tile of a score-like array, (batch..., heads, G, block_q, block_kv), axes of size 1 kept."""
         return self.nest.score_slice(x, at, columns).astype(self.accumulate)
 
     def logits(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        at: RowTile,
-        columns: ColumnTile,
-        mask: TileMask | None,
+        self, query: jax.Array, key: jax.Array, at: RowTile, columns: ColumnTile, mask: TileMask | None
     ) -> jax.Array:
-        """Logits of one tile in base 2, (batch..., heads, G, block_q, block_kv)."""
+        """Logits of one tile in units, (batch..., heads, rows, block_kv)."""
         logits = self.products(query, key, self.scale(at))
+        if self.inputs.bias is None and mask is None:
+            return logits
+        logits = self.nest.group_rows(logits, -2)
         if self.inputs.bias is not None:
             bias = self.bias(self.inputs.bias, at, columns)
-            logits += jnp.maximum(bias, bias_floor(self.accumulate)) * LOG2E
-        if mask is None:
-            return logits
-        if mask.dead is not None:
+            logits += jnp.maximum(bias, bias_floor(self.accumulate)) * self.unit
+        if mask is not None and mask.dead is not None:
             logits = jnp.where(mask.dead, 0, logits)
-        return jnp.where(mask.allowed, logits, lowest(self.accumulate))
+        if mask is not None:
+            logits = jnp.where(mask.allowed, logits, lowest(self.accumulate))
+        return self.nest.flatten_rows(logits, -3)
 
-    @staticmethod
-    def through_mask(x: jax.Array, mask: TileMask | None) -> jax.Array:
-        """Derivative of the masking in `logits`, which is its own transpose."""
+    def logits_tangent(self, products: jax.Array | None, bias: jax.Array | None, mask: TileMask | None) -> jax.Array:
+        """Tangent of the (natural) logits, from those of the products, as rows, and of the bias tile."""
+        if bias is None:
+            assert products is not None
+            return self.through_mask(products, mask)
+        total = bias if products is None else self.nest.group_rows(products, -2) + bias
+        lead = (*self.nest.tile.batch, self.nest.tile.heads, self.sizes.G)
+        total = jnp.broadcast_to(total, (*lead, self.nest.tile.block_q, self.nest.tile.block_kv))
+        return self.through_mask(self.nest.flatten_rows(total, -3), mask)
+
+    def through_mask(self, x: jax.Array, mask: TileMask | None) -> jax.Array:
+        """Derivative of the masking in `logits`, which is its own transpose; (batch..., heads, rows, block_kv)."""
         if mask is None:
             return x
         live = mask.allowed if mask.dead is None else mask.allowed & ~mask.dead
-        return jnp.where(live, x, 0)
+        return self.nest.flatten_rows(jnp.where(live, self.nest.group_rows(x, -2), 0), -3)
 
     def row_lse(self, lse: jax.Array, at: RowTile) -> jax.Array:
-        """Log-sum-exp of the rows, in base 2, as (batch..., heads, G, block_q, 1)."""
-        return self.nest.row_slice(lse, at)[..., None] * LOG2E
+        """Log-sum-exp of the rows, in units, as (batch..., heads, rows, 1)."""
+        return self.rows(lse, at) * self.unit
+
+    def rows(self, x: jax.Array, at: RowTile) -> jax.Array:
+        """(batch..., K, G, T), broadcast in no axis but the batch's -> (batch..., heads, rows, 1)"""
+        return self.nest.flatten_rows(self.nest.row_slice(x, at), -2)[..., None]
 
     def keep(self, at: RowTile, columns: ColumnTile) -> jax.Array | None:
-        """Which weights of the tile dropout keeps; None without dropout."""
+        """Which weights of the tile, (batch..., heads, rows, block_kv), dropout keeps; None without dropout."""
         dropout, key, heads = self.config.dropout, self.inputs.dropout_key, self.inputs.head_index
         if dropout is None or key is None or heads is None:
             return None
         key = self.nest.slice(key, (*at.batch, 0), (*self.nest.tile.batch, 2))
-        return dropout.keep_tile(
+        keep = dropout.keep_tile(
             key[..., None, None, :],
             self.nest.head_slice(heads, at),
             self.nest.row_positions(at),
@@ -231,6 +251,7 @@ class Tiles:
             self.sizes.T,
             self.sizes.S,
         )
+        return self.nest.flatten_rows(keep, -3)
 
     def drop(self, weights: jax.Array, keep: jax.Array | None) -> jax.Array:
         """Weights (probabilities, or what multiplies them) after dropout; kept ones are rescaled."""

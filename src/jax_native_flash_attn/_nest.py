@@ -180,20 +180,36 @@ class Nest:
     def column_positions(self, columns: ColumnTile) -> jax.Array:
         return columns.column + jnp.arange(self.tile.block_kv, dtype=jnp.int32)
 
-    def owned_rows(self, x: jax.Array, at: RowTile, axis: int) -> jax.Array:
-        """Zero the rows of a tile that the tile before owns."""
+    def owned_rows(self, x: jax.Array, at: RowTile) -> jax.Array:
+        """Zero the rows of a tile, (batch..., heads, rows, H), that the tile before owns."""
         if self.sizes.T % self.tile.block_q == 0:
             return x
         owned = self.row_positions(at) >= at.number * self.tile.block_q
-        shape = [1] * x.ndim
-        shape[axis] = -1
-        return jnp.where(owned.reshape(shape), x, 0)
+        owned = jnp.tile(owned, self.sizes.G).reshape((1,) * (x.ndim - 2) + (-1, 1))
+        return jnp.where(owned, x, 0)
+
+    # ---- the rows of a tile: block_q positions for each query head of a group, as one axis or as two
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return (*self.tile.batch, self.tile.heads, self.sizes.G * self.tile.block_q)
+
+    def group_rows(self, x: jax.Array, axis: int) -> jax.Array:
+        """Split the rows axis into (G, block_q)."""
+        axis %= x.ndim
+        return x.reshape(*x.shape[:axis], self.sizes.G, self.tile.block_q, *x.shape[axis + 1 :])
+
+    @staticmethod
+    def flatten_rows(x: jax.Array, axis: int) -> jax.Array:
+        """Merge axes `axis` and the next, (G, block_q), into rows."""
+        axis %= x.ndim
+        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
     # ---- reading
 
     def query_slice(self, x: jax.Array, at: RowTile) -> jax.Array:
-        """(batch..., T, K, G, H) -> (batch..., heads, G, block_q, H)"""
-        return jnp.moveaxis(self.slice(x, *self._query_window(at)), -4, -2)
+        """(batch..., T, K, G, H) -> (batch..., heads, rows, H)"""
+        return self.flatten_rows(jnp.moveaxis(self.slice(x, *self._query_window(at)), -4, -2), -3)
 
     def key_slice(self, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
         """(batch..., S, K, H) -> (batch..., heads, block_kv, H)"""
@@ -220,18 +236,21 @@ class Nest:
     # ---- writing; results start from zeros
 
     def write_query(self, result: jax.Array, x: jax.Array, at: RowTile, *, add: bool) -> jax.Array:
-        """(batch..., heads, G, block_q, H) into (batch..., T, K, G, H)"""
-        return _write(result, jnp.moveaxis(x, -2, -4), self._query_window(at)[0], add)
+        """(batch..., heads, rows, H) into (batch..., T, K, G, H)"""
+        x = jnp.moveaxis(self.group_rows(x, -2), -2, -4)
+        return _write(result, x, self._query_window(at)[0], add)
 
     def write_row(self, result: jax.Array, x: jax.Array, at: RowTile, *, add: bool) -> jax.Array:
-        return _write(result, x, self._row_window(at)[0], add)
+        """(batch..., heads, rows) into (batch..., K, G, T)"""
+        return _write(result, self.group_rows(x, -1), self._row_window(at)[0], add)
 
     def add_key_transposed(self, result: jax.Array, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
         """(batch..., heads, H, block_kv) onto (batch..., K, H, S)"""
         return _write(result, x, (*at.batch, at.head, 0, columns.column), True)
 
     def add_score(self, result: jax.Array, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
-        return _write(result, x, self._score_window(at, columns)[0], True)
+        """(batch..., heads, rows, block_kv) onto (batch..., K, G, T, S)"""
+        return _write(result, self.group_rows(x, -2), self._score_window(at, columns)[0], True)
 
     def add_batch(self, result: jax.Array, x: jax.Array, at: RowTile) -> jax.Array:
         """(batch...) of the tile onto (batch...)"""

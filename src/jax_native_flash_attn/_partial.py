@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from ._attention import attention_and_lse
+from ._attention import attention
 from ._numerics import accumulation_dtype
 
 
@@ -42,7 +42,7 @@ def flash_attention_with_lse(
 
     Raises: as `flash_attention`.
     """
-    return attention_and_lse(
+    out, lse = attention(
         query,
         key,
         value,
@@ -58,7 +58,9 @@ def flash_attention_with_lse(
         block_q=block_q,
         block_kv=block_kv,
         precision=precision,
+        needs_lse=True,
     )
+    return out, lse
 
 
 def merge_attention(outs: Sequence[jax.Array], lses: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -171,11 +171,13 @@ def _factors(names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[tu
 # ---- explicit axes
 
 
-def over_explicit_axes(attention: Callable, operands: dict[str, Any], layouts: dict[str, str]) -> Any:
+def over_explicit_axes(
+    attention: Callable, operands: dict[str, Any], layouts: dict[str, str], *, needs_lse: bool
+) -> Any:
     """Call `attention(**operands)`; in a `shard_map` over the mesh axes that are explicit in query's type, if any.
 
     Args:
-      attention: returns out and lse, (B, T, N, H) and (B, T, N).
+      attention: returns out (B, T, N, H) and, if needed, lse (B, T, N).
       operands: arrays by name, or None.
       layouts: the axis letters of each, of B, T, S, N, K, H and others.
     """
@@ -206,12 +208,13 @@ def over_explicit_axes(attention: Callable, operands: dict[str, Any], layouts: d
 
     specs = {name: spec_of(name, x) for name, x in present.items()}
     placed = {name: jax.sharding.reshard(x, specs[name]) for name, x in present.items()}
+    out_specs = PartitionSpec(spec[0], None, spec[2], None), PartitionSpec(spec[0], None, spec[2])
     absent = dict.fromkeys(operands.keys() - present.keys())
     return jax.shard_map(
         lambda arrays: attention(**arrays, **absent),
         mesh=mesh,
         in_specs=(specs,),
-        out_specs=(PartitionSpec(spec[0], None, spec[2], None), PartitionSpec(spec[0], None, spec[2])),
+        out_specs=out_specs[: 2 if needs_lse else 1],
     )(placed)
 
 

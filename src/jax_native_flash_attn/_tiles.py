@@ -32,6 +32,7 @@ class TileShape:
 
 # Elements (query rows x keys, over all heads) of a tile ...
 _CPU_SMALL = 1 << 18  # ... that several heads should share where one head has fewer
+_CPU_FUSED = 1 << 22  # ... of a plain softmax that XLA fuses with its products; its scratch then is 16 MiB
 _CPU_REVERSE = 1 << 22  # ... in reverse mode through a kernel
 _ACCELERATOR = 1 << 28  # ... of float32 scores: 1 GiB for each temporary
 
@@ -43,6 +44,7 @@ def choose_tile(
     block_q: int | None,
     block_kv: int | None,
     is_banded: bool,
+    is_plain: bool,
     all_heads: bool,
 ) -> TileShape:
     """The one place where tile shapes are chosen; `benchmarks/tune_tiles.py` made the measurements.
@@ -52,6 +54,7 @@ def choose_tile(
       platform: 'cpu' or anything else.
       block_q, block_kv: what the caller asked for, or None.
       is_banded: whether rows attend an interval of the keys only; smaller tiles then skip more.
+      is_plain: whether only softmax(scale * query @ key) @ value is asked for, without log-sum-exp.
       all_heads: ask for all batch rows and heads at once (reverse mode through a kernel: slicing one head out of an
         array would make its transpose touch the whole array for every tile).
     """
@@ -74,7 +77,9 @@ def choose_tile(
     block_kv = balanced_block(sizes.S, block_kv or columns)
     if all_heads or platform != "cpu":
         return TileShape(sizes.batch, sizes.K, block_q, block_kv)
-    return _with_heads(sizes, block_q, block_kv, _CPU_SMALL // max(1, sizes.G * block_q * block_kv))
+    per_head = max(1, sizes.G * block_q * block_kv)
+    is_fused = is_plain and block_q == sizes.T and block_kv == sizes.S and per_head <= 1 << 16
+    return _with_heads(sizes, block_q, block_kv, (_CPU_FUSED if is_fused else _CPU_SMALL) // per_head)
 
 
 def _with_heads(sizes: Sizes, block_q: int, block_kv: int, limit: int) -> TileShape:
