@@ -253,7 +253,7 @@ def run_case(case: Case, inputs: Inputs, attention: Callable[..., Any]) -> dict[
         return out, lse, *vjp(dout)
 
     results = run(query, key, value, bias, mask, dout, inputs.dropout_rng, dynamic)
-    named = dict(zip(("out", "lse", "query", "key", "value", "bias", "scale"), results, strict=True))
+    named: dict[str, Any] = dict(zip(("out", "lse", "query", "key", "value", "bias", "scale"), results, strict=True))
     assert named["out"].dtype == query.dtype
     assert named["lse"].dtype == query.dtype
     assert named["lse"].shape == query.shape[:-1]

@@ -25,9 +25,9 @@ def enable_x64(enabled: bool = True) -> contextlib.AbstractContextManager[object
 
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(enabled)
-    from jax.experimental import enable_x64 as experimental_enable_x64  # JAX < 0.8
+    import jax.experimental  # JAX 0.7
 
-    return experimental_enable_x64(enabled)
+    return getattr(jax.experimental, "enable_x64")(enabled)  # noqa: B009  (unknown to the newer)
 
 
 @contextlib.contextmanager

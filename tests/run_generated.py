@@ -42,7 +42,7 @@ def main() -> int:
         database=None,
         deadline=None,
         phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=[*hypothesis.HealthCheck],
     )
     @hypothesis.given(cases(tuple(arguments.dtype or DTYPES)))
     def check(case: Case) -> None:

@@ -86,7 +86,7 @@ def nnx_layer(**options: Any) -> nnx.MultiHeadAttention:
     return nnx.MultiHeadAttention(HEADS, FEATURES, decode=False, rngs=nnx.Rngs(0), **options)
 
 
-def nnx_results(layer: nnx.MultiHeadAttention, dropout_seed: int | None = None, **call: Any) -> Any:
+def nnx_results(layer: nnx.MultiHeadAttention, call: dict[str, Any], dropout_seed: int | None = None) -> Any:
     """Output and parameter gradients."""
 
     def loss(layer):
@@ -116,9 +116,9 @@ def test_nnx_layer_with_the_function_replaced(name: str, kv_heads: int | None, p
     except TypeError:
         pytest.skip("this Flax has no num_kv_heads")
     call = {k: jnp.asarray(v) if k == "mask" else v for k, v in NNX_CALLS[name].items()}
-    expected = nnx_results(layer, **call)
+    expected = nnx_results(layer, call)
     calls = patched()
-    actual = nnx_results(layer, **call)
+    actual = nnx_results(layer, call)
     assert calls, "Flax did not call jax.nn.dot_product_attention"
     assert_close(actual, expected)
 
@@ -143,10 +143,10 @@ def test_nnx_function_with_bias(patched):
 
 def test_nnx_extra_batch_dimensions(patched):
     shape = 2, 3, T, HEADS, 8
-    arrays = [jax.random.normal(k, shape) for k in jax.random.split(jax.random.key(1), 3)]
-    expected = nnx.dot_product_attention(*arrays)
+    query, key, value = (jax.random.normal(k, shape) for k in jax.random.split(jax.random.key(1), 3))
+    expected = nnx.dot_product_attention(query, key, value)
     patched()
-    assert_close(nnx.dot_product_attention(*arrays), expected)
+    assert_close(nnx.dot_product_attention(query, key, value), expected)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
@@ -157,12 +157,12 @@ def test_nnx_attention_fn_with_dropout(rate: float, causal: bool):
 
     def results(**options):
         layer = nnx_layer(dropout_rate=rate, broadcast_dropout=False, deterministic=False, **options)
-        return nnx_results(layer, dropout_seed=5, **call)
+        return nnx_results(layer, call, dropout_seed=5)
 
     expected, actual = results(), results(attention_fn=adapter)
     assert_close(actual, expected)
     if rate:
-        without = nnx_results(nnx_layer(dropout_rate=rate, deterministic=True), **call)
+        without = nnx_results(nnx_layer(dropout_rate=rate, deterministic=True), call)
         assert np.abs(np.asarray(actual[0] - without[0])).max() > 1e-3
 
 
@@ -179,7 +179,7 @@ def test_linen_attention_fn(rate: float, causal: bool):
 
         def loss(parameters):
             out = layer.apply(parameters, inputs(), mask=mask, deterministic=False, rngs={"dropout": jax.random.key(3)})
-            return (out**2).sum(), out
+            return jnp.square(out).sum(), out  # pyright: ignore[reportArgumentType]
 
         gradients, out = jax.grad(loss, has_aux=True)(parameters)
         return out, gradients

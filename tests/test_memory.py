@@ -76,8 +76,9 @@ def intermediates(jaxpr: Any) -> Iterator[Any]:
                 yield from intermediates(inner)
 
 
-def largest_in_text(text: str) -> tuple[int, str]:
+def largest_in_text(text: str | None) -> tuple[int, str]:
     """The largest array named in optimised HLO (f32[2,3]) or StableHLO (tensor<2x3xf32>)."""
+    assert text is not None
     found = [(m[0], m[1].split(",")) for m in re.finditer(r"\b[a-z]+\d*\[([\d,]+)\]", text)]
     found += [(m[0], m[1].split("x")[:-1]) for m in re.finditer(r"tensor<((?:\d+x)+)[a-z]", text)]
     assert found

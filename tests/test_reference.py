@@ -30,7 +30,9 @@ def normal(seed: int, shape: tuple[int, ...], dtype: Any = np.float32) -> np.nda
     return np.random.default_rng(seed).standard_normal(shape).astype(jnp.dtype(dtype))
 
 
-def qkv(B: int, T: int, S: int, N: int, K: int, H: int, dtype: Any = np.float32) -> tuple[np.ndarray, ...]:
+def qkv(
+    B: int, T: int, S: int, N: int, K: int, H: int, dtype: Any = np.float32
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return normal(0, (B, T, N, H), dtype), normal(1, (B, S, K, H), dtype), normal(2, (B, S, K, H), dtype)
 
 
@@ -117,7 +119,7 @@ def test_grouped_query_heads(G: int, use_vmap: bool):
 @pytest.mark.skipif(not HAS_RESIDUAL, reason="this JAX has no return_residual")
 def test_residual(use_vmap: bool, dtype: str):
     query, key, value = qkv(2, 33, 41, 4, 2, 16, dtype)
-    options = {"is_causal": True, "return_residual": True}
+    options: dict[str, Any] = {"is_causal": True, "return_residual": True}
 
     def flash(query, key, value):
         return flash_attention(query, key, value, **options)

@@ -329,7 +329,9 @@ def test_each_argument_alone(name: str, transformation: str):
         check(transformation, "key mask, causal", (name,))
 
 
-@pytest.mark.parametrize(("outer", "inner"), [("query", "key"), ("value", "bias"), ("scale", "value"), ("bias", "query")])
+@pytest.mark.parametrize(
+    ("outer", "inner"), [("query", "key"), ("value", "bias"), ("scale", "value"), ("bias", "query")]
+)
 def test_mixed_second_derivatives(outer: str, inner: str):
     # Gradient with respect to one argument, differentiated in another, in both modes.
     with enable_x64():
@@ -387,7 +389,13 @@ def dense_low(*primals: Any, options: dict[str, Any]) -> jax.Array:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("transformation", "mask"),
-    [("jvp", "lengths"), ("vjp", "causal"), ("vjp", "boolean"), ("linearize", "window"), ("forward over reverse", "none")],
+    [
+        ("jvp", "lengths"),
+        ("vjp", "causal"),
+        ("vjp", "boolean"),
+        ("linearize", "window"),
+        ("forward over reverse", "none"),
+    ],
 )
 def test_other_dtypes_are_as_accurate_as_dense_attention(transformation: str, mask: str, dtype: str):
     def rounded(x: np.ndarray) -> np.ndarray:
