@@ -244,7 +244,9 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> 
     them to the shape of the bias.
     """
     N, K = query.shape[2], key.shape[2]
-    low = float(jnp.finfo(dtype).eps) / 2
+    # Accumulations of many roundings are bounded by the unit roundoff, eps / 2; a lone rounding to a
+    # narrow dtype errs by 0.2 eps, root mean square over random numbers.
+    low = float(jnp.finfo(dtype).eps) * (0.5 if wide_dtype(dtype) == dtype else 0.2)
     wide = float(jnp.finfo(wide_dtype(dtype)).eps) / 2
     key, value = np.repeat(key, N // K, axis=2), np.repeat(value, N // K, axis=2)
 

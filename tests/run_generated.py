@@ -42,7 +42,7 @@ def main() -> int:
         database=None,
         deadline=None,
         phases=[hypothesis.Phase.generate],
-        suppress_health_check=[*hypothesis.HealthCheck],
+        suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.large_base_example],
     )
     @hypothesis.given(cases(tuple(arguments.dtype or DTYPES)))
     def check(case: Case) -> None:

@@ -66,7 +66,7 @@ def compare(arrays: Any, **options: Any) -> None:
     for name, *results in zip(names, actual, dense, expected, strict=False):
         assert results[0].dtype == results[1].dtype
         floor = 2 * float(jnp.finfo(results[0].dtype).eps) * largest
-        assert_as_accurate_as_dense(name, *results, floor)
+        assert_as_accurate_as_dense(name, *results, floor=floor)
 
 
 # ------------------------------------------------------------------------------------------ signature

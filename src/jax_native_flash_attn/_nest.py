@@ -142,27 +142,39 @@ class Nest:
     def _column_ranges(self, at: RowTile) -> tuple[ColumnRange, bool, bool]:
         """The range of `at`, and whether any row of tiles has masked tiles, or unmasked ones."""
         block, count = self.tile.block_kv, self.num_key_tiles
-        if self.mask.key_start is not None and self.mask.key_stop is not None:
-            start, stop = (self.row_slice(x, at) for x in (self.mask.key_start, self.mask.key_stop))
-            return column_range(start, stop, block, count, jnp), True, self.mask.allowed is None
+        traced = column_range(*self._intervals(at), block, count, jnp)
+        if self.mask.key_start is not None:
+            return traced, True, self.mask.allowed is None
         start, stop = self.band.intervals(self.sizes.T, self.sizes.S)
         firsts = [_clamped(i, self.tile.block_q, self.sizes.T) for i in range(self.num_query_tiles)]
         slices = [np.s_[i : i + self.tile.block_q] for i in firsts]
         ranges = ColumnRange(*np.array([column_range(start[s], stop[s], block, count) for s in slices]).T)
         has_edges = bool((ranges.stop - ranges.first > ranges.full_stop - ranges.full_first).any())
         has_full = bool((ranges.full_stop > ranges.full_first).any())
-        return ColumnRange(*(_lookup(x, at.number) for x in ranges)), has_edges, has_full
+
+        def static_if_known(table: np.ndarray, value: Index) -> Index:
+            if isinstance(at.number, int):
+                return int(table[at.number])
+            return int(table[0]) if (table == table[0]).all() else value
+
+        known = ColumnRange(*(static_if_known(*pair) for pair in zip(ranges, traced, strict=True)))
+        return known, has_edges, has_full
+
+    def _intervals(self, at: RowTile) -> tuple[jax.Array, jax.Array]:
+        """First key and end of the keys of each row of a tile, (batch..., K, G, block_q) with axes of size 1."""
+        if self.mask.key_start is not None and self.mask.key_stop is not None:
+            return self.row_slice(self.mask.key_start, at), self.row_slice(self.mask.key_stop, at)
+        # From the position: a table would be a constant, which custom_partitioning does not take.
+        rows = self.row_positions(at).reshape((1,) * (len(self.sizes.batch) + 2) + (-1,))
+        S = self.sizes.S
+        start = jnp.zeros_like(rows) if self.band.lower is None else jnp.clip(rows + self.band.lower, 0, S)
+        stop = jnp.full_like(rows, S) if self.band.upper is None else jnp.clip(rows + self.band.upper + 1, 0, S)
+        return start, stop
 
     def _tile_mask(self, at: RowTile, columns: ColumnTile) -> TileMask:
         """Which elements of a tile count: two comparisons per element, whatever the masks behind them."""
         mask = self.mask
-        if mask.key_start is None or mask.key_stop is None:
-            start, stop = self.band.intervals(self.sizes.T, self.sizes.S)
-            lead = (1,) * (len(self.sizes.batch) + 2)
-            start, stop = (jnp.asarray(x).reshape(*lead, -1) for x in (start, stop))
-        else:
-            start, stop = mask.key_start, mask.key_stop
-        start, stop = (self.row_slice(x, at)[..., None] for x in (start, stop))
+        start, stop = (x[..., None] for x in self._intervals(at))
         start = jnp.maximum(start, columns.owned)
         position = self.column_positions(columns).reshape((1,) * (start.ndim - 1) + (-1,))
         allowed = (position >= start) & (position < stop)
@@ -302,12 +314,3 @@ def _clamped(i: Index, block: int, length: int) -> Index:
     if length % block == 0:
         return start
     return min(start, length - block) if isinstance(start, int) else jnp.minimum(start, length - block)
-
-
-def _lookup(table: np.ndarray, i: Index) -> Index:
-    """Entry i of a static table, static where that is possible."""
-    if isinstance(i, int):
-        return int(table[i])
-    if (table == table[0]).all():
-        return int(table[0])
-    return jnp.asarray(table, jnp.int32)[i]

@@ -17,7 +17,7 @@ DEAD_ROW_LSE = -0.7 * float(np.finfo(np.float32).max)
 
 def accumulation_dtype(dtype: DTypeLike) -> np.dtype:
     """The dtype of logits, softmax state and accumulators: float64 for float64 inputs, otherwise float32."""
-    return np.dtype(jnp.promote_types(dtype, jnp.float32))
+    return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
 
 
 def lowest(dtype: DTypeLike) -> float:
