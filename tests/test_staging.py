@@ -193,6 +193,7 @@ def test_second_order_through_a_checkpoint():
 
 
 def round_trip(f: Callable[..., Any], *arguments: Any) -> jax.export.Exported:
+    pytest.importorskip("flatbuffers", reason="jax.export needs it to serialise")
     return jax.export.deserialize(jax.export.export(jax.jit(f))(*arguments).serialize())
 
 
@@ -204,6 +205,7 @@ def test_export_through_bytes():
 
 
 def test_gradient_of_an_exported_function():
+    pytest.importorskip("flatbuffers", reason="jax.export needs it to serialise")
     serialized = jax.export.export(jax.jit(attention))(*arrays()).serialize(vjp_order=1)
     exported = jax.export.deserialize(serialized)
     actual = jax.jit(jax.grad(lambda *x: jnp.sin(exported.call(*x)).sum(), (0, 1, 2)))(*arrays())
@@ -238,8 +240,7 @@ jax.monitoring.register_event_listener(lambda name, **unused: events.append(name
 def gradient(x):
     return jax.grad(lambda x: flash_attention(x, x, x, is_causal=True).sum())(x)
 
-result = gradient(jax.ShapeDtypeStruct((1, 16, 2, 8), jnp.float32)) if False else gradient.lower(
-    jax.ShapeDtypeStruct((1, 16, 2, 8), jnp.float32)).compile()
+gradient.lower(jax.ShapeDtypeStruct((1, 16, 2, 8), jnp.float32)).compile()
 print(*(events.count("/jax/compilation_cache/" + kind) for kind in ("cache_hits", "cache_misses")))
 """
 

@@ -148,7 +148,7 @@ def dropout_keep_mask(dropout_rng: jax.Array, dropout_rate: float, shape: tuple[
     if len(shape) != 4:
         raise ValueError(f"shape must be (B, N, T, S), got {shape}")
     B, N, T, S = shape
-    words = threefry_words(jnp.asarray(dropout_rng))
+    words = threefry_words(jnp.asarray(dropout_rng))[None, None]
     return make_dropout(dropout_rate).keep_tile(
         words,
         head_indices(B, N),
