@@ -50,6 +50,13 @@ def forward(tiles: Tiles) -> tuple[jax.Array, ...]:
     def row_tile(at: RowTile, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         query = tiles.query(at)
 
+        rows = nest.row_shape
+        empty = OnlineSoftmax(
+            tiles.zeros(*rows, sizes.D),
+            tiles.zeros(*rows, 1),
+            jnp.full((*rows, 1), lowest(tiles.accumulate), tiles.accumulate),
+        )
+
         def key_tile(columns: ColumnTile, mask: TileMask | None, state: OnlineSoftmax | None) -> OnlineSoftmax:
             key, value = tiles.key(at, columns, mask), tiles.value(at, columns, mask)
             logits = tiles.logits(query, key, at, columns, mask)
@@ -64,14 +71,14 @@ def forward(tiles: Tiles) -> tuple[jax.Array, ...]:
                 correction = tiles.exp(state.max_so_far - new_max)
                 numerator += state.numerator * correction
                 denominator += state.denominator * correction
-            return OnlineSoftmax(numerator, denominator, new_max)
+            # To full size, where only a batched dropout key, say, has an axis that `vmap` added.
+            return OnlineSoftmax(
+                *(
+                    jnp.broadcast_to(x, like.shape)
+                    for x, like in zip((numerator, denominator, new_max), empty, strict=True)
+                )
+            )
 
-        rows = nest.row_shape
-        empty = OnlineSoftmax(
-            tiles.zeros(*rows, sizes.D),
-            tiles.zeros(*rows, 1),
-            jnp.full((*rows, 1), lowest(tiles.accumulate), tiles.accumulate),
-        )
         # A single tile of keys is an ordinary softmax; there is no state to correct.
         state = nest.columns(at, key_tile, None if nest.visits_one_key_tile else empty)
         denominator = state.denominator

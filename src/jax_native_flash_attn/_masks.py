@@ -106,7 +106,7 @@ def _rows_with_a_key(start: jax.Array, stop: jax.Array, allowed: jax.Array, T: i
 
     Runs over chunks of rows: with a mask that broadcasts over T, intervals and mask together would make T x S.
     """
-    lead = np.broadcast_shapes(start.shape[:3], allowed.shape[:3])
+    lead = np.broadcast_shapes(start.shape[:3], stop.shape[:3], allowed.shape[:3])
     columns = jnp.arange(S, dtype=jnp.int32)[None, None, None, None, :]
     chunk = min(T, max(1, _MASK_CHUNK_ELEMENTS // max(1, int(np.prod(lead)) * S)))
 

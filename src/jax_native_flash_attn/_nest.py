@@ -143,6 +143,10 @@ class Nest:
         """The range of `at`, and whether any row of tiles has masked tiles, or unmasked ones."""
         block, count = self.tile.block_kv, self.num_key_tiles
         traced = column_range(*self._intervals(at), block, count, jnp)
+        if self.mask.dead is not None:
+            # A dead row's interval holds all keys, but its logits are not theirs: only masked tiles know that.
+            any_dead = self.row_slice(self.mask.dead, at).any()
+            traced = traced._replace(full_stop=jnp.where(any_dead, traced.full_first, traced.full_stop))
         if self.mask.key_start is not None:
             return traced, True, self.mask.allowed is None
         start, stop = self.band.intervals(self.sizes.T, self.sizes.S)
