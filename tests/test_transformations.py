@@ -1,4 +1,4 @@
-"""Derivatives in every mode, order and argument against dense float64 attention; lse; vmap; and what is not computed."""
+"""Derivatives in every mode, order and argument against dense float64 attention; lse; vmap; what is not computed."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from tests.test_memory import largest_in_text
 
 # Three tiles by three, and no length is a multiple of a block.
 B, T, S, N, K, H = 2, 9, 11, 4, 2, 3
-BLOCKS = {"block_q": 4, "block_kv": 4}
+BLOCKS: dict[str, Any] = {"block_q": 4, "block_kv": 4}
 SHAPES = {
     "query": (B, T, N, H),
     "key": (B, S, K, H),
@@ -112,9 +112,9 @@ def oracle_masks(options: dict[str, Any]) -> Masking:
 class Point:
     """Where a derivative is taken, and in which directions; all float64."""
 
-    primals: tuple[np.ndarray, ...]
-    tangents: tuple[np.ndarray, ...]
-    weights: np.ndarray  # of the output in a scalar loss; its cotangent
+    primals: tuple[Any, ...]
+    tangents: tuple[Any, ...]
+    weights: Any  # of the output in a scalar loss; its cotangent
 
 
 jax.tree_util.register_dataclass(Point, ["primals", "tangents", "weights"], [])
@@ -298,14 +298,23 @@ def test_reverse_mode_of_a_derivative(transformation: str, mask: str):
         ("linearize", "lengths"),
         ("forward over forward", "boolean"),
         ("reverse over reverse", "everything"),
-        ("third, forward over forward over reverse", "everything"),
-        ("third, reverse over forward over reverse", "causal"),
-        ("third, forward over reverse over reverse", "boolean"),
-        ("third, reverse over forward over forward", "traced window"),
     ],
 )
-def test_every_mode_and_order(transformation: str, mask: str):
+def test_the_other_modes(transformation: str, mask: str):
     check(transformation, mask)
+
+
+@pytest.mark.parametrize(
+    ("transformation", "mask", "names"),
+    [
+        ("third, forward over forward over reverse", "everything", ARGUMENTS),
+        ("third, reverse over forward over reverse", "causal", ("query", "value")),
+        ("third, forward over reverse over reverse", "boolean", ("key", "bias")),
+        ("third, reverse over forward over forward", "traced window", ("query", "scale")),
+    ],
+)
+def test_third_order(transformation: str, mask: str, names: tuple[str, ...]):
+    check(transformation, mask, names)
 
 
 @pytest.mark.parametrize(
@@ -316,16 +325,14 @@ def test_every_mode_and_order(transformation: str, mask: str):
         ("hessian", "boolean", ("query", "scale")),
         ("hessian", "dropout", ("key", "value")),
         ("hessian", "causal", ("bias",)),
-        ("jacrev of jacfwd", "lengths", ("query", "value")),
+        ("jacrev of jacfwd", "none", ("query",)),
     ],
 )
 def test_jacobians_and_hessians(transformation: str, mask: str, names: tuple[str, ...]):
     check(transformation, mask, names)
 
 
-@pytest.mark.parametrize(
-    "transformation", ["jvp", "vjp", "forward over reverse", "reverse over reverse", "reverse over forward"]
-)
+@pytest.mark.parametrize("transformation", ["jvp", "vjp", "reverse over reverse"])
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_each_argument_alone(name: str, transformation: str):
     # Symbolic zeros take another path for each argument.
@@ -433,14 +440,22 @@ def test_other_dtypes_are_as_accurate_as_dense_attention(transformation: str, ma
     for i, (ours_, dense_, exact_) in enumerate(zip(*leaves, strict=True)):
         assert ours_.dtype == dense_.dtype
         floor = floors.get(names[i]) if floors else None
-        assert_as_accurate_as_dense(f"{transformation} {i}", ours_, dense_, exact_, floor)
+        # Second order has no noise floor of its own, and dense code is now and then exact by luck.
+        limit = 4.0 if transformation == "forward over reverse" else 2.0
+        assert_as_accurate_as_dense(f"{transformation} {i}", ours_, dense_, exact_, floor, limit)
 
 
 # ---- nothing is computed for what is not differentiated
 
 
+def cost(f: Function, *arguments: Any) -> tuple[float, int]:
+    """Floating point operations and temporary bytes of the compiled program."""
+    compiled: Any = jax.jit(f).lower(*arguments).compile()
+    return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+
+
 def flops(f: Function, *arguments: Any) -> float:
-    return jax.jit(f).lower(*arguments).compile().cost_analysis()["flops"]
+    return cost(f, *arguments)[0]
 
 
 def test_nothing_is_computed_for_arguments_that_are_not_differentiated():
@@ -496,7 +511,7 @@ def test_lse_is_differentiable_in_every_mode(transformation: str, mask: str):
     check(transformation, mask, functions=(ours_with_lse, oracle_with_lse), at=at)
 
 
-@pytest.mark.parametrize("transformation", ["jvp", "vjp", "forward over reverse", "reverse over reverse"])
+@pytest.mark.parametrize("transformation", ["vjp", "forward over reverse"])
 def test_lse_alone(transformation: str):
     def pick(f: Function) -> Function:
         return lambda *primals, **options: f(*primals, **options)[..., -1]
@@ -528,8 +543,13 @@ MERGES = {
 }
 
 
-@pytest.mark.parametrize("parts", MERGES)
-@pytest.mark.parametrize("transformation", ["value", "vjp", "forward over reverse"])
+@pytest.mark.parametrize(
+    ("transformation", "parts"),
+    [
+        *((transformation, parts) for transformation in ("value", "vjp") for parts in MERGES),
+        ("forward over reverse", "an empty part"),
+    ],
+)
 def test_merge_equals_attention_over_all_keys(transformation: str, parts: str):
     mask = random_mask((B, 1, T, S), seed=3)
     mask[..., -1] = True  # no dead rows: a row without any key is the mean of the parts' means
@@ -573,8 +593,7 @@ V = 3
 VMAPS: dict[str, dict[str, Any]] = {
     "query": {"axes": {"query": 0}},
     "key and value at other axes": {"axes": {"key": 2, "value": -1}, "out": 1},
-    "bias": {"axes": {"bias": 0}, "mask": "causal"},
-    "scale": {"axes": {"scale": 0}, "mask": "boolean"},
+    "bias and scale": {"axes": {"bias": 0, "scale": 0}, "mask": "causal"},
     "boolean mask": {"axes": {"mask": 1}, "mask": "boolean", "out": -1},
     "lengths": {"axes": {"query_seq_lengths": 0, "key_value_seq_lengths": 1, "query": 1}, "mask": "lengths"},
     "window": {"axes": {"local_window_size": 0}, "mask": "traced window"},
@@ -618,11 +637,6 @@ def test_vmap_over_some_arguments(case: str):
     at = point()
     primals = batched.primals
     points = dataclasses.replace(at, primals=primals)
-    in_axes = Point(
-        tuple(0 if name in axes else None for name in ARGUMENTS),  # type: ignore[arg-type]
-        (None,) * len(ARGUMENTS),  # type: ignore[arg-type]
-        None,  # type: ignore[arg-type]
-    )
     with enable_x64():
         static, _ = split_options(options)
         each = [split_options(element)[1] for element in elements]
@@ -632,13 +646,13 @@ def test_vmap_over_some_arguments(case: str):
             stacked = each[0][name] if axis is None else jnp.stack([element[name] for element in each], axis)
             arrays[name], array_axes[name] = stacked, axis
         placed = tuple(moved(x, axes.get(name)) for name, x in zip(ARGUMENTS, primals, strict=True))
-        ours_axes = dataclasses.replace(in_axes, primals=tuple(axes.get(name) for name in ARGUMENTS))
+        in_axes = Point(tuple(axes.get(name) for name in ARGUMENTS), (None,) * len(ARGUMENTS), None)
 
         def run(at: Point, arrays: dict[str, Any]) -> Results:
             return value_and_derivatives(functools.partial(ours, **static, **arrays), at)
 
         actual = jax.jit(
-            jax.vmap(run, (ours_axes, array_axes), (out_axis, 0, 0)),
+            jax.vmap(run, (in_axes, array_axes), (out_axis, 0, 0)),
             compiler_options=FAST,
         )(dataclasses.replace(points, primals=placed), arrays)
         actual = (jnp.moveaxis(actual[0], out_axis, 0), *actual[1:])
@@ -651,7 +665,7 @@ def test_vmap_over_some_arguments(case: str):
 
 @functools.cache
 def compiled_vmapped_oracle(flags: tuple[bool, ...]) -> Callable[..., Results]:
-    in_axes = Point(tuple(0 if flag else None for flag in flags), (None,) * len(flags), None)  # type: ignore[arg-type]
+    in_axes = Point(tuple(0 if flag else None for flag in flags), (None,) * len(flags), None)
 
     def run(at: Point, masks: Masking) -> Results:
         return value_and_derivatives(functools.partial(oracle, masks=masks), at)
@@ -684,7 +698,7 @@ def test_nested_vmap(transformation: str):
         assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("in_axes", [(0, None, None, None), (None, 0, 0, None), (0, None, 0, 0)])
+@pytest.mark.parametrize("in_axes", [(0, None, None, None), (None, 0, 0, 0)])
 def test_derivatives_of_a_vmapped_function(in_axes: tuple[int | None, ...]):
     # The other order: arguments that are shared get one gradient, summed over the mapped axis.
     with enable_x64():
@@ -705,11 +719,6 @@ def test_derivatives_of_a_vmapped_function(in_axes: tuple[int | None, ...]):
             actual = run(lambda at, t=transform: t(mapped(functools.partial(ours, **static, **arrays)), at))(at)
             expected = run(lambda at, t=transform: t(mapped(functools.partial(oracle, masks=masks)), at))(at)
             assert_close(actual, expected)
-
-
-def cost(f: Function, *arguments: Any) -> tuple[float, int]:
-    compiled = jax.jit(f).lower(*arguments).compile()
-    return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("mode", ["value", "gradient"])
@@ -751,7 +760,7 @@ def test_vmap_does_not_copy_a_shared_bias():
         "hvp in query": jax.vmap(hvp, (0, None)),
     }
     for name, f in functions.items():
-        compiled = jax.jit(f).lower(query, bias).compile()
+        compiled: Any = jax.jit(f).lower(query, bias).compile()
         size, shape = largest_in_text(compiled.as_text())
         assert size < elements * length * length, (name, shape)
         assert compiled.memory_analysis().temp_size_in_bytes < elements * length * length * 4, name

@@ -88,7 +88,7 @@ def attention(
         "head_index": head_index,
     }
     results = over_explicit_axes(partial, operands, _OPERAND_LAYOUTS, needs_lse=needs_lse)
-    shape = jnp.shape(query)
+    shape = jnp.asarray(query).shape
     return tuple(x.reshape(like) for x, like in zip(results, (shape, shape[:-1]), strict=False))
 
 
@@ -170,7 +170,7 @@ def _attention(
     )
     config = Config(band, dropout, *blocks, precision, needs_lse)
     out, *lses = flash_attention_core(config, inputs)
-    out = out.reshape(B, T, N, H)
+    out = out.astype(query.dtype).reshape(B, T, N, H)
     if is_row is not None:
         out = jnp.where(is_row[..., None, None], out, 0)
     if not needs_lse:

@@ -44,7 +44,10 @@ class OnlineSoftmax(NamedTuple):
 
 
 def forward(tiles: Tiles) -> tuple[jax.Array, ...]:
-    """out (batch..., T, K, G, D) in query's dtype; if needed, lse (batch..., K, G, T) in accumulation dtype."""
+    """out (batch..., T, K, G, D) and, if needed, lse (batch..., K, G, T), in accumulation dtype.
+
+    (The derivatives need out unrounded: delta is a difference of nearly equal sums.)
+    """
     nest, sizes = tiles.nest, tiles.sizes
 
     def row_tile(at: RowTile, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -91,7 +94,7 @@ def forward(tiles: Tiles) -> tuple[jax.Array, ...]:
             written += (nest.write_row(results[1], lse[..., 0], at, add=False),)
         return written
 
-    results = (jnp.zeros((*sizes.batch, sizes.T, sizes.K, sizes.G, sizes.D), tiles.inputs.query.dtype),)
+    results = (tiles.zeros(*sizes.batch, sizes.T, sizes.K, sizes.G, sizes.D),)
     if tiles.config.needs_lse:
         results += (tiles.zeros(*sizes.batch, sizes.K, sizes.G, sizes.T),)
     return nest.rows(row_tile, results)
