@@ -119,4 +119,6 @@ def _rows_with_a_key(start: jax.Array, stop: jax.Array, allowed: jax.Array, T: i
         inside = (columns >= low) & (columns < high) & rows_of(allowed, first)
         return lax.dynamic_update_slice_in_dim(has_key, inside.any(-1), first, axis=3)
 
-    return lax.fori_loop(0, -(-T // chunk), step, jnp.zeros((*lead, T), bool))
+    # False everywhere, but varying over the same manual mesh axes as the operands: a loop's carry keeps its type.
+    nowhere = (start[..., :1] > stop[..., :1]) & allowed[..., :1, 0] & False
+    return lax.fori_loop(0, -(-T // chunk), step, jnp.broadcast_to(nowhere, (*lead, T)))

@@ -1,0 +1,300 @@
+"""Print the table "transformation | jax.nn | cudnn | tokamax | ours" of the README, every cell from a run.
+
+uv run python benchmarks/transformation_table.py
+
+A cell says "works", or what goes wrong: the error's class, or the largest error relative to dense attention in float64.
+Peers that this machine lacks (cudnn needs a GPU, tokamax its package) get a dash. Shapes are tiny.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+# Sharding needs several devices, which a processor can pretend to have. Before JAX starts.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from machine import header
+from tqdm import tqdm
+
+from jax_native_flash_attn import flash_attention
+
+Attention = Callable[..., jax.Array]
+Function = Callable[..., Any]
+
+B, T, N, H = 2, 16, 2, 16
+LENGTHS = np.array([16, 9], np.int32)
+RATE, SEED = 0.3, 7
+# Drawn here: with 64-bit types on, bernoulli draws other numbers.
+KEEP = np.asarray(jax.random.bernoulli(jax.random.key(SEED), 1 - RATE, (B, N, T, T)))
+ABSENT = "-"
+WORKS = "works"
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One column."""
+
+    call: Attention
+    dtype: str
+    tolerance: float  # of the error relative to the largest expected element
+
+
+def implementations() -> dict[str, Implementation | None]:
+    """The columns in order; None where this machine cannot run it."""
+    has_gpu = jax.default_backend() == "gpu"
+    # Matrix products of float32 run in TensorFloat-32 on a GPU.
+    float32 = ("float32", 5e-3 if has_gpu else 1e-4)
+    columns: dict[str, Implementation | None] = {
+        "jax.nn": Implementation(jax.nn.dot_product_attention, *float32),
+        "cudnn": None,
+        "tokamax": None,
+        "ours": Implementation(flash_attention, *float32),
+    }
+    if has_gpu:
+
+        def cudnn(*arrays: Any, **options: Any) -> jax.Array:
+            return jax.nn.dot_product_attention(*arrays, implementation="cudnn", **options)
+
+        columns["cudnn"] = Implementation(cudnn, "bfloat16", 5e-2)
+    if importlib.util.find_spec("tokamax") is not None:
+        importlib.import_module("absl.flags").FLAGS(["transformation_table"])
+        columns["tokamax"] = Implementation(importlib.import_module("tokamax").dot_product_attention, *float32)
+    return columns
+
+
+def dense(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    *,
+    scale: Any = None,
+    key_value_seq_lengths: Any = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Any = None,
+) -> jax.Array:
+    """The mathematics, in float64 if its inputs are."""
+    logits = jnp.einsum("btnh,bsnh->bnts", query, key) * (1 / np.sqrt(query.shape[-1]) if scale is None else scale)
+    if bias is not None:
+        logits += bias
+    if key_value_seq_lengths is not None:
+        is_key = jnp.arange(key.shape[1]) < jnp.asarray(key_value_seq_lengths)[:, None]
+        logits = jnp.where(is_key[:, None, None, :], logits, -jnp.inf)
+        value = jnp.where(is_key[:, :, None, None], value, 0)
+    probs = jax.nn.softmax(logits)
+    if dropout_rng is not None:
+        probs *= KEEP / (1 - dropout_rate)
+    return jnp.einsum("bnts,bsnh->btnh", probs, value)
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    """64-bit types, under the name that the installed JAX has for them."""
+    if hasattr(jax, "enable_x64"):
+        with jax.enable_x64(True):
+            yield
+    else:
+        with importlib.import_module("jax.experimental").enable_x64():
+            yield
+
+
+def inputs(dtype: str) -> dict[str, np.ndarray]:
+    """Arguments, rounded to bfloat16 first so that every implementation gets the same numbers."""
+    rng = np.random.default_rng(0)
+    shapes = {"query": (B, T, N, H), "key": (B, T, N, H), "value": (B, T, N, H), "bias": (1, N, T, T), "scale": ()}
+    rounded = {name: np.asarray(rng.standard_normal(shape)).astype(jnp.bfloat16) for name, shape in shapes.items()}
+    return {name: x.astype(jnp.dtype(dtype)) for name, x in rounded.items()}
+
+
+# ---- rows that compare numbers: (attention, arguments) -> results
+
+
+def loss(attention: Attention) -> Function:
+    # float32 sums for 16-bit results.
+    def scalar(*arrays: Any, **options: Any) -> jax.Array:
+        out = attention(*arrays, **options)
+        return jnp.sin(out.astype(jnp.promote_types(out.dtype, jnp.float32))).sum()
+
+    return scalar
+
+
+def qkv(x: dict[str, Any]) -> tuple[Any, Any, Any]:
+    return x["query"], x["key"], x["value"]
+
+
+def gradient(attention: Attention) -> Function:
+    return jax.grad(loss(attention), (0, 1, 2))
+
+
+def slope(attention: Attention, x: dict[str, Any]) -> Function:
+    """The gradient along the arguments, a scalar."""
+    return lambda *a: sum(jnp.vdot(g, t) for g, t in zip(gradient(attention)(*a), qkv(x), strict=True))
+
+
+def vmapped(attention: Attention, x: dict[str, Any]) -> Any:
+    stacked = (jnp.stack([a, 2 * a]) for a in qkv(x))
+    return jax.vmap(attention)(*stacked)
+
+
+def vmapped_with_shared_bias(attention: Attention, x: dict[str, Any]) -> Any:
+    query = jnp.stack([x["query"], 2 * x["query"]])
+
+    def value_and_gradient(query: Any, bias: Any) -> Any:
+        def f(query: Any) -> jax.Array:
+            return loss(attention)(query, x["key"], x["value"], bias)
+
+        return attention(query, x["key"], x["value"], bias), jax.grad(f)(query)
+
+    return jax.vmap(value_and_gradient, (0, None))(query, x["bias"])
+
+
+def bias_gradient(attention: Attention, x: dict[str, Any]) -> Any:
+    return jax.grad(lambda bias: loss(attention)(*qkv(x), bias))(x["bias"])
+
+
+def scale_gradient(attention: Attention, x: dict[str, Any]) -> Any:
+    return jax.grad(lambda scale: loss(attention)(*qkv(x), scale=scale))(x["scale"])
+
+
+def dropped_out(attention: Attention, x: dict[str, Any]) -> Any:
+    def f(*a: Any) -> jax.Array:
+        return attention(*a, dropout_rate=RATE, dropout_rng=jax.random.key(SEED))
+
+    return f(*qkv(x)), gradient(f)(*qkv(x))
+
+
+def padded(attention: Attention, x: dict[str, Any]) -> Any:
+    """NaN in the padding of key and value; results of real tokens."""
+    padding = np.arange(T)[None, :, None, None] >= LENGTHS[:, None, None, None]
+    key, value = (jnp.where(padding, jnp.nan, x[name]) for name in ("key", "value"))
+
+    def f(query: Any) -> jax.Array:
+        return attention(query, key, value, key_value_seq_lengths=LENGTHS)
+
+    return f(x["query"]), jax.grad(loss(f))(x["query"])
+
+
+COMPARED: dict[str, Callable[[Attention, dict[str, Any]], Any]] = {
+    "jit": lambda f, x: f(*qkv(x)),
+    "vjp (gradient)": lambda f, x: gradient(f)(*qkv(x)),
+    "jvp": lambda f, x: jax.jvp(f, qkv(x), qkv(x))[1],
+    "jacfwd": lambda f, x: jax.jacfwd(f)(*qkv(x)),
+    "jacrev": lambda f, x: jax.jacrev(f)(*qkv(x)),
+    "hessian": lambda f, x: jax.hessian(loss(f))(*qkv(x)),
+    "forward over reverse (hvp)": lambda f, x: jax.jvp(gradient(f), qkv(x), qkv(x))[1],
+    "reverse over reverse": lambda f, x: jax.grad(slope(f, x), (0, 1, 2))(*qkv(x)),
+    "third order": lambda f, x: jax.jvp(jax.grad(slope(f, x), (0, 1, 2)), qkv(x), qkv(x))[1],
+    "vmap": vmapped,
+    "vmap of query, shared bias, and its gradient": vmapped_with_shared_bias,
+    "gradient of bias": bias_gradient,
+    "gradient of scale": scale_gradient,
+    "dropout": dropped_out,
+    "NaN in padding is harmless": padded,
+}
+
+
+def compare(results: Callable[[Attention, dict[str, Any]], Any], implementation: Implementation) -> str:
+    """Run one row, jitted, and compare it with the same transformation of dense attention in float64."""
+
+    def transformed(attention: Attention, dtype: str) -> list[np.ndarray]:
+        leaves = jax.tree.leaves(jax.jit(lambda x: results(attention, x))(inputs(dtype)))
+        return [np.asarray(leaf).astype(np.float64) for leaf in leaves]
+
+    actual = transformed(implementation.call, implementation.dtype)
+    with float64():
+        expected = transformed(dense, "float64")
+    return verdict(actual, expected, implementation.tolerance)
+
+
+def verdict(actual: Sequence[np.ndarray], expected: Sequence[np.ndarray], tolerance: float) -> str:
+    if not all(np.isfinite(a).all() for a in actual):
+        return "NaN"
+    errors = [np.abs(a - e).max() / np.abs(e).max() for a, e in zip(actual, expected, strict=True)]
+    return WORKS if max(errors) <= tolerance else f"wrong by {max(errors):.1e}"
+
+
+# ---- rows that look at the compiled program
+
+
+def softmax_of_float64(implementation: Implementation) -> str:
+    with float64():
+        expected = jax.jit(dense)(*qkv(inputs("float64")))
+        actual = jax.jit(implementation.call)(*qkv(inputs("float64")))
+        return verdict([np.asarray(actual)], [np.asarray(expected)], 1e-13)
+
+
+def memory_of_the_gradient(implementation: Implementation) -> str:
+    """How much the temporary memory grows for twice the length."""
+
+    def temporary_bytes(length: int) -> int:
+        x = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.dtype(implementation.dtype))
+        compiled: Any = jax.jit(gradient(implementation.call)).lower(x, x, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    growth = temporary_bytes(8192) / max(1, temporary_bytes(4096))
+    return f"{WORKS} (x {growth:.1f})" if growth <= 2.2 else f"quadratic (x {growth:.1f})"
+
+
+def sharded(implementation: Implementation, kind: AxisType) -> str:
+    """Batch and heads over two mesh axes: collectives in the compiled gradient, which needs none."""
+    if jax.device_count() < 4:
+        return ABSENT
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind), devices=jax.devices()[:4])
+    sharding = NamedSharding(mesh, PartitionSpec("data", None, "model", None))
+    x = inputs(implementation.dtype)
+    placed = [jax.device_put(a, sharding) for a in qkv(x)]
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(gradient(implementation.call)).lower(*placed).compile()
+    names = "all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter"
+    count = len(re.findall(rf" (?:{names})(?:-start)?\(", compiled.as_text() or ""))
+    if count:
+        return f"{count} collectives"
+    actual = [np.asarray(g).astype(np.float64) for g in compiled(*placed)]
+    with float64():
+        expected = [np.asarray(g) for g in jax.jit(gradient(dense))(*qkv(inputs("float64")))]
+    return verdict(actual, expected, implementation.tolerance)
+
+
+ROWS: dict[str, Callable[[Implementation], str]] = {
+    **{name: lambda column, row=row: compare(row, column) for name, row in COMPARED.items()},
+    "float64 softmax": softmax_of_float64,
+    "gradient in linear memory": memory_of_the_gradient,
+    "sharded batch and heads, auto axes": lambda column: sharded(column, AxisType.Auto),
+    "sharded batch and heads, explicit axes": lambda column: sharded(column, AxisType.Explicit),
+}
+
+
+def cell(row: Callable[[Implementation], str], column: Implementation | None) -> str:
+    if column is None:
+        return ABSENT
+    try:
+        return row(column)
+    except Exception as error:  # whatever a peer raises is what the table says
+        return type(error).__name__
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    options = parser.parse_args(argv)
+    columns = implementations()
+    print(header(), flush=True)
+    print(f"\n| transformation | {' | '.join(columns)} |")
+    print("|---" * (len(columns) + 1) + "|")
+    for name in tqdm(options.rows, leave=False):
+        cells = [cell(ROWS[name], column) for column in columns.values()]
+        tqdm.write(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
