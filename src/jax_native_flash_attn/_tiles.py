@@ -30,6 +30,19 @@ class TileShape:
     block_kv: int
 
 
+class Target(NamedTuple):
+    """What a kernel is lowered for.
+
+    Attributes:
+      platform: 'cpu' or anything else.
+      is_sharded: whether XLA will split batch rows and heads over devices. A tile then holds all of them: a loop over
+        a sharded axis would make XLA gather it.
+    """
+
+    platform: str
+    is_sharded: bool = False
+
+
 # Elements (query rows x keys, over all heads) of a tile ...
 _CPU_SMALL = 1 << 18  # ... that several heads should share where one head has fewer
 _CPU_FUSED = 1 << 22  # ... of a plain softmax that XLA fuses with its products; its scratch then is 16 MiB
