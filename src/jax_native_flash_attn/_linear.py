@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from . import _kernels
 from ._logits import Config, Tiles, field_names
@@ -157,7 +156,7 @@ class DirectionalDerivative:
         likes = [slot.like for slot in self.tangents]
         shapes = [x.shape for x in operand_shapes(self.tangents, residuals, linear)]
         # `vmap` may have left either a residual or its tangent with an axis of size 1.
-        full = [np.broadcast_shapes(residuals[i].shape, shape) for i, shape in zip(likes, shapes, strict=True)]
+        full = [jnp.broadcast_shapes(residuals[i].shape, shape) for i, shape in zip(likes, shapes, strict=True)]
 
         def inner(*varying: jax.Array) -> Leaves:
             leaves = list(inner_residuals)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ._dropout import Dropout
 from ._masks import Band, MaskOperands
@@ -93,7 +92,7 @@ def field_names(structure: Any) -> tuple[str, ...]:
 
 def _batch_of(arrays: Mapping[str, Any]) -> tuple[int, ...]:
     """The batch axes that these arrays broadcast to."""
-    return np.broadcast_shapes(*(x.shape[: x.ndim - len(LAYOUTS[name])] for name, x in arrays.items()))
+    return jnp.broadcast_shapes(*(x.shape[: x.ndim - len(LAYOUTS[name])] for name, x in arrays.items()))
 
 
 class Tiles:
@@ -111,7 +110,7 @@ class Tiles:
         """`further`: other operands of the kernel; `differentiable`: see `Nest`."""
         self.config, self.inputs = config, inputs
         sizes = inputs.sizes
-        self.sizes = replace(sizes, batch=np.broadcast_shapes(sizes.batch, _batch_of(further or {})))
+        self.sizes = replace(sizes, batch=jnp.broadcast_shapes(sizes.batch, _batch_of(further or {})))
         self.accumulate = accumulation_dtype(inputs.query.dtype)
         # XLA:CPU has no fast products of 16-bit floats; elsewhere they are what the matrix units want.
         self.product = self.accumulate if target.platform == "cpu" else inputs.query.dtype

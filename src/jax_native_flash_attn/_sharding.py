@@ -62,7 +62,7 @@ def result_aval(operands: Sequence[Any], shape: tuple[int, ...], dtype: DTypeLik
     """
     widest = max(operands, key=lambda aval: len(_varying_axes(aval)))
     key = "vma" if hasattr(widest, "vma") else "manual_axis_type"
-    spec = [axis if n > 1 else None for axis, n in zip(_explicit_spec(operands), shape, strict=False)]
+    spec = [axis if n != 1 else None for axis, n in zip(_explicit_spec(operands), shape, strict=False)]
     sharding = NamedSharding(widest.sharding.mesh, PartitionSpec(*spec, *(None,) * (len(shape) - len(spec))))
     return ShapedArray(shape, dtype, sharding=sharding, **{key: getattr(widest, key)})
 
@@ -78,7 +78,7 @@ def shard_alike(operands: Sequence[jax.Array]) -> list[jax.Array]:
     wanted = _explicit_spec([jax.typeof(x) for x in operands])
     if not any(wanted):
         return list(operands)
-    specs = [[axis if n > 1 else None for axis, n in zip(wanted, x.shape, strict=False)] for x in operands]
+    specs = [[axis if n != 1 else None for axis, n in zip(wanted, x.shape, strict=False)] for x in operands]
     return [jax.sharding.reshard(x, PartitionSpec(*spec)) for x, spec in zip(operands, specs, strict=True)]
 
 
@@ -93,9 +93,13 @@ def lowering_rule(function: Callable, layouts: Callable[..., Layouts], platform:
         avals = [ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
         kinds = set(ctx.avals_in[0].sharding.mesh.axis_types)
         # `custom_partitioning` cannot name the mesh axes that are left where some are manual.
-        target = Target(platform, is_sharded={AxisType.Manual, AxisType.Auto} <= kinds)
+        is_nameless = {AxisType.Manual, AxisType.Auto} <= kinds
+        # Nor does it take symbolic shapes.
+        is_symbolic = not all(isinstance(n, int) for x in avals for n in x.shape)
+        has_auto_axes = partitioning is not None and kinds <= {AxisType.Auto}
+        target = Target(platform, is_sharded=is_nameless or (has_auto_axes and is_symbolic))
         kernel = functools.partial(function, target=target, **params)
-        if partitioning is not None and kinds <= {AxisType.Auto}:
+        if has_auto_axes and not is_symbolic:
             kernel = _partitioned(kernel, *layouts(**params), avals, ctx.avals_out)
         spec = _explicit_spec(ctx.avals_in)
         if any(spec):
