@@ -28,7 +28,7 @@ B, T, N, K, H = 4, 24, 4, 2, 8
 BLOCKS: dict[str, Any] = {"block_q": 8, "block_kv": 8}
 BOTH = P("data", None, "model", None)
 COLLECTIVES = ("all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter")
-OLD_JAX = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 8)
+OLD_JAX = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 10)
 FAST = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
 
 
@@ -346,7 +346,7 @@ def test_shard_map_over_the_batch_with_heads_auto(transformation: str):
     "kind",
     [
         "auto",
-        pytest.param("explicit", marks=pytest.mark.skipif(OLD_JAX, reason="JAX 0.7 loses track of the mapped axis")),
+        pytest.param("explicit", marks=pytest.mark.skipif(OLD_JAX, reason="older JAX loses track of the mapped axis")),
         "shard_map",
     ],
 )
