@@ -57,9 +57,9 @@ def _forward(*leaves: jax.Array, config: Config, structure: Any, target: Target)
 def _forward_abstract_eval(*leaves: Any, config: Config, structure: Any, **unused: Any) -> list[Any]:
     inputs: Inputs = jax.tree.unflatten(structure, leaves)
     z, dtype = inputs.sizes, accumulation_dtype(inputs.query.dtype)
-    results = [_sharding.result_aval(leaves, (*z.batch, z.T, z.K, z.G, z.D), dtype)]
+    results = [_sharding.result_aval(leaves, (*z.batch, z.T, z.N, z.D), dtype)]
     if config.needs_lse:
-        results.append(_sharding.result_aval(leaves, (*z.batch, z.K, z.G, z.T), dtype))
+        results.append(_sharding.result_aval(leaves, (*z.batch, z.N, z.T), dtype))
     return results
 
 
@@ -211,6 +211,6 @@ ad.primitive_transposes[linear_kernel_p] = _linear_transpose
 
 
 def flash_attention_core(config: Config, inputs: Inputs) -> list[jax.Array]:
-    """out (batch..., T, K, G, D) and, if needed, lse (batch..., K, G, T), in accumulation dtype; differentiable."""
+    """out (batch..., T, N, D) and, if needed, lse (batch..., N, T), in accumulation dtype; differentiable."""
     leaves, structure = jax.tree.flatten(inputs)
     return _apply_forward(*_sharding.vary_alike(leaves), config=config, structure=structure)
