@@ -12,7 +12,7 @@ import numpy as np
 class Sizes:
     """Axis sizes of one call. `batch` is B behind one axis per enclosing `vmap`; in an export, it may be symbolic."""
 
-    batch: tuple[int, ...]
+    batch: tuple[Any, ...]
     T: int
     S: int
     K: int
@@ -29,7 +29,7 @@ class Sizes:
 class TileShape:
     """A tile holds some batch rows, some key/value heads with their groups, block_q rows, block_kv columns."""
 
-    batch: tuple[int, ...]
+    batch: tuple[Any, ...]
     heads: int
     block_q: int
     block_kv: int
