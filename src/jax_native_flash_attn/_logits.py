@@ -124,6 +124,7 @@ class Tiles:
             block_q=config.block_q,
             block_kv=config.block_kv,
             is_banded=is_banded,
+            band_width=config.band.width if mask.key_start is None else None,
             is_plain=is_plain,
             all_heads=differentiable or target.is_sharded,
         )

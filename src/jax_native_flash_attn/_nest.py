@@ -46,7 +46,7 @@ class Nest(TileAccess):
     @property
     def visits_one_key_tile(self) -> bool:
         """Whether it is known that every row of tiles visits exactly one key/value tile."""
-        return self.num_key_tiles == 1 and self.mask.key_start is None
+        return self.mask.key_start is None and (self.tile.follows_band or self.num_key_tiles == 1)
 
     # ---- loops
 
@@ -72,6 +72,10 @@ class Nest(TileAccess):
 
         Empty tiles are skipped (never emitted if the schedule is static, else at run time), full tiles get no mask.
         """
+        if self.tile.follows_band:
+            start = jnp.clip(at.row + (self.band.lower or 0), 0, self.sizes.S - self.tile.block_kv)
+            columns = ColumnTile(start, start)
+            return body(columns, self._tile_mask(at, columns), carry)
         ranges, has_edges, has_full = self._column_ranges(at)
         data_dependent = self.mask.allowed is not None
 
