@@ -59,25 +59,6 @@ class TileAccess:
         """(lead..., rows)"""
         return (*self._lead, self.sizes.G * self.tile.block_q)
 
-    @property
-    def grouped_shape(self) -> tuple[int, ...]:
-        """(lead..., G, block_q), and without G where it is 1."""
-        return (*self._lead, *(() if self.sizes.G == 1 else (self.sizes.G,)), self.tile.block_q)
-
-    def group_rows(self, x: jax.Array, axis: int) -> jax.Array:
-        """Split the rows axis into (G, block_q), for G > 1."""
-        if self.sizes.G == 1:
-            return x
-        axis %= x.ndim
-        return x.reshape(*x.shape[:axis], self.sizes.G, self.tile.block_q, *x.shape[axis + 1 :])
-
-    def merge_rows(self, x: jax.Array, axis: int) -> jax.Array:
-        """Merge (G, block_q), the axes `axis` - 1 and `axis`, into rows, for G > 1."""
-        if self.sizes.G == 1:
-            return x
-        axis %= x.ndim
-        return x.reshape(*x.shape[: axis - 1], -1, *x.shape[axis + 1 :])
-
     def _split_heads(self, x: jax.Array, axis: int) -> jax.Array:
         """Split an axis of query heads into (heads, G); one of size 1 into (1, 1)."""
         axis %= x.ndim
@@ -85,10 +66,11 @@ class TileAccess:
         return x.reshape(*x.shape[:axis], *heads, *x.shape[axis + 1 :])
 
     def inside(self, x: jax.Array) -> jax.Array:
-        """(batch..., heads, G, ...) -> (lead..., G, ...), and without G where it is 1."""
+        """(batch..., heads, G, block_q, ...) -> (lead..., rows, ...); where G and block_q are 1, so is rows."""
         n = len(self.tile.batch) + 1
-        lead = x.shape[:n] if self._lead else ()
-        return x.reshape(*lead, *(() if self.sizes.G == 1 else x.shape[n : n + 1]), *x.shape[n + 1 :])
+        if x.shape[n : n + 2] != (1, 1):
+            x = jnp.broadcast_to(x, (*x.shape[:n], self.sizes.G, self.tile.block_q, *x.shape[n + 2 :]))
+        return x.reshape(*(x.shape[:n] if self._lead else ()), -1, *x.shape[n + 2 :])
 
     def _outside(self, x: jax.Array, *inner: int) -> jax.Array:
         """(lead..., ...) -> (batch..., heads, inner...)"""
@@ -99,7 +81,7 @@ class TileAccess:
     def query_slice(self, x: jax.Array, at: RowTile) -> jax.Array:
         """(batch..., T, N, H) -> (lead..., rows, H)"""
         x = self._split_heads(self.slice(x, *self._query_window(at)), -2)
-        return self.merge_rows(self.inside(jnp.moveaxis(x, -4, -2)), -2)
+        return self.inside(jnp.moveaxis(x, -4, -2))
 
     def key_slice(self, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
         """(batch..., S, K, H) -> (lead..., block_kv, H)"""
@@ -109,11 +91,11 @@ class TileAccess:
         return x if self._lead else x.reshape(x.shape[-2:])
 
     def row_slice(self, x: jax.Array, at: RowTile) -> jax.Array:
-        """(batch..., N, T) -> (lead..., G, block_q), and without G where it is 1"""
+        """(batch..., N, T) -> (lead..., rows); one row where both N and T are 1"""
         return self.inside(self._split_heads(self.slice(x, *self._row_window(at)), -2))
 
     def score_slice(self, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
-        """(batch..., N, T, S) -> (lead..., G, block_q, block_kv), and without G where it is 1"""
+        """(batch..., N, T, S) -> (lead..., rows, block_kv); one row where both N and T are 1"""
         return self.inside(self._split_heads(self.slice(x, *self._score_window(at, columns)), -3))
 
     def batch_slice(self, x: jax.Array, at: RowTile) -> jax.Array:

@@ -195,7 +195,7 @@ class Tiles:
         return scores if early else scores * multiplier
 
     def bias(self, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
-        """A tile of a score-like array, (lead..., G, block_q, block_kv), axes of size 1 kept."""
+        """A tile of a score-like array, (lead..., rows, block_kv), axes of size 1 kept."""
         return self.nest.score_slice(x, at, columns).astype(self.accumulate)
 
     def logits(
@@ -205,7 +205,6 @@ class Tiles:
         logits = self.products(query, key, self.scale(at))
         if self.inputs.bias is None and mask is None:
             return logits
-        logits = self.nest.group_rows(logits, -2)
         if self.inputs.bias is not None:
             bias = self.bias(self.inputs.bias, at, columns)
             logits += jnp.maximum(bias, bias_floor(self.accumulate)) * self.unit
@@ -213,23 +212,22 @@ class Tiles:
             logits = jnp.where(mask.dead, 0, logits)
         if mask is not None:
             logits = jnp.where(mask.allowed, logits, lowest(self.accumulate))
-        return self.nest.merge_rows(logits, -2)
+        return logits
 
     def logits_tangent(self, products: jax.Array | None, bias: jax.Array | None, mask: TileMask | None) -> jax.Array:
         """Tangent of the (natural) logits, from those of the products, as rows, and of the bias tile."""
         if bias is None:
             assert products is not None
             return self.through_mask(products, mask)
-        total = bias if products is None else self.nest.group_rows(products, -2) + bias
-        total = jnp.broadcast_to(total, (*self.nest.grouped_shape, self.nest.tile.block_kv))
-        return self.through_mask(self.nest.merge_rows(total, -2), mask)
+        total = bias if products is None else products + bias
+        return self.through_mask(jnp.broadcast_to(total, (*self.nest.row_shape, self.nest.tile.block_kv)), mask)
 
     def through_mask(self, x: jax.Array, mask: TileMask | None) -> jax.Array:
         """Derivative of the masking in `logits`, which is its own transpose; (lead..., rows, block_kv)."""
         if mask is None:
             return x
         live = mask.allowed if mask.dead is None else mask.allowed & ~mask.dead
-        return self.nest.merge_rows(jnp.where(live, self.nest.group_rows(x, -2), 0), -2)
+        return jnp.where(live, x, 0)
 
     def row_lse(self, lse: jax.Array, at: RowTile) -> jax.Array:
         """Log-sum-exp of the rows, in units, as (lead..., rows, 1)."""
@@ -237,7 +235,7 @@ class Tiles:
 
     def rows(self, x: jax.Array, at: RowTile) -> jax.Array:
         """(batch..., N, T), broadcast in no axis but the batch's -> (lead..., rows, 1)"""
-        return self.nest.merge_rows(self.nest.row_slice(x, at), -1)[..., None]
+        return self.nest.row_slice(x, at)[..., None]
 
     def keep(self, at: RowTile, columns: ColumnTile) -> jax.Array | None:
         """Which weights of the tile, (lead..., rows, block_kv), dropout keeps; None without dropout."""
@@ -253,7 +251,7 @@ class Tiles:
             self.sizes.T,
             self.sizes.S,
         )
-        return self.nest.merge_rows(self.nest.inside(keep), -2)
+        return self.nest.inside(keep)
 
     def drop(self, weights: jax.Array, keep: jax.Array | None) -> jax.Array:
         """Weights (probabilities, or what multiplies them) after dropout; kept ones are rescaled."""

@@ -146,11 +146,11 @@ class Nest(TileAccess):
         return known, has_edges, has_full
 
     def _intervals(self, at: RowTile) -> tuple[jax.Array, jax.Array]:
-        """First key and end of the keys of each row of a tile, (lead..., G, block_q) with axes of size 1."""
+        """First key and end of the keys of each row of a tile, (lead..., rows) with axes of size 1."""
         if self.mask.key_start is not None and self.mask.key_stop is not None:
             return self.row_slice(self.mask.key_start, at), self.row_slice(self.mask.key_stop, at)
         # From the position: a table would be a constant, which custom_partitioning does not take.
-        rows = self.row_positions(at).reshape((1,) * (len(self.grouped_shape) - 1) + (-1,))
+        rows = jnp.tile(self.row_positions(at), self.sizes.G).reshape((1,) * (len(self.row_shape) - 1) + (-1,))
         S = self.sizes.S
         start = jnp.zeros_like(rows) if self.band.lower is None else jnp.clip(rows + self.band.lower, 0, S)
         stop = jnp.full_like(rows, S) if self.band.upper is None else jnp.clip(rows + self.band.upper + 1, 0, S)
