@@ -128,10 +128,8 @@ class Tiles:
             is_plain=is_plain,
             all_heads=differentiable or target.is_sharded,
         )
-        # Logits are in units of 1 / `unit`: base 2 where that is faster than XLA's exp. XLA:CPU fuses a plain softmax
-        # over whole rows with its products into one kernel, but only with its own exp.
-        is_one_tile = tile.block_q == sizes.T and tile.block_kv == sizes.S
-        use_base_2 = target.platform == "cpu" and self.accumulate == jnp.float32 and not (is_plain and is_one_tile)
+        # Logits are in units of 1 / `unit`: base 2 where that is faster than XLA's exp, which fusing softmax needs.
+        use_base_2 = target.platform == "cpu" and self.accumulate == jnp.float32 and not tile.fuses_softmax
         self.unit, self.exp = (LOG2E, exp2_polynomial) if use_base_2 else (1.0, jnp.exp)
         # Of a column of rows: XLA would repeat the polynomial for every element that the result is broadcast to.
         self.exp_of_rows = jnp.exp2 if use_base_2 else jnp.exp

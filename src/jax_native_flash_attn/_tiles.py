@@ -30,7 +30,7 @@ class TileShape:
     """A tile holds some batch rows, some key/value heads with their groups, block_q rows, block_kv columns.
 
     `follows_band`: a row of tiles is one tile, which starts at the first key of its first row; otherwise tiles start at
-    multiples of their size.
+    multiples of their size. `fuses_softmax`: XLA:CPU makes one kernel of a plain softmax and its products.
     """
 
     batch: tuple[Any, ...]
@@ -38,6 +38,7 @@ class TileShape:
     block_q: int
     block_kv: int
     follows_band: bool = False
+    fuses_softmax: bool = False
 
 
 class Target(NamedTuple):
@@ -117,8 +118,9 @@ def choose_tile(
     if is_decoding:
         return _with_heads(sizes, block_q, block_kv, _CPU_KEYS // (block_kv * sizes.H))
     per_head = max(1, sizes.G * block_q * block_kv)
-    is_fused = is_plain and block_q == sizes.T and block_kv == sizes.S and per_head <= 1 << 16
-    return _with_heads(sizes, block_q, block_kv, (_CPU_FUSED if is_fused else _CPU_SMALL) // per_head)
+    if is_plain and block_q == sizes.T and block_kv == sizes.S and per_head <= 1 << 16:
+        return replace(_with_heads(sizes, block_q, block_kv, _CPU_FUSED // per_head), fuses_softmax=True)
+    return _with_heads(sizes, block_q, block_kv, _CPU_SMALL // per_head)
 
 
 def _band_tile(
