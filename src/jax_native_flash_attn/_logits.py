@@ -125,6 +125,7 @@ class Tiles:
             block_kv=config.block_kv,
             is_banded=is_banded,
             band_width=config.band.width if mask.key_start is None else None,
+            key_stop=int(config.band.intervals(sizes.T, sizes.S)[1].max()) if mask.key_start is None else sizes.S,
             is_plain=is_plain,
             all_heads=differentiable or target.is_sharded,
         )

@@ -73,6 +73,7 @@ def choose_tile(
     block_kv: int | None,
     is_banded: bool,
     band_width: int | None,
+    key_stop: int,
     is_plain: bool,
     all_heads: bool,
 ) -> TileShape:
@@ -84,6 +85,7 @@ def choose_tile(
       block_q, block_kv: what the caller asked for, or None.
       is_banded: whether rows attend an interval of the keys only; smaller tiles then skip more.
       band_width: keys of a row, where nothing but a narrow static band bounds them.
+      key_stop: no row attends keys from here on.
       is_plain: whether only softmax(scale * query @ key) @ value is asked for, without log-sum-exp.
       all_heads: ask for all batch rows and heads at once (reverse mode through a kernel: slicing one head out of an
         array would make its transpose touch the whole array for every tile).
@@ -92,11 +94,13 @@ def choose_tile(
     if band_tile is not None and block_kv is None:
         return band_tile
     heads = max(1, static_size(sizes.batch) * sizes.K * sizes.G)
+    num_keys = min(sizes.S, max(1, key_stop))
     is_decoding = sizes.T * sizes.G < 64
     if platform == "cpu" and not all_heads:
-        # Threads split one matrix product, not a batch of them: one head at a time, in large squares.
-        side = 512 if is_banded and min(sizes.T * sizes.G, sizes.S) < 4096 else 1024
-        rows, columns = max(1, side // sizes.G), side
+        # Threads split one matrix product, not a batch of them: one head at a time, in large tiles, square if possible.
+        side = 512 if is_banded and min(sizes.T * sizes.G, num_keys) < 4096 else 1024
+        columns = min(4096, max(side, side**2 // (sizes.T * sizes.G)))
+        rows = max(1, min(4096, max(side, side**2 // num_keys)) // sizes.G)
         if is_decoding:
             columns = min(4096, max(1024, _CPU_KEYS // (sizes.K * sizes.H)))
     else:
@@ -109,7 +113,7 @@ def choose_tile(
         if not is_banded and whole_rows >= min(128, sizes.T):
             rows, columns = min(2048, 1 << (whole_rows.bit_length() - 1)), sizes.S
     block_q = balanced_block(sizes.T, block_q or rows)
-    block_kv = balanced_block(sizes.S, block_kv or columns)
+    block_kv = balanced_block(num_keys, block_kv or columns)
     if all_heads:
         return TileShape(sizes.batch, sizes.K, block_q, block_kv)
     if platform != "cpu":
