@@ -62,7 +62,8 @@ _CPU_KEYS = 1 << 19  # ... of the keys, where few rows make reading them what co
 _CPU_REVERSE = 1 << 22  # ... in reverse mode through a kernel
 _ACCELERATOR = 1 << 28  # ... of float32 scores: 1 GiB for each temporary
 
-_WIDEST_BAND, _BAND_ROWS = 1024, 256
+_WIDEST_BAND = 1025  # keys: 1024 and the diagonal
+_CPU_BAND_ROWS, _ACCELERATOR_BAND_ROWS = 256, 1024
 
 
 def choose_tile(
@@ -133,7 +134,8 @@ def _band_tile(
     """All the keys of some rows in one tile, if that is less than half of S: softmax needs no correction then."""
     if width is None or width > _WIDEST_BAND:
         return None
-    block_q = balanced_block(sizes.T, block_q or max(1, _BAND_ROWS // sizes.G))
+    rows = _CPU_BAND_ROWS if platform == "cpu" else _ACCELERATOR_BAND_ROWS
+    block_q = balanced_block(sizes.T, block_q or max(1, rows // sizes.G))
     block_kv = -(-(block_q + width - 1) // 64) * 64
     if 2 * block_kv > sizes.S:
         return None
