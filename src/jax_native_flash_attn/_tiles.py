@@ -172,6 +172,8 @@ def largest_divisor(n: int, limit: int) -> int:
 def balanced_block(length: int, block: int) -> int:
     """At most about `block`, such that blocks of equal size cover `length` with little overlap.
 
+    Up to an eighth more is better than one block more.
+
     A length that the block does not divide (a prime, say) is cut into as many blocks of nearly equal size; the last
     one then overlaps the one before by a few rows, which the tile's owner rule ignores.
     """
@@ -179,9 +181,10 @@ def balanced_block(length: int, block: int) -> int:
         return max(1, length)
     if length % block == 0:
         return block
-    even = -(-length // (-(-length // block)))
-    granule = 64 if block % 64 == 0 else 1
-    return min(-(-even // granule) * granule, block)
+    count = -(-8 * length // (9 * block))
+    even = -(-length // count)
+    granule = 16 if block % 16 == 0 else 1
+    return min(-(-even // granule) * granule, length)
 
 
 class ColumnRange(NamedTuple):
