@@ -211,7 +211,9 @@ def make_inputs(case: Case) -> Inputs:
     return Inputs(query, key, value, bias, mask, dout, dropout_rng, keep, poisoned, masks)
 
 
-def run_case(case: Case, inputs: Inputs, attention: Callable[..., Any]) -> dict[str, np.ndarray]:
+def run_case(
+    case: Case, inputs: Inputs, attention: Callable[..., Any], compiler_options: dict[str, Any] | None = None
+) -> dict[str, np.ndarray]:
     """Value, lse and gradients of `attention` under jit, under the names of Case's results."""
     lengths = tuple(
         None if x is None else np.asarray(x, np.int32) for x in (case.query_seq_lengths, case.key_value_seq_lengths)
@@ -224,7 +226,7 @@ def run_case(case: Case, inputs: Inputs, attention: Callable[..., Any]) -> dict[
     dynamic = {"lengths": lengths, "window": window, "scale": scale}
     static = {name: dynamic.pop(name) for name in TRACEABLE if name not in case.traced}
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options)
     def run(query, key, value, bias, mask, dout, dropout_rng, dynamic):
         options = static | dynamic
         if "scale" in static:
@@ -266,11 +268,11 @@ def run_case(case: Case, inputs: Inputs, attention: Callable[..., Any]) -> dict[
 
 
 # Compiling is what takes time here, not running.
-_COMPILER_OPTIONS = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+FAST_COMPILATION = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
 
 
 def _value_and_gradients(dense: Callable[..., Any], cast: Any):
-    @functools.partial(jax.jit, compiler_options=_COMPILER_OPTIONS)
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILATION)
     def run(query, key, value, bias, scale, masks, dout):
         arrays = [x.astype(cast) if cast else x for x in (query, key, value)]
         call = functools.partial(dense, masks=masks)
@@ -291,13 +293,15 @@ _oracle = _value_and_gradients(dense_float64, jnp.float64)
 _dense = _value_and_gradients(dense_same_dtype, None)
 
 
-def check_case(case: Case, attention: Callable[..., Any] = flash_attention) -> dict[str, Accuracy]:
+def check_case(
+    case: Case, attention: Callable[..., Any] = flash_attention, compiler_options: dict[str, Any] | None = None
+) -> dict[str, Accuracy]:
     """Asserts that value, lse and gradients of a case are as accurate as dense attention's."""
     B, T, S, K, G, H = case.shape
     N = K * G
     with enable_x64(case.x64 or case.dtype == "float64"):
         inputs = make_inputs(case)
-        actual = run_case(case, inputs, attention)
+        actual = run_case(case, inputs, attention, compiler_options)
 
     scale = 1.0 / math.sqrt(H) if case.scale is None else case.scale
     arrays = inputs.query, inputs.key, inputs.value

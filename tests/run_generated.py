@@ -14,7 +14,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from tests.cases import DTYPES, Case, cases, check_case  # noqa: E402
+from tests.cases import DTYPES, FAST_COMPILATION, Case, cases, check_case  # noqa: E402
 from tests.oracle import Accuracy  # noqa: E402
 
 
@@ -28,7 +28,9 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="repeatable; default all")
+    parser.add_argument("--optimize", action="store_true", help="with LLVM's optimizations: five times slower")
     arguments = parser.parse_args()
+    compiler_options = None if arguments.optimize else FAST_COMPILATION
 
     accuracies: dict[str, list[tuple[Accuracy, Case]]] = collections.defaultdict(list)
     failures: list[tuple[Case, str]] = []
@@ -52,7 +54,7 @@ def main() -> int:
             return  # hypothesis also draws variations of earlier cases: spend the time on new ones
         seeds.add(case.seed)
         try:
-            for name, accuracy in check_case(case).items():
+            for name, accuracy in check_case(case, compiler_options=compiler_options).items():
                 accuracies[name].append((accuracy, case))
         except Exception as error:
             failures.append((case, f"{type(error).__name__}: {error}".splitlines()[0]))
