@@ -17,6 +17,7 @@ from tests.oracle import (
     Accuracy,
     assert_as_accurate_as_dense,
     dense_float64,
+    dense_numpy,
     dense_same_dtype,
     enable_x64,
     masking,
@@ -304,18 +305,20 @@ def check_case(case: Case, attention: Callable[..., Any] = flash_attention) -> d
     full_bias = np.broadcast_to(0.0 if inputs.bias is None else inputs.bias, (B, N, T, S))
     if np.ndim(masks.factor) == 0:
         masks = dataclasses.replace(masks, factor=np.ones((B, N, T, S)))
-    with enable_x64():
-        bias64 = full_bias.astype(np.float64)
-        scale64 = np.float64(scale)
-        expected = _oracle(*arrays, bias64, scale64, masks, dout)
+    bias64, scale64 = full_bias.astype(np.float64), np.float64(scale)
     query64, key64, value64, dout64 = (x.astype(np.float64) for x in (*arrays, dout))
+    if case.dtype == "float64":
+        # Judged by more digits than dense attention in float64 has.
+        wider = (x.astype(np.longdouble) for x in (*arrays, bias64, scale64))
+        expected = dense_numpy(*wider, masks, dout.astype(np.longdouble)).results(K)
+    else:
+        with enable_x64():
+            expected = _oracle(*arrays, bias64, scale64, masks, dout)
     floors = noise_floor(query64, key64, value64, bias64, scale64, masks, dout64, case.dtype)
     with enable_x64(case.dtype == "float64"):
         wide = wide_dtype(case.dtype)
         dense = _dense(*arrays, full_bias.astype(wide), wide.type(scale), masks, dout)
-    expected, floors, dense = (
-        {k: np.asarray(v).astype(np.float64) for k, v in results.items()} for results in (expected, floors, dense)
-    )
+    expected, floors, dense = ({k: np.asarray(v) for k, v in results.items()} for results in (expected, floors, dense))
     floors["bias"] = reduce_bias_noise(
         floors["bias"], floors.pop("bias_row"), (1,) * 4 if inputs.bias is None else inputs.bias.shape
     )

@@ -7,9 +7,11 @@ Nothing here calls the library or `jax.nn`. Axis letters are those of the librar
     out[b,t,n]      = sum over s of probs[b,n,t,s] * factor[b,n,t,s] * value[b,s,n // G]
 
 with `factor` = keep / (1 - rate) of dropout. A row that may attend no key weighs every key, masked and
-padded ones included, by 1 / S; a row past its query length gives 0. Two implementations:
+padded ones included, by 1 / S; a row past its query length gives 0. Three implementations:
 
 - `float64_oracle`: everything in float64; its derivatives come from autodiff.
+- `dense_numpy`: value and first derivatives by hand, in any float of NumPy: in extended precision it
+  judges float64, and it equals the former.
 - `dense_same_dtype`: what careful dense code does in the input dtype. Its error against the oracle is
   the yardstick for the error of the library (`assert_as_accurate_as_dense`).
 """
@@ -225,11 +227,88 @@ def dense_same_dtype(query, key, value, bias, scale, masks: Masking):
     return out, lse.astype(dtype)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The tolerance
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Value and gradients of one call by their formulas; key, value and their gradients have N heads."""
+
+    key: np.ndarray  # (B, S, N, H)
+    value: np.ndarray
+    dout: np.ndarray  # 0 in padded rows
+    live: np.ndarray  # (B, N, T, 1)
+    products: np.ndarray  # query . key, (B, N, T, S)
+    logits: np.ndarray  # -inf where not allowed
+    probs: np.ndarray
+    lse: np.ndarray  # (B, T, N)
+    out: np.ndarray
+    dprobs: np.ndarray
+    delta: np.ndarray  # (B, N, T, 1)
+    dlogits: np.ndarray
+    dquery: np.ndarray
+    dkey: np.ndarray
+    dvalue: np.ndarray
+    dscale: np.ndarray
+
+    def results(self, num_kv_heads: int) -> dict[str, np.ndarray]:
+        """By the names of Case's results; bias in full shape."""
+        return {
+            "out": self.out,
+            "lse": self.lse,
+            "query": self.dquery,
+            "key": _sum_heads(self.dkey, num_kv_heads),
+            "value": _sum_heads(self.dvalue, num_kv_heads),
+            "bias": self.dlogits,
+            "scale": self.dscale,
+        }
 
 
 _einsum = functools.partial(np.einsum, optimize=True)
+
+
+def _sum_heads(x: np.ndarray, num_kv_heads: int) -> np.ndarray:
+    B, S, N, D = x.shape
+    return x.reshape(B, S, num_kv_heads, N // num_kv_heads, D).sum(axis=3)
+
+
+def dense_numpy(query, key, value, bias, scale, masks: Masking, dout) -> Dense:
+    """Of 4-D NumPy arrays without NaN, a bias of full shape, and a full factor; in the dtype of the arrays."""
+    G = query.shape[2] // key.shape[2]
+    key, value = np.repeat(key, G, axis=2), np.repeat(value, G, axis=2)
+    allowed, factor = masks.allowed, masks.factor.astype(query.dtype)
+    query_valid = masks.query_valid[:, :, None, None]
+    dout = np.where(query_valid, dout, 0)
+    live = allowed.any(axis=-1, keepdims=True)
+    products = _einsum("btnh,bsnh->bnts", query, key)
+    logits = np.where(allowed, products * scale + bias, -np.inf)
+    top = np.where(live, logits.max(axis=-1, keepdims=True), 0)
+    weights = np.exp(logits - top)
+    total = np.where(live, weights.sum(axis=-1, keepdims=True), 1)
+    probs = np.where(live, weights / total, np.ones_like(scale) / allowed.shape[-1])
+    out = _einsum("bnts,bsnd->btnd", probs * factor, value)
+    dprobs = _einsum("btnd,bsnd->bnts", dout, value)
+    delta = (dout * out).sum(axis=-1).transpose(0, 2, 1)[..., None]
+    dlogits = np.where(live, probs * (dprobs * factor - delta), 0)
+    return Dense(
+        key=key,
+        value=value,
+        dout=dout,
+        live=live,
+        products=products,
+        logits=logits,
+        probs=probs,
+        lse=(top + np.log(total))[..., 0].transpose(0, 2, 1),
+        out=np.where(query_valid, out, 0),
+        dprobs=dprobs,
+        delta=delta,
+        dlogits=dlogits,
+        dquery=scale * _einsum("bnts,bsnh->btnh", dlogits, key),
+        dkey=scale * _einsum("bnts,btnh->bsnh", dlogits, query),
+        dvalue=_einsum("bnts,btnd->bsnd", probs * factor, dout),
+        dscale=(dlogits * products).sum(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# The tolerance
 
 
 def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> dict[str, Any]:
@@ -243,12 +322,11 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> 
     `bias` is for a bias of full shape, and `bias_row` its coherent part: reduce_bias_noise takes
     them to the shape of the bias.
     """
-    N, K = query.shape[2], key.shape[2]
     # Accumulations of many roundings are bounded by the unit roundoff, eps / 2; a lone rounding to a
-    # narrow dtype errs by 0.2 eps, root mean square over random numbers.
+    # narrow dtype errs by 0.2 eps, root mean square over random numbers (uniform within half a unit
+    # in the last place, which is eps down to eps / 2 of the number).
     low = float(jnp.finfo(dtype).eps) * (0.5 if wide_dtype(dtype) == dtype else 0.2)
     wide = float(jnp.finfo(wide_dtype(dtype)).eps) / 2
-    key, value = np.repeat(key, N // K, axis=2), np.repeat(value, N // K, axis=2)
 
     def root(spec, *squares):
         return np.sqrt(_einsum(spec, *(x * x for x in squares)))
@@ -256,22 +334,14 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> 
     def rows(x):  # (B, T, N) -> (B, N, T, 1)
         return x.transpose(0, 2, 1)[..., None]
 
-    def per_head(x):  # reduces query heads to key/value heads, root of squares
-        B, S, _, D = x.shape
-        return np.sqrt((x * x).reshape(B, S, K, N // K, D).sum(axis=3))
+    x = dense_numpy(query, key, value, bias, scale, masks, dout)
+    allowed, factor, live = masks.allowed, masks.factor, x.live
+    key, value, dout, K = x.key, x.value, x.dout, key.shape[2]
+    plain, logits, probs, lse, out = x.products, x.logits, x.probs, x.lse, x.out
+    dprobs, delta, dlogits = x.dprobs, x.delta, x.dlogits
 
-    allowed, factor = masks.allowed, masks.factor
-    dout = np.where(masks.query_valid[:, :, None, None], dout, 0.0)
-    S = allowed.shape[-1]
-    live = allowed.any(axis=-1, keepdims=True)
-    plain = _einsum("btnh,bsnh->bnts", query, key)
-    logits = np.where(allowed, plain * scale + bias, -np.inf)
-    top = np.where(live, logits.max(axis=-1, keepdims=True), 0.0)
-    weights = np.exp(logits - top)
-    total = np.where(live, weights.sum(axis=-1, keepdims=True), 1.0)
-    probs = np.where(live, weights / total, 1.0 / S)
-    lse = (top + np.log(total))[..., 0].transpose(0, 2, 1)
-    out = _einsum("bnts,bsnd->btnd", probs * factor, value)
+    def per_head(noise):  # reduces query heads to key/value heads, root of squares
+        return np.sqrt(_sum_heads(noise * noise, K))
 
     logit_size = root("btnh,bsnh->bnts", query, key) * np.abs(scale) + np.abs(bias)
     logit_size = np.where(allowed, np.maximum(logit_size, np.abs(logits)), 0.0)
@@ -279,11 +349,8 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> 
     probs_wide = probs * wide * (1.0 + logit_size)  # as softmax leaves them
     probs_noise = probs_wide + probs * (low + lse_noise)  # as they enter the product with value
 
-    dprobs = _einsum("btnd,bsnd->bnts", dout, value)
     dprobs_size = root("btnd,bsnd->bnts", dout, value) + np.abs(dprobs)
-    delta = rows((dout * out).sum(axis=-1))
     delta_size = rows(root("btnd,btnd->btn", dout, out)) + np.abs(delta)
-    dlogits = np.where(live, probs * (dprobs * factor - delta), 0.0)
     own = probs * (low * np.abs(dprobs) + wide * dprobs_size) * factor + low * np.abs(dlogits)
     own = own + (probs_wide + probs * lse_noise) * np.abs(dprobs * factor - delta)
     own = np.where(live, own, 0.0)
@@ -296,10 +363,6 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> 
     lse_rows = lse_noise[..., 0].transpose(0, 2, 1)[..., None]  # (B, T, N, 1)
     scale_own = root("bnts,bnts->", own, plain)
     scale_common = root("bnt->", (common_probs * plain).sum(axis=-1))
-    dscale = (dlogits * plain).sum()
-    dquery = scale * _einsum("bnts,bsnh->btnh", dlogits, key)
-    dkey = scale * _einsum("bnts,btnh->bsnh", dlogits, query)
-    dvalue = _einsum("bnts,btnd->bsnd", probs * factor, dout)
     dquery_own = root("bnts,bsnh->btnh", own, key)
     dquery_common = np.abs(_einsum("bnts,bsnh->btnh", common_probs, key))
     dkey_noise = np.abs(scale) * column(
@@ -310,11 +373,11 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> 
     return {
         "out": out_noise + (low + lse_rows) * np.abs(out),
         "lse": 3 * lse_rows[..., 0] + low * np.abs(lse),
-        "query": np.abs(scale) * (dquery_own + dquery_common) + low * np.abs(dquery),
-        "key": per_head(dkey_noise + low * np.abs(dkey)),
+        "query": np.abs(scale) * (dquery_own + dquery_common) + low * np.abs(x.dquery),
+        "key": per_head(dkey_noise + low * np.abs(x.dkey)),
         # 1 / (1 - rate), and 1 / S of rows without a key, are rounded once for all rows.
-        "value": per_head(dvalue_noise + (low + 2 * wide) * np.abs(dvalue)),
-        "scale": scale_own + scale_common + low * np.abs(dscale),
+        "value": per_head(dvalue_noise + (low + 2 * wide) * np.abs(x.dvalue)),
+        "scale": scale_own + scale_common + low * np.abs(x.dscale),
         "bias": own,
         "bias_row": common_probs,
     }
@@ -354,8 +417,9 @@ class Accuracy:
         return self.error / self.dense_error if self.dense_error > 0.0 else math.inf
 
 
-def _as_float64(x: Any) -> np.ndarray:
-    return np.asarray(x).astype(np.float64)
+def _widened(x: Any) -> np.ndarray:
+    x = np.asarray(x)
+    return x if x.dtype == np.longdouble else x.astype(np.float64)
 
 
 def assert_as_accurate_as_dense(
@@ -363,11 +427,11 @@ def assert_as_accurate_as_dense(
 ) -> Accuracy:
     """Asserts that the error of `actual` is at most `limit` times that of `dense` plus a floor.
 
-    Both errors are the largest over the array, against `expected` (float64). `floor` is an array of
+    Both errors are the largest over the array, against `expected` (float64 or wider). `floor` is an array of
     noise_floor, or by default two units in the last place of the largest magnitude in `expected`.
     """
     dtype = np.asarray(actual).dtype
-    actual, dense, expected = _as_float64(actual), _as_float64(dense), _as_float64(expected)
+    actual, dense, expected = _widened(actual), _widened(dense), _widened(expected)
     assert actual.shape == expected.shape, (name, actual.shape, expected.shape)
     assert np.isfinite(expected).all(), f"{name}: the oracle is not finite"
     assert np.isfinite(actual).all(), f"{name}: {np.sum(~np.isfinite(actual))} values not finite"
@@ -393,6 +457,7 @@ __all__ = [
     "allowed_pairs",
     "assert_as_accurate_as_dense",
     "dense_float64",
+    "dense_numpy",
     "dense_same_dtype",
     "enable_x64",
     "float64_oracle",

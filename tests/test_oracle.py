@@ -1,5 +1,6 @@
 """The oracle against loops and jax.nn, and the tolerance rule against wrong attention: both must be able to fail."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from tests.cases import Case, check_case, make_inputs
 from tests.environment import enable_x64, lenient_promotion
-from tests.oracle import float64_oracle
+from tests.oracle import dense_float64, dense_numpy, float64_oracle
 from tests.reference import reference_attention
 
 
@@ -53,6 +54,28 @@ def test_oracle_equals_loops(causal: bool):
             query_seq_lengths=lengths[0], key_value_seq_lengths=lengths[1], dropout_rate=0.4, keep=keep,
         )  # fmt: skip
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-13)
+
+
+def test_the_two_float64_oracles_agree():
+    case = Case((2, 9, 7, 2, 2, 4), dtype="float64", mask=(True, True, True, True), is_causal=True, dropout_rate=0.3)
+    case = dataclasses.replace(case, query_seq_lengths=(9, 4), key_value_seq_lengths=(7, 3))
+    with enable_x64():
+        inputs = make_inputs(case)
+        arrays, scale = (inputs.query, inputs.key, inputs.value), np.float64(0.3)
+        bias = np.random.default_rng(0).standard_normal((2, 4, 9, 7))
+        assert not inputs.masks.allowed.any(-1).all()
+
+        def attention(query, key, value, bias, scale):
+            return dense_float64(query, key, value, bias, scale, inputs.masks)
+
+        out, vjp, lse = jax.vjp(attention, *arrays, bias, scale, has_aux=True)
+        names = "out", "lse", "query", "key", "value", "bias", "scale"
+        expected = dict(zip(names, (out, lse, *vjp(jnp.asarray(inputs.dout))), strict=True))
+    actual = dense_numpy(*arrays, bias, scale, inputs.masks, inputs.dout).results(2)
+    live = inputs.masks.allowed.any(-1).transpose(0, 2, 1)
+    for name in names:
+        a, e = (np.asarray(x)[live] if name == "lse" else np.asarray(x) for x in (actual[name], expected[name]))
+        np.testing.assert_allclose(a, e, rtol=0, atol=1e-13)
 
 
 def test_oracle_equals_jax_nn():

@@ -27,6 +27,9 @@ def check_query_key_value(query: jax.Array, key: jax.Array, value: jax.Array) ->
     _, S, K, _ = key.shape
     if query.dtype.name not in _FLOAT_DTYPES:
         raise ValueError(f"query must have a dtype of {', '.join(_FLOAT_DTYPES)}, got {query.dtype}")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not all(isinstance(n, int) for n in x.shape[1:]):
+            raise NotImplementedError(f"{name} must have static axes but for the batch (in an export), got {x.shape}")
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype:
             raise ValueError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")

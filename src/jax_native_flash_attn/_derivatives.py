@@ -25,6 +25,7 @@ from . import _kernels, _sharding
 from ._linear import DirectionalDerivative, FirstDerivative, Flags, Leaves, LinearKernel, Slot, operand_shapes, pick
 from ._logits import FLOAT_FIELDS, Config, Inputs, Tiles, field_names
 from ._numerics import accumulation_dtype
+from ._tiles import Target
 
 
 def _is_zero(tangent: Any) -> bool:
@@ -33,9 +34,8 @@ def _is_zero(tangent: Any) -> bool:
 
 def _batch_operands(args: Sequence[jax.Array], dims: Sequence[int | None]) -> list[jax.Array]:
     """Batch axes to the front; operands that are not batched get one of size 1 and broadcast inside the kernels."""
-    return [
-        jnp.expand_dims(x, 0) if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(args, dims, strict=True)
-    ]
+    pairs = zip(args, dims, strict=True)
+    return _sharding.shard_alike([x[None] if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in pairs])
 
 
 # ---- out, lse
@@ -50,8 +50,8 @@ def _apply_forward(*leaves: Any, config: Config, structure: Any) -> Any:
     return flash_attention_p.bind(*leaves, config=config, structure=structure, partitioning=partitioning)
 
 
-def _forward(*leaves: jax.Array, config: Config, structure: Any, platform: str) -> Leaves:
-    return _kernels.forward(Tiles(config, jax.tree.unflatten(structure, leaves), platform))
+def _forward(*leaves: jax.Array, config: Config, structure: Any, target: Target) -> Leaves:
+    return _kernels.forward(Tiles(config, jax.tree.unflatten(structure, leaves), target))
 
 
 def _forward_abstract_eval(*leaves: Any, config: Config, structure: Any, **unused: Any) -> list[Any]:
@@ -116,9 +116,9 @@ def _apply_linear(*args: Any, kernel: LinearKernel) -> Any:
     return linear_kernel_p.bind(*args, kernel=kernel, partitioning=_sharding.partitioning())
 
 
-def _linear(*args: jax.Array, kernel: LinearKernel, platform: str) -> Leaves:
+def _linear(*args: jax.Array, kernel: LinearKernel, target: Target) -> Leaves:
     residuals, linear = _split(args, kernel)
-    return kernel.apply(residuals, linear, platform, False)
+    return kernel.apply(residuals, linear, target, False)
 
 
 def _split(args: Sequence[Any], kernel: LinearKernel) -> tuple[tuple, tuple]:
@@ -169,7 +169,7 @@ def _linear_batch(args: Any, dims: Any, *, kernel: LinearKernel, **unused: Any) 
     residuals, linear = _split(_batch_operands(args, dims), kernel)
     shapes = operand_shapes(kernel.inputs, residuals, linear)
     linear = [jnp.broadcast_to(x, like.shape) for x, like in zip(linear, shapes, strict=True)]
-    results = _apply_linear(*residuals, *linear, kernel=kernel)
+    results = _apply_linear(*_sharding.shard_alike([*residuals, *linear]), kernel=kernel)
     return results, [0] * len(results)
 
 
@@ -192,7 +192,7 @@ def _register(primitive: Primitive, function: Any, abstract_eval: Any, layouts: 
     def evaluate(*args: jax.Array, **params: Any) -> Any:
         if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
             del params["partitioning"]
-            return function(*args, platform=jax.default_backend(), **params)
+            return function(*args, target=Target(jax.default_backend()), **params)
         return jitted(tuple(params.items()))(*args)
 
     primitive.def_impl(evaluate)
@@ -200,8 +200,8 @@ def _register(primitive: Primitive, function: Any, abstract_eval: Any, layouts: 
     ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batch
     for platform in ("cpu", None):
-        kernel = functools.partial(function, platform=platform or "accelerator")
-        mlir.register_lowering(primitive, _sharding.lowering_rule(kernel, layouts), platform=platform)
+        rule = _sharding.lowering_rule(function, layouts, platform or "accelerator")
+        mlir.register_lowering(primitive, rule, platform=platform)
 
 
 _register(flash_attention_p, _forward, _forward_abstract_eval, _forward_layouts, _forward_jvp, _forward_batch)

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from . import _kernels
 from ._logits import Config, Tiles, field_names
+from ._tiles import Target
 
 Leaves = tuple[jax.Array, ...]
 Flags = tuple[bool, ...]
@@ -62,7 +62,7 @@ class LinearKernel(Protocol):
         """Which field of `Inputs`, 'out' or 'lse' each residual is laid out as."""
         ...
 
-    def apply(self, residuals: Leaves, linear: Leaves, platform: str, differentiable: bool) -> Leaves: ...
+    def apply(self, residuals: Leaves, linear: Leaves, target: Target, differentiable: bool) -> Leaves: ...
     def transpose(self) -> "LinearKernel": ...
     def select(self, inputs: Flags, outputs: Flags) -> "LinearKernel":
         """The same map on some inputs (the others being zero), to some outputs."""
@@ -95,7 +95,7 @@ class FirstDerivative:
     def residual_names(self) -> tuple[str, ...]:
         return (*field_names(self.structure), "out", "lse")
 
-    def apply(self, residuals: Leaves, linear: Leaves, platform: str, differentiable: bool) -> Leaves:
+    def apply(self, residuals: Leaves, linear: Leaves, target: Target, differentiable: bool) -> Leaves:
         *leaves, out, lse = residuals
         names = self.residual_names
         operands = {names[slot.like]: x for slot, x in zip(self.inputs, linear, strict=True)}
@@ -104,7 +104,7 @@ class FirstDerivative:
         tiles = Tiles(
             self.config,
             jax.tree.unflatten(self.structure, leaves),
-            platform,
+            target,
             further={**operands, "lse": lse},
             differentiable=differentiable,
         )
@@ -150,19 +150,19 @@ class DirectionalDerivative:
         names = self.inner.residual_names
         return (*names, *(names[slot.like] for slot in self.inner.inputs))
 
-    def apply(self, residuals: Leaves, linear: Leaves, platform: str, differentiable: bool) -> Leaves:
+    def apply(self, residuals: Leaves, linear: Leaves, target: Target, differentiable: bool) -> Leaves:
         num_residuals = len(self.inner.residual_names)
         inner_residuals, inner_linear = residuals[:num_residuals], residuals[num_residuals:]
         likes = [slot.like for slot in self.tangents]
         shapes = [x.shape for x in operand_shapes(self.tangents, residuals, linear)]
         # `vmap` may have left either a residual or its tangent with an axis of size 1.
-        full = [np.broadcast_shapes(residuals[i].shape, shape) for i, shape in zip(likes, shapes, strict=True)]
+        full = [jnp.broadcast_shapes(residuals[i].shape, shape) for i, shape in zip(likes, shapes, strict=True)]
 
         def inner(*varying: jax.Array) -> Leaves:
             leaves = list(inner_residuals)
             for i, x in zip(likes, varying, strict=True):
                 leaves[i] = x
-            return self.inner.apply(tuple(leaves), inner_linear, platform, differentiable or self.flipped)
+            return self.inner.apply(tuple(leaves), inner_linear, target, differentiable or self.flipped)
 
         primals = tuple(jnp.broadcast_to(residuals[i], shape) for i, shape in zip(likes, full, strict=True))
         if not self.flipped:

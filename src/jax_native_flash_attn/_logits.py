@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ._dropout import Dropout
 from ._masks import Band, MaskOperands
 from ._nest import ColumnTile, Nest, RowTile, TileMask
 from ._numerics import LOG2E, accumulation_dtype, bias_floor, exp2_polynomial, lowest
-from ._tiles import Sizes, choose_tile
+from ._tiles import Sizes, Target, choose_tile
 
 
 @dataclass(frozen=True)
@@ -93,17 +92,17 @@ def field_names(structure: Any) -> tuple[str, ...]:
 
 def _batch_of(arrays: Mapping[str, Any]) -> tuple[int, ...]:
     """The batch axes that these arrays broadcast to."""
-    return np.broadcast_shapes(*(x.shape[: x.ndim - len(LAYOUTS[name])] for name, x in arrays.items()))
+    return jnp.broadcast_shapes(*(x.shape[: x.ndim - len(LAYOUTS[name])] for name, x in arrays.items()))
 
 
 class Tiles:
-    """Reads the tiles of one call, for a platform and one kernel's tile shape."""
+    """Reads the tiles of one call, for a target and one kernel's tile shape."""
 
     def __init__(
         self,
         config: Config,
         inputs: Inputs,
-        platform: str,
+        target: Target,
         *,
         further: Mapping[str, Any] | None = None,
         differentiable: bool = False,
@@ -111,26 +110,26 @@ class Tiles:
         """`further`: other operands of the kernel; `differentiable`: see `Nest`."""
         self.config, self.inputs = config, inputs
         sizes = inputs.sizes
-        self.sizes = replace(sizes, batch=np.broadcast_shapes(sizes.batch, _batch_of(further or {})))
+        self.sizes = replace(sizes, batch=jnp.broadcast_shapes(sizes.batch, _batch_of(further or {})))
         self.accumulate = accumulation_dtype(inputs.query.dtype)
         # XLA:CPU has no fast products of 16-bit floats; elsewhere they are what the matrix units want.
-        self.product = self.accumulate if platform == "cpu" else inputs.query.dtype
+        self.product = self.accumulate if target.platform == "cpu" else inputs.query.dtype
         mask = inputs.mask
         is_banded = config.band != Band() or mask.key_start is not None
         is_plain = not (is_banded or config.needs_lse or config.dropout) and inputs.bias is None
         tile = choose_tile(
             self.sizes,
-            platform,
+            target.platform,
             block_q=config.block_q,
             block_kv=config.block_kv,
             is_banded=is_banded,
             is_plain=is_plain,
-            all_heads=differentiable,
+            all_heads=differentiable or target.is_sharded,
         )
         # Logits are in units of 1 / `unit`: base 2 where that is faster than XLA's exp. XLA:CPU fuses a plain softmax
         # over whole rows with its products into one kernel, but only with its own exp.
         is_one_tile = tile.block_q == sizes.T and tile.block_kv == sizes.S
-        use_base_2 = platform == "cpu" and self.accumulate == jnp.float32 and not (is_plain and is_one_tile)
+        use_base_2 = target.platform == "cpu" and self.accumulate == jnp.float32 and not (is_plain and is_one_tile)
         self.unit, self.exp = (LOG2E, exp2_polynomial) if use_base_2 else (1.0, jnp.exp)
         self.nest = Nest(self.sizes, tile, config.band, inputs.mask, differentiable)
 

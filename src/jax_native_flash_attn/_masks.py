@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ._tiles import static_size
+
 # Elements of the boolean mask examined at once when looking for rows without any key.
 _MASK_CHUNK_ELEMENTS = 1 << 20
 
@@ -106,9 +108,9 @@ def _rows_with_a_key(start: jax.Array, stop: jax.Array, allowed: jax.Array, T: i
 
     Runs over chunks of rows: with a mask that broadcasts over T, intervals and mask together would make T x S.
     """
-    lead = np.broadcast_shapes(start.shape[:3], stop.shape[:3], allowed.shape[:3])
+    lead = jnp.broadcast_shapes(start.shape[:3], stop.shape[:3], allowed.shape[:3])
     columns = jnp.arange(S, dtype=jnp.int32)[None, None, None, None, :]
-    chunk = min(T, max(1, _MASK_CHUNK_ELEMENTS // max(1, int(np.prod(lead)) * S)))
+    chunk = min(T, max(1, _MASK_CHUNK_ELEMENTS // max(1, static_size(lead) * S)))
 
     def rows_of(x: jax.Array, first: jax.Array) -> jax.Array:
         return x if x.shape[3] == 1 else lax.dynamic_slice_in_dim(x, first, chunk, axis=3)

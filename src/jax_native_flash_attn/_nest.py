@@ -10,6 +10,7 @@ A block that does not divide its length leaves a last tile that overlaps the one
 *owned* by the first tile that holds it, and only owned ones count.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -88,7 +89,7 @@ class Nest:
             starts = tuple(i * b for i, b in zip(batch, self.tile.batch, strict=True))
             return body(RowTile(starts, head * self.tile.heads, row, number), carry)
 
-        return self._loop(0, int(np.prod(counts)), step, carry)
+        return self._loop(0, math.prod(counts), step, carry)
 
     def columns(self, at: RowTile, body: Callable[[ColumnTile, TileMask | None, Carry], Carry], carry: Carry) -> Carry:
         """Run `body` for every key/value tile that some row of `at` may attend, in order.
@@ -137,7 +138,7 @@ class Nest:
                 steps = jnp.arange(start, stop, dtype=jnp.int32)
                 checked = jax.checkpoint(lambda carry, i: (step(i, carry), None), prevent_cse=False)
                 return lax.scan(checked, carry, steps)[0]
-        return lax.fori_loop(jnp.int32(start), jnp.int32(stop), step, carry)
+        return lax.fori_loop(jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32), step, carry)
 
     def _column_ranges(self, at: RowTile) -> tuple[ColumnRange, bool, bool]:
         """The range of `at`, and whether any row of tiles has masked tiles, or unmasked ones."""
@@ -296,7 +297,7 @@ class Nest:
 
 def _write(result: jax.Array, x: jax.Array, starts: tuple[Index, ...], add: bool) -> jax.Array:
     """Put a tile into its place in `result`, or add it there; axes in which `result` has size 1 are summed."""
-    summed = tuple(axis for axis, (n, m) in enumerate(zip(result.shape, x.shape, strict=True)) if n == 1 and m > 1)
+    summed = tuple(axis for axis, (n, m) in enumerate(zip(result.shape, x.shape, strict=True)) if n == 1 and m != 1)
     if summed:
         x = x.sum(summed, keepdims=True)
     x = x.astype(result.dtype)

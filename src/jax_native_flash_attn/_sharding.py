@@ -12,6 +12,7 @@ a bias shared by the batch, say) is summed over its mesh axes; nothing else is e
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,16 +23,14 @@ from jax import lax
 from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import mlir
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from ._logits import LAYOUTS
+from ._tiles import Target
 
 Layouts = tuple[tuple[str, ...], tuple[str, ...]]
 """Names (keys of `LAYOUTS`) of a primitive's operands and results."""
-
-_SHARDABLE = "KG"  # besides all batch axes
-
 
 # ---- manual axes
 
@@ -57,28 +56,70 @@ def vary_alike(operands: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def result_aval(operands: Sequence[Any], shape: tuple[int, ...], dtype: DTypeLike) -> ShapedArray:
-    """Type of a result, given those of the operands: it varies over the manual axes that any of them does."""
+    """Type of a result, given those of the operands: it varies over the manual axes that any of them does.
+
+    Over explicit axes only its leading axes are sharded, those that `vmap` added, and like the operands'.
+    """
     widest = max(operands, key=lambda aval: len(_varying_axes(aval)))
     key = "vma" if hasattr(widest, "vma") else "manual_axis_type"
-    sharding = NamedSharding(widest.sharding.mesh, PartitionSpec(*(None,) * len(shape)))
+    spec = [axis if n != 1 else None for axis, n in zip(_explicit_spec(operands), shape, strict=False)]
+    sharding = NamedSharding(widest.sharding.mesh, PartitionSpec(*spec, *(None,) * (len(shape) - len(spec))))
     return ShapedArray(shape, dtype, sharding=sharding, **{key: getattr(widest, key)})
+
+
+def _explicit_spec(avals: Sequence[Any]) -> list[Any]:
+    """For each leading axis, the explicit mesh axes over which any of these arrays is sharded."""
+    columns = itertools.zip_longest(*(aval.sharding.spec for aval in avals))
+    return [next((axis for axis in column if axis is not None), None) for column in columns]
+
+
+def shard_alike(operands: Sequence[jax.Array]) -> list[jax.Array]:
+    """Shard the leading axes of all operands as that of any is (those of size 1 excepted)."""
+    wanted = _explicit_spec([jax.typeof(x) for x in operands])
+    if not any(wanted):
+        return list(operands)
+    specs = [[axis if n != 1 else None for axis, n in zip(wanted, x.shape, strict=False)] for x in operands]
+    return [jax.sharding.reshard(x, PartitionSpec(*spec)) for x, spec in zip(operands, specs, strict=True)]
 
 
 # ---- auto axes
 
 
-def lowering_rule(function: Callable, layouts: Callable[..., Layouts]) -> Callable:
-    """Lower a primitive to `function(*operands, **params)`, partitioned as `layouts(**params)` allows."""
+def lowering_rule(function: Callable, layouts: Callable[..., Layouts], platform: str) -> Callable:
+    """Lower a primitive to `function(*operands, target=..., **params)`, partitioned as `layouts(**params)` allows."""
 
     def rule(ctx: Any, *values: Any, partitioning: Any, **params: Any) -> Any:
         # Kernels are written for one device: without the mesh axes in their operands' types.
         avals = [ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
-        kernel = functools.partial(function, **params)
-        if partitioning is not None:
+        kinds = set(ctx.avals_in[0].sharding.mesh.axis_types)
+        # `custom_partitioning` cannot name the mesh axes that are left where some are manual.
+        is_nameless = {AxisType.Manual, AxisType.Auto} <= kinds
+        # Nor does it take symbolic shapes.
+        is_symbolic = not all(isinstance(n, int) for x in avals for n in x.shape)
+        has_auto_axes = partitioning is not None and kinds <= {AxisType.Auto}
+        target = Target(platform, is_sharded=is_nameless or (has_auto_axes and is_symbolic))
+        kernel = functools.partial(function, target=target, **params)
+        if has_auto_axes and not is_symbolic:
             kernel = _partitioned(kernel, *layouts(**params), avals, ctx.avals_out)
+        spec = _explicit_spec(ctx.avals_in)
+        if any(spec):
+            avals = [ShapedArray(x.shape, x.dtype, sharding=x.sharding) for x in ctx.avals_in]
+            kernel = _over_explicit_batch(kernel, avals, ctx.avals_out, spec)
         return mlir.lower_fun(kernel, multiple_results=True)(ctx.replace(avals_in=avals), *values)
 
     return rule
+
+
+def _over_explicit_batch(kernel: Callable, operands: Sequence[Any], results: Sequence[Any], spec: Sequence) -> Callable:
+    """`kernel` on the shards of the axes that `vmap` added."""
+    return jax.shard_map(
+        lambda *shards: tuple(kernel(*shards)),
+        mesh=operands[0].sharding.mesh,
+        axis_names={name for axis in spec for name in _axis_names(axis)},
+        in_specs=tuple(x.sharding.spec for x in operands),
+        out_specs=tuple(x.sharding.spec for x in results),
+        check_vma=False,
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -106,59 +147,122 @@ def _partitioned(
     operands: Sequence[Any],
     results: Sequence[Any],
 ) -> Callable:
-    factors = _factors([*operand_names, *result_names], [x.shape for x in (*operands, *results)])
-    operand_factors, result_factors = factors[: len(operands)], factors[len(operands) :]
-    all_factors = {factor for axes in factors for factor in axes if factor is not None}
+    """`kernel` as one unit for the partitioner, to which the query heads (K, G) are one axis N.
+
+    (K has no sharding that it could name where N is sharded over more devices than there are key/value heads.)
+    """
+    num_operands = len(operands)
+    names = (*operand_names, *result_names)
+    factors = _factors(names, [_merged(name, x.shape) for name, x in zip(names, (*operands, *results), strict=True)])
+    query, key = (operands[operand_names.index(name)].shape for name in ("query", "key"))
+    num_kv_heads, group = key[-2], query[-2]
 
     def partition(mesh: Any, args: Sequence[Any], outs: Sequence[Any]) -> tuple:
-        mesh_axes: dict[str, Any] = {}
+        mesh_axes: dict[str, tuple[str, ...]] = {}
         for axes, x in zip(factors, (*args, *outs), strict=True):
-            for factor, mesh_axis in zip(axes, x.sharding.spec, strict=False):
-                if factor is not None and mesh_axis is not None:
-                    mesh_axes.setdefault(factor, mesh_axis)
+            for factor, n, mesh_axis in zip(axes, x.shape, x.sharding.spec, strict=False):
+                if factor is not None and n % _num_shards(mesh, mesh_axis) == 0:
+                    mesh_axes[factor] = mesh_axes.get(factor) or _axis_names(mesh_axis)
+        head_axes = mesh_axes.get("N") or mesh_axes.get("K", ())
+        head_shards = _num_shards(mesh, head_axes)
+        # A shard has these query heads, and so many at a time share a key/value head.
+        num_heads = num_kv_heads * group // head_shards
+        shared = math.gcd(num_heads, group)
+        divides = num_kv_heads % head_shards == 0
+        mesh_axes |= {"N": head_axes, "K": head_axes if divides else ()}
 
-        def sharding(axes: tuple) -> NamedSharding:
-            return NamedSharding(mesh, PartitionSpec(*(mesh_axes.get(factor) for factor in axes)))
+        def spec(axes: tuple) -> PartitionSpec:
+            return PartitionSpec(*(mesh_axes.get(factor) or None for factor in axes))
+
+        def used(axes: tuple) -> set[str]:
+            return {name for factor in axes for name in mesh_axes.get(factor, ())}
+
+        everywhere = set().union(*map(used, factors))
 
         def on_shards(*shards: jax.Array) -> tuple[jax.Array, ...]:
+            kv_heads = None
+            if not divides:
+                first = lax.axis_index(head_axes) * num_heads
+                kv_heads = (first + shared * jnp.arange(num_heads // shared, dtype=jnp.int32)) // group
+            local = []
+            for name, x in zip(operand_names, shards, strict=True):
+                is_key = kv_heads is not None and _is_key_like(name)
+                local.append(jnp.take(x, kv_heads, axis=-2) if is_key else _split(name, x, shared))
             sums = []
-            for axes, x in zip(result_factors, kernel(*shards), strict=True):
-                missing = [mesh_axes[f] for f in sorted(all_factors - set(axes)) if f in mesh_axes]
-                names = [name for m in missing for name in (m if isinstance(m, tuple) else (m,))]
-                sums.append(lax.psum(x, tuple(names)) if names else x)
+            for name, axes, x in zip(result_names, factors[num_operands:], kernel(*local), strict=True):
+                if kv_heads is not None and _is_key_like(name):
+                    whole = jnp.zeros((*x.shape[:-2], num_kv_heads, x.shape[-1]), x.dtype)
+                    x = whole.at[..., kv_heads, :].add(x)
+                x = x.reshape(_merged(name, x.shape))
+                missing = tuple(sorted(everywhere - used(axes)))
+                sums.append(lax.psum(x, missing) if missing else x)
             return tuple(sums)
 
-        return mesh, on_shards, tuple(map(sharding, result_factors)), tuple(map(sharding, operand_factors))
+        shardings = [NamedSharding(mesh, spec(axes)) for axes in factors]
+        return mesh, on_shards, tuple(shardings[num_operands:]), tuple(shardings[:num_operands])
 
-    names = iter(range(1 << 30))
+    unnamed = itertools.count()
     fixed: list[str] = []
 
     def spell(axes: tuple) -> str:
         words = []
         for factor in axes:
             if factor is None:
-                factor = f"x{next(names)}"
+                factor = f"x{next(unnamed)}"
                 fixed.append(factor)
-            words.append(factor)
+            words.append(factor.lower())
         return " ".join(words)
 
-    rule = ", ".join(map(spell, operand_factors)) + " -> " + ", ".join(map(spell, result_factors))
-    # With *operands: a wrapped kernel needs a signature.
-    partitioned = custom_partitioning(lambda *xs: tuple(kernel(*xs)))
+    rule = ", ".join(map(spell, factors[:num_operands])) + " -> " + ", ".join(map(spell, factors[num_operands:]))
+
+    def merged(*xs: jax.Array) -> tuple[jax.Array, ...]:
+        ungrouped = (_split(name, x, group) for name, x in zip(operand_names, xs, strict=True))
+        return tuple(x.reshape(_merged(n, x.shape)) for n, x in zip(result_names, kernel(*ungrouped), strict=True))
+
+    partitioned = custom_partitioning(merged)
     partitioned.def_partition(partition, sharding_rule=rule, need_replication_factors=tuple(fixed))
-    return partitioned
+
+    def call(*xs: jax.Array) -> list[jax.Array]:
+        ys = partitioned(*(x.reshape(_merged(name, x.shape)) for name, x in zip(operand_names, xs, strict=True)))
+        return [y.reshape(like.shape) for y, like in zip(ys, results, strict=True)]
+
+    return call
+
+
+def _is_key_like(name: str) -> bool:
+    return "K" in LAYOUTS[name] and "KG" not in LAYOUTS[name]
+
+
+def _merged(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with (K, G) as one axis N."""
+    layout = LAYOUTS[name]
+    if "G" not in layout:
+        return shape
+    at = len(shape) - len(layout) + layout.index("G")
+    return (*shape[: at - 1], shape[at - 1] * shape[at], *shape[at + 1 :])
+
+
+def _split(name: str, x: jax.Array, group: int) -> jax.Array:
+    """The axis N as (K, G) again; 1, where it broadcasts, as (1, 1)."""
+    layout = LAYOUTS[name]
+    if "G" not in layout:
+        return x
+    at = x.ndim + 1 - len(layout) + layout.index("K")
+    n = x.shape[at]
+    heads = (1, 1) if n == 1 else (n // group, group)
+    return x.reshape(*x.shape[:at], *heads, *x.shape[at + 1 :])
 
 
 def _factors(names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[tuple[str | None, ...]]:
-    """For each array, the name of each axis that may be sharded; None for the others and for broadcast ones."""
-    num_batch = len(shapes[0]) - len(LAYOUTS[names[0]])
-    letters = [f"b{i}" for i in range(num_batch)]
-    axes = [(*letters, *LAYOUTS[name]) for name in names]
+    """For each array with merged heads, the name of each axis that may be sharded; None for the others."""
+    layouts = [LAYOUTS[name].replace("KG", "N") for name in names]
+    letters = [f"b{i}" for i in range(len(shapes[0]) - len(layouts[0]))]
+    axes = [(*letters, *layout) for layout in layouts]
     sizes: dict[str, int] = {}
     for labels, shape in zip(axes, shapes, strict=True):
         for label, n in zip(labels, shape, strict=True):
             sizes[label] = max(n, sizes.get(label, 1))
-    shardable = {*letters, *_SHARDABLE}
+    shardable = {*letters, "N", "K"}
     return [
         tuple(
             label if label in shardable and n == sizes[label] and n > 1 else None
@@ -174,7 +278,7 @@ def _factors(names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[tu
 def over_explicit_axes(
     attention: Callable, operands: dict[str, Any], layouts: dict[str, str], *, needs_lse: bool
 ) -> Any:
-    """Call `attention(**operands)`; in a `shard_map` over the mesh axes that are explicit in query's type, if any.
+    """Call `attention(**operands)`; in a `shard_map` over the explicit mesh axes that shard query, if any.
 
     Args:
       attention: returns out (B, T, N, H) and, if needed, lse (B, T, N).
@@ -183,7 +287,7 @@ def over_explicit_axes(
     """
     query_type = jax.typeof(operands["query"])
     mesh, spec = query_type.sharding.mesh, (*query_type.sharding.spec, None, None, None, None)[:4]
-    if mesh.empty or not mesh._any_axis_explicit:
+    if AxisType.Explicit not in mesh.axis_types:
         return attention(**operands)
     present = {name: x for name, x in operands.items() if x is not None}
     if spec[1] is not None or spec[3] is not None:
@@ -210,14 +314,22 @@ def over_explicit_axes(
     placed = {name: jax.sharding.reshard(x, specs[name]) for name, x in present.items()}
     out_specs = PartitionSpec(spec[0], None, spec[2], None), PartitionSpec(spec[0], None, spec[2])
     absent = dict.fromkeys(operands.keys() - present.keys())
+    manual = {*_axis_names(spec[0]), *_axis_names(spec[2])}
+    if not manual:
+        return attention(**placed, **absent)
     return jax.shard_map(
         lambda arrays: attention(**arrays, **absent),
         mesh=mesh,
+        axis_names=manual,
         in_specs=(specs,),
         out_specs=out_specs[: 2 if needs_lse else 1],
     )(placed)
 
 
+def _axis_names(mesh_axis: Any) -> tuple[str, ...]:
+    """An entry of a `PartitionSpec` as a tuple."""
+    return mesh_axis if isinstance(mesh_axis, tuple) else () if mesh_axis is None else (mesh_axis,)
+
+
 def _num_shards(mesh: Any, mesh_axis: Any) -> int:
-    names = mesh_axis if isinstance(mesh_axis, tuple) else () if mesh_axis is None else (mesh_axis,)
-    return math.prod(mesh.shape[name] for name in names)
+    return math.prod(mesh.shape[name] for name in _axis_names(mesh_axis))

@@ -1,6 +1,7 @@
 """Tile geometry: shapes of arrays, shape of a tile, and which key/value tiles a query tile visits."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Sizes:
-    """Axis sizes of one call. `batch` is B behind one axis per enclosing `vmap`."""
+    """Axis sizes of one call. `batch` is B behind one axis per enclosing `vmap`; in an export, it may be symbolic."""
 
     batch: tuple[int, ...]
     T: int
@@ -28,6 +29,19 @@ class TileShape:
     heads: int
     block_q: int
     block_kv: int
+
+
+class Target(NamedTuple):
+    """What a kernel is lowered for.
+
+    Attributes:
+      platform: 'cpu' or anything else.
+      is_sharded: whether XLA will split batch rows and heads over devices. A tile then holds all of them: a loop over
+        a sharded axis would make XLA gather it.
+    """
+
+    platform: str
+    is_sharded: bool = False
 
 
 # Elements (query rows x keys, over all heads) of a tile ...
@@ -58,7 +72,7 @@ def choose_tile(
       all_heads: ask for all batch rows and heads at once (reverse mode through a kernel: slicing one head out of an
         array would make its transpose touch the whole array for every tile).
     """
-    heads = max(1, math.prod(sizes.batch) * sizes.K * sizes.G)
+    heads = max(1, static_size(sizes.batch) * sizes.K * sizes.G)
     if platform == "cpu" and not all_heads:
         # Threads split one matrix product, not a batch of them: one head at a time, in large squares.
         rows, columns = (512, 512) if is_banded else (1024, 1024)
@@ -75,8 +89,11 @@ def choose_tile(
             rows, columns = min(2048, 1 << (whole_rows.bit_length() - 1)), sizes.S
     block_q = balanced_block(sizes.T, block_q or rows)
     block_kv = balanced_block(sizes.S, block_kv or columns)
-    if all_heads or platform != "cpu":
+    if all_heads:
         return TileShape(sizes.batch, sizes.K, block_q, block_kv)
+    if platform != "cpu":
+        batch = tuple(n if isinstance(n, int) else 1 for n in sizes.batch)
+        return TileShape(batch, sizes.K, block_q, block_kv)
     per_head = max(1, sizes.G * block_q * block_kv)
     is_fused = is_plain and block_q == sizes.T and block_kv == sizes.S and per_head <= 1 << 16
     return _with_heads(sizes, block_q, block_kv, (_CPU_FUSED if is_fused else _CPU_SMALL) // per_head)
@@ -87,10 +104,15 @@ def _with_heads(sizes: Sizes, block_q: int, block_kv: int, limit: int) -> TileSh
     heads = taken = largest_divisor(sizes.K, limit)
     batch, is_full = [], heads == sizes.K
     for n in reversed(sizes.batch):
-        rows = largest_divisor(n, limit // taken) if is_full else 1
+        rows = largest_divisor(n, limit // taken) if is_full and isinstance(n, int) else 1
         taken, is_full = taken * rows, is_full and rows == n
         batch.append(rows)
     return TileShape(tuple(reversed(batch)), heads, block_q, block_kv)
+
+
+def static_size(shape: Sequence[Any]) -> int:
+    """Number of elements, symbolic axes left out."""
+    return math.prod(n for n in shape if isinstance(n, int))
 
 
 def largest_divisor(n: int, limit: int) -> int:
