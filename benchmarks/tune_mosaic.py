@@ -1,9 +1,9 @@
 """Times the Hopper forward kernel with several block shapes, and checks each against float64; fills `_mosaic_blocks.py`.
 
-    python benchmarks/tune_mosaic.py gpu-2x8192x16x128-causal gpu-2x8192x16x128 --blocks 64x128x2 64x176x2
+    python benchmarks/tune_mosaic.py gpu-2x8192x16x128-causal gpu-2x8192x16x128 --blocks 64x128x2w2 64x128x2w2t
 
-Each candidate is `block_q x block_kv x stages`, with any of the letters s (no overlap of softmax and products within a
-warpgroup) and n (no turns between warpgroups) behind. Needs a Hopper GPU.
+Each candidate is `block_q x block_kv x stages w warpgroups`, with a t behind where two warpgroups take turns. Needs a
+Hopper GPU.
 """
 
 import argparse
@@ -23,18 +23,15 @@ from timing import interleaved_medians
 
 from jax_native_flash_attn._logits import Config, Inputs
 from jax_native_flash_attn._masks import make_mask
-from jax_native_flash_attn._mosaic_forward import Blocks, forward
+from jax_native_flash_attn._mosaic_blocks import Blocks
+from jax_native_flash_attn._mosaic_forward import forward
 
 
 def parse_blocks(text: str) -> Blocks:
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:w(\d))?([sn]*)", text)
-    assert match is not None, text
-    block_q, block_kv, stages, warpgroups, flags = match.groups()
-    count = int(warpgroups or 2)
-    registers = {1: (240, 24), 2: (240, 24), 3: (160, 24)}[count]
-    return Blocks(
-        int(block_q), int(block_kv), int(stages), count, "s" not in flags, "n" not in flags and count == 2, *registers
-    )
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)w(\d)(t?)", text)
+    if match is None:
+        raise ValueError(f"blocks are written as 64x128x2w2 or 64x128x2w2t, got {text!r}")
+    return Blocks(*map(int, match.groups()[:4]), takes_turns=bool(match[5]))
 
 
 def kernel_call(shape: AttentionShape, arrays: Any, blocks: Blocks, *, needs_lse: bool) -> Any:
@@ -128,7 +125,7 @@ def run_shape(name: str, candidates: list[str], *, needs_lse: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="+")
-    parser.add_argument("--blocks", nargs="+", default=["64x128x2"])
+    parser.add_argument("--blocks", nargs="+", default=["64x128x2w2"])
     parser.add_argument("--lse", action="store_true", help="with log-sum-exp and float32 output, as for derivatives")
     parser.add_argument("--timeout", type=float, help="seconds for each shape, which then runs in its own process")
     arguments = parser.parse_args()

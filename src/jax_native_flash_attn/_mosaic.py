@@ -39,15 +39,15 @@ def launch(
     )
 
 
-def swizzle_bytes(columns: int, dtype: Any) -> int | None:
-    """The widest swizzle of a matrix in shared memory with so many columns; None if there is none."""
-    row = columns * np.dtype(dtype).itemsize
+def swizzle_bytes(columns: int, dtype: Any, block: int = 0) -> int | None:
+    """The widest swizzle for rows of so many columns, in blocks of `block` of them; None if there is none."""
+    row = math.gcd(columns, block) * np.dtype(dtype).itemsize
     return next((width for width in (128, 64, 32) if row % width == 0), None)
 
 
-def matrix_buffer(*shape: int, dtype: Any) -> Any:
+def matrix_buffer(*shape: int, dtype: Any, swizzle: int | None = None) -> Any:
     """Shared memory for matrices, tiled and swizzled as the tensor cores and TMA want it."""
-    swizzle = swizzle_bytes(shape[-1], dtype)
+    swizzle = swizzle or swizzle_bytes(shape[-1], dtype)
     assert swizzle is not None, shape
     tiling = plgpu.TilingTransform((8, swizzle // np.dtype(dtype).itemsize))
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
@@ -56,6 +56,11 @@ def matrix_buffer(*shape: int, dtype: Any) -> Any:
 def columns_of(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """One value per row, for every column of a matrix."""
     return lax.broadcast_in_dim(x, shape, [0])
+
+
+def rows_of(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """One value per column, for every row of a matrix."""
+    return lax.broadcast_in_dim(x, shape, [1])
 
 
 def iota(shape: tuple[int, int], axis: int) -> jax.Array:

@@ -1,7 +1,21 @@
-"""Forward kernel for Hopper GPUs: attention of one block of query rows, as a pipeline of three warpgroups."""
+"""Forward kernel for Hopper GPUs: attention of one block of query rows, as a pipeline of warpgroups.
+
+One warpgroup loads, the others compute, each on its own 64 query rows; all go through the same key/value tiles, last
+tile first. For tile i (S = scores, P = weights, O = numerator of the output):
+
+    load     | K0 V0 K1 V1 ........ K2 (slot of K0) V2 ...                TMA into a ring of `stages` slots
+    compute  | S0=QK0  softmax0 | S1=QK1  O+=P0V0 ............. | S2=QK2  O+=P1V1 ............. |
+             |                  |  (tensor cores)  softmax1     |  (tensor cores)  softmax2     |
+
+Both products of a step are issued at once; they finish in order, so the softmax of S1 runs on the other units while the
+tensor cores still work on P0 V0. The state of the online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867) lives
+in registers, in base 2. The scheme is that of FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608).
+
+Tiles come in three runs, of which only the first and the last need a mask: those that end the rows' intervals, full
+tiles, and those that begin them. Blocks of rows with many tiles (the last rows of a causal mask) start first.
+"""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -9,288 +23,214 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._logits import Config, Inputs
-from ._masks import MaskOperands
-from ._mosaic import (
-    ROW,
-    broadcast_index,
-    columns_of,
-    heads_per_group,
-    launch,
-    matrix_buffer,
-    pad_axis,
-    pl,
-    plgpu,
-    round_up,
-    unravel,
-)
-from ._mosaic_masks import Intervals, interval_operands
-from ._numerics import LN2, LOG2E, lowest
+from ._mosaic import ROW, columns_of, heads_per_group, launch, matrix_buffer, pl, plgpu, round_up, unravel
+from ._mosaic_blocks import Blocks
+from ._mosaic_logits import TileLogits, key_slice, prepare, query_slice, score_buffers, score_slice
+from ._mosaic_masks import Intervals
+from ._numerics import LN2, lowest
 
 _LOWEST = lowest(jnp.float32)
-
-
-@dataclass(frozen=True)
-class Blocks:
-    block_q: int
-    block_kv: int
-    stages: int
-    warpgroups: int = 2
-    overlap: bool = True
-    pingpong: bool = True
-    compute_registers: int = 240
-    load_registers: int = 24
+_CACHE_BYTES = 24e6  # of keys and values that blocks which run at once should share: half of Hopper's L2 cache
 
 
 def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> tuple[jax.Array, ...]:
-    """out (batch..., T, K, G, D) in `out_dtype` and, if needed, lse (batch..., K, G, T) in float32."""
-    z = inputs.sizes
-    T, S, H = round_up(z.T, 8), round_up(z.S, 8), z.H
-    dtype = inputs.query.dtype
-    block_q, block_kv, stages, compute = blocks.block_q, blocks.block_kv, blocks.stages, blocks.warpgroups
-    block_rows = compute * block_q
-    num_heads = math.prod((*z.batch, z.K, z.G))
-    head_shape = (*z.batch, z.K, z.G)
-    num_batch = len(z.batch)
-    blocks_of_rows = -(-z.T // block_rows)
-    group = heads_per_group(num_heads, 4 * z.S * H / z.G, 24e6)
+    """out (batch..., T, K, G, D) in `out_dtype` and, if needed, lse (batch..., K, G, T) in float32.
 
-    operands = {
-        "query": pad_axis(inputs.query, -4, T),
-        "key": pad_axis(inputs.key, -3, S),
-        "value": pad_axis(_without_padding(inputs.value, inputs.mask), -3, S),
-        "scale": inputs.scale,
-        **interval_operands(inputs.mask, z.T, z.S, block_rows, block_kv),
-    }
-    out_types = [jax.ShapeDtypeStruct((*z.batch, T, z.K, z.G, H), out_dtype)]
+    `out_dtype` is query's, or float32 for derivatives, which need the output unrounded.
+    """
+    z, dtype = inputs.sizes, inputs.query.dtype
+    padded_T = round_up(z.T, 8)
+    compute, stages, shape = blocks.warpgroups, blocks.stages, (blocks.block_q, blocks.block_kv)
+    operands = prepare(config, inputs, blocks.rows, blocks.block_kv)
+    heads = (*z.batch, z.K, z.G)
+    num_heads, num_blocks = math.prod(heads), -(-z.T // blocks.rows)
+    group = heads_per_group(num_heads, 4 * z.S * z.H / z.G, _CACHE_BYTES)
+
+    out_types = [jax.ShapeDtypeStruct((*z.batch, padded_T, z.K, z.G, z.H), out_dtype)]
     if config.needs_lse:
-        out_types.append(jax.ShapeDtypeStruct((*head_shape, T), jnp.float32))
-    is_wide = jnp.dtype(out_dtype).itemsize == 4
+        out_types.append(jax.ShapeDtypeStruct((*heads, padded_T), jnp.float32))
+    rows_like = (compute, blocks.block_q, z.H)
+    # The output leaves through shared memory that held the query (16 bit), or query and keys (float32).
+    is_wide = jnp.dtype(out_dtype) != dtype
+    loaded = (matrix_buffer(*rows_like, dtype=dtype), matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype))
+    shared = plgpu.RefUnion(loaded, *([(matrix_buffer(*rows_like, dtype=out_dtype),)] if is_wide else []))
+    scores = score_buffers(operands, stages, blocks.rows, blocks.block_kv)
+    scratch = {
+        "query, key, out": shared,
+        "value": matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype),
+        "lse": plgpu.SMEM((compute, blocks.block_q), jnp.float32),
+        **dict(zip(operands.tiled, scores, strict=True)),
+        # Completed by TMA: the data are there.
+        "query ready": plgpu.Barrier(num_barriers=compute),
+        "key ready": plgpu.Barrier(num_barriers=stages, num_arrivals=1 + len(scores)),
+        "value ready": plgpu.Barrier(num_barriers=stages),
+        # Completed by all compute warpgroups: the slot may be loaded again.
+        "key free": plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
+        "value free": plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
+        # Completed by the other compute warpgroup: its products are issued, it is this one's turn.
+        "turn": plgpu.Barrier(num_barriers=compute),
+        # Completed by all compute warpgroups: nobody reads query or keys any more.
+        "all done": plgpu.Barrier(num_arrivals=compute),
+    }
 
-    query_buffer = matrix_buffer(compute, block_q, H, dtype=dtype)
-    key_buffer = matrix_buffer(stages, block_kv, H, dtype=dtype)
-    value_buffer = matrix_buffer(stages, block_kv, H, dtype=dtype)
-    if is_wide:
-        shared = plgpu.RefUnion((query_buffer, key_buffer), (matrix_buffer(compute, block_q, H, dtype=out_dtype),))
-    else:
-        shared = plgpu.RefUnion((query_buffer, key_buffer))
-    scratch = [
-        shared,
-        value_buffer,
-        plgpu.SMEM((compute, block_q), jnp.float32),
-        plgpu.Barrier(num_barriers=compute),  # query is in shared memory
-        plgpu.Barrier(num_barriers=stages),  # key ...
-        plgpu.Barrier(num_barriers=stages),  # ... and value are
-        plgpu.Barrier(num_barriers=stages, num_arrivals=compute),  # key ...
-        plgpu.Barrier(num_barriers=stages, num_arrivals=compute),  # ... and value may be overwritten
-        plgpu.Barrier(num_arrivals=compute),  # whose turn the tensor cores are
-        plgpu.Barrier(num_arrivals=compute),  # all products done
-    ]
+    def kernel(*args: Any) -> None:
+        num_inputs, num_outs = len(operands.arrays), len(out_types)
+        refs = dict(zip(operands.arrays, args, strict=False))
+        outs = args[num_inputs : num_inputs + num_outs]
+        local = dict(zip(scratch, args[num_inputs + num_outs :], strict=True))
+        (query_smem, key_smem), *wide = local["query, key, out"]
+        out_smem = wide[0][0] if is_wide else query_smem
+        value_smem = local["value"]
 
-    def kernel(*refs: Any) -> None:
-        inputs_refs = dict(zip(operands, refs, strict=False))
-        rest = refs[len(operands) :]
-        outs, rest = rest[: len(out_types)], rest[len(out_types) :]
-        shared, value_smem, lse_smem, query_ready, key_ready, value_ready, key_free, value_free, turn, done = rest
-        if is_wide:
-            (query_smem, key_smem), (out_smem,) = shared
-        else:
-            ((query_smem, key_smem),) = shared
-            out_smem = query_smem
-        head_number = lax.axis_index("group") * group + lax.axis_index("member")
-        head = unravel(head_number, head_shape)
-        batch, kv_head, query_head = head[:num_batch], head[num_batch], head[num_batch + 1]
-        block = (blocks_of_rows - 1) - lax.axis_index("block")
-        intervals = Intervals(
-            config.band, z.T, z.S, block_kv, {k: v for k, v in inputs_refs.items() if k in ("key_start", "key_stop", "ranges")}
-        )
-        ranges = intervals.ranges(head, block, block_rows)
+        head = unravel(lax.axis_index("group") * group + lax.axis_index("member"), heads)
+        block = (num_blocks - 1) - lax.axis_index("block")
+        intervals = Intervals(config.band, z.T, z.S, blocks.block_kv, refs)
+        ranges = intervals.ranges(head, block, blocks.rows)
         num_tiles = ranges.stop - ranges.first
         wg = lax.axis_index("wg")
-        no_index = broadcast_index
+
+        def slot_of(i: Any) -> Any:
+            return lax.rem(i, jnp.int32(stages))
+
+        def tile_of(i: Any) -> Any:
+            return ranges.stop - 1 - i
 
         @pl.when(wg == compute)
-        def _load():
-            plgpu.set_max_registers(blocks.load_registers, action="decrease")
+        def _load() -> None:
+            plgpu.set_max_registers(blocks.registers[1], action="decrease")
+            first_row = block * blocks.rows
             for w in range(compute):
-                ref = inputs_refs["query"]
-                index = (*broadcast_index(batch, ref.shape[:num_batch]), pl.ds(block * block_rows + w * block_q, block_q))
-                plgpu.copy_gmem_to_smem(ref.at[(*index, kv_head, query_head)], query_smem.at[w], query_ready.at[w])
+                rows = query_slice(refs["query"], head, first_row + w * blocks.block_q, blocks.block_q)
+                plgpu.copy_gmem_to_smem(rows, query_smem.at[w], local["query ready"].at[w])
 
             def load_tile(i: Any, carry: None) -> None:
-                tile, slot = ranges.stop - 1 - i, lax.rem(i, jnp.int32(stages))
-                for name, buffer, ready, free in (
-                    ("key", key_smem, key_ready, key_free),
-                    ("value", value_smem, value_ready, value_free),
-                ):
-                    ref = inputs_refs[name]
-                    index = (*broadcast_index(batch, ref.shape[:num_batch]), pl.ds(tile * block_kv, block_kv), kv_head)
-                    pl.when(i >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-                    plgpu.copy_gmem_to_smem(ref.at[index], buffer.at[slot], ready.at[slot])
+                slot, tile = slot_of(i), tile_of(i)
+                pl.when(i >= stages)(lambda: plgpu.barrier_wait(local["key free"].at[slot]))
+                key = key_slice(refs["key"], head, tile, blocks.block_kv)
+                plgpu.copy_gmem_to_smem(key, key_smem.at[slot], local["key ready"].at[slot])
+                for name in operands.tiled:
+                    score = score_slice(refs[name], head, first_row, blocks.rows, tile, blocks.block_kv)
+                    plgpu.copy_gmem_to_smem(score, local[name].at[slot], local["key ready"].at[slot])
+                pl.when(i >= stages)(lambda: plgpu.barrier_wait(local["value free"].at[slot]))
+                value = key_slice(refs["value"], head, tile, blocks.block_kv)
+                plgpu.copy_gmem_to_smem(value, value_smem.at[slot], local["value ready"].at[slot])
 
             lax.fori_loop(0, num_tiles, load_tile, None)
 
         @pl.when(wg < compute)
-        def _compute():
-            plgpu.set_max_registers(blocks.compute_registers, action="increase")
-            row = block * block_rows + wg * block_q
-            rows = intervals.rows(head, row, block_q)
-            shape = (block_q, block_kv)
+        def _compute() -> None:
+            plgpu.set_max_registers(blocks.registers[0], action="increase")
+            row = block * blocks.rows + wg * blocks.block_q
+            buffers = {name: local[name] for name in operands.tiled}
+            logits = TileLogits(config, z, refs, buffers, intervals, head, row, wg * blocks.block_q, shape)
+            has_right_edge = intervals.has_right_edge or logits.always_masks
+            has_left_edge = intervals.has_left_edge or logits.always_masks
+
+            def softmax(products: Any, i: Any, m: Any, l: Any, masked: bool) -> tuple[Any, Any, Any, Any]:
+                """Weights of tile i for the second product; the new maximum and sum; what corrects older sums."""
+                x, factor = logits(products, tile_of(i), slot_of(i), magnitude, masked=masked)
+                largest = x.max(axis=1)
+                new_m = jnp.maximum(m, largest if factor is None else largest * factor)
+                exponent = (x if factor is None else x * factor) - columns_of(new_m, shape)
+                weights = jnp.exp2(exponent)
+                correction = jnp.exp2(m - new_m)
+                l = l * correction + weights.sum(axis=1)
+                return logits.drop(weights, tile_of(i)).astype(dtype), new_m, l, correction
+
+            def issue_scores(s_ref: Any, slot: Any) -> None:
+                plgpu.wgmma(s_ref, query, key_smem.at[slot].transpose((1, 0)))
+
             query = query_smem.at[wg]
-            scale = inputs_refs["scale"]
-            multiplier = scale[broadcast_index(batch, scale.shape)] * LOG2E if num_batch else scale[...] * LOG2E
+            plgpu.barrier_wait(local["query ready"].at[wg])
+            magnitude = jnp.abs(logits.multiplier)
 
-            def take_turn() -> None:
-                if blocks.pingpong:
-                    plgpu.barrier_arrive(turn)
-                    plgpu.barrier_wait(turn)
-
-            plgpu.barrier_wait(query_ready.at[wg])
-
-            @pl.when(multiplier < 0)
-            def _negate():
+            @pl.when(logits.multiplier < 0)
+            def _negate() -> None:
                 query[...] = -query[...]
                 plgpu.commit_smem()
 
-            magnitude = jnp.abs(multiplier)
-            m = plgpu.layout_cast(jnp.full((block_q,), _LOWEST, jnp.float32), ROW)
-            l = plgpu.layout_cast(jnp.zeros((block_q,), jnp.float32), ROW)
-            acc = plgpu.layout_cast(jnp.zeros((block_q, H), jnp.float32), plgpu.Layout.WGMMA)
+            m = plgpu.layout_cast(jnp.full((blocks.block_q,), _LOWEST, jnp.float32), ROW)
+            l = plgpu.layout_cast(jnp.zeros((blocks.block_q,), jnp.float32), ROW)
+            acc = plgpu.layout_cast(jnp.zeros((blocks.block_q, z.H), jnp.float32), plgpu.Layout.WGMMA)
 
-            def softmax(s: Any, i: Any, m: Any, l: Any, masked: bool) -> tuple:
-                factor = magnitude
-                if masked:
-                    tile = ranges.stop - 1 - i
-                    s = s * magnitude
-                    dead = intervals.dead(rows, shape)
-                    if dead is not None:
-                        s = jnp.where(dead, 0.0, s)
-                    s = jnp.where(intervals.allowed(rows, row, tile, shape), s, _LOWEST)
-                    new_m = jnp.maximum(m, s.max(axis=1))
-                    p = jnp.exp2(s - columns_of(new_m, shape))
-                else:
-                    new_m = jnp.maximum(m, s.max(axis=1) * factor)
-                    p = jnp.exp2(s * factor - columns_of(new_m, shape))
-                correction = jnp.exp2(m - new_m)
-                l = l * correction + p.sum(axis=1)
-                return p.astype(dtype), new_m, l, correction
+            def first_scores(s_ref: Any) -> Any:
+                plgpu.barrier_wait(local["key ready"].at[0])
+                issue_scores(s_ref, 0)
+                return s_ref[...]
 
-            def slot_of(i: Any) -> Any:
-                return lax.rem(i, jnp.int32(stages))
+            products = pl.run_scoped(first_scores, plgpu.ACC(shape, jnp.float32))
+            p, m, l, _ = softmax(products, jnp.int32(0), m, l, has_left_edge or has_right_edge)
+            plgpu.barrier_arrive(local["key free"].at[0])
+            if blocks.takes_turns:
+                pl.when(wg == 1)(lambda: plgpu.barrier_arrive(local["turn"].at[0]))
 
-            def scores(s_ref: Any, i: Any) -> None:
-                plgpu.barrier_wait(key_ready.at[slot_of(i)])
-                plgpu.wgmma(s_ref, query, key_smem.at[slot_of(i)].transpose((1, 0)))
+            def step(i: Any, carry: tuple, masked: bool) -> tuple:
+                acc, p, m, l = lax.optimization_barrier(carry)
+                slot, previous = slot_of(i), slot_of(i - 1)
+                # All waits come first: control flow between two products would serialise them.
+                plgpu.barrier_wait(local["key ready"].at[slot])
+                plgpu.barrier_wait(local["value ready"].at[previous])
+                if blocks.takes_turns:
+                    plgpu.barrier_wait(local["turn"].at[wg])
 
-            score_type = plgpu.ACC(shape, jnp.float32)
-            right = max(1, 0)
-            n_right = jnp.maximum(ranges.stop - ranges.full_stop, right)
-            n_full = jnp.maximum(ranges.stop - ranges.full_first, n_right)
+                def products_and_softmax(state: tuple) -> None:
+                    acc_ref, p_ref, m_ref, l_ref, correction_ref = state
 
-            if blocks.overlap:
-                pl.when(wg == 1)(take_turn)
-                def first(s_ref: Any) -> Any:
-                    scores(s_ref, jnp.int32(0))
-                    return s_ref[...]
+                    def products(s_ref: Any) -> Any:
+                        issue_scores(s_ref, slot)
+                        plgpu.wgmma(acc_ref, p, value_smem.at[previous])
+                        if blocks.takes_turns:
+                            plgpu.barrier_arrive(local["turn"].at[1 - wg])
+                        return plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
 
-                s = pl.run_scoped(first, score_type)
-                plgpu.barrier_arrive(key_free.at[0])
-                p, m, l, _ = softmax(s, jnp.int32(0), m, l, intervals.has_left_edge or intervals.has_right_edge)
+                    s = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
+                    p_ref[...], m_ref[...], l_ref[...], correction_ref[...] = softmax(s, i, m, l, masked)
+                    plgpu.barrier_arrive(local["key free"].at[slot])
 
-                def step(i: Any, carry: tuple, masked: bool = False) -> tuple:
-                    acc, p, m, l = carry
+                # Leaving `run_state` waits for the second product.
+                acc, p, m, l, correction = pl.run_state(products_and_softmax)((plgpu.ACC.init(acc), p, m, l, m))
+                plgpu.barrier_arrive(local["value free"].at[previous])
+                return acc * columns_of(correction, acc.shape), p, m, l
 
-                    def body(refs: Any) -> None:
-                        acc_ref, p_ref, m_ref, l_ref, c_ref = refs
-                        take_turn()
-
-                        def products(s_ref: Any) -> Any:
-                            scores(s_ref, i)
-                            plgpu.barrier_wait(value_ready.at[slot_of(i - 1)])
-                            plgpu.wgmma(acc_ref, p, value_smem.at[slot_of(i - 1)])
-                            take_turn()
-                            return plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-
-                        s = pl.run_scoped(products, score_type)
-                        plgpu.barrier_arrive(key_free.at[slot_of(i)])
-                        p_ref[...], m_ref[...], l_ref[...], c_ref[...] = softmax(s, i, m, l, masked)
-
-                    acc, p, m, l, c = pl.run_state(body)((plgpu.ACC.init(acc), p, m, l, m))
-                    plgpu.barrier_arrive(value_free.at[slot_of(i - 1)])
-                    return acc * columns_of(c, acc.shape), p, m, l
-
-                carry = (acc, p, m, l)
-                if intervals.has_right_edge:
-                    carry = lax.fori_loop(1, n_right, lambda i, c: step(i, c, True), carry)
-                carry = lax.fori_loop(n_right, n_full, step, carry)
-                if intervals.has_left_edge:
-                    carry = lax.fori_loop(n_full, num_tiles, lambda i, c: step(i, c, True), carry)
-                acc, p, m, l = carry
-                pl.when(wg == 0)(take_turn)
-                last = slot_of(num_tiles - 1)
-                plgpu.barrier_wait(value_ready.at[last])
-                acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, value_smem.at[last]))(plgpu.ACC.init(acc))
+            # Tile 0 is done; it belongs to whichever run comes first.
+            right_stop = jnp.maximum(ranges.stop - ranges.full_stop, 1)
+            full_stop = jnp.maximum(ranges.stop - ranges.full_first, right_stop)
+            carry = (acc, p, m, l)
+            if logits.always_masks:
+                carry = lax.fori_loop(1, num_tiles, lambda i, c: step(i, c, True), carry)
             else:
-                pl.when(wg == 1)(take_turn)
+                if has_right_edge:
+                    carry = lax.fori_loop(1, right_stop, lambda i, c: step(i, c, True), carry)
+                carry = lax.fori_loop(right_stop, full_stop, lambda i, c: step(i, c, False), carry)
+                if has_left_edge:
+                    carry = lax.fori_loop(full_stop, num_tiles, lambda i, c: step(i, c, True), carry)
+            acc, p, m, l = lax.optimization_barrier(carry)
+            last = slot_of(num_tiles - 1)
+            plgpu.barrier_wait(local["value ready"].at[last])
+            acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, value_smem.at[last]))(plgpu.ACC.init(acc))
 
-                def step(i: Any, carry: tuple, masked: bool = False) -> tuple:
-                    acc, m, l = carry
-
-                    def product(s_ref: Any) -> Any:
-                        scores(s_ref, i)
-                        take_turn()
-                        return s_ref[...]
-
-                    s = pl.run_scoped(product, score_type)
-                    plgpu.barrier_arrive(key_free.at[slot_of(i)])
-                    p, m, l, c = softmax(s, i, m, l, masked)
-                    acc = acc * columns_of(c, acc.shape)
-                    acc, p, m, l = lax.optimization_barrier((acc, p, m, l))
-                    plgpu.barrier_wait(value_ready.at[slot_of(i)])
-                    take_turn()
-                    acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, value_smem.at[slot_of(i)]))(plgpu.ACC.init(acc))
-                    plgpu.barrier_arrive(value_free.at[slot_of(i)])
-                    return acc, m, l
-
-                carry = (acc, m, l)
-                n_right = ranges.stop - ranges.full_stop
-                if intervals.has_right_edge:
-                    carry = lax.fori_loop(0, n_right, lambda i, c: step(i, c, True), carry)
-                carry = lax.fori_loop(n_right, n_full, step, carry)
-                if intervals.has_left_edge:
-                    carry = lax.fori_loop(n_full, num_tiles, lambda i, c: step(i, c, True), carry)
-                acc, m, l = carry
-                pl.when(wg == 0)(take_turn)
-
-            out = acc * columns_of(1 / l, acc.shape)
-            if rows is not None:
+            out = acc * columns_of(logits.rescaling / l, acc.shape)
+            if logits.rows is not None:
+                # Rows past the query's length have no key: their weights are those of masked logits.
                 out = jnp.where(columns_of(m, acc.shape) > 0.9 * _LOWEST, out, 0.0)
             if is_wide:
-                plgpu.barrier_arrive(done)
-                plgpu.barrier_wait(done)
+                plgpu.barrier_arrive(local["all done"])
+                plgpu.barrier_wait(local["all done"])
             out_smem[wg] = out.astype(out_dtype)
             if config.needs_lse:
-                lse_smem[wg] = (m + jnp.log2(l)) * LN2
+                local["lse"][wg] = (m + jnp.log2(l)) * LN2
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem.at[wg], outs[0].at[(*batch, pl.ds(row, block_q), kv_head, query_head)])
+            plgpu.copy_smem_to_gmem(out_smem.at[wg], query_slice(outs[0], head, row, blocks.block_q))
             if config.needs_lse:
-                plgpu.copy_smem_to_gmem(lse_smem.at[wg], outs[1].at[(*head, pl.ds(row, block_q))])
+                plgpu.copy_smem_to_gmem(local["lse"].at[wg], outs[1].at[(*head, pl.ds(row, blocks.block_q))])
             plgpu.wait_smem_to_gmem(0)
 
     results = launch(
         kernel,
         out_types=out_types,
-        scratch=scratch,
-        grid={"group": num_heads // group, "block": blocks_of_rows, "member": group},
+        scratch=tuple(scratch.values()),
+        grid={"group": num_heads // group, "block": num_blocks, "member": group},
         warpgroups=compute + 1,
-    )(*operands.values())
+    )(*operands.arrays.values())
     out, *lse = results
     return (out[..., : z.T, :, :, :], *(x[..., : z.T] for x in lse))
-
-
-def _without_padding(value: jax.Array, mask: MaskOperands) -> jax.Array:
-    """NaN or inf in padding would survive a weight of zero (0 * NaN)."""
-    length = mask.key_value_length
-    if length is None:
-        return value
-    position = jnp.arange(value.shape[-3], dtype=jnp.int32)[:, None, None]
-    return jnp.where((position >= length[..., None, None, None]) & ~jnp.isfinite(value), 0, value)

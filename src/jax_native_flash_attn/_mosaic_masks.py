@@ -66,15 +66,15 @@ class Intervals:
     @property
     def has_left_edge(self) -> bool:
         """Whether tiles before the full ones can need a mask."""
-        return bool(self.refs) or self.band.lower is not None
+        return "ranges" in self.refs or self.band.lower is not None
 
     @property
     def has_right_edge(self) -> bool:
-        return bool(self.refs) or self.band.upper is not None or self.S % self.block_kv != 0
+        return "ranges" in self.refs or self.band.upper is not None or self.S % self.block_kv != 0
 
     def ranges(self, head: tuple, block: Any, block_rows: int) -> ColumnRange:
         """Tiles of a block of rows of one head, as scalars."""
-        if self.refs:
+        if "ranges" in self.refs:
             ref = self.refs["ranges"]
             index = broadcast_index(head, ref.shape[:-2])
             return ColumnRange(*(ref[(*index, block, c)] for c in range(4)))
@@ -88,7 +88,7 @@ class Intervals:
 
     def rows(self, head: tuple, row: Any, count: int) -> tuple[jax.Array, jax.Array] | None:
         """The traced intervals of some rows, in registers."""
-        if not self.refs:
+        if "ranges" not in self.refs:
             return None
         start, stop = self.refs["key_start"], self.refs["key_stop"]
         index = (*broadcast_index(head, start.shape[:-1]), pl.ds(row, count))

@@ -1,0 +1,56 @@
+"""Block shapes of the Mosaic GPU kernels: one table per chip generation, filled by `benchmarks/tune_mosaic.py`."""
+
+from dataclasses import dataclass, replace
+
+from ._tiles import Sizes
+
+_SHARED_MEMORY = 227 * 1024  # bytes that one block may use on Hopper
+_RESERVED = 4 * 1024  # for barriers and the compiler
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Shape of one block's work.
+
+    Attributes:
+      block_q: query rows of one compute warpgroup, a multiple of 64.
+      block_kv: keys of one tile, a multiple of 64.
+      stages: tiles of keys and values in shared memory at once.
+      warpgroups: how many compute, each with its own rows; one more loads.
+      takes_turns: whether two warpgroups take turns at the tensor cores.
+    """
+
+    block_q: int
+    block_kv: int
+    stages: int
+    warpgroups: int
+    takes_turns: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.block_q * self.warpgroups
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Per thread: of the compute warpgroups, and of the one that loads."""
+        return {1: (240, 24), 2: (240, 24), 3: (160, 24)}[self.warpgroups]
+
+
+def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool) -> Blocks:
+    """Block shape of the forward kernel; `score_bytes` are those of one score of bias and mask in shared memory."""
+    if sizes.H <= 64 and not score_bytes and sizes.T > 128:
+        blocks = Blocks(64, 128, 2, 3)
+    else:
+        blocks = Blocks(64, 128 if sizes.H <= 128 else 64, 2, 2)
+    if has_dropout:
+        # The random bits need as many registers as the scores.
+        blocks = replace(blocks, block_kv=64)
+    if shared_bytes(blocks, sizes.H, score_bytes) > _SHARED_MEMORY - _RESERVED:
+        blocks = replace(blocks, block_kv=64)
+    return blocks
+
+
+def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int) -> int:
+    """Shared memory of the forward kernel, but for barriers."""
+    tile = 2 * 2 * blocks.block_kv * head_dim + blocks.rows * blocks.block_kv * score_bytes
+    return 2 * blocks.rows * head_dim + blocks.stages * tile + 4 * blocks.rows

@@ -1,0 +1,202 @@
+"""What the Mosaic GPU kernels read of one tile beside query, key and value: scale, bias, masks and dropout.
+
+`prepare` lays the operands out for TMA (nothing is copied where lengths are multiples of 8 and rows of 32 bytes), and
+`TileLogits` turns a tile's products into base-2 logits, with the meaning of `Tiles.logits` in `_logits.py`.
+
+Bias and boolean mask keep the axes in which they broadcast. With both T and S they come tile by tile with the keys,
+through shared memory; with one of them they are a vector, read into registers directly.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._logits import Config, Inputs
+from ._mosaic import COLUMN, ROW, broadcast_index, columns_of, iota, matrix_buffer, pad_axis, pl, plgpu, round_up
+from ._mosaic import rows_of, swizzle_bytes
+from ._mosaic_masks import Intervals, interval_operands
+from ._numerics import LOG2E, bias_floor, lowest
+from ._tiles import Sizes
+
+_SCORES = ("bias", "allowed")
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Arrays of a call by name; `tiled` names the score-like ones that need a buffer in shared memory."""
+
+    arrays: dict[str, jax.Array]
+    tiled: tuple[str, ...]
+
+
+def prepare(config: Config, inputs: Inputs, block_rows: int, block_kv: int) -> Operands:
+    z, mask = inputs.sizes, inputs.mask
+    T, S = round_up(z.T, 8), round_up(z.S, 8)
+    arrays = {
+        "query": pad_axis(inputs.query, -4, T),
+        "key": pad_axis(inputs.key, -3, S),
+        "value": pad_axis(without_padding(inputs.value, mask.key_value_length), -3, S),
+        "scale": inputs.scale,
+        **interval_operands(mask, z.T, z.S, block_rows, block_kv),
+    }
+    tiled = []
+    for name, x in (("bias", inputs.bias), ("allowed", mask.allowed)):
+        if x is None:
+            continue
+        if name == "allowed":
+            x = x.astype(jnp.int8)
+        elif x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+            x = x.astype(jnp.float32)
+        if x.shape[-2] == 1:
+            x = jnp.broadcast_to(x, (*x.shape[:-1], z.S))
+            x = pad_axis(x[..., 0, :], -1, round_up(z.S, block_kv))
+            name = f"{name}_columns"
+        elif x.shape[-1] == 1:
+            x = pad_axis(x[..., 0], -1, round_up(z.T, block_rows))
+            name = f"{name}_rows"
+        else:
+            aligned = z.S if swizzle_bytes(z.S, x.dtype) else round_up(z.S, 64)
+            x = pad_axis(pad_axis(x, -2, T), -1, aligned)
+            tiled.append(name)
+        arrays[name] = x
+    if config.dropout is not None and inputs.dropout_key is not None and inputs.head_index is not None:
+        arrays |= {"dropout_key": inputs.dropout_key, "head_index": inputs.head_index}
+    return Operands(arrays, tuple(tiled))
+
+
+def score_buffers(operands: Operands, stages: int, block_rows: int, block_kv: int) -> list[Any]:
+    """Shared memory for the tiles of bias and mask."""
+    arrays = [operands.arrays[name] for name in operands.tiled]
+    return [
+        matrix_buffer(stages, block_rows, block_kv, dtype=x.dtype, swizzle=swizzle_bytes(x.shape[-1], x.dtype, block_kv))
+        for x in arrays
+    ]
+
+
+def without_padding(x: jax.Array, length: jax.Array | None) -> jax.Array:
+    """Keys or values: NaN or inf in padding would survive a weight of zero (0 * NaN)."""
+    if length is None:
+        return x
+    position = jnp.arange(x.shape[-3], dtype=jnp.int32)[:, None, None]
+    return jnp.where((position >= length[..., None, None, None]) & ~jnp.isfinite(x), 0, x)
+
+
+class TileLogits:
+    """Logits of the tiles of some query rows of one head, in the registers of one warpgroup."""
+
+    def __init__(
+        self,
+        config: Config,
+        sizes: Sizes,
+        refs: dict[str, Any],
+        buffers: dict[str, Any],
+        intervals: Intervals,
+        head: tuple,
+        row: Any,
+        row_in_block: Any,
+        shape: tuple[int, int],
+    ):
+        """`row` is the first row, `row_in_block` the same in the buffers, `head` the index (batch..., K, G)."""
+        self.config, self.sizes, self.refs, self.buffers, self.intervals = config, sizes, refs, buffers, intervals
+        self.head, self.row, self.row_in_block, self.shape = head, row, row_in_block, shape
+        self.rows = intervals.rows(head, row, shape[0])
+        scale = refs["scale"]
+        self.multiplier = scale[broadcast_index(head[:-2], scale.shape)] * LOG2E
+        self.row_scores = {
+            name: self._vector(f"{name}_rows", row, shape[0], ROW) for name in _SCORES if f"{name}_rows" in refs
+        }
+        self.has_bias = any(name.startswith("bias") for name in refs)
+        self.has_mask = any(name.startswith("allowed") for name in refs)
+
+    @property
+    def always_masks(self) -> bool:
+        """Whether no tile goes without masking."""
+        return self.has_mask
+
+    def _vector(self, name: str, start: Any, count: int, layout: Any) -> jax.Array:
+        ref = self.refs[name]
+        index = (*broadcast_index(self.head, ref.shape[:-1]), pl.ds(start, count))
+        return plgpu.load(ref.at[index], layout=layout, optimized=False)
+
+    def _score(self, name: str, tile: Any, slot: Any) -> jax.Array:
+        """A tile of bias or mask, in registers."""
+        if name in self.row_scores:
+            return columns_of(self.row_scores[name], self.shape)
+        if f"{name}_columns" in self.refs:
+            count = self.shape[1]
+            return rows_of(self._vector(f"{name}_columns", tile * count, count, COLUMN), self.shape)
+        buffer = self.buffers[name].at[slot, pl.ds(self.row_in_block, self.shape[0])]
+        return plgpu.load(buffer, layout=plgpu.Layout.WGMMA, optimized=False)
+
+    def __call__(self, products: jax.Array, tile: Any, slot: Any, magnitude: Any, *, masked: bool) -> tuple[Any, Any]:
+        """(x, factor): the base-2 logits are x * factor; factor is None for 1.
+
+        `magnitude` is the absolute value of the multiplier: the query is negated where that is negative, so that the
+        largest product also has the largest logit, and scaling can wait for the exponent.
+        """
+        if not (masked or self.has_bias or self.has_mask):
+            return products, magnitude
+        logits = products * magnitude
+        if self.has_bias:
+            bias = self._score("bias", tile, slot).astype(jnp.float32)
+            logits = logits + jnp.maximum(bias, bias_floor(jnp.float32)) * LOG2E
+        allowed = None
+        if masked or self.has_mask:
+            allowed = self.intervals.allowed(self.rows, self.row, tile, self.shape)
+        if self.has_mask and allowed is not None:
+            in_mask = self._score("allowed", tile, slot) != 0
+            dead = self.intervals.dead(self.rows, self.shape)
+            allowed = allowed & (in_mask if dead is None else in_mask | dead)
+        if allowed is not None:
+            dead = self.intervals.dead(self.rows, self.shape)
+            if dead is not None:
+                logits = jnp.where(dead, 0.0, logits)
+            logits = jnp.where(allowed, logits, lowest(jnp.float32))
+        return logits, None
+
+    def drop(self, weights: jax.Array, tile: Any) -> jax.Array:
+        """Weights that dropout keeps, not yet rescaled; the others zero."""
+        dropout = self.config.dropout
+        if dropout is None:
+            return weights
+        key, head = self.refs["dropout_key"], self.refs["head_index"]
+        at = broadcast_index(self.head[:-2], key.shape[:-1])
+        count, columns = self.shape
+        rows = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=ROW) + self.row
+        positions = iota(self.shape, 1) + tile * columns
+        keep = dropout.keep_elements(
+            (key[(*at, 0)], key[(*at, 1)]),
+            head[broadcast_index(self.head, head.shape)],
+            rows.astype(jnp.uint32),
+            positions.astype(jnp.uint32),
+            lambda x: columns_of(x, self.shape),
+            self.sizes.T,
+            self.sizes.S,
+        )
+        return jnp.where(keep, weights, 0.0)
+
+    @property
+    def rescaling(self) -> float:
+        return 1.0 if self.config.dropout is None else self.config.dropout.rescaling
+
+
+def score_slice(ref: Any, head: tuple, row: Any, rows: int, tile: Any, columns: int) -> Any:
+    """A tile of a score-like array in global memory."""
+    return ref.at[(*broadcast_index(head, ref.shape[:-2]), pl.ds(row, rows), pl.ds(tile * columns, columns))]
+
+
+def query_slice(ref: Any, head: tuple, row: Any, rows: int) -> Any:
+    *batch, kv_head, group = head
+    return ref.at[(*broadcast_index(batch, ref.shape[:-4]), pl.ds(row, rows), kv_head, group)]
+
+
+def key_slice(ref: Any, head: tuple, tile: Any, columns: int) -> Any:
+    *batch, kv_head, _ = head
+    return ref.at[(*broadcast_index(batch, ref.shape[:-3]), pl.ds(tile * columns, columns), kv_head)]
+
+
+def scalar(x: int) -> jax.Array:
+    return lax.convert_element_type(x, jnp.int32)
