@@ -38,7 +38,9 @@ class Blocks:
 
 def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool) -> Blocks:
     """Block shape of the forward kernel; `score_bytes` are those of one score of bias and mask in shared memory."""
-    if sizes.H <= 64 and not score_bytes and sizes.T > 128:
+    if sizes.T <= 64:
+        blocks = Blocks(64, 128 if sizes.H <= 128 else 64, 3 if sizes.H <= 128 else 2, 1)
+    elif sizes.H <= 64 and not score_bytes and sizes.T > 128:
         blocks = Blocks(64, 128, 2, 3)
     else:
         blocks = Blocks(64, 128 if sizes.H <= 128 else 64, 2, 2)
