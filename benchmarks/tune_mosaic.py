@@ -35,8 +35,8 @@ def parse_blocks(text: str) -> Blocks:
 
 
 def kernel_call(shape: AttentionShape, arrays: Any, blocks: Blocks, *, needs_lse: bool) -> Any:
-    B, T, N, H = arrays.query.shape
-    S, K = arrays.key.shape[1:3]
+    _, T, _, H = arrays.query.shape
+    S = arrays.key.shape[1]
 
     def call(query: Any, key: Any, value: Any, lengths: Any) -> Any:
         band, mask = make_mask(
@@ -50,7 +50,7 @@ def kernel_call(shape: AttentionShape, arrays: Any, blocks: Blocks, *, needs_lse
             allowed=None,
         )
         scale = jnp.full((1,), H**-0.5, jnp.float32)
-        inputs = Inputs(query.reshape(B, T, K, N // K, H), key, value, scale, None, mask, None, None)
+        inputs = Inputs(query, key, value, scale, None, mask, None, None)
         config = Config(band, None, None, None, None, needs_lse)
         return forward(config, inputs, blocks, jnp.float32 if needs_lse else query.dtype)[0].reshape(query.shape)
 

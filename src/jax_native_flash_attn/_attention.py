@@ -132,19 +132,11 @@ def _attention(
     implementation: str | None,
 ) -> tuple[jax.Array, ...]:
     """out (B, T, N, H) and, if needed, lse (B, T, N) in accumulation dtype, of checked 4-D arguments."""
-    B, T, N, H = query.shape
-    S, K = key.shape[1:3]
-    G = N // K
+    B, T, N, _ = query.shape
+    S = key.shape[1]
     accumulate = accumulation_dtype(query.dtype)
     if 0 in (B, T, N, S):
         return (jnp.zeros_like(query), jnp.full((B, T, N), -jnp.inf, accumulate))[: 2 if needs_lse else 1]
-
-    def grouped(x: jax.Array | None) -> jax.Array | None:
-        """(B, N or 1, T, S) -> (B, K, G, T, S), heads still broadcast if they were."""
-        if x is None:
-            return None
-        heads = (1, 1) if x.shape[1] == 1 else (K, G)
-        return x.reshape(x.shape[0], *heads, *x.shape[2:])
 
     band, mask_operands = make_mask(
         T,
@@ -154,7 +146,7 @@ def _attention(
         traced_window=traced_window,
         query_lengths=query_lengths,
         key_value_lengths=key_value_lengths,
-        allowed=grouped(mask),
+        allowed=mask,
     )
     is_row = None
     if query_lengths is not None:
@@ -162,18 +154,17 @@ def _attention(
         is_row = jnp.arange(T, dtype=jnp.int32)[None, :] < query_lengths[:, None]
         query = jnp.where(is_row[..., None, None], query, 0)
     inputs = Inputs(
-        query=query.reshape(B, T, K, G, H),
+        query=query,
         key=key,
         value=value,
         scale=scale.astype(accumulate)[None],
-        bias=grouped(bias),
+        bias=bias,
         mask=mask_operands,
         dropout_key=None if dropout_key is None else dropout_key[None],
-        head_index=None if head_index is None else head_index.reshape(B, K, G),
+        head_index=head_index,
     )
     config = Config(band, dropout, *blocks, precision, needs_lse, implementation, rounds_out=True)
     out, *lses = flash_attention_core(config, inputs)
-    out = out.reshape(B, T, N, H)
     if is_row is not None:
         out = jnp.where(is_row[..., None, None], out, 0)
     if not needs_lse:
@@ -181,7 +172,7 @@ def _attention(
     (lse,) = lses
     if mask_operands.dead is not None:
         lse = jnp.where(mask_operands.dead, DEAD_ROW_LSE, lse)
-    lse = jnp.moveaxis(lse.reshape(B, N, T), 1, 2)
+    lse = jnp.moveaxis(lse, 1, 2)
     if is_row is not None:
         lse = jnp.where(is_row[..., None], lse, DEAD_ROW_LSE)
     return out, lse

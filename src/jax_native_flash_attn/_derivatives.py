@@ -58,9 +58,9 @@ def _forward_abstract_eval(*leaves: Any, config: Config, structure: Any, **unuse
     inputs: Inputs = jax.tree.unflatten(structure, leaves)
     z, dtype = inputs.sizes, accumulation_dtype(inputs.query.dtype)
     out_dtype = inputs.query.dtype if config.rounds_out else dtype
-    results = [_sharding.result_aval(leaves, (*z.batch, z.T, z.K, z.G, z.D), out_dtype)]
+    results = [_sharding.result_aval(leaves, (*z.batch, z.T, z.N, z.D), out_dtype)]
     if config.needs_lse:
-        results.append(_sharding.result_aval(leaves, (*z.batch, z.K, z.G, z.T), dtype))
+        results.append(_sharding.result_aval(leaves, (*z.batch, z.N, z.T), dtype))
     return results
 
 
@@ -214,6 +214,6 @@ ad.primitive_transposes[linear_kernel_p] = _linear_transpose
 
 
 def flash_attention_core(config: Config, inputs: Inputs) -> list[jax.Array]:
-    """out (batch..., T, K, G, D) and, if needed, lse (batch..., K, G, T), in accumulation dtype; differentiable."""
+    """out (batch..., T, N, D) and, if needed, lse (batch..., N, T), in accumulation dtype; differentiable."""
     leaves, structure = jax.tree.flatten(inputs)
     return _apply_forward(*_sharding.vary_alike(leaves), config=config, structure=structure)

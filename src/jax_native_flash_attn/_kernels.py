@@ -44,7 +44,7 @@ class OnlineSoftmax(NamedTuple):
 
 
 def forward(tiles: Tiles) -> tuple[jax.Array, ...]:
-    """out (batch..., T, K, G, D) and, if needed, lse (batch..., K, G, T), in accumulation dtype.
+    """out (batch..., T, N, D) and, if needed, lse (batch..., N, T), in accumulation dtype.
 
     (The derivatives need out unrounded: delta is a difference of nearly equal sums.)
     """
@@ -94,9 +94,9 @@ def forward(tiles: Tiles) -> tuple[jax.Array, ...]:
             written += (nest.write_row(results[1], lse[..., 0], at, add=False),)
         return written
 
-    results = (tiles.zeros(*sizes.batch, sizes.T, sizes.K, sizes.G, sizes.D),)
+    results = (tiles.zeros(*sizes.batch, sizes.T, sizes.N, sizes.D),)
     if tiles.config.needs_lse:
-        results += (tiles.zeros(*sizes.batch, sizes.K, sizes.G, sizes.T),)
+        results += (tiles.zeros(*sizes.batch, sizes.N, sizes.T),)
     return nest.rows(row_tile, results)
 
 

@@ -36,13 +36,13 @@ class Inputs(NamedTuple):
     """The arrays of a call; any batch axis, and any axis of bias and mask, may have size 1 and then broadcasts.
 
     Attributes:
-      query: (batch..., T, K, G, H).
+      query: (batch..., T, N, H).
       key, value: (batch..., S, K, H) and (batch..., S, K, D).
       scale: (batch...) multiplier of the products, in accumulation dtype.
-      bias: (batch..., K, G, T, S) or None.
+      bias: (batch..., N, T, S) or None.
       mask: see `MaskOperands`.
       dropout_key: (batch..., 2) uint32, or None without dropout.
-      head_index: (batch..., K, G) uint32, the number b * N + n of a head in the dropout mask, or None.
+      head_index: (batch..., N) uint32, the number b * N + n of a head in the dropout mask, or None.
     """
 
     query: jax.Array
@@ -56,28 +56,28 @@ class Inputs(NamedTuple):
 
     @property
     def sizes(self) -> Sizes:
-        *_, T, K, G, H = self.query.shape
-        *_, S, _, D = self.value.shape
+        *_, T, N, H = self.query.shape
+        *_, S, K, D = self.value.shape
         arrays = {name: x for name, x in _fields(self).items() if x is not None}
-        return Sizes(_batch_of(arrays), T, S, K, G, H, D)
+        return Sizes(_batch_of(arrays), T, S, K, N // K, H, D)
 
 
 # Axes behind the batch axes; also of results, which are laid out as the field of the same name.
 LAYOUTS = {
-    "query": "TKGH",
+    "query": "TNH",
     "key": "SKH",
     "value": "SKD",
     "scale": "",
-    "bias": "KGTS",
-    "key_start": "KGT",
-    "key_stop": "KGT",
-    "allowed": "KGTS",
-    "dead": "KGT",
+    "bias": "NTS",
+    "key_start": "NT",
+    "key_stop": "NT",
+    "allowed": "NTS",
+    "dead": "NT",
     "key_value_length": "",
     "dropout_key": "W",
-    "head_index": "KG",
-    "out": "TKGD",
-    "lse": "KGT",
+    "head_index": "N",
+    "out": "TND",
+    "lse": "NT",
 }
 
 FLOAT_FIELDS = ("query", "key", "value", "scale", "bias")
@@ -143,10 +143,10 @@ class Tiles:
         """Where a kernel collects a result: in accumulation dtype if an element gets more than one contribution."""
         z = self.sizes
         written_once = {
-            "out": (*z.batch, z.T, z.K, z.G, z.D),
-            "lse": (*z.batch, z.K, z.G, z.T),
-            "query": (*z.batch, z.T, z.K, z.G, z.H),
-            "bias": (*z.batch, z.K, z.G, z.T, z.S),
+            "out": (*z.batch, z.T, z.N, z.D),
+            "lse": (*z.batch, z.N, z.T),
+            "query": (*z.batch, z.T, z.N, z.H),
+            "bias": (*z.batch, z.N, z.T, z.S),
         }
         once = written_once.get(name) == like.shape
         return jnp.zeros(like.shape, like.dtype if once else self.accumulate)
@@ -215,7 +215,7 @@ class Tiles:
             logits = jnp.where(mask.dead, 0, logits)
         if mask is not None:
             logits = jnp.where(mask.allowed, logits, lowest(self.accumulate))
-        return self.nest.flatten_rows(logits, -3)
+        return self.nest.merge_axes(logits, -3)
 
     def logits_tangent(self, products: jax.Array | None, bias: jax.Array | None, mask: TileMask | None) -> jax.Array:
         """Tangent of the (natural) logits, from those of the products, as rows, and of the bias tile."""
@@ -225,22 +225,22 @@ class Tiles:
         total = bias if products is None else self.nest.group_rows(products, -2) + bias
         lead = (*self.nest.tile.batch, self.nest.tile.heads, self.sizes.G)
         total = jnp.broadcast_to(total, (*lead, self.nest.tile.block_q, self.nest.tile.block_kv))
-        return self.through_mask(self.nest.flatten_rows(total, -3), mask)
+        return self.through_mask(self.nest.merge_axes(total, -3), mask)
 
     def through_mask(self, x: jax.Array, mask: TileMask | None) -> jax.Array:
         """Derivative of the masking in `logits`, which is its own transpose; (batch..., heads, rows, block_kv)."""
         if mask is None:
             return x
         live = mask.allowed if mask.dead is None else mask.allowed & ~mask.dead
-        return self.nest.flatten_rows(jnp.where(live, self.nest.group_rows(x, -2), 0), -3)
+        return self.nest.merge_axes(jnp.where(live, self.nest.group_rows(x, -2), 0), -3)
 
     def row_lse(self, lse: jax.Array, at: RowTile) -> jax.Array:
         """Log-sum-exp of the rows, in units, as (batch..., heads, rows, 1)."""
         return self.rows(lse, at) * self.unit
 
     def rows(self, x: jax.Array, at: RowTile) -> jax.Array:
-        """(batch..., K, G, T), broadcast in no axis but the batch's -> (batch..., heads, rows, 1)"""
-        return self.nest.flatten_rows(self.nest.row_slice(x, at), -2)[..., None]
+        """(batch..., N, T), broadcast in no axis but the batch's -> (batch..., heads, rows, 1)"""
+        return self.nest.merge_axes(self.nest.row_slice(x, at), -2)[..., None]
 
     def keep(self, at: RowTile, columns: ColumnTile) -> jax.Array | None:
         """Which weights of the tile, (batch..., heads, rows, block_kv), dropout keeps; None without dropout."""
@@ -256,7 +256,7 @@ class Tiles:
             self.sizes.T,
             self.sizes.S,
         )
-        return self.nest.flatten_rows(keep, -3)
+        return self.nest.merge_axes(keep, -3)
 
     def drop(self, weights: jax.Array, keep: jax.Array | None) -> jax.Array:
         """Weights (probabilities, or what multiplies them) after dropout; kept ones are rescaled."""

@@ -44,12 +44,12 @@ class Band:
 
 
 class MaskOperands(NamedTuple):
-    """The traced part of a mask. `B`, `K`, `G` and the mask's `T`, `S` may each be 1 and then broadcast.
+    """The traced part of a mask. `B`, `N` and the mask's `T`, `S` may each be 1 and then broadcast.
 
     Attributes:
-      key_start, key_stop: (B, K, G, T) int32, or None where the `Band` says it all.
-      allowed: (B, K, G, T, S) bool, the caller's `mask`, or None.
-      dead: (B, K, G, T) bool, True on rows with no key at all, or None where there are none.
+      key_start, key_stop: (B, N, T) int32, or None where the `Band` says it all.
+      allowed: (B, N, T, S) bool, the caller's `mask`, or None.
+      dead: (B, N, T) bool, True on rows with no key at all, or None where there are none.
       key_value_length: (B,) int32: keys and values from here on are padding and may hold NaN; or None.
     """
 
@@ -86,17 +86,17 @@ def make_mask(
     if not traced and allowed is None:
         return band, MaskOperands()
 
-    start, stop = (jnp.asarray(x)[None, None, None, :] for x in (start, stop))
-    rows = jnp.arange(T, dtype=jnp.int32)[None, None, None, :]
+    start, stop = (jnp.asarray(x)[None, None, :] for x in (start, stop))
+    rows = jnp.arange(T, dtype=jnp.int32)[None, None, :]
     if traced_window is not None:
         left, right = traced_window
         start, stop = jnp.maximum(start, rows - left), jnp.minimum(stop, rows + right + 1)
     if key_value_lengths is not None:
-        stop = jnp.minimum(stop, key_value_lengths[:, None, None, None])
+        stop = jnp.minimum(stop, key_value_lengths[:, None, None])
     has_key = start < stop if allowed is None else _rows_with_a_key(start, stop, allowed, T, S)
     dead = ~has_key
     if query_lengths is not None:
-        padded = rows >= query_lengths[:, None, None, None]
+        padded = rows >= query_lengths[:, None, None]
         dead &= ~padded
         start, stop = jnp.where(padded, S, start), jnp.where(padded, 0, stop)
     start, stop = jnp.where(dead, 0, start), jnp.where(dead, S, stop)
@@ -104,22 +104,22 @@ def make_mask(
 
 
 def _rows_with_a_key(start: jax.Array, stop: jax.Array, allowed: jax.Array, T: int, S: int) -> jax.Array:
-    """Whether a row's interval holds an allowed key; (B, K, G, T) broadcast over both arguments.
+    """Whether a row's interval holds an allowed key; (B, N, T) broadcast over both arguments.
 
     Runs over chunks of rows: with a mask that broadcasts over T, intervals and mask together would make T x S.
     """
-    lead = jnp.broadcast_shapes(start.shape[:3], stop.shape[:3], allowed.shape[:3])
-    columns = jnp.arange(S, dtype=jnp.int32)[None, None, None, None, :]
+    lead = jnp.broadcast_shapes(start.shape[:2], stop.shape[:2], allowed.shape[:2])
+    columns = jnp.arange(S, dtype=jnp.int32)[None, None, None, :]
     chunk = min(T, max(1, _MASK_CHUNK_ELEMENTS // max(1, static_size(lead) * S)))
 
     def rows_of(x: jax.Array, first: jax.Array) -> jax.Array:
-        return x if x.shape[3] == 1 else lax.dynamic_slice_in_dim(x, first, chunk, axis=3)
+        return x if x.shape[2] == 1 else lax.dynamic_slice_in_dim(x, first, chunk, axis=2)
 
     def step(i: jax.Array, has_key: jax.Array) -> jax.Array:
         first = jnp.minimum(i * chunk, T - chunk)
         low, high = (rows_of(x, first)[..., None] for x in (start, stop))
         inside = (columns >= low) & (columns < high) & rows_of(allowed, first)
-        return lax.dynamic_update_slice_in_dim(has_key, inside.any(-1), first, axis=3)
+        return lax.dynamic_update_slice_in_dim(has_key, inside.any(-1), first, axis=2)
 
     # False everywhere, but varying over the same manual mesh axes as the operands: a loop's carry keeps its type.
     nowhere = (start[..., :1] > stop[..., :1]) & allowed[..., :1, 0] & False

@@ -21,8 +21,9 @@ def forward(config: Config, inputs: Inputs, out_dtype: Any) -> tuple[jax.Array, 
     if z.G > 1 and z.T * z.G <= _FEW_ROWS and config.dropout is None:
         packed_config, packed = _pack_groups(config, inputs)
         out, *lse = forward(packed_config, packed, out_dtype)
-        out = jnp.swapaxes(out.reshape(*z.batch, z.T, z.G, z.K, z.D), -2, -3)
-        return (out, *(jnp.swapaxes(x.reshape(*z.batch, z.K, z.T, z.G), -1, -2) for x in lse))
+        out = jnp.swapaxes(out.reshape(*z.batch, z.T, z.G, z.K, z.D), -2, -3).reshape(*z.batch, z.T, z.N, z.D)
+        lse = (jnp.swapaxes(x.reshape(*z.batch, z.K, z.T, z.G), -1, -2).reshape(*z.batch, z.N, z.T) for x in lse)
+        return (out, *lse)
     scores = [x for x in (inputs.bias, inputs.mask.allowed) if x is not None and 1 not in x.shape[-2:]]
     score_bytes = sum(1 if x.dtype == bool else min(4, np.dtype(x.dtype).itemsize) for x in scores)
     blocks = forward_blocks(z, score_bytes, has_dropout=config.dropout is not None)
@@ -34,21 +35,20 @@ def _pack_groups(config: Config, inputs: Inputs) -> tuple[Config, Inputs]:
     z, mask = inputs.sizes, inputs.mask
 
     def rows(x: jax.Array | None, trailing: int) -> jax.Array | None:
-        """(..., K, G, T, trailing axes) -> (..., K, 1, T * G, trailing axes); G and T may both be 1."""
-        if x is None:
-            return None
-        group, row = x.ndim - trailing - 2, x.ndim - trailing - 1
-        if x.shape[group] == x.shape[row] == 1:
+        """(..., N or 1, T or 1, trailing axes) -> (..., K or 1, T * G or 1, trailing axes)"""
+        if x is None or x.shape[x.ndim - trailing - 2 :][:2] == (1, 1):
             return x
-        shape = list(x.shape)
-        shape[group], shape[row] = z.G, z.T
-        x = jnp.swapaxes(jnp.broadcast_to(x, shape), group, row)
-        return x.reshape(*shape[:group], 1, z.T * z.G, *shape[row + 1 :])
+        at = x.ndim - trailing - 2
+        heads = (1, 1) if x.shape[at] == 1 else (z.K, z.G)
+        shape = (*x.shape[:at], *heads, *x.shape[at + 1 :])
+        x = jnp.broadcast_to(x.reshape(shape), (*shape[: at + 1], z.G, z.T, *shape[at + 3 :]))
+        return jnp.swapaxes(x, at + 1, at + 2).reshape(*shape[: at + 1], z.T * z.G, *shape[at + 3 :])
 
-    query = jnp.moveaxis(inputs.query, -2, -3).reshape(*inputs.query.shape[:-4], z.T * z.G, z.K, 1, z.H)
+    grouped = inputs.query.reshape(*inputs.query.shape[:-2], z.K, z.G, z.H)
+    query = jnp.moveaxis(grouped, -2, -3).reshape(*inputs.query.shape[:-3], z.T * z.G, z.K, z.H)
     start, stop = mask.key_start, mask.key_stop
     if start is None and config.band != Band():
-        ones = (1,) * (len(z.batch) + 2)
+        ones = (1,) * (len(z.batch) + 1)
         start, stop = (jnp.asarray(x).reshape(*ones, z.T) for x in config.band.intervals(z.T, z.S))
     packed_mask = mask._replace(
         key_start=rows(start, 0), key_stop=rows(stop, 0), allowed=rows(mask.allowed, 1), dead=rows(mask.dead, 0)

@@ -34,7 +34,7 @@ _CACHE_BYTES = 24e6  # of keys and values that blocks which run at once should s
 
 
 def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> tuple[jax.Array, ...]:
-    """out (batch..., T, K, G, D) in `out_dtype` and, if needed, lse (batch..., K, G, T) in float32.
+    """out (batch..., T, N, D) in `out_dtype` and, if needed, lse (batch..., N, T) in float32.
 
     `out_dtype` is query's, or float32 for derivatives, which need the output unrounded.
     """
@@ -42,11 +42,11 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
     padded_T = round_up(z.T, 8)
     compute, stages, shape = blocks.warpgroups, blocks.stages, (blocks.block_q, blocks.block_kv)
     operands = prepare(config, inputs, blocks.rows, blocks.block_kv)
-    heads = (*z.batch, z.K, z.G)
+    heads = (*z.batch, z.N)
     num_heads, num_blocks = math.prod(heads), -(-z.T // blocks.rows)
     group = heads_per_group(num_heads, 4 * z.S * z.H / z.G, _CACHE_BYTES)
 
-    out_types = [jax.ShapeDtypeStruct((*z.batch, padded_T, z.K, z.G, z.H), out_dtype)]
+    out_types = [jax.ShapeDtypeStruct((*z.batch, padded_T, z.N, z.H), out_dtype)]
     if config.needs_lse:
         out_types.append(jax.ShapeDtypeStruct((*heads, padded_T), jnp.float32))
     rows_like = (compute, blocks.block_q, z.H)
@@ -106,13 +106,13 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
             def load_tile(i: Any, carry: None) -> None:
                 slot, tile = slot_of(i), tile_of(i)
                 pl.when(i >= stages)(lambda: plgpu.barrier_wait(local["key free"].at[slot]))
-                key = key_slice(refs["key"], head, tile, blocks.block_kv)
+                key = key_slice(refs["key"], head, z.G, tile, blocks.block_kv)
                 plgpu.copy_gmem_to_smem(key, key_smem.at[slot], local["key ready"].at[slot])
                 for name in operands.tiled:
                     score = score_slice(refs[name], head, first_row, blocks.rows, tile, blocks.block_kv)
                     plgpu.copy_gmem_to_smem(score, local[name].at[slot], local["key ready"].at[slot])
                 pl.when(i >= stages)(lambda: plgpu.barrier_wait(local["value free"].at[slot]))
-                value = key_slice(refs["value"], head, tile, blocks.block_kv)
+                value = key_slice(refs["value"], head, z.G, tile, blocks.block_kv)
                 plgpu.copy_gmem_to_smem(value, value_smem.at[slot], local["value ready"].at[slot])
 
             lax.fori_loop(0, num_tiles, load_tile, None)
@@ -233,4 +233,4 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
         warpgroups=compute + 1,
     )(*operands.arrays.values())
     out, *lse = results
-    return (out[..., : z.T, :, :, :], *(x[..., : z.T] for x in lse))
+    return (out[..., : z.T, :, :], *(x[..., : z.T] for x in lse))

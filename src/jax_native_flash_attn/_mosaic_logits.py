@@ -36,7 +36,7 @@ def prepare(config: Config, inputs: Inputs, block_rows: int, block_kv: int) -> O
     z, mask = inputs.sizes, inputs.mask
     T, S = round_up(z.T, 8), round_up(z.S, 8)
     arrays = {
-        "query": pad_axis(inputs.query, -4, T),
+        "query": pad_axis(inputs.query, -3, T),
         "key": pad_axis(inputs.key, -3, S),
         "value": pad_axis(without_padding(inputs.value, mask.key_value_length), -3, S),
         "scale": inputs.scale,
@@ -99,12 +99,12 @@ class TileLogits:
         row_in_block: Any,
         shape: tuple[int, int],
     ):
-        """`row` is the first row, `row_in_block` the same in the buffers, `head` the index (batch..., K, G)."""
+        """`row` is the first row, `row_in_block` the same in the buffers, `head` the index (batch..., N)."""
         self.config, self.sizes, self.refs, self.buffers, self.intervals = config, sizes, refs, buffers, intervals
         self.head, self.row, self.row_in_block, self.shape = head, row, row_in_block, shape
         self.rows = intervals.rows(head, row, shape[0])
         scale = refs["scale"]
-        self.multiplier = scale[broadcast_index(head[:-2], scale.shape)] * LOG2E
+        self.multiplier = scale[broadcast_index(head[:-1], scale.shape)] * LOG2E
         self.row_scores = {
             name: self._vector(f"{name}_rows", row, shape[0], ROW) for name in _SCORES if f"{name}_rows" in refs
         }
@@ -163,7 +163,7 @@ class TileLogits:
         if dropout is None:
             return weights
         key, head = self.refs["dropout_key"], self.refs["head_index"]
-        at = broadcast_index(self.head[:-2], key.shape[:-1])
+        at = broadcast_index(self.head[:-1], key.shape[:-1])
         count, columns = self.shape
         rows = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=ROW) + self.row
         positions = iota(self.shape, 1) + tile * columns
@@ -189,14 +189,11 @@ def score_slice(ref: Any, head: tuple, row: Any, rows: int, tile: Any, columns: 
 
 
 def query_slice(ref: Any, head: tuple, row: Any, rows: int) -> Any:
-    *batch, kv_head, group = head
-    return ref.at[(*broadcast_index(batch, ref.shape[:-4]), pl.ds(row, rows), kv_head, group)]
+    *batch, n = head
+    return ref.at[(*broadcast_index(batch, ref.shape[:-3]), pl.ds(row, rows), n)]
 
 
-def key_slice(ref: Any, head: tuple, tile: Any, columns: int) -> Any:
-    *batch, kv_head, _ = head
+def key_slice(ref: Any, head: tuple, group: int, tile: Any, columns: int) -> Any:
+    *batch, n = head
+    kv_head = lax.div(n, jnp.int32(group)) if ref.shape[-2] > 1 else 0
     return ref.at[(*broadcast_index(batch, ref.shape[:-3]), pl.ds(tile * columns, columns), kv_head)]
-
-
-def scalar(x: int) -> jax.Array:
-    return lax.convert_element_type(x, jnp.int32)

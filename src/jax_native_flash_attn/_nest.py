@@ -3,8 +3,11 @@
 Every operand is read and every result written through a `Nest`, which knows which axes a tile cuts. Operands may
 have size 1 in any axis (then they broadcast); results may too (then they are summed). Axis layouts:
 
-    query-like  (batch..., T, K, G, H)     key-like (batch..., S, K, H)
-    row-like    (batch..., K, G, T)        score-like (batch..., K, G, T, S)
+    query-like  (batch..., T, N, H)     key-like    (batch..., S, K, H)
+    row-like    (batch..., N, T)        score-like  (batch..., N, T, S)
+
+and inside a tile, where N is split into (heads, G) and G joins the rows, (batch..., heads, G * block_q, ...). Operands
+keep N whole: splitting it before the loops would make XLA:CPU copy each of them.
 
 A block that does not divide its length leaves a last tile that overlaps the one before; each row and column is
 *owned* by the first tile that holds it, and only owned ones count.
@@ -217,16 +220,23 @@ class Nest:
         return x.reshape(*x.shape[:axis], self.sizes.G, self.tile.block_q, *x.shape[axis + 1 :])
 
     @staticmethod
-    def flatten_rows(x: jax.Array, axis: int) -> jax.Array:
-        """Merge axes `axis` and the next, (G, block_q), into rows."""
+    def merge_axes(x: jax.Array, axis: int) -> jax.Array:
+        """Merge axes `axis` and the next: (G, block_q) into rows, or (heads, G) into query heads."""
         axis %= x.ndim
         return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+    def split_heads(self, x: jax.Array, axis: int) -> jax.Array:
+        """Split an axis of query heads into (heads, G); one that broadcasts into (1, 1)."""
+        axis %= x.ndim
+        heads = (1, 1) if x.shape[axis] == 1 else (-1, self.sizes.G)
+        return x.reshape(*x.shape[:axis], *heads, *x.shape[axis + 1 :])
 
     # ---- reading
 
     def query_slice(self, x: jax.Array, at: RowTile) -> jax.Array:
-        """(batch..., T, K, G, H) -> (batch..., heads, rows, H)"""
-        return self.flatten_rows(jnp.moveaxis(self.slice(x, *self._query_window(at)), -4, -2), -3)
+        """(batch..., T, N, H) -> (batch..., heads, rows, H)"""
+        x = self.split_heads(self.slice(x, *self._query_window(at)), -2)
+        return self.merge_axes(jnp.moveaxis(x, -4, -2), -3)
 
     def key_slice(self, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
         """(batch..., S, K, H) -> (batch..., heads, block_kv, H)"""
@@ -235,39 +245,42 @@ class Nest:
         return jnp.moveaxis(self.slice(x, starts, sizes), -3, -2)
 
     def row_slice(self, x: jax.Array, at: RowTile) -> jax.Array:
-        """(batch..., K, G, T) -> (batch..., heads, G, block_q)"""
-        return self.slice(x, *self._row_window(at))
+        """(batch..., N, T) -> (batch..., heads, G, block_q)"""
+        return self.split_heads(self.slice(x, *self._row_window(at)), -2)
 
     def score_slice(self, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
-        """(batch..., K, G, T, S) -> (batch..., heads, G, block_q, block_kv)"""
-        return self.slice(x, *self._score_window(at, columns))
+        """(batch..., N, T, S) -> (batch..., heads, G, block_q, block_kv)"""
+        return self.split_heads(self.slice(x, *self._score_window(at, columns)), -3)
 
     def batch_slice(self, x: jax.Array, at: RowTile) -> jax.Array:
         """(batch...) -> (batch..., 1, 1, 1), of the tile's batch rows"""
         return self.slice(x, at.batch, self.tile.batch)[..., None, None, None]
 
     def head_slice(self, x: jax.Array, at: RowTile) -> jax.Array:
-        """(batch..., K, G) -> (batch..., heads, G)"""
-        return self.slice(x, (*at.batch, at.head, 0), (*self.tile.batch, self.tile.heads, self.sizes.G))
+        """(batch..., N) -> (batch..., heads, G)"""
+        window = (*at.batch, at.head * self.sizes.G), (*self.tile.batch, self.tile.heads * self.sizes.G)
+        return self.split_heads(self.slice(x, *window), -1)
 
     # ---- writing; results start from zeros
 
     def write_query(self, result: jax.Array, x: jax.Array, at: RowTile, *, add: bool) -> jax.Array:
-        """(batch..., heads, rows, H) into (batch..., T, K, G, H)"""
-        x = jnp.moveaxis(self.group_rows(x, -2), -2, -4)
+        """(batch..., heads, rows, H) into (batch..., T, N, H)"""
+        x = self.merge_axes(jnp.moveaxis(self.group_rows(x, -2), -2, -4), -3)
         return _write(result, x, self._query_window(at)[0], add)
 
     def write_row(self, result: jax.Array, x: jax.Array, at: RowTile, *, add: bool) -> jax.Array:
-        """(batch..., heads, rows) into (batch..., K, G, T)"""
-        return _write(result, self.group_rows(x, -1), self._row_window(at)[0], add)
+        """(batch..., heads, rows) into (batch..., N, T)"""
+        x = self.merge_axes(self.group_rows(x, -1), -3)
+        return _write(result, x, self._row_window(at)[0], add)
 
     def add_key_transposed(self, result: jax.Array, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
         """(batch..., heads, H, block_kv) onto (batch..., K, H, S)"""
         return _write(result, x, (*at.batch, at.head, 0, columns.column), True)
 
     def add_score(self, result: jax.Array, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
-        """(batch..., heads, rows, block_kv) onto (batch..., K, G, T, S)"""
-        return _write(result, self.group_rows(x, -2), self._score_window(at, columns)[0], True)
+        """(batch..., heads, rows, block_kv) onto (batch..., N, T, S)"""
+        x = self.merge_axes(self.group_rows(x, -2), -4)
+        return _write(result, x, self._score_window(at, columns)[0], True)
 
     def add_batch(self, result: jax.Array, x: jax.Array, at: RowTile) -> jax.Array:
         """(batch...) of the tile onto (batch...)"""
@@ -276,12 +289,12 @@ class Nest:
     # ---- windows: where a tile starts in each axis, and how far it reaches
 
     def _query_window(self, at: RowTile) -> tuple[tuple[Index, ...], tuple[int, ...]]:
-        sizes = (*self.tile.batch, self.tile.block_q, self.tile.heads, self.sizes.G, -1)
-        return (*at.batch, at.row, at.head, 0, 0), sizes
+        sizes = (*self.tile.batch, self.tile.block_q, self.tile.heads * self.sizes.G, -1)
+        return (*at.batch, at.row, at.head * self.sizes.G, 0), sizes
 
     def _row_window(self, at: RowTile) -> tuple[tuple[Index, ...], tuple[int, ...]]:
-        sizes = (*self.tile.batch, self.tile.heads, self.sizes.G, self.tile.block_q)
-        return (*at.batch, at.head, 0, at.row), sizes
+        sizes = (*self.tile.batch, self.tile.heads * self.sizes.G, self.tile.block_q)
+        return (*at.batch, at.head * self.sizes.G, at.row), sizes
 
     def _score_window(self, at: RowTile, columns: ColumnTile) -> tuple[tuple[Index, ...], tuple[int, ...]]:
         starts, sizes = self._row_window(at)

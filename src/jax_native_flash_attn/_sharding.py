@@ -7,7 +7,7 @@ units, by whichever means fits the mesh axes:
 - explicit axes: the sharding is part of the types, so the whole call is put into a `shard_map` over it;
 - manual axes (inside `shard_map`): a kernel already sees its shard; only the types must say over which axes it varies.
 
-Batch axes, key/value heads (K) and groups of query heads (G) shard. A result that lacks such an axis (the gradient of
+Batch axes and heads shard. A result that lacks such an axis (the gradient of
 a bias shared by the batch, say) is summed over its mesh axes; nothing else is ever communicated.
 """
 
@@ -149,15 +149,14 @@ def _partitioned(
     operands: Sequence[Any],
     results: Sequence[Any],
 ) -> Callable:
-    """`kernel` as one unit for the partitioner, to which the query heads (K, G) are one axis N.
+    """`kernel` as one unit for the partitioner.
 
-    (K has no sharding that it could name where N is sharded over more devices than there are key/value heads.)
+    Key/value heads follow the query heads' sharding where they divide; otherwise a shard takes those that it needs.
     """
     num_operands = len(operands)
-    names = (*operand_names, *result_names)
-    factors = _factors(names, [_merged(name, x.shape) for name, x in zip(names, (*operands, *results), strict=True)])
+    factors = _factors((*operand_names, *result_names), [x.shape for x in (*operands, *results)])
     query, key = (operands[operand_names.index(name)].shape for name in ("query", "key"))
-    num_kv_heads, group = key[-2], query[-2]
+    num_kv_heads, group = key[-2], query[-2] // key[-2]
 
     def partition(mesh: Any, args: Sequence[Any], outs: Sequence[Any]) -> tuple:
         mesh_axes: dict[str, tuple[str, ...]] = {}
@@ -186,16 +185,15 @@ def _partitioned(
             if not divides:
                 first = lax.axis_index(head_axes) * num_heads
                 kv_heads = (first + shared * jnp.arange(num_heads // shared, dtype=jnp.int32)) // group
-            local = []
-            for name, x in zip(operand_names, shards, strict=True):
-                is_key = kv_heads is not None and _is_key_like(name)
-                local.append(jnp.take(x, kv_heads, axis=-2) if is_key else _split(name, x, shared))
+                shards = tuple(
+                    jnp.take(x, kv_heads, axis=-2) if "K" in LAYOUTS[name] else x
+                    for name, x in zip(operand_names, shards, strict=True)
+                )
             sums = []
-            for name, axes, x in zip(result_names, factors[num_operands:], kernel(*local), strict=True):
-                if kv_heads is not None and _is_key_like(name):
+            for name, axes, x in zip(result_names, factors[num_operands:], kernel(*shards), strict=True):
+                if kv_heads is not None and "K" in LAYOUTS[name]:
                     whole = jnp.zeros((*x.shape[:-2], num_kv_heads, x.shape[-1]), x.dtype)
                     x = whole.at[..., kv_heads, :].add(x)
-                x = x.reshape(_merged(name, x.shape))
                 missing = tuple(sorted(everywhere - used(axes)))
                 sums.append(lax.psum(x, missing) if missing else x)
             return tuple(sums)
@@ -216,50 +214,16 @@ def _partitioned(
         return " ".join(words)
 
     rule = ", ".join(map(spell, factors[:num_operands])) + " -> " + ", ".join(map(spell, factors[num_operands:]))
-
-    def merged(*xs: jax.Array) -> tuple[jax.Array, ...]:
-        ungrouped = (_split(name, x, group) for name, x in zip(operand_names, xs, strict=True))
-        return tuple(x.reshape(_merged(n, x.shape)) for n, x in zip(result_names, kernel(*ungrouped), strict=True))
-
-    partitioned = custom_partitioning(merged)
+    # With *operands: a wrapped kernel needs a signature.
+    partitioned = custom_partitioning(lambda *xs: tuple(kernel(*xs)))
     partitioned.def_partition(partition, sharding_rule=rule, need_replication_factors=tuple(fixed))
-
-    def call(*xs: jax.Array) -> list[jax.Array]:
-        ys = partitioned(*(x.reshape(_merged(name, x.shape)) for name, x in zip(operand_names, xs, strict=True)))
-        return [y.reshape(like.shape) for y, like in zip(ys, results, strict=True)]
-
-    return call
-
-
-def _is_key_like(name: str) -> bool:
-    return "K" in LAYOUTS[name] and "KG" not in LAYOUTS[name]
-
-
-def _merged(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape with (K, G) as one axis N."""
-    layout = LAYOUTS[name]
-    if "G" not in layout:
-        return shape
-    at = len(shape) - len(layout) + layout.index("G")
-    return (*shape[: at - 1], shape[at - 1] * shape[at], *shape[at + 1 :])
-
-
-def _split(name: str, x: jax.Array, group: int) -> jax.Array:
-    """The axis N as (K, G) again; 1, where it broadcasts, as (1, 1)."""
-    layout = LAYOUTS[name]
-    if "G" not in layout:
-        return x
-    at = x.ndim + 1 - len(layout) + layout.index("K")
-    n = x.shape[at]
-    heads = (1, 1) if n == 1 else (n // group, group)
-    return x.reshape(*x.shape[:at], *heads, *x.shape[at + 1 :])
+    return partitioned
 
 
 def _factors(names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[tuple[str | None, ...]]:
-    """For each array with merged heads, the name of each axis that may be sharded; None for the others."""
-    layouts = [LAYOUTS[name].replace("KG", "N") for name in names]
-    letters = [f"b{i}" for i in range(len(shapes[0]) - len(layouts[0]))]
-    axes = [(*letters, *layout) for layout in layouts]
+    """For each array, the name of each axis that may be sharded; None for the others and for broadcast ones."""
+    letters = [f"b{i}" for i in range(len(shapes[0]) - len(LAYOUTS[names[0]]))]
+    axes = [(*letters, *LAYOUTS[name]) for name in names]
     sizes: dict[str, int] = {}
     for labels, shape in zip(axes, shapes, strict=True):
         for label, n in zip(labels, shape, strict=True):

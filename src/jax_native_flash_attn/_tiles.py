@@ -20,6 +20,10 @@ class Sizes:
     H: int
     D: int
 
+    @property
+    def N(self) -> int:
+        return self.K * self.G
+
 
 @dataclass(frozen=True)
 class TileShape:
