@@ -25,6 +25,8 @@ class Blocks:
     stages: int
     warpgroups: int
     takes_turns: bool = False
+    weights_in_shared: bool = False
+    three_loops: bool = False
 
     @property
     def rows(self) -> int:
@@ -55,4 +57,5 @@ def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool) -> Bloc
 def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int) -> int:
     """Shared memory of the forward kernel, but for barriers."""
     tile = 2 * 2 * blocks.block_kv * head_dim + blocks.rows * blocks.block_kv * score_bytes
-    return 2 * blocks.rows * head_dim + blocks.stages * tile + 4 * blocks.rows
+    weights = 2 * blocks.rows * blocks.block_kv if blocks.weights_in_shared else 0
+    return 2 * blocks.rows * head_dim + blocks.stages * tile + 4 * blocks.rows + weights

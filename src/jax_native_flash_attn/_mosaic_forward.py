@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._logits import Config, Inputs
-from ._mosaic import ROW, columns_of, heads_per_group, launch, matrix_buffer, pl, plgpu, round_up, unravel
+from ._mosaic import ROW, broadcast_index, columns_of, heads_per_group, launch, matrix_buffer, pl, plgpu, round_up, unravel
 from ._mosaic_blocks import Blocks
-from ._mosaic_logits import TileLogits, key_slice, prepare, query_slice, score_buffers, score_slice
+from ._mosaic_logits import TileLogits, clean_padding, key_slice, prepare, query_slice, score_buffers, score_slice
 from ._mosaic_masks import Intervals
 from ._numerics import LN2, lowest
 
@@ -59,6 +59,7 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
         "query, key, out": shared,
         "value": matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype),
         "lse": plgpu.SMEM((compute, blocks.block_q), jnp.float32),
+        **({"weights": matrix_buffer(compute, *shape, dtype=dtype)} if blocks.weights_in_shared else {}),
         **dict(zip(operands.tiled, scores, strict=True)),
         # Completed by TMA: the data are there.
         "query ready": plgpu.Barrier(num_barriers=compute),
@@ -71,6 +72,8 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
         "turn": plgpu.Barrier(num_barriers=compute),
         # Completed by all compute warpgroups: nobody reads query or keys any more.
         "all done": plgpu.Barrier(num_arrivals=compute),
+        # Completed by compute warpgroup 0: the padding in a tile of values is clean.
+        "value clean": plgpu.Barrier(),
     }
 
     def kernel(*args: Any) -> None:
@@ -137,6 +140,23 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
                 l = l * correction + weights.sum(axis=1)
                 return logits.drop(weights, tile_of(i)).astype(dtype), new_m, l, correction
 
+            def clean_value(i: Any) -> None:
+                """Padding in the values of tile i, which are in shared memory; full tiles hold none."""
+                if "length" not in refs:
+                    return
+                length = refs["length"]
+                length = length[broadcast_index(head[:-1], length.shape)]
+
+                @pl.when((tile_of(i) + 1) * blocks.block_kv > length)
+                def _clean() -> None:
+                    @pl.when(wg == 0)
+                    def _first() -> None:
+                        clean_padding(value_smem.at[slot_of(i)], tile_of(i), length)
+                        plgpu.commit_smem()
+                        plgpu.barrier_arrive(local["value clean"])
+
+                    plgpu.barrier_wait(local["value clean"])
+
             def issue_scores(s_ref: Any, slot: Any) -> None:
                 plgpu.wgmma(s_ref, query, key_smem.at[slot].transpose((1, 0)))
 
@@ -164,42 +184,51 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
             if blocks.takes_turns:
                 pl.when(wg == 1)(lambda: plgpu.barrier_arrive(local["turn"].at[0]))
 
+            def put(p: Any) -> Any:
+                if not blocks.weights_in_shared:
+                    return p
+                local["weights"][wg] = p
+                plgpu.commit_smem()
+                return m
+
             def step(i: Any, carry: tuple, masked: bool) -> tuple:
                 acc, p, m, l = lax.optimization_barrier(carry)
                 slot, previous = slot_of(i), slot_of(i - 1)
                 # All waits come first: control flow between two products would serialise them.
                 plgpu.barrier_wait(local["key ready"].at[slot])
                 plgpu.barrier_wait(local["value ready"].at[previous])
+                clean_value(i - 1)
                 if blocks.takes_turns:
                     plgpu.barrier_wait(local["turn"].at[wg])
 
                 def products_and_softmax(state: tuple) -> None:
-                    acc_ref, p_ref, m_ref, l_ref, correction_ref = state
-
-                    def products(s_ref: Any) -> Any:
-                        issue_scores(s_ref, slot)
-                        plgpu.wgmma(acc_ref, p, value_smem.at[previous])
-                        if blocks.takes_turns:
-                            plgpu.barrier_arrive(local["turn"].at[1 - wg])
-                        return plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-
-                    s = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
+                    acc_ref, s_ref, p_ref, m_ref, l_ref, correction_ref = state
+                    issue_scores(s_ref, slot)
+                    plgpu.wgmma(acc_ref, local["weights"].at[wg] if blocks.weights_in_shared else p, value_smem.at[previous])
+                    if blocks.takes_turns:
+                        plgpu.barrier_arrive(local["turn"].at[1 - wg])
+                    s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
                     p_ref[...], m_ref[...], l_ref[...], correction_ref[...] = softmax(s, i, m, l, masked)
                     plgpu.barrier_arrive(local["key free"].at[slot])
 
                 # Leaving `run_state` waits for the second product.
-                acc, p, m, l, correction = pl.run_state(products_and_softmax)((plgpu.ACC.init(acc), p, m, l, m))
+                zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+                weights = plgpu.layout_cast(jnp.zeros(shape, dtype), plgpu.Layout.WGMMA)
+                acc, _, p, m, l, correction = pl.run_state(products_and_softmax)(
+                    (plgpu.ACC.init(acc), plgpu.ACC.init(zeros), weights, m, l, m)
+                )
                 plgpu.barrier_arrive(local["value free"].at[previous])
-                return acc * columns_of(correction, acc.shape), p, m, l
+                return acc * columns_of(correction, acc.shape), put(p), m, l
 
             # Tile 0 is done; it belongs to whichever run comes first.
             right_stop = jnp.maximum(ranges.stop - ranges.full_stop, 1)
             full_stop = jnp.maximum(ranges.stop - ranges.full_first, right_stop)
-            carry = (acc, p, m, l)
+            carry = (acc, put(p), m, l)
             if logits.always_masks:
                 carry = lax.fori_loop(1, num_tiles, lambda i, c: step(i, c, True), carry)
             else:
-                if has_right_edge:
+                # The last tile is done already, and is often the only one on the right edge.
+                if (has_right_edge and intervals.right_tiles(blocks.rows) > 1) or blocks.three_loops:
                     carry = lax.fori_loop(1, right_stop, lambda i, c: step(i, c, True), carry)
                 carry = lax.fori_loop(right_stop, full_stop, lambda i, c: step(i, c, False), carry)
                 if has_left_edge:
@@ -207,7 +236,9 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
             acc, p, m, l = lax.optimization_barrier(carry)
             last = slot_of(num_tiles - 1)
             plgpu.barrier_wait(local["value ready"].at[last])
-            acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, value_smem.at[last]))(plgpu.ACC.init(acc))
+            clean_value(num_tiles - 1)
+            weights = local["weights"].at[wg] if blocks.weights_in_shared else p
+            acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, value_smem.at[last]))(plgpu.ACC.init(acc))
 
             out = acc * columns_of(logits.rescaling / l, acc.shape)
             if logits.rows is not None:

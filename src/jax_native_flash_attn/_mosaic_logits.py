@@ -38,7 +38,7 @@ def prepare(config: Config, inputs: Inputs, block_rows: int, block_kv: int) -> O
     arrays = {
         "query": pad_axis(inputs.query, -3, T),
         "key": pad_axis(inputs.key, -3, S),
-        "value": pad_axis(without_padding(inputs.value, mask.key_value_length), -3, S),
+        "value": pad_axis(inputs.value, -3, S),
         "scale": inputs.scale,
         **interval_operands(mask, z.T, z.S, block_rows, block_kv),
     }
@@ -62,6 +62,8 @@ def prepare(config: Config, inputs: Inputs, block_rows: int, block_kv: int) -> O
             x = pad_axis(pad_axis(x, -2, T), -1, aligned)
             tiled.append(name)
         arrays[name] = x
+    if mask.key_value_length is not None:
+        arrays["length"] = mask.key_value_length
     if config.dropout is not None and inputs.dropout_key is not None and inputs.head_index is not None:
         arrays |= {"dropout_key": inputs.dropout_key, "head_index": inputs.head_index}
     return Operands(arrays, tuple(tiled))
@@ -76,12 +78,16 @@ def score_buffers(operands: Operands, stages: int, block_rows: int, block_kv: in
     ]
 
 
-def without_padding(x: jax.Array, length: jax.Array | None) -> jax.Array:
-    """Keys or values: NaN or inf in padding would survive a weight of zero (0 * NaN)."""
-    if length is None:
-        return x
-    position = jnp.arange(x.shape[-3], dtype=jnp.int32)[:, None, None]
-    return jnp.where((position >= length[..., None, None, None]) & ~jnp.isfinite(x), 0, x)
+def clean_padding(buffer: Any, tile: Any, length: Any) -> None:
+    """Zero the NaN and inf of keys or values in shared memory from `length` on: 0 * NaN is NaN."""
+    count, head_dim = buffer.shape
+    shape = (64, head_dim)
+    for part in range(count // 64):
+        some = buffer.at[pl.ds(part * 64, 64)]
+        x = plgpu.load(some, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+        position = iota(shape, 0) + (tile * count + part * 64)
+        is_number = jnp.abs(x) <= float(jnp.finfo(jnp.float32).max)
+        some[...] = jnp.where((position < length) | is_number, x, 0.0).astype(buffer.dtype)
 
 
 class TileLogits:

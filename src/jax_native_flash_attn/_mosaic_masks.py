@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ._masks import Band, MaskOperands
@@ -62,6 +63,18 @@ class Intervals:
     S: int
     block_kv: int
     refs: dict[str, Any]
+
+    def right_tiles(self, block_rows: int) -> int:
+        """The most tiles that a block of rows can have behind the full ones; all of them if masks are traced."""
+        count = -(-self.S // self.block_kv)
+        if "ranges" in self.refs:
+            return count
+        start, stop = self.band.intervals(self.T, self.S)
+        first = np.arange(0, self.T, block_rows)
+        last = np.minimum(first + block_rows, self.T) - 1
+        end = -(-stop[last] // self.block_kv)
+        full_stop = np.maximum(stop[first] // self.block_kv, -(-start[last] // self.block_kv))
+        return int(np.maximum(end - full_stop, 0).max())
 
     @property
     def has_left_edge(self) -> bool:
