@@ -28,10 +28,10 @@ from jax_native_flash_attn._mosaic_forward import forward
 
 
 def parse_blocks(text: str) -> Blocks:
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)w(\d)(t?)(s?)(3?)", text)
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)w(\d)(t?)(s?)", text)
     if match is None:
         raise ValueError(f"blocks are written as 64x128x2w2 or 64x128x2w2t, got {text!r}")
-    return Blocks(*map(int, match.groups()[:4]), takes_turns=bool(match[5]), weights_in_shared=bool(match[6]), three_loops=bool(match[7]))
+    return Blocks(*map(int, match.groups()[:4]), takes_turns=bool(match[5]), weights_in_shared=bool(match[6]))
 
 
 def kernel_call(shape: AttentionShape, arrays: Any, blocks: Blocks, *, needs_lse: bool) -> Any:

@@ -18,6 +18,7 @@ class Blocks:
       stages: tiles of keys and values in shared memory at once.
       warpgroups: how many compute, each with its own rows; one more loads.
       takes_turns: whether two warpgroups take turns at the tensor cores.
+      weights_in_shared: whether the softmax weights reach the second product through shared memory, not registers.
     """
 
     block_q: int
@@ -26,7 +27,6 @@ class Blocks:
     warpgroups: int
     takes_turns: bool = False
     weights_in_shared: bool = False
-    three_loops: bool = False
 
     @property
     def rows(self) -> int:
@@ -42,10 +42,10 @@ def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool) -> Bloc
     """Block shape of the forward kernel; `score_bytes` are those of one score of bias and mask in shared memory."""
     if sizes.T <= 64:
         blocks = Blocks(64, 128 if sizes.H <= 128 else 64, 3 if sizes.H <= 128 else 2, 1)
-    elif sizes.H <= 64 and not score_bytes and sizes.T > 128:
-        blocks = Blocks(64, 128, 2, 3)
+    elif sizes.H <= 128:
+        blocks = Blocks(64, 128, 2, 2)
     else:
-        blocks = Blocks(64, 128 if sizes.H <= 128 else 64, 2, 2)
+        blocks = Blocks(64, 64, 2, 2, weights_in_shared=True)
     if has_dropout:
         # The random bits need as many registers as the scores.
         blocks = replace(blocks, block_kv=64)

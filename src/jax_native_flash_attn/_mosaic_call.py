@@ -48,8 +48,11 @@ def _pack_groups(config: Config, inputs: Inputs) -> tuple[Config, Inputs]:
     query = jnp.moveaxis(grouped, -2, -3).reshape(*inputs.query.shape[:-3], z.T * z.G, z.K, z.H)
     start, stop = mask.key_start, mask.key_stop
     if start is None and config.band != Band():
-        ones = (1,) * (len(z.batch) + 1)
-        start, stop = (jnp.asarray(x).reshape(*ones, z.T) for x in config.band.intervals(z.T, z.S))
+        # From positions: a table would be a constant, which custom_partitioning does not take.
+        row = jnp.arange(z.T, dtype=jnp.int32).reshape((1,) * (len(z.batch) + 1) + (z.T,))
+        lower, upper = config.band.lower, config.band.upper
+        start = jnp.zeros_like(row) if lower is None else jnp.clip(row + lower, 0, z.S)
+        stop = jnp.full_like(row, z.S) if upper is None else jnp.clip(row + upper + 1, 0, z.S)
     packed_mask = mask._replace(
         key_start=rows(start, 0), key_stop=rows(stop, 0), allowed=rows(mask.allowed, 1), dead=rows(mask.dead, 0)
     )

@@ -11,8 +11,8 @@ Both products of a step are issued at once; they finish in order, so the softmax
 tensor cores still work on P0 V0. The state of the online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867) lives
 in registers, in base 2. The scheme is that of FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608).
 
-Tiles come in three runs, of which only the first and the last need a mask: those that end the rows' intervals, full
-tiles, and those that begin them. Blocks of rows with many tiles (the last rows of a causal mask) start first.
+Only tiles in which some row's interval begins or ends need a mask. For a causal mask that is the first one visited; other
+masks decide at run time. Blocks of rows with many tiles (the last rows of a causal mask) start first.
 """
 
 import math
@@ -129,9 +129,9 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
             has_right_edge = intervals.has_right_edge or logits.always_masks
             has_left_edge = intervals.has_left_edge or logits.always_masks
 
-            def softmax(products: Any, i: Any, m: Any, l: Any, masked: bool) -> tuple[Any, Any, Any, Any]:
+            def softmax(products: Any, scores: Any, i: Any, m: Any, l: Any, masked: Any) -> tuple[Any, Any, Any, Any]:
                 """Weights of tile i for the second product; the new maximum and sum; what corrects older sums."""
-                x, factor = logits(products, tile_of(i), slot_of(i), magnitude, masked=masked)
+                x, factor = logits(products, scores, tile_of(i), magnitude, masked=masked)
                 largest = x.max(axis=1)
                 new_m = jnp.maximum(m, largest if factor is None else largest * factor)
                 exponent = (x if factor is None else x * factor) - columns_of(new_m, shape)
@@ -139,6 +139,14 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
                 correction = jnp.exp2(m - new_m)
                 l = l * correction + weights.sum(axis=1)
                 return logits.drop(weights, tile_of(i)).astype(dtype), new_m, l, correction
+
+            def is_edge(i: Any) -> Any:
+                """Whether a tile behind the first needs a mask."""
+                if logits.always_masks:
+                    return True
+                if not has_left_edge and intervals.right_tiles(blocks.rows) <= 1:
+                    return False  # the first tile was the only one
+                return (tile_of(i) < ranges.full_first) | (tile_of(i) >= ranges.full_stop)
 
             def clean_value(i: Any) -> None:
                 """Padding in the values of tile i, which are in shared memory; full tiles hold none."""
@@ -179,7 +187,8 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
                 return s_ref[...]
 
             products = pl.run_scoped(first_scores, plgpu.ACC(shape, jnp.float32))
-            p, m, l, _ = softmax(products, jnp.int32(0), m, l, has_left_edge or has_right_edge)
+            first = logits.scores(tile_of(0), 0)
+            p, m, l, _ = softmax(products, first, jnp.int32(0), m, l, has_left_edge or has_right_edge)
             plgpu.barrier_arrive(local["key free"].at[0])
             if blocks.takes_turns:
                 pl.when(wg == 1)(lambda: plgpu.barrier_arrive(local["turn"].at[0]))
@@ -191,7 +200,7 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
                 plgpu.commit_smem()
                 return m
 
-            def step(i: Any, carry: tuple, masked: bool) -> tuple:
+            def step(i: Any, carry: tuple) -> tuple:
                 acc, p, m, l = lax.optimization_barrier(carry)
                 slot, previous = slot_of(i), slot_of(i - 1)
                 # All waits come first: control flow between two products would serialise them.
@@ -207,8 +216,9 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
                     plgpu.wgmma(acc_ref, local["weights"].at[wg] if blocks.weights_in_shared else p, value_smem.at[previous])
                     if blocks.takes_turns:
                         plgpu.barrier_arrive(local["turn"].at[1 - wg])
+                    scores = logits.scores(tile_of(i), slot)
                     s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-                    p_ref[...], m_ref[...], l_ref[...], correction_ref[...] = softmax(s, i, m, l, masked)
+                    p_ref[...], m_ref[...], l_ref[...], correction_ref[...] = softmax(s, scores, i, m, l, is_edge(i))
                     plgpu.barrier_arrive(local["key free"].at[slot])
 
                 # Leaving `run_state` waits for the second product.
@@ -220,19 +230,7 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
                 plgpu.barrier_arrive(local["value free"].at[previous])
                 return acc * columns_of(correction, acc.shape), put(p), m, l
 
-            # Tile 0 is done; it belongs to whichever run comes first.
-            right_stop = jnp.maximum(ranges.stop - ranges.full_stop, 1)
-            full_stop = jnp.maximum(ranges.stop - ranges.full_first, right_stop)
-            carry = (acc, put(p), m, l)
-            if logits.always_masks:
-                carry = lax.fori_loop(1, num_tiles, lambda i, c: step(i, c, True), carry)
-            else:
-                # The last tile is done already, and is often the only one on the right edge.
-                if (has_right_edge and intervals.right_tiles(blocks.rows) > 1) or blocks.three_loops:
-                    carry = lax.fori_loop(1, right_stop, lambda i, c: step(i, c, True), carry)
-                carry = lax.fori_loop(right_stop, full_stop, lambda i, c: step(i, c, False), carry)
-                if has_left_edge:
-                    carry = lax.fori_loop(full_stop, num_tiles, lambda i, c: step(i, c, True), carry)
+            carry = lax.fori_loop(1, num_tiles, step, (acc, put(p), m, l))
             acc, p, m, l = lax.optimization_barrier(carry)
             last = slot_of(num_tiles - 1)
             plgpu.barrier_wait(local["value ready"].at[last])

@@ -135,33 +135,47 @@ class TileLogits:
             count = self.shape[1]
             return rows_of(self._vector(f"{name}_columns", tile * count, count, COLUMN), self.shape)
         buffer = self.buffers[name].at[slot, pl.ds(self.row_in_block, self.shape[0])]
-        return plgpu.load(buffer, layout=plgpu.Layout.WGMMA, optimized=False)
+        # There is no conflict-free way from one byte per element in shared memory to this layout.
+        return plgpu.load(buffer, layout=plgpu.Layout.WGMMA, optimized=name != "allowed")
 
-    def __call__(self, products: jax.Array, tile: Any, slot: Any, magnitude: Any, *, masked: bool) -> tuple[Any, Any]:
+    def scores(self, tile: Any, slot: Any) -> dict[str, jax.Array]:
+        """Bias and mask of a tile, read while the products are still being computed."""
+        found = {}
+        if self.has_bias:
+            found["bias"] = self._score("bias", tile, slot)
+        if self.has_mask:
+            found["allowed"] = self._score("allowed", tile, slot)
+        return found
+
+    def __call__(
+        self, products: jax.Array, scores: dict[str, jax.Array], tile: Any, magnitude: Any, *, masked: Any
+    ) -> tuple[Any, Any]:
         """(x, factor): the base-2 logits are x * factor; factor is None for 1.
 
         `magnitude` is the absolute value of the multiplier: the query is negated where that is negative, so that the
-        largest product also has the largest logit, and scaling can wait for the exponent.
+        largest product also has the largest logit, and scaling can wait for the exponent. `masked` is True, False, or
+        a scalar known at run time. (One loop whose step branches is faster than a loop for each kind of tile: the
+        compiler keeps the products of several loops from overlapping with other work.)
         """
-        if not (masked or self.has_bias or self.has_mask):
+        if masked is False and not scores:
             return products, magnitude
         logits = products * magnitude
-        if self.has_bias:
-            bias = self._score("bias", tile, slot).astype(jnp.float32)
-            logits = logits + jnp.maximum(bias, bias_floor(jnp.float32)) * LOG2E
-        allowed = None
-        if masked or self.has_mask:
+        if "bias" in scores:
+            logits = logits + jnp.maximum(scores["bias"].astype(jnp.float32), bias_floor(jnp.float32)) * LOG2E
+        if masked is False:
+            return logits, None
+
+        def mask(logits: jax.Array) -> jax.Array:
             allowed = self.intervals.allowed(self.rows, self.row, tile, self.shape)
-        if self.has_mask and allowed is not None:
-            in_mask = self._score("allowed", tile, slot) != 0
             dead = self.intervals.dead(self.rows, self.shape)
-            allowed = allowed & (in_mask if dead is None else in_mask | dead)
-        if allowed is not None:
-            dead = self.intervals.dead(self.rows, self.shape)
+            if "allowed" in scores:
+                in_mask = scores["allowed"] != 0
+                allowed = allowed & (in_mask if dead is None else in_mask | dead)
             if dead is not None:
                 logits = jnp.where(dead, 0.0, logits)
-            logits = jnp.where(allowed, logits, lowest(jnp.float32))
-        return logits, None
+            return jnp.where(allowed, logits, lowest(jnp.float32))
+
+        return (mask(logits) if masked is True else lax.cond(masked, mask, lambda x: x, logits)), None
 
     def drop(self, weights: jax.Array, tile: Any) -> jax.Array:
         """Weights that dropout keeps, not yet rescaled; the others zero."""
