@@ -5,6 +5,7 @@ for one kind of GPU alone (an export for several platforms) takes the pure JAX k
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -29,6 +30,27 @@ def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, 
         return _mosaic_call.forward(config, inputs, out_dtype)
     out, *lse = _kernels.forward(Tiles(config, inputs, target))
     return (out.astype(out_dtype), *lse)
+
+
+def cotangent(
+    config: Config,
+    inputs: Inputs,
+    out: jax.Array,
+    lse: jax.Array,
+    cotangents: Mapping[str, jax.Array],
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    target: Target,
+    *,
+    differentiable: bool,
+) -> dict[str, jax.Array]:
+    """As `_kernels.cotangent`. Where the Mosaic GPU kernels lack a feature, pure JAX's take over, asked for or not."""
+    if not differentiable and _takes_mosaic_gpu(config, inputs, target):
+        from . import _mosaic_call
+
+        if _mosaic_call.why_not_cotangent(inputs, cotangents, wanted) is None:
+            return _mosaic_call.cotangent(config, inputs, out, lse, cotangents, wanted)
+    tiles = Tiles(config, inputs, target, further={**cotangents, "lse": lse}, differentiable=differentiable)
+    return _kernels.cotangent(tiles, out, lse, cotangents, wanted)
 
 
 def _takes_mosaic_gpu(config: Config, inputs: Inputs, target: Target) -> bool:

@@ -53,14 +53,14 @@ def matrix_buffer(*shape: int, dtype: Any, swizzle: int | None = None) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
-def columns_of(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def spread(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """A vector along one axis of a matrix, broadcast along the other."""
+    return lax.broadcast_in_dim(x, shape, [axis])
+
+
+def columns_of(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """One value per row, for every column of a matrix."""
-    return lax.broadcast_in_dim(x, shape, [0])
-
-
-def rows_of(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """One value per column, for every row of a matrix."""
-    return lax.broadcast_in_dim(x, shape, [1])
+    return spread(x, shape, 0)
 
 
 def iota(shape: tuple[int, int], axis: int) -> jax.Array:

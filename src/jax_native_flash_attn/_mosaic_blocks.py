@@ -54,6 +54,16 @@ def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool) -> Bloc
     return blocks
 
 
+def dquery_blocks(sizes: Sizes) -> Blocks:
+    """Block shape of the kernel for the gradient of query."""
+    return Blocks(64, 64, 3, 1 if sizes.T <= 64 else 2)
+
+
+def dkey_dvalue_blocks(sizes: Sizes) -> Blocks:
+    """Of the kernel for the gradients of key and value: there block_kv keys belong to one warpgroup."""
+    return Blocks(64, 64, 3, 1 if sizes.S <= 64 else 2)
+
+
 def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int) -> int:
     """Shared memory of the forward kernel, but for barriers."""
     tile = 2 * 2 * blocks.block_kv * head_dim + blocks.rows * blocks.block_kv * score_bytes

@@ -27,7 +27,7 @@ from ._mosaic import ROW, broadcast_index, columns_of, heads_per_group, launch, 
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import TileLogits, clean_padding, key_slice, prepare, query_slice, score_buffers, score_slice
 from ._mosaic_masks import Intervals
-from ._numerics import LN2, lowest
+from ._numerics import LN2, LOG2E, lowest
 
 _LOWEST = lowest(jnp.float32)
 _CACHE_BYTES = 24e6  # of keys and values that blocks which run at once should share: half of Hopper's L2 cache
@@ -125,20 +125,23 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
             plgpu.set_max_registers(blocks.registers[0], action="increase")
             row = block * blocks.rows + wg * blocks.block_q
             buffers = {name: local[name] for name in operands.tiled}
-            logits = TileLogits(config, z, refs, buffers, intervals, head, row, wg * blocks.block_q, shape)
+            logits = TileLogits(
+                config, z, refs, buffers, intervals, head, *shape, row_in_block=wg * blocks.block_q
+            )
+            rows = logits.rows(row)
             has_right_edge = intervals.has_right_edge or logits.always_masks
             has_left_edge = intervals.has_left_edge or logits.always_masks
 
             def softmax(products: Any, scores: Any, i: Any, m: Any, l: Any, masked: Any) -> tuple[Any, Any, Any, Any]:
                 """Weights of tile i for the second product; the new maximum and sum; what corrects older sums."""
-                x, factor = logits(products, scores, tile_of(i), magnitude, masked=masked)
+                x, factor = logits(products, scores, rows, tile_of(i), magnitude, masked)
                 largest = x.max(axis=1)
                 new_m = jnp.maximum(m, largest if factor is None else largest * factor)
                 exponent = (x if factor is None else x * factor) - columns_of(new_m, shape)
                 weights = jnp.exp2(exponent)
                 correction = jnp.exp2(m - new_m)
                 l = l * correction + weights.sum(axis=1)
-                return logits.drop(weights, tile_of(i)).astype(dtype), new_m, l, correction
+                return logits.drop(weights, row, tile_of(i)).astype(dtype), new_m, l, correction
 
             def is_edge(i: Any) -> Any:
                 """Whether a tile behind the first needs a mask."""
@@ -170,9 +173,11 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
 
             query = query_smem.at[wg]
             plgpu.barrier_wait(local["query ready"].at[wg])
-            magnitude = jnp.abs(logits.multiplier)
+            # With a negated query for a negative scale, the largest product has the largest logit, and scaling can wait
+            # for the exponent.
+            magnitude = jnp.abs(logits.scale) * LOG2E
 
-            @pl.when(logits.multiplier < 0)
+            @pl.when(logits.scale < 0)
             def _negate() -> None:
                 query[...] = -query[...]
                 plgpu.commit_smem()
@@ -187,7 +192,7 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
                 return s_ref[...]
 
             products = pl.run_scoped(first_scores, plgpu.ACC(shape, jnp.float32))
-            first = logits.scores(tile_of(0), 0)
+            first = logits.scores(rows, tile_of(0), 0)
             p, m, l, _ = softmax(products, first, jnp.int32(0), m, l, has_left_edge or has_right_edge)
             plgpu.barrier_arrive(local["key free"].at[0])
             if blocks.takes_turns:
@@ -216,7 +221,7 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
                     plgpu.wgmma(acc_ref, local["weights"].at[wg] if blocks.weights_in_shared else p, value_smem.at[previous])
                     if blocks.takes_turns:
                         plgpu.barrier_arrive(local["turn"].at[1 - wg])
-                    scores = logits.scores(tile_of(i), slot)
+                    scores = logits.scores(rows, tile_of(i), slot)
                     s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
                     p_ref[...], m_ref[...], l_ref[...], correction_ref[...] = softmax(s, scores, i, m, l, is_edge(i))
                     plgpu.barrier_arrive(local["key free"].at[slot])
@@ -239,15 +244,17 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
             acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, value_smem.at[last]))(plgpu.ACC.init(acc))
 
             out = acc * columns_of(logits.rescaling / l, acc.shape)
-            if logits.rows is not None:
+            lse = (m + jnp.log2(l)) * LN2
+            if rows.intervals is not None:
                 # Rows past the query's length have no key: their weights are those of masked logits.
                 out = jnp.where(columns_of(m, acc.shape) > 0.9 * _LOWEST, out, 0.0)
+                lse = jnp.where(m > 0.9 * _LOWEST, lse, 0.0)
             if is_wide:
                 plgpu.barrier_arrive(local["all done"])
                 plgpu.barrier_wait(local["all done"])
             out_smem[wg] = out.astype(out_dtype)
             if config.needs_lse:
-                local["lse"][wg] = (m + jnp.log2(l)) * LN2
+                local["lse"][wg] = lse
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_smem.at[wg], query_slice(outs[0], head, row, blocks.block_q))
             if config.needs_lse:

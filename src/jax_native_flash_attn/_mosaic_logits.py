@@ -8,15 +8,26 @@ through shared memory; with one of them they are a vector, read into registers d
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from ._logits import Config, Inputs
-from ._mosaic import COLUMN, ROW, broadcast_index, columns_of, iota, matrix_buffer, pad_axis, pl, plgpu, round_up
-from ._mosaic import rows_of, swizzle_bytes
+from ._mosaic import (
+    COLUMN,
+    ROW,
+    broadcast_index,
+    iota,
+    matrix_buffer,
+    pad_axis,
+    pl,
+    plgpu,
+    round_up,
+    spread,
+    swizzle_bytes,
+)
 from ._mosaic_masks import Intervals, interval_operands
 from ._numerics import LOG2E, bias_floor, lowest
 from ._tiles import Sizes
@@ -90,8 +101,16 @@ def clean_padding(buffer: Any, tile: Any, length: Any) -> None:
         some[...] = jnp.where((position < length) | is_number, x, 0.0).astype(buffer.dtype)
 
 
+class RowVectors(NamedTuple):
+    """What the masks and scores of a tile say for each query row, in registers."""
+
+    row: Any  # the first
+    intervals: tuple[jax.Array, jax.Array] | None
+    scores: dict[str, jax.Array]
+
+
 class TileLogits:
-    """Logits of the tiles of some query rows of one head, in the registers of one warpgroup."""
+    """Logits of tiles of one head, in the registers of one warpgroup: (block_q, block_kv), or transposed."""
 
     def __init__(
         self,
@@ -101,19 +120,20 @@ class TileLogits:
         buffers: dict[str, Any],
         intervals: Intervals,
         head: tuple,
-        row: Any,
-        row_in_block: Any,
-        shape: tuple[int, int],
+        block_q: int,
+        block_kv: int,
+        *,
+        row_in_block: Any = 0,
+        transposed: bool = False,
     ):
-        """`row` is the first row, `row_in_block` the same in the buffers, `head` the index (batch..., N)."""
+        """`row_in_block` is where this warpgroup's rows start in the buffers, `head` the index (batch..., N)."""
         self.config, self.sizes, self.refs, self.buffers, self.intervals = config, sizes, refs, buffers, intervals
-        self.head, self.row, self.row_in_block, self.shape = head, row, row_in_block, shape
-        self.rows = intervals.rows(head, row, shape[0])
+        self.head, self.row_in_block, self.block_q, self.block_kv = head, row_in_block, block_q, block_kv
+        self.q_axis = 1 if transposed else 0
+        self.shape = (block_kv, block_q) if transposed else (block_q, block_kv)
+        self.q_layout, self.kv_layout = (COLUMN, ROW) if transposed else (ROW, COLUMN)
         scale = refs["scale"]
-        self.multiplier = scale[broadcast_index(head[:-1], scale.shape)] * LOG2E
-        self.row_scores = {
-            name: self._vector(f"{name}_rows", row, shape[0], ROW) for name in _SCORES if f"{name}_rows" in refs
-        }
+        self.scale = scale[broadcast_index(head[:-1], scale.shape)]
         self.has_bias = any(name.startswith("bias") for name in refs)
         self.has_mask = any(name.startswith("allowed") for name in refs)
 
@@ -122,52 +142,61 @@ class TileLogits:
         """Whether no tile goes without masking."""
         return self.has_mask
 
+    def rows(self, row: Any) -> RowVectors:
+        """Of the rows from `row` on."""
+        scores = {
+            name: self._vector(f"{name}_rows", row, self.block_q, self.q_layout)
+            for name in _SCORES
+            if f"{name}_rows" in self.refs
+        }
+        return RowVectors(row, self.intervals.rows(self.head, row, self.block_q, self.q_layout), scores)
+
+    def of_rows(self, x: jax.Array) -> jax.Array:
+        """A value for each query row, in the shape of a tile."""
+        return spread(x, self.shape, self.q_axis)
+
     def _vector(self, name: str, start: Any, count: int, layout: Any) -> jax.Array:
         ref = self.refs[name]
         index = (*broadcast_index(self.head, ref.shape[:-1]), pl.ds(start, count))
         return plgpu.load(ref.at[index], layout=layout, optimized=False)
 
-    def _score(self, name: str, tile: Any, slot: Any) -> jax.Array:
+    def _score(self, name: str, rows: RowVectors, tile: Any, slot: Any) -> jax.Array:
         """A tile of bias or mask, in registers."""
-        if name in self.row_scores:
-            return columns_of(self.row_scores[name], self.shape)
+        if name in rows.scores:
+            return self.of_rows(rows.scores[name])
         if f"{name}_columns" in self.refs:
-            count = self.shape[1]
-            return rows_of(self._vector(f"{name}_columns", tile * count, count, COLUMN), self.shape)
-        buffer = self.buffers[name].at[slot, pl.ds(self.row_in_block, self.shape[0])]
+            x = self._vector(f"{name}_columns", tile * self.block_kv, self.block_kv, self.kv_layout)
+            return spread(x, self.shape, 1 - self.q_axis)
+        buffer = self.buffers[name].at[slot, pl.ds(self.row_in_block, self.block_q)]
         # There is no conflict-free way from one byte per element in shared memory to this layout.
         return plgpu.load(buffer, layout=plgpu.Layout.WGMMA, optimized=name != "allowed")
 
-    def scores(self, tile: Any, slot: Any) -> dict[str, jax.Array]:
+    def scores(self, rows: RowVectors, tile: Any, slot: Any = None) -> dict[str, jax.Array]:
         """Bias and mask of a tile, read while the products are still being computed."""
-        found = {}
-        if self.has_bias:
-            found["bias"] = self._score("bias", tile, slot)
-        if self.has_mask:
-            found["allowed"] = self._score("allowed", tile, slot)
-        return found
+        present = {"bias": self.has_bias, "allowed": self.has_mask}
+        return {name: self._score(name, rows, tile, slot) for name in _SCORES if present[name]}
 
     def __call__(
-        self, products: jax.Array, scores: dict[str, jax.Array], tile: Any, magnitude: Any, *, masked: Any
+        self, products: jax.Array, scores: dict[str, jax.Array], rows: RowVectors, tile: Any, multiplier: Any, masked: Any
     ) -> tuple[Any, Any]:
         """(x, factor): the base-2 logits are x * factor; factor is None for 1.
 
-        `magnitude` is the absolute value of the multiplier: the query is negated where that is negative, so that the
-        largest product also has the largest logit, and scaling can wait for the exponent. `masked` is True, False, or
-        a scalar known at run time. (One loop whose step branches is faster than a loop for each kind of tile: the
-        compiler keeps the products of several loops from overlapping with other work.)
+        `multiplier` is that of the products, in base 2. `masked` is True, False, or a scalar known at run time. (One
+        loop whose step branches is faster than a loop for each kind of tile: the compiler keeps the products of several
+        loops from overlapping with other work.)
         """
         if masked is False and not scores:
-            return products, magnitude
-        logits = products * magnitude
+            return products, multiplier
+        logits = products * multiplier
         if "bias" in scores:
             logits = logits + jnp.maximum(scores["bias"].astype(jnp.float32), bias_floor(jnp.float32)) * LOG2E
         if masked is False:
             return logits, None
 
         def mask(logits: jax.Array) -> jax.Array:
-            allowed = self.intervals.allowed(self.rows, self.row, tile, self.shape)
-            dead = self.intervals.dead(self.rows, self.shape)
+            column = tile * self.block_kv
+            allowed = self.intervals.allowed(rows.intervals, rows.row, column, self.shape, self.q_axis)
+            dead = self.dead(rows)
             if "allowed" in scores:
                 in_mask = scores["allowed"] != 0
                 allowed = allowed & (in_mask if dead is None else in_mask | dead)
@@ -177,22 +206,24 @@ class TileLogits:
 
         return (mask(logits) if masked is True else lax.cond(masked, mask, lambda x: x, logits)), None
 
-    def drop(self, weights: jax.Array, tile: Any) -> jax.Array:
-        """Weights that dropout keeps, not yet rescaled; the others zero."""
+    def dead(self, rows: RowVectors) -> jax.Array | None:
+        return self.intervals.dead(rows.intervals, self.shape, self.q_axis)
+
+    def drop(self, weights: jax.Array, row: Any, tile: Any) -> jax.Array:
+        """Weights (or what multiplies them) that dropout keeps, not yet rescaled; the others zero."""
         dropout = self.config.dropout
         if dropout is None:
             return weights
         key, head = self.refs["dropout_key"], self.refs["head_index"]
         at = broadcast_index(self.head[:-1], key.shape[:-1])
-        count, columns = self.shape
-        rows = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=ROW) + self.row
-        positions = iota(self.shape, 1) + tile * columns
+        rows = plgpu.broadcasted_iota(jnp.int32, (self.block_q,), 0, layout=self.q_layout) + row
+        positions = iota(self.shape, 1 - self.q_axis) + tile * self.block_kv
         keep = dropout.keep_elements(
             (key[(*at, 0)], key[(*at, 1)]),
             head[broadcast_index(self.head, head.shape)],
             rows.astype(jnp.uint32),
             positions.astype(jnp.uint32),
-            lambda x: columns_of(x, self.shape),
+            self.of_rows,
             self.sizes.T,
             self.sizes.S,
         )

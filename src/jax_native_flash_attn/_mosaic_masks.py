@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from ._masks import Band, MaskOperands
-from ._mosaic import ROW, broadcast_index, columns_of, iota, pad_axis, pl, plgpu, round_up
+from ._mosaic import broadcast_index, iota, pad_axis, pl, plgpu, round_up, spread
 from ._tiles import ColumnRange
 
 _DEAD = -1  # the key_start of a row without any key: it attends all of them, with logits of 0
@@ -52,6 +52,24 @@ def interval_operands(mask: MaskOperands, T: int, S: int, block_rows: int, block
         bounds = (*bounds[:2], jnp.where(any_dead, 0, bounds[2]), bounds[3])
     ranges = jnp.stack([*tile_ranges(*bounds, block_kv, S)], -1)
     return {"key_start": start, "key_stop": jnp.broadcast_to(stop, start.shape), "ranges": ranges}
+
+
+def query_ranges(
+    band: Band, mask: MaskOperands, T: int, S: int, block_q: int, block_keys: int
+) -> dict[str, jax.Array]:
+    """'query_ranges', (..., N or 1, key blocks, 2) of traced intervals: first and end of the query tiles of a block."""
+    if mask.key_start is None or mask.key_stop is None:
+        return {}
+    padded = round_up(T, block_q)
+    start, stop = (jnp.broadcast_to(x, (*x.shape[:-1], T)) for x in (mask.key_start, mask.key_stop))
+    start, stop = pad_axis(start, -1, padded, S), pad_axis(stop, -1, padded, 0)
+    starts, stops = (x.reshape(*x.shape[:-1], 1, padded // block_q, block_q) for x in (start, stop))
+    first_key = jnp.arange(0, S, block_keys, dtype=jnp.int32).reshape((1,) * (start.ndim - 1) + (-1, 1))
+    attends = (starts.min(-1) < first_key + block_keys) & (stops.max(-1) > first_key)
+    tile = jnp.arange(padded // block_q, dtype=jnp.int32).reshape((1,) * start.ndim + (-1,))
+    first = jnp.where(attends, tile, padded // block_q).min(-1)
+    end = jnp.where(attends, tile + 1, 0).max(-1)
+    return {"query_ranges": jnp.stack([jnp.minimum(first, end), end], -1)}
 
 
 @dataclass(frozen=True)
@@ -99,21 +117,52 @@ class Intervals:
         stops = (jnp.int32(S),) * 2 if upper is None else (clip(row + upper + 1), clip(last + upper + 1))
         return tile_ranges(*starts, *stops, self.block_kv, S)
 
-    def rows(self, head: tuple, row: Any, count: int) -> tuple[jax.Array, jax.Array] | None:
+    def query_tiles(self, head: tuple, block: Any, block_q: int, block_keys: int) -> tuple[Any, Any]:
+        """First and end of the query tiles with a row that attends a block of keys."""
+        if "query_ranges" in self.refs:
+            ref = self.refs["query_ranges"]
+            index = broadcast_index(head, ref.shape[:-2])
+            return ref[(*index, block, 0)], ref[(*index, block, 1)]
+        key, count = jnp.int32(block * block_keys), -(-self.T // block_q)
+        last = jnp.minimum(key + block_keys, self.S) - 1
+        first, stop = jnp.int32(0), jnp.int32(count)
+        if self.band.upper is not None:
+            first = lax.div(jnp.maximum(key - self.band.upper, 0), jnp.int32(block_q))
+        if self.band.lower is not None:
+            end = jnp.maximum(last - self.band.lower, -1) + block_q
+            stop = jnp.minimum(lax.div(end, jnp.int32(block_q)), stop)
+        return first, stop
+
+    def is_query_edge(self, row: Any, block: Any, block_q: int, block_keys: int) -> Any:
+        """Whether a tile needs a mask; keys and rows past the ends do not, as nothing that comes of them is kept."""
+        if "key_start" in self.refs:
+            return True
+        key, edge = jnp.int32(block * block_keys), False
+        if self.band.upper is not None:
+            edge = row + self.band.upper < key + (block_keys - 1)
+        if self.band.lower is not None:
+            edge = edge | (row + (block_q - 1) + self.band.lower > key)
+        return edge
+
+    def rows(self, head: tuple, row: Any, count: int, layout: Any) -> tuple[jax.Array, jax.Array] | None:
         """The traced intervals of some rows, in registers."""
-        if "ranges" not in self.refs:
+        if "key_start" not in self.refs:
             return None
         start, stop = self.refs["key_start"], self.refs["key_stop"]
         index = (*broadcast_index(head, start.shape[:-1]), pl.ds(row, count))
-        start, stop = (plgpu.load(ref.at[index], layout=ROW, optimized=False) for ref in (start, stop))
+        start, stop = (plgpu.load(ref.at[index], layout=layout, optimized=False) for ref in (start, stop))
         return start, stop
 
-    def allowed(self, rows: tuple[jax.Array, jax.Array] | None, row: Any, tile: Any, shape: tuple[int, int]) -> Any:
-        """Mask of a tile in registers; what a row's interval leaves out and the columns past S."""
-        column = iota(shape, 1) + tile * self.block_kv
+    def allowed(self, rows: tuple[jax.Array, jax.Array] | None, row: Any, column: Any, shape: Any, q_axis: int) -> Any:
+        """Mask of the tile from (row, column) on, in registers: all but what lies outside of the rows' intervals.
+
+        Rows of the tile lie along axis `q_axis` of `shape`.
+        """
+        column = iota(shape, 1 - q_axis) + column
         if rows is not None:
-            return (column >= columns_of(rows[0], shape)) & (column < columns_of(rows[1], shape))
-        position = iota(shape, 0) + row
+            start, stop = (spread(x, shape, q_axis) for x in rows)
+            return (column >= start) & (column < stop)
+        position = iota(shape, q_axis) + row
         terms = []
         if self.band.lower is not None:
             terms.append(column >= position + self.band.lower)
@@ -126,6 +175,6 @@ class Intervals:
             result = result & term
         return result
 
-    def dead(self, rows: tuple[jax.Array, jax.Array] | None, shape: tuple[int, int]) -> jax.Array | None:
+    def dead(self, rows: tuple[jax.Array, jax.Array] | None, shape: Any, q_axis: int) -> jax.Array | None:
         """Which rows have no key at all."""
-        return None if rows is None else columns_of(rows[0], shape) == _DEAD
+        return None if rows is None else spread(rows[0], shape, q_axis) == _DEAD
