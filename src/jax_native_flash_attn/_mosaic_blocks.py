@@ -1,6 +1,7 @@
 """Block shapes of the Mosaic GPU kernels: one table per chip generation, filled by `benchmarks/tune_mosaic.py`."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ._tiles import Sizes
 
@@ -49,9 +50,16 @@ def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool) -> Bloc
     if has_dropout:
         # The random bits need as many registers as the scores.
         blocks = replace(blocks, block_kv=64)
-    if shared_bytes(blocks, sizes.H, score_bytes) > _SHARED_MEMORY - _RESERVED:
-        blocks = replace(blocks, block_kv=64)
-    return blocks
+    smaller: tuple[dict[str, Any], ...] = (
+        {},
+        {"weights_in_shared": False},
+        {"block_kv": 64},
+        {"weights_in_shared": False, "block_kv": 64},
+        {"weights_in_shared": False, "block_kv": 64, "warpgroups": 1},
+    )
+    candidates = [replace(blocks, **changes) for changes in smaller]
+    fits = [x for x in candidates if shared_bytes(x, sizes.H, score_bytes) <= _SHARED_MEMORY - _RESERVED]
+    return fits[0] if fits else candidates[-1]
 
 
 def dquery_blocks(sizes: Sizes) -> Blocks:
