@@ -48,8 +48,9 @@ def dkey_dvalue(
     arrays.pop("ranges", None)
     arrays |= {
         "dout": pad_axis(dout, -3, padded_T),
-        "lse": pad_axis(lse * LOG2E, -1, padded_T),
-        "delta": pad_axis(delta, -1, padded_T),
+        # Whole tiles: TMA clips matrices at the end of an axis, but not vectors.
+        "lse": pad_axis(lse * LOG2E, -1, round_up(z.T, block_q)),
+        "delta": pad_axis(delta, -1, round_up(z.T, block_q)),
         **query_ranges(config.band, inputs.mask, z.T, z.S, block_q, block_keys),
     }
     keys_like = matrix_buffer(compute, block_kv, z.H, dtype=dtype)
@@ -134,7 +135,7 @@ def dkey_dvalue(
                 )
                 initial = plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))
                 s, dp = pl.run_state(scores_and_dweights)(initial)
-                masked = logits.always_masks or intervals.is_query_edge(row, block, block_q, block_keys)
+                masked = intervals.is_query_edge(head, row, block, block_q, block_keys)
                 x, factor = logits(s, scores, rows, tile, logits.scale * LOG2E, masked)
                 weights = jnp.exp2((x if factor is None else x * factor) - row_lse)
                 if config.dropout is not None:

@@ -114,11 +114,9 @@ def dquery(
                 plgpu.load(refs[name].at[at_rows], layout=ROW, optimized=False) for name in ("lse", "delta")
             )
             query, cotangent = local["query"].at[wg], local["dout"].at[wg]
-            has_edges = intervals.has_left_edge or intervals.has_right_edge or logits.always_masks
+            has_edges = intervals.has_left_edge or intervals.has_right_edge
 
             def is_edge(i: Any) -> Any:
-                if logits.always_masks or not has_edges:
-                    return has_edges
                 if not intervals.has_left_edge and intervals.right_tiles(blocks.rows) <= 1:
                     return False
                 return (tile_of(i) < ranges.full_first) | (tile_of(i) >= ranges.full_stop)

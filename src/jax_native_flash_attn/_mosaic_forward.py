@@ -48,7 +48,8 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
 
     out_types = [jax.ShapeDtypeStruct((*z.batch, padded_T, z.N, z.H), out_dtype)]
     if config.needs_lse:
-        out_types.append(jax.ShapeDtypeStruct((*heads, padded_T), jnp.float32))
+        # Whole blocks: TMA clips matrices at the end of an axis, but not vectors.
+        out_types.append(jax.ShapeDtypeStruct((*heads, num_blocks * blocks.rows), jnp.float32))
     rows_like = (compute, blocks.block_q, z.H)
     # The output leaves through shared memory that held the query (16 bit), or query and keys (float32).
     is_wide = jnp.dtype(out_dtype) != dtype
@@ -129,8 +130,7 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
                 config, z, refs, buffers, intervals, head, *shape, row_in_block=wg * blocks.block_q
             )
             rows = logits.rows(row)
-            has_right_edge = intervals.has_right_edge or logits.always_masks
-            has_left_edge = intervals.has_left_edge or logits.always_masks
+            has_edges = intervals.has_right_edge or intervals.has_left_edge
 
             def softmax(products: Any, scores: Any, i: Any, m: Any, l: Any, masked: Any) -> tuple[Any, Any, Any, Any]:
                 """Weights of tile i for the second product; the new maximum and sum; what corrects older sums."""
@@ -145,9 +145,7 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
 
             def is_edge(i: Any) -> Any:
                 """Whether a tile behind the first needs a mask."""
-                if logits.always_masks:
-                    return True
-                if not has_left_edge and intervals.right_tiles(blocks.rows) <= 1:
+                if not intervals.has_left_edge and intervals.right_tiles(blocks.rows) <= 1:
                     return False  # the first tile was the only one
                 return (tile_of(i) < ranges.full_first) | (tile_of(i) >= ranges.full_stop)
 
@@ -193,7 +191,7 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
 
             products = pl.run_scoped(first_scores, plgpu.ACC(shape, jnp.float32))
             first = logits.scores(rows, tile_of(0), 0)
-            p, m, l, _ = softmax(products, first, jnp.int32(0), m, l, has_left_edge or has_right_edge)
+            p, m, l, _ = softmax(products, first, jnp.int32(0), m, l, has_edges)
             plgpu.barrier_arrive(local["key free"].at[0])
             if blocks.takes_turns:
                 pl.when(wg == 1)(lambda: plgpu.barrier_arrive(local["turn"].at[0]))

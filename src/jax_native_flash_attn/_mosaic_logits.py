@@ -33,6 +33,8 @@ from ._numerics import LOG2E, bias_floor, lowest
 from ._tiles import Sizes
 
 _SCORES = ("bias", "allowed")
+# Added to the logits of keys that a mask of keys excludes: below any bias (`bias_floor`), and their sum is finite.
+MASKED = lowest(jnp.float32) / 2
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def prepare(config: Config, inputs: Inputs, block_rows: int, block_kv: int) -> O
         if x is None:
             continue
         if name == "allowed":
-            x = x.astype(jnp.int8)
+            x = jnp.where(x, 0.0, MASKED) if x.shape[-2] == 1 else x.astype(jnp.int8)
         elif x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
             x = x.astype(jnp.float32)
         if x.shape[-2] == 1:
@@ -137,11 +139,6 @@ class TileLogits:
         self.has_bias = any(name.startswith("bias") for name in refs)
         self.has_mask = any(name.startswith("allowed") for name in refs)
 
-    @property
-    def always_masks(self) -> bool:
-        """Whether no tile goes without masking."""
-        return self.has_mask
-
     def rows(self, row: Any) -> RowVectors:
         """Of the rows from `row` on."""
         scores = {
@@ -190,21 +187,29 @@ class TileLogits:
         logits = products * multiplier
         if "bias" in scores:
             logits = logits + jnp.maximum(scores["bias"].astype(jnp.float32), bias_floor(jnp.float32)) * LOG2E
-        if masked is False:
-            return logits, None
+        is_additive = "allowed_columns" in self.refs
+        in_mask = scores.get("allowed")
 
-        def mask(logits: jax.Array) -> jax.Array:
+        def full(logits: jax.Array) -> jax.Array:
+            """In a tile that all rows' intervals cover, which has no dead row."""
+            if in_mask is None:
+                return logits
+            return logits + in_mask if is_additive else jnp.where(in_mask != 0, logits, lowest(jnp.float32))
+
+        def edge(logits: jax.Array) -> jax.Array:
             column = tile * self.block_kv
             allowed = self.intervals.allowed(rows.intervals, rows.row, column, self.shape, self.q_axis)
             dead = self.dead(rows)
-            if "allowed" in scores:
-                in_mask = scores["allowed"] != 0
-                allowed = allowed & (in_mask if dead is None else in_mask | dead)
+            if in_mask is not None:
+                in_mask_here = in_mask == 0 if is_additive else in_mask != 0
+                allowed = allowed & (in_mask_here if dead is None else in_mask_here | dead)
             if dead is not None:
                 logits = jnp.where(dead, 0.0, logits)
             return jnp.where(allowed, logits, lowest(jnp.float32))
 
-        return (mask(logits) if masked is True else lax.cond(masked, mask, lambda x: x, logits)), None
+        if isinstance(masked, bool):
+            return (edge if masked else full)(logits), None
+        return lax.cond(masked, edge, full, logits), None
 
     def dead(self, rows: RowVectors) -> jax.Array | None:
         return self.intervals.dead(rows.intervals, self.shape, self.q_axis)

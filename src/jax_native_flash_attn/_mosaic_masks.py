@@ -57,19 +57,33 @@ def interval_operands(mask: MaskOperands, T: int, S: int, block_rows: int, block
 def query_ranges(
     band: Band, mask: MaskOperands, T: int, S: int, block_q: int, block_keys: int
 ) -> dict[str, jax.Array]:
-    """'query_ranges', (..., N or 1, key blocks, 2) of traced intervals: first and end of the query tiles of a block."""
+    """Of traced intervals: which query tiles a block of keys meets, and which of them need a mask.
+
+    'query_ranges', (..., N or 1, key blocks, 2), has the first and the end of the query tiles of a block; 'query_bounds',
+    (..., N or 1, query tiles, 2), the keys that all rows of a tile attend.
+    """
     if mask.key_start is None or mask.key_stop is None:
         return {}
     padded = round_up(T, block_q)
     start, stop = (jnp.broadcast_to(x, (*x.shape[:-1], T)) for x in (mask.key_start, mask.key_stop))
-    start, stop = pad_axis(start, -1, padded, S), pad_axis(stop, -1, padded, 0)
-    starts, stops = (x.reshape(*x.shape[:-1], 1, padded // block_q, block_q) for x in (start, stop))
+    start, stop = jnp.broadcast_arrays(pad_axis(start, -1, padded, S), pad_axis(stop, -1, padded, 0))
+    starts, stops = (x.reshape(*x.shape[:-1], padded // block_q, block_q) for x in (start, stop))
     first_key = jnp.arange(0, S, block_keys, dtype=jnp.int32).reshape((1,) * (start.ndim - 1) + (-1, 1))
-    attends = (starts.min(-1) < first_key + block_keys) & (stops.max(-1) > first_key)
+    attends = (starts.min(-1)[..., None, :] < first_key + block_keys) & (stops.max(-1)[..., None, :] > first_key)
     tile = jnp.arange(padded // block_q, dtype=jnp.int32).reshape((1,) * start.ndim + (-1,))
     first = jnp.where(attends, tile, padded // block_q).min(-1)
     end = jnp.where(attends, tile + 1, 0).max(-1)
-    return {"query_ranges": jnp.stack([jnp.minimum(first, end), end], -1)}
+    low, high = starts.max(-1), stops.min(-1)
+    if mask.dead is not None:
+        # A tile with a dead row always needs the mask, which knows of it.
+        dead = pad_axis(jnp.broadcast_to(mask.dead, (*mask.dead.shape[:-1], T)), -1, padded)
+        any_dead = dead.reshape(*dead.shape[:-1], padded // block_q, block_q).any(-1)
+        low, any_dead = jnp.broadcast_arrays(low, any_dead)
+        high = jnp.where(any_dead, 0, jnp.broadcast_to(high, low.shape))
+    return {
+        "query_ranges": jnp.stack([jnp.minimum(first, end), end], -1),
+        "query_bounds": jnp.stack([low, high], -1),
+    }
 
 
 @dataclass(frozen=True)
@@ -133,11 +147,14 @@ class Intervals:
             stop = jnp.minimum(lax.div(end, jnp.int32(block_q)), stop)
         return first, stop
 
-    def is_query_edge(self, row: Any, block: Any, block_q: int, block_keys: int) -> Any:
+    def is_query_edge(self, head: tuple, row: Any, block: Any, block_q: int, block_keys: int) -> Any:
         """Whether a tile needs a mask; keys and rows past the ends do not, as nothing that comes of them is kept."""
-        if "key_start" in self.refs:
-            return True
         key, edge = jnp.int32(block * block_keys), False
+        if "query_bounds" in self.refs:
+            ref = self.refs["query_bounds"]
+            tile = (*broadcast_index(head, ref.shape[:-2]), lax.div(row, jnp.int32(block_q)))
+            last = jnp.minimum(key + block_keys, self.S)
+            return (ref[(*tile, 0)] > key) | (ref[(*tile, 1)] < last)
         if self.band.upper is not None:
             edge = row + self.band.upper < key + (block_keys - 1)
         if self.band.lower is not None:
