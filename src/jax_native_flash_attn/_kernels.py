@@ -30,8 +30,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ._access import ColumnTile, RowTile
 from ._logits import Tiles
-from ._nest import ColumnTile, RowTile, TileMask
+from ._nest import TileMask
 from ._numerics import lowest
 
 
@@ -71,7 +72,7 @@ def forward(tiles: Tiles) -> tuple[jax.Array, ...]:
             dropped = tiles.drop(weights, tiles.keep(at, columns))
             numerator = tiles.einsum("...rs,...sd->...rd", dropped, value)
             if state is not None:
-                correction = tiles.exp(state.max_so_far - new_max)
+                correction = tiles.exp_of_rows(state.max_so_far - new_max)
                 numerator += state.numerator * correction
                 denominator += state.denominator * correction
             # To full size, where only a batched dropout key, say, has an axis that `vmap` added.
@@ -240,7 +241,7 @@ def cotangent(
         if dquery is not None and "query" in results:
             results["query"] = nest.write_query(results["query"], dquery * tiles.scale(at), at, add=True)
         if dquery is not None and "scale" in results:
-            dscale = (dquery * query.astype(tiles.accumulate)).sum((-1, -2, -3))
+            dscale = (dquery * query.astype(tiles.accumulate)).sum((-1, -2))
             results["scale"] = nest.add_batch(results["scale"], dscale, at)
         return results
 

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ._access import ColumnTile, RowTile
 from ._dropout import Dropout
 from ._masks import Band, MaskOperands
-from ._nest import ColumnTile, Nest, RowTile, TileMask
+from ._nest import Nest, TileMask
 from ._numerics import LOG2E, accumulation_dtype, bias_floor, exp2_polynomial, lowest
 from ._tiles import Sizes, Target, choose_tile
 
@@ -96,7 +97,7 @@ def field_names(structure: Any) -> tuple[str, ...]:
     return tuple(names[i] for i in range(structure.num_leaves))
 
 
-def _batch_of(arrays: Mapping[str, Any]) -> tuple[int, ...]:
+def _batch_of(arrays: Mapping[str, Any]) -> tuple[Any, ...]:
     """The batch axes that these arrays broadcast to."""
     return jnp.broadcast_shapes(*(x.shape[: x.ndim - len(LAYOUTS[name])] for name, x in arrays.items()))
 
@@ -129,14 +130,16 @@ class Tiles:
             block_q=config.block_q,
             block_kv=config.block_kv,
             is_banded=is_banded,
+            band_width=config.band.width if mask.key_start is None else None,
+            key_stop=int(config.band.intervals(sizes.T, sizes.S)[1].max()) if mask.key_start is None else sizes.S,
             is_plain=is_plain,
             all_heads=differentiable or target.is_sharded,
         )
-        # Logits are in units of 1 / `unit`: base 2 where that is faster than XLA's exp. XLA:CPU fuses a plain softmax
-        # over whole rows with its products into one kernel, but only with its own exp.
-        is_one_tile = tile.block_q == sizes.T and tile.block_kv == sizes.S
-        use_base_2 = target.platform == "cpu" and self.accumulate == jnp.float32 and not (is_plain and is_one_tile)
+        # Logits are in units of 1 / `unit`: base 2 where that is faster than XLA's exp, which fusing softmax needs.
+        use_base_2 = target.platform == "cpu" and self.accumulate == jnp.float32 and not tile.fuses_softmax
         self.unit, self.exp = (LOG2E, exp2_polynomial) if use_base_2 else (1.0, jnp.exp)
+        # Of a column of rows: XLA would repeat the polynomial for every element that the result is broadcast to.
+        self.exp_of_rows = jnp.exp2 if use_base_2 else jnp.exp
         self.nest = Nest(self.sizes, tile, config.band, inputs.mask, differentiable)
 
     def zeros_for(self, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -183,11 +186,11 @@ class Tiles:
         return jnp.where(padded & ~jnp.isfinite(x), 0, x)
 
     def scale(self, at: RowTile) -> jax.Array:
-        """(batch..., 1, 1, 1), to multiply a tile."""
+        """(lead..., 1, 1), to multiply a tile."""
         return self.nest.batch_slice(self.inputs.scale, at)
 
     def products(self, query: jax.Array, key: jax.Array, multiplier: jax.Array) -> jax.Array:
-        """multiplier * query @ key, in units: (..., rows, H), (..., s, H) -> (..., rows, s)."""
+        """multiplier * query @ key, in units: (lead..., rows, H), (lead..., s, H) -> (lead..., rows, s)."""
         multiplier = multiplier * self.unit
         # The multiplier goes to the smaller operand, unless that would round it to 16 bits.
         early = self.product == self.accumulate
@@ -197,17 +200,16 @@ class Tiles:
         return scores if early else scores * multiplier
 
     def bias(self, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
-        """A tile of a score-like array, (batch..., heads, G, block_q, block_kv), axes of size 1 kept."""
+        """A tile of a score-like array, (lead..., rows, block_kv), axes of size 1 kept."""
         return self.nest.score_slice(x, at, columns).astype(self.accumulate)
 
     def logits(
         self, query: jax.Array, key: jax.Array, at: RowTile, columns: ColumnTile, mask: TileMask | None
     ) -> jax.Array:
-        """Logits of one tile in units, (batch..., heads, rows, block_kv)."""
+        """Logits of one tile in units, (lead..., rows, block_kv)."""
         logits = self.products(query, key, self.scale(at))
         if self.inputs.bias is None and mask is None:
             return logits
-        logits = self.nest.group_rows(logits, -2)
         if self.inputs.bias is not None:
             bias = self.bias(self.inputs.bias, at, columns)
             logits += jnp.maximum(bias, bias_floor(self.accumulate)) * self.unit
@@ -215,35 +217,33 @@ class Tiles:
             logits = jnp.where(mask.dead, 0, logits)
         if mask is not None:
             logits = jnp.where(mask.allowed, logits, lowest(self.accumulate))
-        return self.nest.merge_axes(logits, -3)
+        return logits
 
     def logits_tangent(self, products: jax.Array | None, bias: jax.Array | None, mask: TileMask | None) -> jax.Array:
         """Tangent of the (natural) logits, from those of the products, as rows, and of the bias tile."""
         if bias is None:
             assert products is not None
             return self.through_mask(products, mask)
-        total = bias if products is None else self.nest.group_rows(products, -2) + bias
-        lead = (*self.nest.tile.batch, self.nest.tile.heads, self.sizes.G)
-        total = jnp.broadcast_to(total, (*lead, self.nest.tile.block_q, self.nest.tile.block_kv))
-        return self.through_mask(self.nest.merge_axes(total, -3), mask)
+        total = bias if products is None else products + bias
+        return self.through_mask(jnp.broadcast_to(total, (*self.nest.row_shape, self.nest.tile.block_kv)), mask)
 
     def through_mask(self, x: jax.Array, mask: TileMask | None) -> jax.Array:
-        """Derivative of the masking in `logits`, which is its own transpose; (batch..., heads, rows, block_kv)."""
+        """Derivative of the masking in `logits`, which is its own transpose; (lead..., rows, block_kv)."""
         if mask is None:
             return x
         live = mask.allowed if mask.dead is None else mask.allowed & ~mask.dead
-        return self.nest.merge_axes(jnp.where(live, self.nest.group_rows(x, -2), 0), -3)
+        return jnp.where(live, x, 0)
 
     def row_lse(self, lse: jax.Array, at: RowTile) -> jax.Array:
-        """Log-sum-exp of the rows, in units, as (batch..., heads, rows, 1)."""
+        """Log-sum-exp of the rows, in units, as (lead..., rows, 1)."""
         return self.rows(lse, at) * self.unit
 
     def rows(self, x: jax.Array, at: RowTile) -> jax.Array:
-        """(batch..., N, T), broadcast in no axis but the batch's -> (batch..., heads, rows, 1)"""
-        return self.nest.merge_axes(self.nest.row_slice(x, at), -2)[..., None]
+        """(batch..., N, T), broadcast in no axis but the batch's -> (lead..., rows, 1)"""
+        return self.nest.row_slice(x, at)[..., None]
 
     def keep(self, at: RowTile, columns: ColumnTile) -> jax.Array | None:
-        """Which weights of the tile, (batch..., heads, rows, block_kv), dropout keeps; None without dropout."""
+        """Which weights of the tile, (lead..., rows, block_kv), dropout keeps; None without dropout."""
         dropout, key, heads = self.config.dropout, self.inputs.dropout_key, self.inputs.head_index
         if dropout is None or key is None or heads is None:
             return None
@@ -256,7 +256,7 @@ class Tiles:
             self.sizes.T,
             self.sizes.S,
         )
-        return self.nest.merge_axes(keep, -3)
+        return self.nest.inside(keep)
 
     def drop(self, weights: jax.Array, keep: jax.Array | None) -> jax.Array:
         """Weights (probabilities, or what multiplies them) after dropout; kept ones are rescaled."""

@@ -29,6 +29,11 @@ class Band:
     lower: int | None = None
     upper: int | None = None
 
+    @property
+    def width(self) -> int | None:
+        """How many keys a row may attend, if bounded on both sides."""
+        return None if self.lower is None or self.upper is None else self.upper - self.lower + 1
+
     def intervals(self, T: int, S: int) -> tuple[np.ndarray, np.ndarray]:
         """`key_start` and `key_stop`, each (T,) int32."""
         rows = np.arange(T)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 class Sizes:
     """Axis sizes of one call. `batch` is B behind one axis per enclosing `vmap`; in an export, it may be symbolic."""
 
-    batch: tuple[int, ...]
+    batch: tuple[Any, ...]
     T: int
     S: int
     K: int
@@ -27,12 +27,18 @@ class Sizes:
 
 @dataclass(frozen=True)
 class TileShape:
-    """A tile holds some batch rows, some key/value heads with their groups, block_q rows, block_kv columns."""
+    """A tile holds some batch rows, some key/value heads with their groups, block_q rows, block_kv columns.
 
-    batch: tuple[int, ...]
+    `follows_band`: a row of tiles is one tile, which starts at the first key of its first row; otherwise tiles start at
+    multiples of their size. `fuses_softmax`: XLA:CPU makes one kernel of a plain softmax and its products.
+    """
+
+    batch: tuple[Any, ...]
     heads: int
     block_q: int
     block_kv: int
+    follows_band: bool = False
+    fuses_softmax: bool = False
 
 
 class Target(NamedTuple):
@@ -48,11 +54,15 @@ class Target(NamedTuple):
     is_sharded: bool = False
 
 
-# Elements (query rows x keys, over all heads) of a tile ...
+# Elements (query rows x keys, over all heads, unless said) of a tile ...
 _CPU_SMALL = 1 << 18  # ... that several heads should share where one head has fewer
 _CPU_FUSED = 1 << 22  # ... of a plain softmax that XLA fuses with its products; its scratch then is 16 MiB
+_CPU_BAND = 1 << 19  # ... of a band
+_CPU_KEYS = 1 << 19  # ... of the keys, where few rows make reading them what costs
 _CPU_REVERSE = 1 << 22  # ... in reverse mode through a kernel
 _ACCELERATOR = 1 << 28  # ... of float32 scores: 1 GiB for each temporary
+
+_WIDEST_BAND, _BAND_ROWS = 1024, 256
 
 
 def choose_tile(
@@ -62,6 +72,8 @@ def choose_tile(
     block_q: int | None,
     block_kv: int | None,
     is_banded: bool,
+    band_width: int | None,
+    key_stop: int,
     is_plain: bool,
     all_heads: bool,
 ) -> TileShape:
@@ -72,16 +84,25 @@ def choose_tile(
       platform: 'cpu' or anything else.
       block_q, block_kv: what the caller asked for, or None.
       is_banded: whether rows attend an interval of the keys only; smaller tiles then skip more.
+      band_width: keys of a row, where nothing but a narrow static band bounds them.
+      key_stop: no row attends keys from here on.
       is_plain: whether only softmax(scale * query @ key) @ value is asked for, without log-sum-exp.
       all_heads: ask for all batch rows and heads at once (reverse mode through a kernel: slicing one head out of an
         array would make its transpose touch the whole array for every tile).
     """
+    band_tile = _band_tile(sizes, platform, block_q, band_width, all_heads)
+    if band_tile is not None and block_kv is None:
+        return band_tile
     heads = max(1, static_size(sizes.batch) * sizes.K * sizes.G)
+    num_keys = min(sizes.S, max(1, key_stop))
+    is_decoding = sizes.T * sizes.G < 64
     if platform == "cpu" and not all_heads:
-        # Threads split one matrix product, not a batch of them: one head at a time, in large squares.
-        rows, columns = (512, 512) if is_banded else (1024, 1024)
-        rows = max(1, rows // sizes.G)
-        columns = columns if sizes.T * sizes.G >= 64 else 4096
+        # Threads split one matrix product, not a batch of them: one head at a time, in large tiles, square if possible.
+        side = 512 if is_banded and min(sizes.T * sizes.G, num_keys) < 4096 else 1024
+        columns = min(4096, max(side, side**2 // (sizes.T * sizes.G)))
+        rows = max(1, min(4096, max(side, side**2 // num_keys)) // sizes.G)
+        if is_decoding:
+            columns = min(4096, max(1024, _CPU_KEYS // (sizes.K * sizes.H)))
     else:
         # Kernel launches and bandwidth decide: all heads at once. Rows against all keys need no online softmax, which
         # saves a pass over the scores; a band is worth more.
@@ -92,15 +113,37 @@ def choose_tile(
         if not is_banded and whole_rows >= min(128, sizes.T):
             rows, columns = min(2048, 1 << (whole_rows.bit_length() - 1)), sizes.S
     block_q = balanced_block(sizes.T, block_q or rows)
-    block_kv = balanced_block(sizes.S, block_kv or columns)
+    block_kv = balanced_block(num_keys, block_kv or columns)
     if all_heads:
         return TileShape(sizes.batch, sizes.K, block_q, block_kv)
     if platform != "cpu":
         batch = tuple(n if isinstance(n, int) else 1 for n in sizes.batch)
         return TileShape(batch, sizes.K, block_q, block_kv)
+    if is_decoding:
+        return _with_heads(sizes, block_q, block_kv, _CPU_KEYS // (block_kv * sizes.H))
     per_head = max(1, sizes.G * block_q * block_kv)
-    is_fused = is_plain and block_q == sizes.T and block_kv == sizes.S and per_head <= 1 << 16
-    return _with_heads(sizes, block_q, block_kv, (_CPU_FUSED if is_fused else _CPU_SMALL) // per_head)
+    if is_plain and block_q == sizes.T and block_kv == sizes.S and per_head <= 1 << 16:
+        return replace(_with_heads(sizes, block_q, block_kv, _CPU_FUSED // per_head), fuses_softmax=True)
+    return _with_heads(sizes, block_q, block_kv, _CPU_SMALL // per_head)
+
+
+def _band_tile(
+    sizes: Sizes, platform: str, block_q: int | None, width: int | None, all_heads: bool
+) -> TileShape | None:
+    """All the keys of some rows in one tile, if that is less than half of S: softmax needs no correction then."""
+    if width is None or width > _WIDEST_BAND:
+        return None
+    block_q = balanced_block(sizes.T, block_q or max(1, _BAND_ROWS // sizes.G))
+    block_kv = -(-(block_q + width - 1) // 64) * 64
+    if 2 * block_kv > sizes.S:
+        return None
+    if platform == "cpu" and not all_heads:
+        tile = _with_heads(sizes, block_q, block_kv, _CPU_BAND // (sizes.G * block_q * block_kv))
+        return replace(tile, follows_band=True)
+    limit = _CPU_REVERSE if platform == "cpu" else _ACCELERATOR
+    if static_size(sizes.batch) * sizes.N * block_q * block_kv > limit:
+        return None
+    return TileShape(sizes.batch, sizes.K, block_q, block_kv, follows_band=True)
 
 
 def _with_heads(sizes: Sizes, block_q: int, block_kv: int, limit: int) -> TileShape:

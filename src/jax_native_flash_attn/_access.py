@@ -1,0 +1,174 @@
+"""Reading and writing tiles: every operand is sliced and every result written through a `TileAccess`.
+
+Operands may have size 1 in any axis (then they broadcast); results may too (then they are summed). Axis layouts:
+
+    query-like  (batch..., T, N, H)     key-like    (batch..., S, K, H)
+    row-like    (batch..., N, T)        score-like  (batch..., N, T, S)
+
+Inside a tile N is split into key/value heads and groups, and the groups join the query rows:
+
+    (lead..., rows, H)   (lead..., block_kv, H)   (lead..., rows)   (lead..., rows, block_kv)
+
+where lead is the tile's batch rows and heads, and rows is G * block_q. What a tile has only one of is no axis: plain
+matrices are what XLA:CPU updates in place. Operands keep N whole: splitting it before the loops would make XLA:CPU
+copy each of them.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._tiles import Sizes, TileShape
+
+Index = Any  # int or int32 scalar
+
+
+class RowTile(NamedTuple):
+    """Where a row of tiles stands: the first batch rows, first head, first query row, and its number."""
+
+    batch: tuple[Index, ...]
+    head: Index
+    row: Index
+    number: Index
+
+
+class ColumnTile(NamedTuple):
+    """First column of a key/value tile, and the first one it owns."""
+
+    column: Index
+    owned: Index
+
+
+@dataclass(frozen=True)
+class TileAccess:
+    sizes: Sizes
+    tile: TileShape
+
+    # ---- axes inside a tile
+
+    @property
+    def _lead(self) -> tuple[int, ...]:
+        lead = (*self.tile.batch, self.tile.heads)
+        return lead if any(n != 1 for n in lead) else ()
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """(lead..., rows)"""
+        return (*self._lead, self.sizes.G * self.tile.block_q)
+
+    def _split_heads(self, x: jax.Array, axis: int) -> jax.Array:
+        """Split an axis of query heads into (heads, G); one of size 1 into (1, 1)."""
+        axis %= x.ndim
+        heads = (1, 1) if x.shape[axis] == 1 else (-1, self.sizes.G)
+        return x.reshape(*x.shape[:axis], *heads, *x.shape[axis + 1 :])
+
+    def inside(self, x: jax.Array) -> jax.Array:
+        """(batch..., heads, G, block_q, ...) -> (lead..., rows, ...); where G and block_q are 1, so is rows."""
+        n = len(self.tile.batch) + 1
+        if x.shape[n : n + 2] != (1, 1):
+            x = jnp.broadcast_to(x, (*x.shape[:n], self.sizes.G, self.tile.block_q, *x.shape[n + 2 :]))
+        return x.reshape(*(x.shape[:n] if self._lead else ()), -1, *x.shape[n + 2 :])
+
+    def _outside(self, x: jax.Array, *inner: int) -> jax.Array:
+        """(lead..., ...) -> (batch..., heads, inner...)"""
+        return x.reshape(*self.tile.batch, self.tile.heads, *inner)
+
+    # ---- reading
+
+    def query_slice(self, x: jax.Array, at: RowTile) -> jax.Array:
+        """(batch..., T, N, H) -> (lead..., rows, H)"""
+        x = self._split_heads(self.slice(x, *self._query_window(at)), -2)
+        return self.inside(jnp.moveaxis(x, -4, -2))
+
+    def key_slice(self, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
+        """(batch..., S, K, H) -> (lead..., block_kv, H)"""
+        starts = (*at.batch, columns.column, at.head, 0)
+        sizes = (*self.tile.batch, self.tile.block_kv, self.tile.heads, x.shape[-1])
+        x = jnp.moveaxis(self.slice(x, starts, sizes), -3, -2)
+        return x if self._lead else x.reshape(x.shape[-2:])
+
+    def row_slice(self, x: jax.Array, at: RowTile) -> jax.Array:
+        """(batch..., N, T) -> (lead..., rows); one row where both N and T are 1"""
+        return self.inside(self._split_heads(self.slice(x, *self._row_window(at)), -2))
+
+    def score_slice(self, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
+        """(batch..., N, T, S) -> (lead..., rows, block_kv); one row where both N and T are 1"""
+        return self.inside(self._split_heads(self.slice(x, *self._score_window(at, columns)), -3))
+
+    def batch_slice(self, x: jax.Array, at: RowTile) -> jax.Array:
+        """(batch...) -> (lead..., 1, 1), of the tile's batch rows"""
+        x = self.slice(x, at.batch, self.tile.batch)[..., None, None, None]
+        return x if self._lead else x.reshape(1, 1)
+
+    def head_slice(self, x: jax.Array, at: RowTile) -> jax.Array:
+        """(batch..., N) -> (batch..., heads, G)"""
+        window = (*at.batch, at.head * self.sizes.G), (*self.tile.batch, self.tile.heads * self.sizes.G)
+        return self._split_heads(self.slice(x, *window), -1)
+
+    # ---- writing; results start from zeros
+
+    def write_query(self, result: jax.Array, x: jax.Array, at: RowTile, *, add: bool) -> jax.Array:
+        """(lead..., rows, H) into (batch..., T, N, H)"""
+        x = jnp.moveaxis(self._outside(x, self.sizes.G, self.tile.block_q, x.shape[-1]), -2, -4)
+        x = x.reshape(*x.shape[:-3], -1, x.shape[-1])
+        return _write(result, x, self._query_window(at)[0], add)
+
+    def write_row(self, result: jax.Array, x: jax.Array, at: RowTile, *, add: bool) -> jax.Array:
+        """(lead..., rows) into (batch..., N, T)"""
+        starts, sizes = self._row_window(at)
+        return _write(result, x.reshape(sizes), starts, add)
+
+    def add_key_transposed(self, result: jax.Array, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
+        """(lead..., H, block_kv) onto (batch..., K, H, S)"""
+        return _write(result, self._outside(x, *x.shape[-2:]), (*at.batch, at.head, 0, columns.column), True)
+
+    def add_score(self, result: jax.Array, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
+        """(lead..., rows, block_kv) onto (batch..., N, T, S)"""
+        starts, sizes = self._score_window(at, columns)
+        return _write(result, x.reshape(sizes), starts, True)
+
+    def add_batch(self, result: jax.Array, x: jax.Array, at: RowTile) -> jax.Array:
+        """(lead...) onto (batch...)"""
+        return _write(result, self._outside(x).sum(-1), at.batch, True)
+
+    # ---- windows: where a tile starts in each axis, and how far it reaches
+
+    def _query_window(self, at: RowTile) -> tuple[tuple[Index, ...], tuple[int, ...]]:
+        sizes = (*self.tile.batch, self.tile.block_q, self.tile.heads * self.sizes.G, -1)
+        return (*at.batch, at.row, at.head * self.sizes.G, 0), sizes
+
+    def _row_window(self, at: RowTile) -> tuple[tuple[Index, ...], tuple[int, ...]]:
+        sizes = (*self.tile.batch, self.tile.heads * self.sizes.G, self.tile.block_q)
+        return (*at.batch, at.head * self.sizes.G, at.row), sizes
+
+    def _score_window(self, at: RowTile, columns: ColumnTile) -> tuple[tuple[Index, ...], tuple[int, ...]]:
+        starts, sizes = self._row_window(at)
+        return (*starts, columns.column), (*sizes, self.tile.block_kv)
+
+    @staticmethod
+    def slice(x: jax.Array, starts: tuple[Index, ...], sizes: tuple[int, ...]) -> jax.Array:
+        sizes = tuple(n if n == 1 or size == -1 else size for n, size in zip(x.shape, sizes, strict=True))
+        if sizes == x.shape:
+            return x
+        return lax.dynamic_slice(x, _starts(x, starts), sizes)
+
+
+def _write(result: jax.Array, x: jax.Array, starts: tuple[Index, ...], add: bool) -> jax.Array:
+    """Put a tile into its place in `result`, or add it there; axes in which `result` has size 1 are summed."""
+    summed = tuple(axis for axis, (n, m) in enumerate(zip(result.shape, x.shape, strict=True)) if n == 1 and m != 1)
+    if summed:
+        x = x.sum(summed, keepdims=True)
+    x = x.astype(result.dtype)
+    if x.shape == result.shape:
+        return result + x if add else x
+    first = _starts(result, starts)
+    if add:
+        x += lax.dynamic_slice(result, first, x.shape)
+    return lax.dynamic_update_slice(result, x, first)
+
+
+def _starts(x: jax.Array, starts: tuple[Index, ...]) -> list[jax.Array]:
+    return [jnp.int32(0 if n == 1 else start) for n, start in zip(x.shape, starts, strict=True)]
