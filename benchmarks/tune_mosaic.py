@@ -1,9 +1,9 @@
-"""Times the Hopper forward kernel with several block shapes, and checks each against float64; fills `_mosaic_blocks.py`.
+"""Times the Hopper forward kernel with several block shapes, and checks each against float64.
 
     python benchmarks/tune_mosaic.py gpu-2x8192x16x128-causal gpu-2x8192x16x128 --blocks 64x128x2w2 64x128x2w2t
 
 Each candidate is `block_q x block_kv x stages w warpgroups`, with a t behind where two warpgroups take turns. Needs a
-Hopper GPU.
+Hopper GPU. What it finds belongs into `_mosaic_blocks.py`.
 """
 
 import argparse

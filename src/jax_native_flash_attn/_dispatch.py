@@ -77,7 +77,7 @@ def _why_not_platform(target: Target) -> str | None:
 
 
 def _why_not_call(config: Config, inputs: Inputs) -> str | None:
-    dtype, (*_, T, K, G, H) = inputs.query.dtype, inputs.query.shape
+    dtype, H = inputs.query.dtype, inputs.query.shape[-1]
     if not all(isinstance(n, int) for x in jax.tree.leaves(inputs) for n in x.shape):
         return "its shapes are symbolic"
     if dtype not in (jnp.bfloat16, jnp.float16):
@@ -86,7 +86,7 @@ def _why_not_call(config: Config, inputs: Inputs) -> str | None:
         return f"it takes head dimensions that are multiples of 16 up to 256, got {H}"
     if config.block_q is not None or config.block_kv is not None:
         return "block_q and block_kv are for the pure JAX kernels"
-    if not (config.precision is None or isinstance(config.precision, jax.lax.Precision | str | tuple)):
+    if isinstance(config.precision, jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset):
         return f"precision {config.precision} names an algorithm"
     return None
 

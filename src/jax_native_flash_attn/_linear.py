@@ -107,9 +107,7 @@ class FirstDerivative:
                 self.config, inputs, out, lse, operands, wanted, target, differentiable=differentiable
             )
         else:
-            tiles = Tiles(
-                self.config, inputs, target, further={**operands, "lse": lse}, differentiable=differentiable
-            )
+            tiles = Tiles(self.config, inputs, target, further={**operands, "lse": lse}, differentiable=differentiable)
             results = _kernels.tangent(tiles, out, lse, operands, wanted)
         return tuple(results[name] for name in wanted)
 

@@ -3,18 +3,21 @@
 Import this module only where `_dispatch.py` found the backend: JAX before 0.10 lacks it, and it needs `absl`.
 """
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.experimental.pallas
+import jax.experimental.pallas.mosaic_gpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+# Untyped: their annotations differ from version to version.
+pl: Any = jax.experimental.pallas
+plgpu: Any = jax.experimental.pallas.mosaic_gpu
 
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of a matrix in registers
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -25,7 +28,9 @@ def launch(
 ) -> Callable:
     """A Pallas kernel over a grid of blocks of `warpgroups` threads named "wg"; `body(*inputs, *outputs, *scratch)`."""
     accepted = inspect.signature(plgpu.kernel).parameters
-    out_name, scratch_name = ("out_type", "scratch_types") if "out_type" in accepted else ("out_shape", "scratch_shapes")
+    out_name, scratch_name = (
+        ("out_type", "scratch_types") if "out_type" in accepted else ("out_shape", "scratch_shapes")
+    )
     return plgpu.kernel(
         body,
         **{out_name: tuple(out_types), scratch_name: tuple(scratch)},
@@ -33,9 +38,7 @@ def launch(
         grid_names=tuple(grid),
         num_threads=warpgroups,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
 
 
@@ -98,8 +101,3 @@ def pad_axis(x: jax.Array, axis: int, length: int, value: Any = 0) -> jax.Array:
         return x
     axis %= x.ndim
     return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)], constant_values=value)
-
-
-@functools.cache
-def is_importable() -> bool:
-    return math.prod((hasattr(plgpu, name) for name in ("kernel", "wgmma", "LoweringSemantics"))) == 1

@@ -8,8 +8,8 @@ the left operand of the next product (notation as in `_mosaic_dquery.py`):
     load     | Q0 dO0 lse0 delta0 Q1 ... into a ring of `stages` slots
     compute  | S0 dP0 | P0 dS0 | dV += P0 dO0  dK += dS0 Q0 | S1 dP1 | ...
 
-Two compute warpgroups, each with its own keys, fill each other's gaps. The query heads of a group follow one another, so
-that their sum is made in registers, in the same order every time.
+Two compute warpgroups, each with its own keys, fill each other's gaps. The query heads of a group follow one another,
+so that their sum is made in registers, in the same order every time.
 """
 
 import math
@@ -83,7 +83,11 @@ def dkey_dvalue(
         def position(i: Any) -> tuple[tuple, Any, Any]:
             """Query head, first row, and slot of step i."""
             member = lax.div(i, jnp.maximum(per_head, 1))
-            return (*batch, kv_head * z.G + member), (first + i - member * per_head) * block_q, lax.rem(i, jnp.int32(stages))
+            return (
+                (*batch, kv_head * z.G + member),
+                (first + i - member * per_head) * block_q,
+                lax.rem(i, jnp.int32(stages)),
+            )
 
         @pl.when(wg == compute)
         def _load() -> None:

@@ -139,7 +139,7 @@ def dquery(
             plgpu.barrier_wait(local["rows ready"].at[wg])
             plgpu.barrier_wait(local["key ready"].at[0])
             plgpu.barrier_wait(local["value ready"].at[0])
-            first = pl.run_state(lambda state: issue(*state, 0))
+            first: Any = pl.run_state(lambda state: issue(state[0], state[1], 0))
             s, dp = first((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
             plgpu.barrier_arrive(local["value free"].at[0])
             ds = dscores(s, dp, logits.scores(rows, tile_of(0)), jnp.int32(0), has_edges)

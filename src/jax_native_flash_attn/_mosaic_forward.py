@@ -11,8 +11,8 @@ Both products of a step are issued at once; they finish in order, so the softmax
 tensor cores still work on P0 V0. The state of the online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867) lives
 in registers, in base 2. The scheme is that of FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608).
 
-Only tiles in which some row's interval begins or ends need a mask. For a causal mask that is the first one visited; other
-masks decide at run time. Blocks of rows with many tiles (the last rows of a causal mask) start first.
+Only tiles in which some row's interval begins or ends need a mask. For a causal mask that is the first one visited;
+other masks decide at run time. Blocks of rows with many tiles (the last rows of a causal mask) start first.
 """
 
 import math
@@ -23,7 +23,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._logits import Config, Inputs
-from ._mosaic import ROW, broadcast_index, columns_of, heads_per_group, launch, matrix_buffer, pl, plgpu, round_up, unravel
+from ._mosaic import (
+    ROW,
+    broadcast_index,
+    columns_of,
+    heads_per_group,
+    launch,
+    matrix_buffer,
+    pl,
+    plgpu,
+    round_up,
+    unravel,
+)
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import TileLogits, clean_padding, key_slice, prepare, query_slice, score_buffers, score_slice
 from ._mosaic_masks import Intervals
@@ -126,22 +137,22 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
             plgpu.set_max_registers(blocks.registers[0], action="increase")
             row = block * blocks.rows + wg * blocks.block_q
             buffers = {name: local[name] for name in operands.tiled}
-            logits = TileLogits(
-                config, z, refs, buffers, intervals, head, *shape, row_in_block=wg * blocks.block_q
-            )
+            logits = TileLogits(config, z, refs, buffers, intervals, head, *shape, row_in_block=wg * blocks.block_q)
             rows = logits.rows(row)
             has_edges = intervals.has_right_edge or intervals.has_left_edge
 
-            def softmax(products: Any, scores: Any, i: Any, m: Any, l: Any, masked: Any) -> tuple[Any, Any, Any, Any]:
+            def softmax(
+                products: Any, scores: Any, i: Any, top: Any, total: Any, masked: Any
+            ) -> tuple[Any, Any, Any, Any]:
                 """Weights of tile i for the second product; the new maximum and sum; what corrects older sums."""
                 x, factor = logits(products, scores, rows, tile_of(i), magnitude, masked)
                 largest = x.max(axis=1)
-                new_m = jnp.maximum(m, largest if factor is None else largest * factor)
-                exponent = (x if factor is None else x * factor) - columns_of(new_m, shape)
+                new_top = jnp.maximum(top, largest if factor is None else largest * factor)
+                exponent = (x if factor is None else x * factor) - columns_of(new_top, shape)
                 weights = jnp.exp2(exponent)
-                correction = jnp.exp2(m - new_m)
-                l = l * correction + weights.sum(axis=1)
-                return logits.drop(weights, row, tile_of(i)).astype(dtype), new_m, l, correction
+                correction = jnp.exp2(top - new_top)
+                total = total * correction + weights.sum(axis=1)
+                return logits.drop(weights, row, tile_of(i)).astype(dtype), new_top, total, correction
 
             def is_edge(i: Any) -> Any:
                 """Whether a tile behind the first needs a mask."""
@@ -180,8 +191,8 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
                 query[...] = -query[...]
                 plgpu.commit_smem()
 
-            m = plgpu.layout_cast(jnp.full((blocks.block_q,), _LOWEST, jnp.float32), ROW)
-            l = plgpu.layout_cast(jnp.zeros((blocks.block_q,), jnp.float32), ROW)
+            top = plgpu.layout_cast(jnp.full((blocks.block_q,), _LOWEST, jnp.float32), ROW)
+            total = plgpu.layout_cast(jnp.zeros((blocks.block_q,), jnp.float32), ROW)
             acc = plgpu.layout_cast(jnp.zeros((blocks.block_q, z.H), jnp.float32), plgpu.Layout.WGMMA)
 
             def first_scores(s_ref: Any) -> Any:
@@ -191,7 +202,7 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
 
             products = pl.run_scoped(first_scores, plgpu.ACC(shape, jnp.float32))
             first = logits.scores(rows, tile_of(0), 0)
-            p, m, l, _ = softmax(products, first, jnp.int32(0), m, l, has_edges)
+            p, top, total, _ = softmax(products, first, jnp.int32(0), top, total, has_edges)
             plgpu.barrier_arrive(local["key free"].at[0])
             if blocks.takes_turns:
                 pl.when(wg == 1)(lambda: plgpu.barrier_arrive(local["turn"].at[0]))
@@ -201,10 +212,10 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
                     return p
                 local["weights"][wg] = p
                 plgpu.commit_smem()
-                return m
+                return top
 
             def step(i: Any, carry: tuple) -> tuple:
-                acc, p, m, l = lax.optimization_barrier(carry)
+                acc, p, top, total = lax.optimization_barrier(carry)
                 slot, previous = slot_of(i), slot_of(i - 1)
                 # All waits come first: control flow between two products would serialise them.
                 plgpu.barrier_wait(local["key ready"].at[slot])
@@ -214,39 +225,43 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
                     plgpu.barrier_wait(local["turn"].at[wg])
 
                 def products_and_softmax(state: tuple) -> None:
-                    acc_ref, s_ref, p_ref, m_ref, l_ref, correction_ref = state
+                    acc_ref, s_ref, p_ref, top_ref, total_ref, correction_ref = state
                     issue_scores(s_ref, slot)
-                    plgpu.wgmma(acc_ref, local["weights"].at[wg] if blocks.weights_in_shared else p, value_smem.at[previous])
+                    plgpu.wgmma(
+                        acc_ref, local["weights"].at[wg] if blocks.weights_in_shared else p, value_smem.at[previous]
+                    )
                     if blocks.takes_turns:
                         plgpu.barrier_arrive(local["turn"].at[1 - wg])
                     scores = logits.scores(rows, tile_of(i), slot)
                     s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-                    p_ref[...], m_ref[...], l_ref[...], correction_ref[...] = softmax(s, scores, i, m, l, is_edge(i))
+                    p_ref[...], top_ref[...], total_ref[...], correction_ref[...] = softmax(
+                        s, scores, i, top, total, is_edge(i)
+                    )
                     plgpu.barrier_arrive(local["key free"].at[slot])
 
                 # Leaving `run_state` waits for the second product.
                 zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
                 weights = plgpu.layout_cast(jnp.zeros(shape, dtype), plgpu.Layout.WGMMA)
-                acc, _, p, m, l, correction = pl.run_state(products_and_softmax)(
-                    (plgpu.ACC.init(acc), plgpu.ACC.init(zeros), weights, m, l, m)
+                acc, _, p, top, total, correction = pl.run_state(products_and_softmax)(
+                    (plgpu.ACC.init(acc), plgpu.ACC.init(zeros), weights, top, total, top)
                 )
                 plgpu.barrier_arrive(local["value free"].at[previous])
-                return acc * columns_of(correction, acc.shape), put(p), m, l
+                return acc * columns_of(correction, acc.shape), put(p), top, total
 
-            carry = lax.fori_loop(1, num_tiles, step, (acc, put(p), m, l))
-            acc, p, m, l = lax.optimization_barrier(carry)
+            carry = lax.fori_loop(1, num_tiles, step, (acc, put(p), top, total))
+            acc, p, top, total = lax.optimization_barrier(carry)
             last = slot_of(num_tiles - 1)
             plgpu.barrier_wait(local["value ready"].at[last])
             clean_value(num_tiles - 1)
             weights = local["weights"].at[wg] if blocks.weights_in_shared else p
             acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, value_smem.at[last]))(plgpu.ACC.init(acc))
 
-            out = acc * columns_of(logits.rescaling / l, acc.shape)
-            lse = (m + jnp.log2(l)) * LN2
+            out = acc * columns_of(logits.rescaling / total, acc.shape)
+            lse = (top + jnp.log2(total)) * LN2
             if rows.intervals is not None:
                 # Rows past the query's length have no key: their weights are those of masked logits.
-                out = jnp.where(columns_of(m, acc.shape) > 0.9 * _LOWEST, out, 0.0)
-                lse = jnp.where(m > 0.9 * _LOWEST, lse, 0.0)
+                out = jnp.where(columns_of(top, acc.shape) > 0.9 * _LOWEST, out, 0.0)
+                lse = jnp.where(top > 0.9 * _LOWEST, lse, 0.0)
             if is_wide:
                 plgpu.barrier_arrive(local["all done"])
                 plgpu.barrier_wait(local["all done"])

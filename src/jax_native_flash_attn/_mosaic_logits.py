@@ -86,7 +86,9 @@ def score_buffers(operands: Operands, stages: int, block_rows: int, block_kv: in
     """Shared memory for the tiles of bias and mask."""
     arrays = [operands.arrays[name] for name in operands.tiled]
     return [
-        matrix_buffer(stages, block_rows, block_kv, dtype=x.dtype, swizzle=swizzle_bytes(x.shape[-1], x.dtype, block_kv))
+        matrix_buffer(
+            stages, block_rows, block_kv, dtype=x.dtype, swizzle=swizzle_bytes(x.shape[-1], x.dtype, block_kv)
+        )
         for x in arrays
     ]
 
@@ -174,7 +176,13 @@ class TileLogits:
         return {name: self._score(name, rows, tile, slot) for name in _SCORES if present[name]}
 
     def __call__(
-        self, products: jax.Array, scores: dict[str, jax.Array], rows: RowVectors, tile: Any, multiplier: Any, masked: Any
+        self,
+        products: jax.Array,
+        scores: dict[str, jax.Array],
+        rows: RowVectors,
+        tile: Any,
+        multiplier: Any,
+        masked: Any,
     ) -> tuple[Any, Any]:
         """(x, factor): the base-2 logits are x * factor; factor is None for 1.
 

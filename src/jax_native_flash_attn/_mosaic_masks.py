@@ -1,8 +1,8 @@
 """Masks inside a Mosaic GPU kernel: which key/value tiles a block of query rows visits, and the mask of one tile.
 
 The rules are those of `_masks.py`: row t may attend the keys in `[key_start[t], key_stop[t])`. A static `Band` is
-computed from positions. Traced intervals come as two int32 vectors, and XLA reduces them beforehand to four tile numbers
-for each block of rows (O(T) work), so that the kernel knows its trip counts from four scalars.
+computed from positions. Traced intervals come as two int32 vectors, and XLA reduces them beforehand to four tile
+numbers for each block of rows (O(T) work), so that the kernel knows its trip counts from four scalars.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _DEAD = -1  # the key_start of a row without any key: it attends all of them, wi
 
 
 def tile_ranges(start_min: Any, start_max: Any, stop_min: Any, stop_max: Any, block_kv: int, S: int) -> ColumnRange:
-    """As `_tiles.column_range`, of bounds of the rows' intervals; never empty, so that a pipeline needs no exception."""
+    """As `_tiles.column_range`, of bounds of the rows' intervals; never empty, which saves the pipelines a case."""
     count = -(-S // block_kv)
     down = lambda x: lax.div(x, jnp.full_like(x, block_kv))  # noqa: E731
     up = lambda x: down(x + (block_kv - 1))  # noqa: E731
@@ -33,7 +33,7 @@ def tile_ranges(start_min: Any, start_max: Any, stop_min: Any, stop_max: Any, bl
 
 
 def interval_operands(mask: MaskOperands, T: int, S: int, block_rows: int, block_kv: int) -> dict[str, jax.Array]:
-    """Arrays of the traced intervals: 'key_start', 'key_stop' (..., T, padded to blocks) and 'ranges' (..., blocks, 4)."""
+    """Traced intervals as 'key_start', 'key_stop' (..., T, padded to blocks) and 'ranges' (..., blocks, 4)."""
     if mask.key_start is None or mask.key_stop is None:
         return {}
     padded = round_up(T, block_rows)
@@ -54,13 +54,11 @@ def interval_operands(mask: MaskOperands, T: int, S: int, block_rows: int, block
     return {"key_start": start, "key_stop": jnp.broadcast_to(stop, start.shape), "ranges": ranges}
 
 
-def query_ranges(
-    band: Band, mask: MaskOperands, T: int, S: int, block_q: int, block_keys: int
-) -> dict[str, jax.Array]:
+def query_ranges(band: Band, mask: MaskOperands, T: int, S: int, block_q: int, block_keys: int) -> dict[str, jax.Array]:
     """Of traced intervals: which query tiles a block of keys meets, and which of them need a mask.
 
-    'query_ranges', (..., N or 1, key blocks, 2), has the first and the end of the query tiles of a block; 'query_bounds',
-    (..., N or 1, query tiles, 2), the keys that all rows of a tile attend.
+    'query_ranges', (..., N or 1, key blocks, 2), has the first and the end of the query tiles of a block;
+    'query_bounds', (..., N or 1, query tiles, 2), the keys that all rows of a tile attend.
     """
     if mask.key_start is None or mask.key_stop is None:
         return {}
@@ -129,7 +127,7 @@ class Intervals:
         clip = lambda x: jnp.minimum(jnp.maximum(x, 0), S)  # noqa: E731
         starts = (jnp.int32(0),) * 2 if lower is None else (clip(row + lower), clip(last + lower))
         stops = (jnp.int32(S),) * 2 if upper is None else (clip(row + upper + 1), clip(last + upper + 1))
-        return tile_ranges(*starts, *stops, self.block_kv, S)
+        return tile_ranges(starts[0], starts[1], stops[0], stops[1], self.block_kv, S)
 
     def query_tiles(self, head: tuple, block: Any, block_q: int, block_keys: int) -> tuple[Any, Any]:
         """First and end of the query tiles with a row that attends a block of keys."""

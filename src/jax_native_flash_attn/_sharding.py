@@ -99,7 +99,10 @@ def lowering_rule(function: Callable, layouts: Callable[..., Layouts], platform:
         has_auto_axes = partitioning is not None and kinds <= {AxisType.Auto}
         # A program for several platforms holds one kernel for each, and Mosaic GPU's can only be lowered alone.
         is_only = len(ctx.module_context.platforms) == 1
-        target = Target(platform if is_only or platform == "cpu" else "accelerator", is_sharded=is_nameless or (has_auto_axes and is_symbolic))
+        target = Target(
+            platform if is_only or platform == "cpu" else "accelerator",
+            is_sharded=is_nameless or (has_auto_axes and is_symbolic),
+        )
         kernel = functools.partial(function, target=target, **params)
         if has_auto_axes and not is_symbolic:
             kernel = _partitioned(kernel, *layouts(**params), avals, ctx.avals_out)
