@@ -6,6 +6,7 @@ from typing import Any
 from ._tiles import Sizes
 
 _SHARED_MEMORY = 227 * 1024  # bytes that one block may use on Hopper
+MULTIPROCESSORS = 132
 _RESERVED = 4 * 1024  # for barriers and the compiler
 
 
@@ -18,16 +19,16 @@ class Blocks:
       block_kv: keys of one tile, a multiple of 64.
       stages: tiles of keys and values in shared memory at once.
       warpgroups: how many compute, each with its own rows; one more loads.
-      takes_turns: whether two warpgroups take turns at the tensor cores.
       weights_in_shared: whether the softmax weights reach the second product through shared memory, not registers.
+      persistent: whether one program works through many blocks of rows.
     """
 
     block_q: int
     block_kv: int
     stages: int
     warpgroups: int
-    takes_turns: bool = False
     weights_in_shared: bool = False
+    persistent: bool = True
 
     @property
     def rows(self) -> int:
