@@ -119,35 +119,37 @@ def dkey_dvalue(
             def zeros(*shape: int) -> jax.Array:
                 return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
 
+            def logits_of(head: tuple, scale: Any = None) -> TileLogits:
+                return TileLogits(config, z, refs, {}, intervals, head, block_q, block_kv, transposed=True, scale=scale)
+
+            scale = logits_of((*batch, kv_head)).scale
             plgpu.barrier_wait(local["keys ready"].at[wg])
 
             def step(i: Any, carry: tuple) -> tuple:
                 head, row, slot = position(i)
-                logits = TileLogits(config, z, refs, {}, intervals, head, block_q, block_kv, transposed=True)
+                logits = logits_of(head, scale)
                 query, cotangent = local["query"].at[slot], local["dout"].at[slot]
+                masked = intervals.is_query_edge(head, row, block, block_q, block_keys)
+                rows = logits.rows(row, late=True)
+                scores = logits.scores(rows, tile)
                 plgpu.barrier_wait(local["rows ready"].at[slot])
 
                 def scores_and_dweights(state: tuple) -> None:
                     plgpu.wgmma(state[0], key, query.transpose((1, 0)))
                     plgpu.wgmma(state[1], value, cotangent.transpose((1, 0)))
 
-                rows = logits.rows(row)
-                scores = logits.scores(rows, tile)
                 row_lse, row_delta = (
                     logits.of_rows(plgpu.load(local[name].at[slot], layout=COLUMN, optimized=False))
                     for name in ("lse", "delta")
                 )
                 initial = plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))
                 s, dp = pl.run_state(scores_and_dweights)(initial)
-                masked = intervals.is_query_edge(head, row, block, block_q, block_keys)
                 x, factor = logits(s, scores, rows, tile, logits.scale * LOG2E, masked)
                 weights = jnp.exp2((x if factor is None else x * factor) - row_lse)
                 if config.dropout is not None:
                     dp = logits.drop(dp, row, tile) * logits.rescaling
                 ds = weights * (dp - row_delta)
-                dead = logits.dead(rows)
-                if dead is not None:
-                    ds = jnp.where(dead, 0.0, ds)
+                ds = logits.through_mask(ds, rows, masked)
                 p, ds = (logits.drop(weights, row, tile) * logits.rescaling).astype(dtype), ds.astype(dtype)
                 dkey, dvalue, p, ds = lax.optimization_barrier((*carry, p, ds))
 
@@ -161,7 +163,6 @@ def dkey_dvalue(
 
             accumulators = (zeros(block_kv, z.H), zeros(block_kv, z.H))
             dkey, dvalue = lax.fori_loop(0, per_head * z.G, step, accumulators)
-            scale = TileLogits(config, z, refs, {}, intervals, (*batch, kv_head), block_q, block_kv).scale
             key[...] = (dkey * scale).astype(dtype)
             value[...] = dvalue.astype(dtype)
             plgpu.commit_smem()

@@ -126,8 +126,7 @@ def dquery(
                 exponent = (x if factor is None else x * factor) - logits.of_rows(row_lse)
                 dp = logits.drop(dp, row, tile_of(i)) * logits.rescaling
                 ds = jnp.exp2(exponent) * (dp - logits.of_rows(row_delta))
-                dead = logits.dead(rows)
-                return (ds if dead is None else jnp.where(dead, 0.0, ds)).astype(dtype)
+                return logits.through_mask(ds, rows, masked).astype(dtype)
 
             def issue(s_ref: Any, dp_ref: Any, slot: Any) -> None:
                 plgpu.wgmma(s_ref, query, local["key"].at[slot].transpose((1, 0)))

@@ -123,7 +123,8 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
 
         # The last round is not a full one.
         rounds, rest = divmod(num_items, num_programs)
-        num_rounds = rounds + jnp.where(((num_programs - 1) - program if rounds % 2 else program) < rest, 1, 0)
+        is_longer = ((num_programs - 1) - program if rounds % 2 else program) < rest
+        num_rounds = jnp.int32(rounds) + is_longer.astype(jnp.int32)
 
         def load_item(number: Any, done: Any) -> Any:
             """Issue the loads of one item; `done` counts the tiles of those before."""

@@ -7,6 +7,7 @@ Bias and boolean mask keep the axes in which they broadcast. With both T and S t
 through shared memory; with one of them they are a vector, read into registers directly.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -109,8 +110,11 @@ class RowVectors(NamedTuple):
     """What the masks and scores of a tile say for each query row, in registers."""
 
     row: Any  # the first
-    intervals: tuple[jax.Array, jax.Array] | None
+    intervals: Any  # a pair, None, or a function that loads it where it is needed
     scores: dict[str, jax.Array]
+
+    def pair(self) -> Any:
+        return self.intervals() if callable(self.intervals) else self.intervals
 
 
 class TileLogits:
@@ -129,26 +133,31 @@ class TileLogits:
         *,
         row_in_block: Any = 0,
         transposed: bool = False,
+        scale: Any = None,
     ):
-        """`row_in_block` is where this warpgroup's rows start in the buffers, `head` the index (batch..., N)."""
+        """`row_in_block` is where this warpgroup's rows start in the buffers, `head` the index (batch..., N).
+
+        `scale` is read here unless it was read before.
+        """
         self.config, self.sizes, self.refs, self.buffers, self.intervals = config, sizes, refs, buffers, intervals
         self.head, self.row_in_block, self.block_q, self.block_kv = head, row_in_block, block_q, block_kv
         self.q_axis = 1 if transposed else 0
         self.shape = (block_kv, block_q) if transposed else (block_q, block_kv)
         self.q_layout, self.kv_layout = (COLUMN, ROW) if transposed else (ROW, COLUMN)
-        scale = refs["scale"]
-        self.scale = scale[broadcast_index(head[:-1], scale.shape)]
+        ref = refs["scale"]
+        self.scale = ref[broadcast_index(head[:-1], ref.shape)] if scale is None else scale
         self.has_bias = any(name.startswith("bias") for name in refs)
         self.has_mask = any(name.startswith("allowed") for name in refs)
 
-    def rows(self, row: Any) -> RowVectors:
-        """Of the rows from `row` on."""
+    def rows(self, row: Any, *, late: bool = False) -> RowVectors:
+        """Of the rows from `row` on; `late` loads intervals only in tiles that need a mask."""
         scores = {
             name: self._vector(f"{name}_rows", row, self.block_q, self.q_layout)
             for name in _SCORES
             if f"{name}_rows" in self.refs
         }
-        return RowVectors(row, self.intervals.rows(self.head, row, self.block_q, self.q_layout), scores)
+        load = functools.partial(self.intervals.rows, self.head, row, self.block_q, self.q_layout)
+        return RowVectors(row, load if late else load(), scores)
 
     def of_rows(self, x: jax.Array) -> jax.Array:
         """A value for each query row, in the shape of a tile."""
@@ -206,8 +215,9 @@ class TileLogits:
 
         def edge(logits: jax.Array) -> jax.Array:
             column = tile * self.block_kv
-            allowed = self.intervals.allowed(rows.intervals, rows.row, column, self.shape, self.q_axis)
-            dead = self.dead(rows)
+            pair = rows.pair()
+            allowed = self.intervals.allowed(pair, rows.row, column, self.shape, self.q_axis)
+            dead = self.intervals.dead(pair, self.shape, self.q_axis)
             if in_mask is not None:
                 in_mask_here = in_mask == 0 if is_additive else in_mask != 0
                 allowed = allowed & (in_mask_here if dead is None else in_mask_here | dead)
@@ -219,8 +229,18 @@ class TileLogits:
             return (edge if masked else full)(logits), None
         return lax.cond(masked, edge, full, logits), None
 
-    def dead(self, rows: RowVectors) -> jax.Array | None:
-        return self.intervals.dead(rows.intervals, self.shape, self.q_axis)
+    def through_mask(self, x: jax.Array, rows: RowVectors, masked: Any) -> jax.Array:
+        """Cotangents of logits: zero in dead rows, whose logits are constant. (Masked ones have no weight anyway.)"""
+        if "key_start" not in self.refs:
+            return x
+
+        def edge(x: jax.Array) -> jax.Array:
+            pair = rows.pair()
+            return jnp.where(self.intervals.dead(pair, self.shape, self.q_axis), 0.0, x)
+
+        if isinstance(masked, bool):
+            return edge(x) if masked else x
+        return lax.cond(masked, edge, lambda x: x, x)
 
     def drop(self, weights: jax.Array, row: Any, tile: Any) -> jax.Array:
         """Weights (or what multiplies them) that dropout keeps, not yet rescaled; the others zero."""
