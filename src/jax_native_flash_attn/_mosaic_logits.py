@@ -235,8 +235,8 @@ class TileLogits:
             return x
 
         def edge(x: jax.Array) -> jax.Array:
-            pair = rows.pair()
-            return jnp.where(self.intervals.dead(pair, self.shape, self.q_axis), 0.0, x)
+            dead = self.intervals.dead(rows.pair(), self.shape, self.q_axis)
+            return x if dead is None else jnp.where(dead, 0.0, x)
 
         if isinstance(masked, bool):
             return edge(x) if masked else x
