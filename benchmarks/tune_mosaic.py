@@ -1,9 +1,9 @@
 """Times the Hopper forward kernel with several block shapes, and checks each against float64.
 
-    python benchmarks/tune_mosaic.py gpu-2x8192x16x128-causal gpu-2x8192x16x128 --blocks 64x128x2w2 64x128x2w2n
+    python benchmarks/tune_mosaic.py gpu-2x8192x16x128-causal gpu-2x8192x16x128 --blocks 64x128x2w2 64x128x2w3
 
-Each candidate is `block_q x block_kv x stages w warpgroups`, with an s behind for softmax weights in shared memory and
-an n for one program per block of rows. Needs a Hopper GPU. What it finds belongs into `_mosaic_blocks.py`.
+Each candidate is `block_q x block_kv x stages w warpgroups`, with an s behind for softmax weights in shared memory.
+Needs a Hopper GPU. What it finds belongs into `_mosaic_blocks.py`.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from jax_native_flash_attn._mosaic_forward import forward
 
 
 def parse_blocks(text: str) -> Blocks:
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)w(\d)(s?)(n?)", text)
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)w(\d)(s?)", text)
     if match is None:
-        raise ValueError(f"blocks are written as 64x128x2w2 or 64x64x2w2sn, got {text!r}")
-    return Blocks(*map(int, match.groups()[:4]), weights_in_shared=bool(match[5]), persistent=not match[6])
+        raise ValueError(f"blocks are written as 64x128x2w2 or 64x64x2w2s, got {text!r}")
+    return Blocks(*map(int, match.groups()[:4]), weights_in_shared=bool(match[5]))
 
 
 def kernel_call(shape: AttentionShape, arrays: Any, blocks: Blocks, *, needs_lse: bool) -> Any:

@@ -6,7 +6,6 @@ from typing import Any
 from ._tiles import Sizes
 
 _SHARED_MEMORY = 227 * 1024  # bytes that one block may use on Hopper
-MULTIPROCESSORS = 132
 _RESERVED = 4 * 1024  # for barriers and the compiler
 
 
@@ -20,7 +19,6 @@ class Blocks:
       stages: tiles of keys and values in shared memory at once.
       warpgroups: how many compute, each with its own rows; one more loads.
       weights_in_shared: whether the softmax weights reach the second product through shared memory, not registers.
-      persistent: whether one program works through many blocks of rows.
     """
 
     block_q: int
@@ -28,7 +26,6 @@ class Blocks:
     stages: int
     warpgroups: int
     weights_in_shared: bool = False
-    persistent: bool = True
 
     @property
     def rows(self) -> int:

@@ -1,4 +1,4 @@
-"""Forward kernel for Hopper GPUs: attention of blocks of query rows, each a pipeline of warpgroups.
+"""Forward kernel for Hopper GPUs: attention of one block of query rows, as a pipeline of warpgroups.
 
 One warpgroup loads, the others compute, each on its own 64 query rows; all go through the same key/value tiles, last
 tile first. For tile i (S = scores, P = weights, O = numerator of the output):
@@ -12,10 +12,7 @@ tensor cores still work on P0 V0. The state of the online softmax (Milakov and G
 in registers, in base 2. The scheme is that of FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608).
 
 Only tiles in which some row's interval begins or ends need a mask. For a causal mask that is the first one visited;
-other masks decide at run time.
-
-One program per multiprocessor works through a list of items, an item being a block of rows of one head, those with many
-tiles (the last rows of a causal mask) first. Keys of the next item are loaded while the output of one is still written.
+other masks decide at run time. Blocks of rows with many tiles (the last rows of a causal mask) start first.
 """
 
 import math
@@ -38,11 +35,10 @@ from ._mosaic import (
     round_up,
     unravel,
 )
-from ._mosaic_blocks import MULTIPROCESSORS, Blocks
+from ._mosaic_blocks import Blocks
 from ._mosaic_logits import TileLogits, clean_padding, key_slice, prepare, query_slice, score_buffers, score_slice
 from ._mosaic_masks import Intervals
 from ._numerics import LN2, LOG2E, lowest
-from ._tiles import ColumnRange
 
 _LOWEST = lowest(jnp.float32)
 _CACHE_BYTES = 24e6  # of keys and values that blocks which run at once should share: half of Hopper's L2 cache
@@ -56,21 +52,18 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
     z, dtype = inputs.sizes, inputs.query.dtype
     padded_T = round_up(z.T, 8)
     compute, stages, shape = blocks.warpgroups, blocks.stages, (blocks.block_q, blocks.block_kv)
-    # The output leaves through shared memory that held the query (16 bit), or query and keys (float32).
-    is_wide = jnp.dtype(out_dtype) != dtype
     operands = prepare(config, inputs, blocks.rows, blocks.block_kv)
     heads = (*z.batch, z.N)
     num_heads, num_blocks = math.prod(heads), -(-z.T // blocks.rows)
     group = heads_per_group(num_heads, 4 * z.S * z.H / z.G, _CACHE_BYTES)
-    num_items = num_heads * num_blocks
-    # A float32 output takes the room that the next item's keys would be loaded into.
-    num_programs = num_items if is_wide or not blocks.persistent else min(num_items, MULTIPROCESSORS)
 
     out_types = [jax.ShapeDtypeStruct((*z.batch, padded_T, z.N, z.H), out_dtype)]
     if config.needs_lse:
         # Whole blocks: TMA clips matrices at the end of an axis, but not vectors.
         out_types.append(jax.ShapeDtypeStruct((*heads, num_blocks * blocks.rows), jnp.float32))
     rows_like = (compute, blocks.block_q, z.H)
+    # The output leaves through shared memory that held the query (16 bit), or query and keys (float32).
+    is_wide = jnp.dtype(out_dtype) != dtype
     loaded = (matrix_buffer(*rows_like, dtype=dtype), matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype))
     shared = plgpu.RefUnion(loaded, *([(matrix_buffer(*rows_like, dtype=out_dtype),)] if is_wide else []))
     scores = score_buffers(operands, stages, blocks.rows, blocks.block_kv)
@@ -87,8 +80,6 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
         # Completed by all compute warpgroups: the slot may be loaded again.
         "key free": plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
         "value free": plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
-        # Completed by the warpgroup of these rows: its output has left the buffer of the query.
-        "query free": plgpu.Barrier(num_barriers=compute),
         # Completed by all compute warpgroups: nobody reads query or keys any more.
         "all done": plgpu.Barrier(num_arrivals=compute),
         # Completed by compute warpgroup 0: the padding in a tile of values is clean.
@@ -104,67 +95,45 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
         out_smem = wide[0][0] if is_wide else query_smem
         value_smem = local["value"]
 
-        wg = lax.axis_index("wg")
-        program = lax.axis_index("program")
+        head = unravel(lax.axis_index("group") * group + lax.axis_index("member"), heads)
+        block = (num_blocks - 1) - lax.axis_index("block")
         intervals = Intervals(config.band, z.T, z.S, blocks.block_kv, refs)
+        ranges = intervals.ranges(head, block, blocks.rows)
+        num_tiles = ranges.stop - ranges.first
+        wg = lax.axis_index("wg")
 
-        def item(number: Any) -> tuple[tuple, Any, ColumnRange, Any]:
-            """Head, block of rows, its tiles and how many, of the number-th item of this program.
+        def slot_of(i: Any) -> Any:
+            return lax.rem(i, jnp.int32(stages))
 
-            Every other round of items goes the other way: a program that got a long one gets a short one next.
-            """
-            place = jnp.where(lax.rem(number, jnp.int32(2)) == 1, (num_programs - 1) - program, program)
-            index = number * num_programs + place
-            member, index = lax.rem(index, jnp.int32(group)), lax.div(index, jnp.int32(group))
-            block = (num_blocks - 1) - lax.rem(index, jnp.int32(num_blocks))
-            head = unravel(lax.div(index, jnp.int32(num_blocks)) * group + member, heads)
-            ranges = intervals.ranges(head, block, blocks.rows)
-            return head, block, ranges, ranges.stop - ranges.first
+        def tile_of(i: Any) -> Any:
+            return ranges.stop - 1 - i
 
-        # The last round is not a full one.
-        rounds, rest = divmod(num_items, num_programs)
-        is_longer = ((num_programs - 1) - program if rounds % 2 else program) < rest
-        num_rounds = jnp.int32(rounds) + is_longer.astype(jnp.int32)
-
-        def load_item(number: Any, done: Any) -> Any:
-            """Issue the loads of one item; `done` counts the tiles of those before."""
-            head, block, ranges, num_tiles = item(number)
+        @pl.when(wg == compute)
+        def _load() -> None:
+            plgpu.set_max_registers(blocks.registers[1], action="decrease")
             first_row = block * blocks.rows
-
-            def load(name: str, i: Any) -> None:
-                slot, tile = lax.rem(done + i, jnp.int32(stages)), ranges.stop - 1 - i
-                pl.when(done + i >= stages)(lambda: plgpu.barrier_wait(local[f"{name} free"].at[slot]))
-                ready = local[f"{name} ready"].at[slot]
-                source = key_slice(refs[name], head, z.G, tile, blocks.block_kv)
-                plgpu.copy_gmem_to_smem(source, (key_smem if name == "key" else value_smem).at[slot], ready)
-                for score in operands.tiled if name == "key" else ():
-                    source = score_slice(refs[score], head, first_row, blocks.rows, tile, blocks.block_kv)
-                    plgpu.copy_gmem_to_smem(source, local[score].at[slot], ready)
-
-            load("key", jnp.int32(0))
             for w in range(compute):
-                pl.when(number > 0)(lambda w=w: plgpu.barrier_wait(local["query free"].at[w]))
                 rows = query_slice(refs["query"], head, first_row + w * blocks.block_q, blocks.block_q)
                 plgpu.copy_gmem_to_smem(rows, query_smem.at[w], local["query ready"].at[w])
-            load("value", jnp.int32(0))
 
             def load_tile(i: Any, carry: None) -> None:
-                load("key", i)
-                load("value", i)
+                slot, tile = slot_of(i), tile_of(i)
+                pl.when(i >= stages)(lambda: plgpu.barrier_wait(local["key free"].at[slot]))
+                key = key_slice(refs["key"], head, z.G, tile, blocks.block_kv)
+                plgpu.copy_gmem_to_smem(key, key_smem.at[slot], local["key ready"].at[slot])
+                for name in operands.tiled:
+                    score = score_slice(refs[name], head, first_row, blocks.rows, tile, blocks.block_kv)
+                    plgpu.copy_gmem_to_smem(score, local[name].at[slot], local["key ready"].at[slot])
+                pl.when(i >= stages)(lambda: plgpu.barrier_wait(local["value free"].at[slot]))
+                value = key_slice(refs["value"], head, z.G, tile, blocks.block_kv)
+                plgpu.copy_gmem_to_smem(value, value_smem.at[slot], local["value ready"].at[slot])
 
-            lax.fori_loop(1, num_tiles, load_tile, None)
-            return done + num_tiles
+            lax.fori_loop(0, num_tiles, load_tile, None)
 
-        def compute_item(number: Any, done: Any) -> Any:
-            head, block, ranges, num_tiles = item(number)
+        @pl.when(wg < compute)
+        def _compute() -> None:
+            plgpu.set_max_registers(blocks.registers[0], action="increase")
             row = block * blocks.rows + wg * blocks.block_q
-
-            def slot_of(i: Any) -> Any:
-                return lax.rem(done + i, jnp.int32(stages))
-
-            def tile_of(i: Any) -> Any:
-                return ranges.stop - 1 - i
-
             buffers = {name: local[name] for name in operands.tiled}
             logits = TileLogits(config, z, refs, buffers, intervals, head, *shape, row_in_block=wg * blocks.block_q)
             rows = logits.rows(row)
@@ -225,14 +194,14 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
             acc = plgpu.layout_cast(jnp.zeros((blocks.block_q, z.H), jnp.float32), plgpu.Layout.WGMMA)
 
             def first_scores(s_ref: Any) -> Any:
-                plgpu.barrier_wait(local["key ready"].at[slot_of(0)])
-                issue_scores(s_ref, slot_of(0))
+                plgpu.barrier_wait(local["key ready"].at[0])
+                issue_scores(s_ref, 0)
                 return s_ref[...]
 
             products = pl.run_scoped(first_scores, plgpu.ACC(shape, jnp.float32))
-            first = logits.scores(rows, tile_of(0), slot_of(0))
+            first = logits.scores(rows, tile_of(0), 0)
             p, top, total, _ = softmax(products, first, jnp.int32(0), top, total, has_edges)
-            plgpu.barrier_arrive(local["key free"].at[slot_of(0)])
+            plgpu.barrier_arrive(local["key free"].at[0])
 
             def put(p: Any) -> Any:
                 if not blocks.weights_in_shared:
@@ -278,7 +247,6 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
             clean_value(num_tiles - 1)
             weights = local["weights"].at[wg] if blocks.weights_in_shared else p
             acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, value_smem.at[last]))(plgpu.ACC.init(acc))
-            plgpu.barrier_arrive(local["value free"].at[last])
 
             out = acc * columns_of(logits.rescaling / total, acc.shape)
             lse = (top + jnp.log2(total)) * LN2
@@ -297,24 +265,12 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
             if config.needs_lse:
                 plgpu.copy_smem_to_gmem(local["lse"].at[wg], outs[1].at[(*head, pl.ds(row, blocks.block_q))])
             plgpu.wait_smem_to_gmem(0)
-            plgpu.barrier_arrive(local["query free"].at[wg])
-            return done + num_tiles
-
-        @pl.when(wg == compute)
-        def _load() -> None:
-            plgpu.set_max_registers(blocks.registers[1], action="decrease")
-            lax.fori_loop(0, num_rounds, load_item, jnp.int32(0))
-
-        @pl.when(wg < compute)
-        def _compute() -> None:
-            plgpu.set_max_registers(blocks.registers[0], action="increase")
-            lax.fori_loop(0, num_rounds, compute_item, jnp.int32(0))
 
     results = launch(
         kernel,
         out_types=out_types,
         scratch=tuple(scratch.values()),
-        grid={"program": num_programs},
+        grid={"group": num_heads // group, "block": num_blocks, "member": group},
         warpgroups=compute + 1,
     )(*operands.arrays.values())
     out, *lse = results
