@@ -11,7 +11,7 @@ from tests.cases import DTYPES, Case, cases, check_case
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_generated_calls_are_as_accurate_as_dense_attention(dtype: str):
-    @settings(max_examples=10)
+    @settings(max_examples=6)
     @given(cases((dtype,)))
     def check(case: Case):
         check_case(case)

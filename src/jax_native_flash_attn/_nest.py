@@ -4,6 +4,7 @@ A block that does not divide its length leaves a last tile that overlaps the one
 *owned* by the first tile that holds it, and only owned ones count.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,10 +31,11 @@ class TileMask(NamedTuple):
 
 @dataclass(frozen=True)
 class Nest(TileAccess):
+    """`differentiable`: loops have static trip counts and checkpointed steps, for reverse mode in linear memory."""
+
     band: Band
     mask: MaskOperands
     differentiable: bool = False
-    """Loops have static trip counts and checkpointed steps, for reverse mode in linear memory."""
 
     @property
     def num_query_tiles(self) -> int:
@@ -65,6 +67,8 @@ class Nest(TileAccess):
             starts = tuple(i * b for i, b in zip(batch, self.tile.batch, strict=True))
             return body(RowTile(starts, head * self.tile.heads, row, number), carry)
 
+        if self.mask.allowed is not None:
+            _ = self._occupied  # outside of the loops
         return self._loop(0, math.prod(counts), step, carry)
 
     def columns(self, at: RowTile, body: Callable[[ColumnTile, TileMask | None, Carry], Carry], carry: Carry) -> Carry:
@@ -77,7 +81,7 @@ class Nest(TileAccess):
             columns = ColumnTile(start, start)
             return body(columns, self._tile_mask(at, columns), carry)
         ranges, has_edges, has_full = self._column_ranges(at)
-        data_dependent = self.mask.allowed is not None
+        any_dead = None if self.mask.dead is None else self.row_slice(self.mask.dead, at).any()
 
         def column_tile(j: Index) -> ColumnTile:
             return ColumnTile(_clamped(j, self.tile.block_kv, self.sizes.S), j * self.tile.block_kv)
@@ -87,10 +91,11 @@ class Nest(TileAccess):
 
         def masked(j: Index, carry: Carry) -> Carry:
             columns = column_tile(j)
-            mask = self._tile_mask(at, columns)
-            if not data_dependent:
-                return body(columns, mask, carry)
-            return lax.cond(mask.allowed.any(), lambda c: body(columns, mask, c), lambda c: c, carry)
+            if self.mask.allowed is None:
+                return body(columns, self._tile_mask(at, columns), carry)
+            # Dead rows attend all keys.
+            is_needed = self._is_occupied(at, j) if any_dead is None else self._is_occupied(at, j) | any_dead
+            return lax.cond(is_needed, lambda c: body(columns, self._tile_mask(at, columns), c), lambda c: c, carry)
 
         if self.visits_one_key_tile:
             return masked(0, carry) if has_edges else full(0, carry)
@@ -145,6 +150,20 @@ class Nest(TileAccess):
         known = ColumnRange(*(static_if_known(*pair) for pair in zip(ranges, traced, strict=True)))
         return known, has_edges, has_full
 
+    @functools.cached_property
+    def _occupied(self) -> jax.Array:
+        """Which tiles the boolean mask leaves something of, (query tiles, key/value tiles, batch..., N); sizes 1 stay.
+
+        Found once for all the heads that share the mask, before the loops.
+        """
+        assert self.mask.allowed is not None
+        by_columns = _any_in_blocks(self.mask.allowed, self.tile.block_kv, self.sizes.S)
+        return _any_in_blocks(by_columns, self.tile.block_q, self.sizes.T)
+
+    def _is_occupied(self, at: RowTile, j: Index) -> jax.Array:
+        sizes = (1, 1, *self.tile.batch, self.tile.heads * self.sizes.G)
+        return self.slice(self._occupied, (at.number, j, *at.batch, at.head * self.sizes.G), sizes).any()
+
     def _intervals(self, at: RowTile) -> tuple[jax.Array, jax.Array]:
         """First key and end of the keys of each row of a tile, (lead..., rows) with axes of size 1."""
         if self.mask.key_start is not None and self.mask.key_stop is not None:
@@ -184,6 +203,17 @@ class Nest(TileAccess):
         owned = self.row_positions(at) >= at.number * self.tile.block_q
         owned = jnp.tile(owned, self.sizes.G).reshape((1,) * (x.ndim - 2) + (-1, 1))
         return jnp.where(owned, x, 0)
+
+
+def _any_in_blocks(x: jax.Array, block: int, length: int) -> jax.Array:
+    """Whether any element of each block of the last axis, of that length or 1, is True: (blocks, ...)."""
+    if x.shape[-1] == 1:
+        return x[None, ..., 0]
+
+    def of_block(i: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x, _clamped(i, block, length), block, -1).any(-1)
+
+    return lax.map(of_block, jnp.arange(-(-length // block), dtype=jnp.int32))
 
 
 def _clamped(i: Index, block: int, length: int) -> Index:

@@ -62,7 +62,8 @@ _CPU_KEYS = 1 << 19  # ... of the keys, where few rows make reading them what co
 _CPU_REVERSE = 1 << 22  # ... in reverse mode through a kernel
 _ACCELERATOR = 1 << 28  # ... of float32 scores: 1 GiB for each temporary
 
-_WIDEST_BAND, _BAND_ROWS = 1024, 256
+_WIDEST_BAND = 1025  # keys: 1024 and the diagonal
+_CPU_BAND_ROWS, _ACCELERATOR_BAND_ROWS = 256, 1024
 
 
 def choose_tile(
@@ -133,7 +134,8 @@ def _band_tile(
     """All the keys of some rows in one tile, if that is less than half of S: softmax needs no correction then."""
     if width is None or width > _WIDEST_BAND:
         return None
-    block_q = balanced_block(sizes.T, block_q or max(1, _BAND_ROWS // sizes.G))
+    rows = _CPU_BAND_ROWS if platform == "cpu" else _ACCELERATOR_BAND_ROWS
+    block_q = balanced_block(sizes.T, block_q or max(1, rows // sizes.G))
     block_kv = -(-(block_q + width - 1) // 64) * 64
     if 2 * block_kv > sizes.S:
         return None
@@ -170,6 +172,8 @@ def largest_divisor(n: int, limit: int) -> int:
 def balanced_block(length: int, block: int) -> int:
     """At most about `block`, such that blocks of equal size cover `length` with little overlap.
 
+    Up to an eighth more is better than one block more.
+
     A length that the block does not divide (a prime, say) is cut into as many blocks of nearly equal size; the last
     one then overlaps the one before by a few rows, which the tile's owner rule ignores.
     """
@@ -177,9 +181,10 @@ def balanced_block(length: int, block: int) -> int:
         return max(1, length)
     if length % block == 0:
         return block
-    even = -(-length // (-(-length // block)))
-    granule = 64 if block % 64 == 0 else 1
-    return min(-(-even // granule) * granule, block)
+    count = -(-8 * length // (9 * block))
+    even = -(-length // count)
+    granule = 16 if block % 16 == 0 else 1
+    return min(-(-even // granule) * granule, length)
 
 
 class ColumnRange(NamedTuple):

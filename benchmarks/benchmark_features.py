@@ -1,0 +1,131 @@
+"""What masks, padding, dropout and higher derivatives cost, as ratios of times measured in one process.
+
+    python benchmarks/benchmark_features.py
+
+Each line compares two programs on the same inputs; the goal is the largest ratio that we accept.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from machine import header
+from timing import interleaved_medians
+from tqdm import tqdm
+
+from jax_native_flash_attn import flash_attention
+
+Function = Callable[..., Any]
+
+
+class Comparison(NamedTuple):
+    """`function` against `baseline`, each with its arguments."""
+
+    name: str
+    function: Function
+    arguments: tuple[Any, ...]
+    baseline: Function
+    baseline_arguments: tuple[Any, ...]
+    goal: float
+
+
+def gradient(f: Function) -> Function:
+    """The output of `f` and the gradients of query, key and value."""
+    return lambda *x: jax.value_and_grad(lambda *x: jnp.sin(f(*x)).sum(), (0, 1, 2))(*x)
+
+
+def comparisons(length: int) -> Iterator[Comparison]:
+    """All lines of the table, for B = 1, N = K = 4, H = 64."""
+    rng = np.random.default_rng(0)
+
+    def qkv(length: int) -> tuple[jax.Array, ...]:
+        shape = (1, length, 4, 64)
+        return tuple(jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(3))
+
+    x = qkv(length)
+    half = jnp.array([length // 2], jnp.int32)
+    documents = jnp.arange(length) * 8 // length
+    same_document = (documents[:, None] == documents[None, :])[None, None]
+    key = jax.random.key(0)
+
+    def plain(*x: jax.Array) -> jax.Array:
+        return flash_attention(*x)
+
+    def causal(*x: jax.Array) -> jax.Array:
+        return flash_attention(*x, is_causal=True)
+
+    def padded(*x: jax.Array) -> jax.Array:
+        return flash_attention(*x, query_seq_lengths=half, key_value_seq_lengths=half)
+
+    def packed(*x: jax.Array) -> jax.Array:
+        return flash_attention(*x, mask=same_document)
+
+    def dropped(*x: jax.Array) -> jax.Array:
+        return flash_attention(*x, dropout_rate=0.1, dropout_rng=key)
+
+    def dense_dropped(query: jax.Array, key_: jax.Array, value: jax.Array) -> jax.Array:
+        logits = jnp.einsum("btnh,bsnh->bnts", query, key_) / 8
+        keep = jax.random.bernoulli(key, 0.9, logits.shape)
+        probabilities = jnp.where(keep, jax.nn.softmax(logits) / 0.9, 0)
+        return jnp.einsum("bnts,bsnh->btnh", probabilities, value)
+
+    def in_mode(mode: str, f: Function) -> Function:
+        return gradient(f) if mode == "gradient" else f
+
+    for mode in ("forward", "gradient"):
+        against_plain = (in_mode(mode, plain), x)
+        yield Comparison(f"{mode}, lengths T/2 : none", in_mode(mode, padded), x, *against_plain, 0.6)
+        yield Comparison(f"{mode}, mask of 8 documents : none", in_mode(mode, packed), x, *against_plain, 0.3)
+        dense = in_mode(mode, dense_dropped)
+        yield Comparison(f"{mode}, dropout : dense with dropout", in_mode(mode, dropped), x, dense, x, 1.0)
+        prime = qkv(length + 5)  # 2048 + 5 is a prime
+        name = f"{mode}, length {length + 5} : {length}"
+        yield Comparison(name, in_mode(mode, plain), prime, *against_plain, 1.1)
+
+    def jvp(f: Function) -> Function:
+        return lambda *x: jax.jvp(f, x, x)
+
+    for name, f in (("plain", plain), ("causal", causal)):
+        yield Comparison(f"{name}, jvp : gradient", jvp(f), x, gradient(f), x, 1.5)
+        # A Hessian-vector product is a gradient and its tangent.
+        yield Comparison(f"{name}, hvp : gradient + tangent", jvp(gradient(f)), x, gradient(f), x, 2.5)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--time-budget", type=float, default=4.0, help="seconds for each line (default: %(default)s)")
+    options = parser.parse_args(argv)
+    print(header())
+    print(f"B 1, T = S = {options.length}, 4 heads of 64, float32\n")
+    print(f"| {'comparison':38} |        ms |     to ms | ratio | goal | verdict |")
+    print(f"|{'-' * 40}|{'-' * 11}|{'-' * 11}|{'-' * 7}|{'-' * 6}|{'-' * 9}|")
+    lines = list(comparisons(options.length))
+    with tqdm(lines, unit="line", disable=None, leave=False) as progress:
+        for line in progress:
+            progress.set_description_str(line.name)
+            compiled = {
+                name: jax.jit(function).lower(*arguments).compile()
+                for name, function, arguments in (
+                    ("ours", line.function, line.arguments),
+                    ("baseline", line.baseline, line.baseline_arguments),
+                )
+            }
+            calls = {
+                "ours": lambda run=compiled["ours"], x=line.arguments: run(*x),
+                "baseline": lambda run=compiled["baseline"], x=line.baseline_arguments: run(*x),
+            }
+            seconds = interleaved_medians(calls, time_budget=options.time_budget)
+            ratio = seconds["ours"] / seconds["baseline"]
+            verdict = "met" if ratio <= line.goal else "missed"
+            progress.write(
+                f"| {line.name:38} | {1e3 * seconds['ours']:9.1f} | {1e3 * seconds['baseline']:9.1f} "
+                f"| {ratio:5.2f} | {line.goal:4.1f} | {verdict:7} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
