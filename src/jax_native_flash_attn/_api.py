@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from ._attention import attention
 
-Implementation = Literal["xla", "cudnn"]
+Implementation = Literal["xla", "mosaic_gpu", "cudnn"]
 
 
 @overload
@@ -98,7 +98,9 @@ def flash_attention(
       key_value_seq_lengths: (B,) int32; keys and values from there on are ignored, even NaN.
       local_window_size: (left, right) or one integer for both: query t attends t - left <= s <= t + right only.
         May be traced.
-      implementation: None or 'xla' for the pure JAX kernels; 'cudnn' passes the call to `jax.nn`.
+      implementation: None for the fastest kernels that support the call where it is compiled for. 'xla' for the pure
+        JAX kernels, 'mosaic_gpu' for those for Hopper GPUs, which is an error where they cannot run; 'cudnn' passes
+        the call to `jax.nn`.
       return_residual: also return the log-sum-exp of the logits, with its gradient stopped.
       dropout_rate: (extension) probability, in [0, 1], of dropping an attention weight; kept ones are divided by
         `1 - dropout_rate`. A static Python number.
@@ -117,10 +119,11 @@ def flash_attention(
     Raises:
       ValueError: wrong rank, shape or dtype, unknown `implementation`, a rate outside [0, 1], a missing `dropout_rng`.
       TypeError: bias or mask not broadcastable; arguments that must be static but are not.
-      NotImplementedError: an extension together with implementation='cudnn'.
+      NotImplementedError: an extension together with implementation='cudnn'; implementation='mosaic_gpu' where it
+        cannot run (when the call is compiled).
     """
-    if implementation not in (None, "xla", "cudnn"):
-        raise ValueError(f"implementation must be None, 'xla' or 'cudnn', got {implementation!r}")
+    if implementation not in (None, "xla", "mosaic_gpu", "cudnn"):
+        raise ValueError(f"implementation must be None, 'xla', 'mosaic_gpu' or 'cudnn', got {implementation!r}")
     if implementation == "cudnn":
         extensions = {
             "dropout_rate": dropout_rate != 0,
@@ -162,5 +165,6 @@ def flash_attention(
         block_kv=block_kv,
         precision=precision,
         needs_lse=return_residual,
+        implementation=implementation,
     )
     return (out, lax.stop_gradient(lse[0].astype(out.dtype))) if return_residual else out

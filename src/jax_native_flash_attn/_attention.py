@@ -33,6 +33,7 @@ def attention(
     block_kv: Any,
     precision: Any,
     needs_lse: bool,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, ...]:
     """Check all arguments (see `flash_attention`); out as query and, if needed, lse.
 
@@ -73,6 +74,7 @@ def attention(
         blocks=(block_q, block_kv),
         precision=precision,
         needs_lse=needs_lse,
+        implementation=implementation,
     )
     operands = {
         "query": query_4d,
@@ -127,6 +129,7 @@ def _attention(
     blocks: tuple[int | None, int | None],
     precision: Any,
     needs_lse: bool,
+    implementation: str | None,
 ) -> tuple[jax.Array, ...]:
     """out (B, T, N, H) and, if needed, lse (B, T, N) in accumulation dtype, of checked 4-D arguments."""
     B, T, N, _ = query.shape
@@ -160,9 +163,8 @@ def _attention(
         dropout_key=None if dropout_key is None else dropout_key[None],
         head_index=head_index,
     )
-    config = Config(band, dropout, *blocks, precision, needs_lse)
+    config = Config(band, dropout, *blocks, precision, needs_lse, implementation, rounds_out=True)
     out, *lses = flash_attention_core(config, inputs)
-    out = out.astype(query.dtype)
     if is_row is not None:
         out = jnp.where(is_row[..., None, None], out, 0)
     if not needs_lse:

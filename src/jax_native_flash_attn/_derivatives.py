@@ -21,9 +21,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from . import _kernels, _sharding
+from . import _dispatch, _sharding
 from ._linear import DirectionalDerivative, FirstDerivative, Flags, Leaves, LinearKernel, Slot, operand_shapes, pick
-from ._logits import FLOAT_FIELDS, Config, Inputs, Tiles, field_names
+from ._logits import FLOAT_FIELDS, Config, Inputs, field_names
 from ._numerics import accumulation_dtype
 from ._tiles import Target
 
@@ -51,13 +51,14 @@ def _apply_forward(*leaves: Any, config: Config, structure: Any) -> Any:
 
 
 def _forward(*leaves: jax.Array, config: Config, structure: Any, target: Target) -> Leaves:
-    return _kernels.forward(Tiles(config, jax.tree.unflatten(structure, leaves), target))
+    return _dispatch.forward(config, jax.tree.unflatten(structure, leaves), target)
 
 
 def _forward_abstract_eval(*leaves: Any, config: Config, structure: Any, **unused: Any) -> list[Any]:
     inputs: Inputs = jax.tree.unflatten(structure, leaves)
     z, dtype = inputs.sizes, accumulation_dtype(inputs.query.dtype)
-    results = [_sharding.result_aval(leaves, (*z.batch, z.T, z.N, z.D), dtype)]
+    out_dtype = inputs.query.dtype if config.rounds_out else dtype
+    results = [_sharding.result_aval(leaves, (*z.batch, z.T, z.N, z.D), out_dtype)]
     if config.needs_lse:
         results.append(_sharding.result_aval(leaves, (*z.batch, z.N, z.T), dtype))
     return results
@@ -65,7 +66,9 @@ def _forward_abstract_eval(*leaves: Any, config: Config, structure: Any, **unuse
 
 def _forward_jvp(primals: Any, tangents: Any, *, config: Config, structure: Any, **unused: Any) -> tuple:
     num_results = 2 if config.needs_lse else 1
-    config = replace(config, needs_lse=True)
+    query_dtype = jax.tree.unflatten(structure, primals).query.dtype
+    rounded_to = query_dtype if config.rounds_out else accumulation_dtype(query_dtype)
+    config = replace(config, needs_lse=True, rounds_out=False)
     out, lse = _apply_forward(*primals, config=config, structure=structure)
     # Named, so that a `jax.checkpoint` policy can save both and not run the forward kernel again.
     out, lse = checkpoint_name(out, "flash_attention_out"), checkpoint_name(lse, "flash_attention_lse")
@@ -74,8 +77,8 @@ def _forward_jvp(primals: Any, tangents: Any, *, config: Config, structure: Any,
     residuals = (*primals, out, lse)
     slots = (Slot(len(primals)), Slot(len(primals) + 1))
     kernel = FirstDerivative(config, structure, tuple(map(Slot, varying)), slots[:num_results])
-    dresults = _apply_linear(*residuals, *(tangents[i] for i in varying), kernel=kernel)
-    return [out, lse][:num_results], dresults
+    dout, *dlse = _apply_linear(*residuals, *(tangents[i] for i in varying), kernel=kernel)
+    return [out.astype(rounded_to), lse][:num_results], [dout.astype(rounded_to), *dlse]
 
 
 def _forward_transpose(cotangents: Any, *leaves: Any, config: Config, structure: Any, **unused: Any) -> list:
@@ -89,10 +92,10 @@ def _forward_transpose(cotangents: Any, *leaves: Any, config: Config, structure:
     if type(cotangents[0]) is ad.Zero:
         return [None] * len(leaves)
     known = [jnp.zeros(value.shape, value.dtype) if i == position else x for i, x in enumerate(leaves)]
-    config = replace(config, needs_lse=True)
+    config = replace(config, needs_lse=True, rounds_out=False)
     out, lse = _apply_forward(*known, config=config, structure=structure)
     kernel = FirstDerivative(config, structure, (Slot(position),), (Slot(len(leaves)),), flipped=True)
-    (dvalue,) = _apply_linear(*known, out, lse, cotangents[0], kernel=kernel)
+    (dvalue,) = _apply_linear(*known, out, lse, cotangents[0].astype(out.dtype), kernel=kernel)
     return [dvalue if i == position else None for i in range(len(leaves))]
 
 
@@ -199,7 +202,7 @@ def _register(primitive: Primitive, function: Any, abstract_eval: Any, layouts: 
     primitive.def_abstract_eval(abstract_eval)
     ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batch
-    for platform in ("cpu", None):
+    for platform in ("cpu", "cuda", None):
         rule = _sharding.lowering_rule(function, layouts, platform or "accelerator")
         mlir.register_lowering(primitive, rule, platform=platform)
 

@@ -7,6 +7,7 @@ Hence the mask depends neither on block sizes nor on sharding, nor on whether at
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -50,13 +51,33 @@ class Dropout:
         Returns:
           (..., t, s) bool.
         """
-        columns = columns.astype(jnp.uint32)
-        high, low = _multiply_wide(head_index[..., None], np.uint32(T))
-        high, low = _add_wide(high, low, rows.astype(jnp.uint32).reshape((1,) * head_index.ndim + (-1,)))
+        lead = (1,) * head_index.ndim
+        return self.keep_elements(
+            (key_words[..., 0, None, None], key_words[..., 1, None, None]),
+            head_index[..., None],
+            rows.astype(jnp.uint32).reshape(*lead, -1),
+            columns.astype(jnp.uint32).reshape(*lead, 1, -1),
+            lambda x: x[..., None],
+            T,
+            S,
+        )
+
+    def keep_elements(
+        self,
+        key: tuple[jax.Array, jax.Array],
+        head_index: jax.Array,
+        rows: jax.Array,
+        columns: jax.Array,
+        spread: Callable[[jax.Array], jax.Array],
+        T: int,
+        S: int,
+    ) -> jax.Array:
+        """As `keep_tile`, all uint32 and broadcasting; `spread` brings what varies by row to the shape of `columns`."""
+        high, low = _multiply_wide(head_index, np.uint32(T))
+        high, low = _add_wide(high, low, rows)
         row_high, row_low = _multiply_wide(low, np.uint32(S))
         row_high = row_high + high * np.uint32(S)
-        high, low = _add_wide(row_high[..., None], row_low[..., None], columns.reshape((1,) * row_low.ndim + (-1,)))
-        key = key_words[..., 0, None, None], key_words[..., 1, None, None]
+        high, low = _add_wide(spread(row_high), spread(row_low), columns)
         return self._below_keep_probability(*_threefry2x32(key, high, low))
 
     def _below_keep_probability(self, first: jax.Array, second: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from . import _kernels
+from . import _dispatch, _kernels
 from ._logits import Config, Tiles, field_names
 from ._tiles import Target
 
@@ -101,15 +101,14 @@ class FirstDerivative:
         operands = {names[slot.like]: x for slot, x in zip(self.inputs, linear, strict=True)}
         shapes = operand_shapes(self.outputs, residuals, linear)
         wanted = {names[slot.like]: shape for slot, shape in zip(self.outputs, shapes, strict=True)}
-        tiles = Tiles(
-            self.config,
-            jax.tree.unflatten(self.structure, leaves),
-            target,
-            further={**operands, "lse": lse},
-            differentiable=differentiable,
-        )
-        kernel = _kernels.cotangent if self.flipped else _kernels.tangent
-        results = kernel(tiles, out, lse, operands, wanted)
+        inputs = jax.tree.unflatten(self.structure, leaves)
+        if self.flipped:
+            results = _dispatch.cotangent(
+                self.config, inputs, out, lse, operands, wanted, target, differentiable=differentiable
+            )
+        else:
+            tiles = Tiles(self.config, inputs, target, further={**operands, "lse": lse}, differentiable=differentiable)
+            results = _kernels.tangent(tiles, out, lse, operands, wanted)
         return tuple(results[name] for name in wanted)
 
     def transpose(self) -> LinearKernel:

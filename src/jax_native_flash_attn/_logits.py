@@ -17,7 +17,11 @@ from ._tiles import Sizes, Target, choose_tile
 
 @dataclass(frozen=True)
 class Config:
-    """The static part of a call."""
+    """The static part of a call.
+
+    `implementation` is what the caller asked for. `rounds_out` asks for out in query's dtype; derivatives need it
+    unrounded, in accumulation dtype.
+    """
 
     band: Band
     dropout: Dropout | None
@@ -25,6 +29,8 @@ class Config:
     block_kv: int | None
     precision: Any
     needs_lse: bool
+    implementation: str | None = None
+    rounds_out: bool = False
 
 
 class Inputs(NamedTuple):

@@ -20,12 +20,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-
-from ._tiles import static_size
-
-# Elements of the boolean mask examined at once when looking for rows without any key.
-_MASK_CHUNK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -98,7 +92,11 @@ def make_mask(
         start, stop = jnp.maximum(start, rows - left), jnp.minimum(stop, rows + right + 1)
     if key_value_lengths is not None:
         stop = jnp.minimum(stop, key_value_lengths[:, None, None])
-    has_key = start < stop if allowed is None else _rows_with_a_key(start, stop, allowed, T, S)
+    if allowed is None:
+        has_key = start < stop
+    else:
+        is_banded = band != Band() or traced_window is not None or key_value_lengths is not None
+        has_key = _rows_with_a_key(start, stop, allowed, is_banded=is_banded)
     dead = ~has_key
     if query_lengths is not None:
         padded = rows >= query_lengths[:, None, None]
@@ -108,24 +106,26 @@ def make_mask(
     return band, MaskOperands(start, stop, allowed, dead, key_value_lengths)
 
 
-def _rows_with_a_key(start: jax.Array, stop: jax.Array, allowed: jax.Array, T: int, S: int) -> jax.Array:
-    """Whether a row's interval holds an allowed key; (B, N, T) broadcast over both arguments.
+def _rows_with_a_key(start: jax.Array, stop: jax.Array, allowed: jax.Array, *, is_banded: bool) -> jax.Array:
+    """Whether a row's interval holds an allowed key; (B, N, T), axes of size 1 where nothing varies."""
+    if not is_banded:
+        return allowed.any(-1)
+    if allowed.shape[2] > 1:
+        return _any_inside(start, stop, allowed)
+    # One mask for all rows, and an interval each: counts of allowed keys up to either end, not a T x S array.
+    count = jnp.cumsum(allowed[:, :, 0], -1, dtype=jnp.int32)
+    count = jnp.concatenate([jnp.zeros_like(count[..., :1]), count], -1)
+    lead = jnp.broadcast_shapes(start.shape[:2], stop.shape[:2], count.shape[:2])
+    count = jnp.broadcast_to(count, (*lead, count.shape[-1]))
+    before, upto = (
+        jnp.take_along_axis(count, jnp.broadcast_to(jnp.maximum(x, low), (*lead, x.shape[-1])), -1)
+        for x, low in ((start, 0), (stop, start))
+    )
+    return upto > before
 
-    Runs over chunks of rows: with a mask that broadcasts over T, intervals and mask together would make T x S.
-    """
-    lead = jnp.broadcast_shapes(start.shape[:2], stop.shape[:2], allowed.shape[:2])
-    columns = jnp.arange(S, dtype=jnp.int32)[None, None, None, :]
-    chunk = min(T, max(1, _MASK_CHUNK_ELEMENTS // max(1, static_size(lead) * S)))
 
-    def rows_of(x: jax.Array, first: jax.Array) -> jax.Array:
-        return x if x.shape[2] == 1 else lax.dynamic_slice_in_dim(x, first, chunk, axis=2)
-
-    def step(i: jax.Array, has_key: jax.Array) -> jax.Array:
-        first = jnp.minimum(i * chunk, T - chunk)
-        low, high = (rows_of(x, first)[..., None] for x in (start, stop))
-        inside = (columns >= low) & (columns < high) & rows_of(allowed, first)
-        return lax.dynamic_update_slice_in_dim(has_key, inside.any(-1), first, axis=2)
-
-    # False everywhere, but varying over the same manual mesh axes as the operands: a loop's carry keeps its type.
-    nowhere = (start[..., :1] > stop[..., :1]) & allowed[..., :1, 0] & False
-    return lax.fori_loop(0, -(-T // chunk), step, jnp.broadcast_to(nowhere, (*lead, T)))
+@jax.jit
+def _any_inside(start: jax.Array, stop: jax.Array, allowed: jax.Array) -> jax.Array:
+    """In one compiled reduction, which makes no array of the size of its operand."""
+    columns = jnp.arange(allowed.shape[-1], dtype=jnp.int32)[None, None, None, :]
+    return ((columns >= start[..., None]) & (columns < stop[..., None]) & allowed).any(-1)

@@ -97,7 +97,12 @@ def lowering_rule(function: Callable, layouts: Callable[..., Layouts], platform:
         # Nor does it take symbolic shapes.
         is_symbolic = not all(isinstance(n, int) for x in avals for n in x.shape)
         has_auto_axes = partitioning is not None and kinds <= {AxisType.Auto}
-        target = Target(platform, is_sharded=is_nameless or (has_auto_axes and is_symbolic))
+        # A program for several platforms holds one kernel for each, and Mosaic GPU's can only be lowered alone.
+        is_only = len(ctx.module_context.platforms) == 1
+        target = Target(
+            platform if is_only or platform == "cpu" else "accelerator",
+            is_sharded=is_nameless or (has_auto_axes and is_symbolic),
+        )
         kernel = functools.partial(function, target=target, **params)
         if has_auto_axes and not is_symbolic:
             kernel = _partitioned(kernel, *layouts(**params), avals, ctx.avals_out)

@@ -1,0 +1,120 @@
+"""Which kernels a call takes where it is lowered: Mosaic GPU's on Hopper GPUs, where they support it, else pure JAX's.
+
+The choice is made while a primitive is lowered, so that one traced program runs on any platform. What is not lowered
+for one kind of GPU alone (an export for several platforms) takes the pure JAX kernels.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import _kernels
+from ._logits import Config, Inputs, Tiles
+from ._numerics import accumulation_dtype
+from ._tiles import Target
+
+_JAX_WITH_BACKEND = (0, 10)
+_COMPUTE_CAPABILITY = 9  # Hopper: wgmma exists on no other
+
+
+def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, ...]:
+    """out and, if needed, lse; out in query's dtype or in accumulation dtype, as `config` says."""
+    dtype = inputs.query.dtype
+    out_dtype = dtype if config.rounds_out else accumulation_dtype(dtype)
+    if _takes_mosaic_gpu(config, inputs, target):
+        from . import _mosaic_call
+
+        return _mosaic_call.forward(config, inputs, out_dtype)
+    out, *lse = _kernels.forward(Tiles(config, inputs, target))
+    return (out.astype(out_dtype), *lse)
+
+
+def cotangent(
+    config: Config,
+    inputs: Inputs,
+    out: jax.Array,
+    lse: jax.Array,
+    cotangents: Mapping[str, jax.Array],
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    target: Target,
+    *,
+    differentiable: bool,
+) -> dict[str, jax.Array]:
+    """As `_kernels.cotangent`. Where the Mosaic GPU kernels lack a feature, pure JAX's take over, asked for or not."""
+    if not differentiable and _takes_mosaic_gpu(config, inputs, target):
+        from . import _mosaic_call
+
+        if _mosaic_call.why_not_cotangent(inputs, cotangents, wanted) is None:
+            return _mosaic_call.cotangent(config, inputs, out, lse, cotangents, wanted)
+    tiles = Tiles(config, inputs, target, further={**cotangents, "lse": lse}, differentiable=differentiable)
+    return _kernels.cotangent(tiles, out, lse, cotangents, wanted)
+
+
+def _takes_mosaic_gpu(config: Config, inputs: Inputs, target: Target) -> bool:
+    is_asked = config.implementation == "mosaic_gpu"
+    if config.implementation is not None and not is_asked:
+        return False
+    reason = (
+        _why_not_platform(target)
+        or _why_not_call(config, inputs)
+        or _why_not_backend()
+        or _why_not_device(is_asked=is_asked)
+    )
+    if reason and is_asked:
+        raise NotImplementedError(f"implementation='mosaic_gpu' does not run here: {reason}")
+    return reason is None
+
+
+def _why_not_platform(target: Target) -> str | None:
+    if target.platform != "cuda":
+        return f"the call is compiled for {target.platform}, not for an NVIDIA GPU alone"
+    if target.is_sharded:
+        return "XLA partitions this call (symbolic shapes, or manual and automatic mesh axes at once)"
+    return None
+
+
+def _why_not_call(config: Config, inputs: Inputs) -> str | None:
+    dtype, H = inputs.query.dtype, inputs.query.shape[-1]
+    if not all(isinstance(n, int) for x in jax.tree.leaves(inputs) for n in x.shape):
+        return "its shapes are symbolic"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bfloat16 and float16, got {dtype}"
+    if H % 16 or not 16 <= H <= 256 or inputs.sizes.D != H:
+        return f"it takes head dimensions that are multiples of 16 up to 256, got {H}"
+    if config.block_q is not None or config.block_kv is not None:
+        return "block_q and block_kv are for the pure JAX kernels"
+    if isinstance(config.precision, jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset):
+        return f"precision {config.precision} names an algorithm"
+    return None
+
+
+@functools.cache
+def _why_not_backend() -> str | None:
+    if jax.__version_info__[:2] < _JAX_WITH_BACKEND:
+        return f"it needs JAX {'.'.join(map(str, _JAX_WITH_BACKEND))}, this is {jax.__version__}"
+    try:
+        from . import _mosaic  # noqa: F401
+    except ImportError as error:
+        return f"Pallas' Mosaic GPU backend cannot be imported: {error}"
+    return None
+
+
+def _why_not_device(*, is_asked: bool) -> str | None:
+    """Devices of another kind than Hopper. Without any GPU here, a program is lowered for elsewhere: only if asked."""
+    found = _compute_capabilities()
+    if not found:
+        return None if is_asked else "there is no GPU here"
+    others = {x for x in found if int(x.split(".")[0]) != _COMPUTE_CAPABILITY}
+    return f"it needs compute capability {_COMPUTE_CAPABILITY}.x, got {', '.join(sorted(others))}" if others else None
+
+
+@functools.cache
+def _compute_capabilities() -> frozenset[str]:
+    try:
+        devices: Any = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return frozenset()
+    return frozenset(str(device.compute_capability) for device in devices)

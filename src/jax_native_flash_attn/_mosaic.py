@@ -1,0 +1,103 @@
+"""Pallas' Mosaic GPU backend: the only import of it, what differs between its versions, and pieces all kernels share.
+
+Import this module only where `_dispatch.py` found the backend: JAX before 0.10 lacks it, and it needs `absl`.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.experimental.pallas
+import jax.experimental.pallas.mosaic_gpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# Untyped: their annotations differ from version to version.
+pl: Any = jax.experimental.pallas
+plgpu: Any = jax.experimental.pallas.mosaic_gpu
+
+ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of a matrix in registers
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+def launch(
+    body: Callable, *, out_types: Sequence[Any], scratch: Sequence[Any], grid: dict[str, int], warpgroups: int
+) -> Callable:
+    """A Pallas kernel over a grid of blocks of `warpgroups` threads named "wg"; `body(*inputs, *outputs, *scratch)`."""
+    accepted = inspect.signature(plgpu.kernel).parameters
+    out_name, scratch_name = (
+        ("out_type", "scratch_types") if "out_type" in accepted else ("out_shape", "scratch_shapes")
+    )
+    return plgpu.kernel(
+        body,
+        **{out_name: tuple(out_types), scratch_name: tuple(scratch)},
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=warpgroups,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )
+
+
+def swizzle_bytes(columns: int, dtype: Any, block: int = 0) -> int | None:
+    """The widest swizzle for rows of so many columns, in blocks of `block` of them; None if there is none."""
+    row = math.gcd(columns, block) * np.dtype(dtype).itemsize
+    return next((width for width in (128, 64, 32) if row % width == 0), None)
+
+
+def matrix_buffer(*shape: int, dtype: Any, swizzle: int | None = None) -> Any:
+    """Shared memory for matrices, tiled and swizzled as the tensor cores and TMA want it."""
+    swizzle = swizzle or swizzle_bytes(shape[-1], dtype)
+    assert swizzle is not None, shape
+    tiling = plgpu.TilingTransform((8, swizzle // np.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+
+def spread(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """A vector along one axis of a matrix, broadcast along the other."""
+    return lax.broadcast_in_dim(x, shape, [axis])
+
+
+def columns_of(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """One value per row, for every column of a matrix."""
+    return spread(x, shape, 0)
+
+
+def iota(shape: tuple[int, int], axis: int) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def unravel(index: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """Multi-index of a flat one; 0 in axes of size 1."""
+    result: list[Any] = []
+    for size in reversed(shape):
+        result.append(0 if size == 1 else lax.rem(index, jnp.int32(size)))
+        index = index if size == 1 else lax.div(index, jnp.int32(size))
+    return tuple(reversed(result))
+
+
+def broadcast_index(index: Sequence[Any], shape: Sequence[int]) -> tuple[Any, ...]:
+    """An index into an array that may have size 1, and then broadcasts, in any axis."""
+    return tuple(0 if size == 1 else i for i, size in zip(index, shape, strict=True))
+
+
+def heads_per_group(num_heads: int, bytes_per_head: float, cache_bytes: float) -> int:
+    """How many heads run side by side: as many as leave their keys and values in the L2 cache."""
+    limit = max(1, int(cache_bytes / max(1.0, bytes_per_head)))
+    return max(d for d in range(1, min(num_heads, limit) + 1) if num_heads % d == 0)
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def pad_axis(x: jax.Array, axis: int, length: int, value: Any = 0) -> jax.Array:
+    """`x` itself if its axis has this length already."""
+    missing = length - x.shape[axis]
+    if missing == 0:
+        return x
+    axis %= x.ndim
+    return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)], constant_values=value)

@@ -1,0 +1,77 @@
+"""Block shapes of the Mosaic GPU kernels: one table per chip generation, filled by `benchmarks/tune_mosaic.py`."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ._tiles import Sizes
+
+_SHARED_MEMORY = 227 * 1024  # bytes that one block may use on Hopper
+_RESERVED = 4 * 1024  # for barriers and the compiler
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Shape of one block's work.
+
+    Attributes:
+      block_q: query rows of one compute warpgroup, a multiple of 64.
+      block_kv: keys of one tile, a multiple of 64.
+      stages: tiles of keys and values in shared memory at once.
+      warpgroups: how many compute, each with its own rows; one more loads.
+      weights_in_shared: whether the softmax weights reach the second product through shared memory, not registers.
+    """
+
+    block_q: int
+    block_kv: int
+    stages: int
+    warpgroups: int
+    weights_in_shared: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.block_q * self.warpgroups
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Per thread: of the compute warpgroups, and of the one that loads."""
+        return {1: (240, 24), 2: (240, 24), 3: (160, 24)}[self.warpgroups]
+
+
+def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool) -> Blocks:
+    """Block shape of the forward kernel; `score_bytes` are those of one score of bias and mask in shared memory."""
+    if sizes.T <= 64:
+        blocks = Blocks(64, 128 if sizes.H <= 128 else 64, 3 if sizes.H <= 128 else 2, 1)
+    elif sizes.H <= 128:
+        blocks = Blocks(64, 128, 2, 2)
+    else:
+        blocks = Blocks(64, 64, 2, 2, weights_in_shared=True)
+    if has_dropout:
+        # The random bits need as many registers as the scores.
+        blocks = replace(blocks, block_kv=64)
+    smaller: tuple[dict[str, Any], ...] = (
+        {},
+        {"weights_in_shared": False},
+        {"block_kv": 64},
+        {"weights_in_shared": False, "block_kv": 64},
+        {"weights_in_shared": False, "block_kv": 64, "warpgroups": 1},
+    )
+    candidates = [replace(blocks, **changes) for changes in smaller]
+    fits = [x for x in candidates if shared_bytes(x, sizes.H, score_bytes) <= _SHARED_MEMORY - _RESERVED]
+    return fits[0] if fits else candidates[-1]
+
+
+def dquery_blocks(sizes: Sizes) -> Blocks:
+    """Block shape of the kernel for the gradient of query."""
+    return Blocks(64, 64, 3, 1 if sizes.T <= 64 else 2)
+
+
+def dkey_dvalue_blocks(sizes: Sizes) -> Blocks:
+    """Of the kernel for the gradients of key and value: there block_kv keys belong to one warpgroup."""
+    return Blocks(64, 64, 3, 1 if sizes.S <= 64 else 2)
+
+
+def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int) -> int:
+    """Shared memory of the forward kernel, but for barriers."""
+    tile = 2 * 2 * blocks.block_kv * head_dim + blocks.rows * blocks.block_kv * score_bytes
+    weights = 2 * blocks.rows * blocks.block_kv if blocks.weights_in_shared else 0
+    return 2 * blocks.rows * head_dim + blocks.stages * tile + 4 * blocks.rows + weights

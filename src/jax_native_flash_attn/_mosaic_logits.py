@@ -1,0 +1,283 @@
+"""What the Mosaic GPU kernels read of one tile beside query, key and value: scale, bias, masks and dropout.
+
+`prepare` lays the operands out for TMA (nothing is copied where lengths are multiples of 8 and rows of 32 bytes), and
+`TileLogits` turns a tile's products into base-2 logits, with the meaning of `Tiles.logits` in `_logits.py`.
+
+Bias and boolean mask keep the axes in which they broadcast. With both T and S they come tile by tile with the keys,
+through shared memory; with one of them they are a vector, read into registers directly.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._logits import Config, Inputs
+from ._mosaic import (
+    COLUMN,
+    ROW,
+    broadcast_index,
+    iota,
+    matrix_buffer,
+    pad_axis,
+    pl,
+    plgpu,
+    round_up,
+    spread,
+    swizzle_bytes,
+)
+from ._mosaic_masks import Intervals, interval_operands
+from ._numerics import LOG2E, bias_floor, lowest
+from ._tiles import Sizes
+
+_SCORES = ("bias", "allowed")
+# Added to the logits of keys that a mask of keys excludes: below any bias (`bias_floor`), and their sum is finite.
+MASKED = lowest(jnp.float32) / 2
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Arrays of a call by name; `tiled` names the score-like ones that need a buffer in shared memory."""
+
+    arrays: dict[str, jax.Array]
+    tiled: tuple[str, ...]
+
+
+def prepare(config: Config, inputs: Inputs, block_rows: int, block_kv: int) -> Operands:
+    z, mask = inputs.sizes, inputs.mask
+    T, S = round_up(z.T, 8), round_up(z.S, 8)
+    arrays = {
+        "query": pad_axis(inputs.query, -3, T),
+        "key": pad_axis(inputs.key, -3, S),
+        "value": pad_axis(inputs.value, -3, S),
+        "scale": inputs.scale,
+        **interval_operands(mask, z.T, z.S, block_rows, block_kv),
+    }
+    tiled = []
+    for name, x in (("bias", inputs.bias), ("allowed", mask.allowed)):
+        if x is None:
+            continue
+        if name == "allowed":
+            x = jnp.where(x, 0.0, MASKED) if x.shape[-2] == 1 else x.astype(jnp.int8)
+        elif x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+            x = x.astype(jnp.float32)
+        if x.shape[-2] == 1:
+            x = jnp.broadcast_to(x, (*x.shape[:-1], z.S))
+            x = pad_axis(x[..., 0, :], -1, round_up(z.S, block_kv))
+            name = f"{name}_columns"
+        elif x.shape[-1] == 1:
+            x = pad_axis(x[..., 0], -1, round_up(z.T, block_rows))
+            name = f"{name}_rows"
+        else:
+            aligned = z.S if swizzle_bytes(z.S, x.dtype) else round_up(z.S, 64)
+            x = pad_axis(pad_axis(x, -2, T), -1, aligned)
+            tiled.append(name)
+        arrays[name] = x
+    if mask.key_value_length is not None:
+        arrays["length"] = mask.key_value_length
+    if config.dropout is not None and inputs.dropout_key is not None and inputs.head_index is not None:
+        arrays |= {"dropout_key": inputs.dropout_key, "head_index": inputs.head_index}
+    return Operands(arrays, tuple(tiled))
+
+
+def score_buffers(operands: Operands, stages: int, block_rows: int, block_kv: int) -> list[Any]:
+    """Shared memory for the tiles of bias and mask."""
+    arrays = [operands.arrays[name] for name in operands.tiled]
+    return [
+        matrix_buffer(
+            stages, block_rows, block_kv, dtype=x.dtype, swizzle=swizzle_bytes(x.shape[-1], x.dtype, block_kv)
+        )
+        for x in arrays
+    ]
+
+
+def clean_padding(buffer: Any, tile: Any, length: Any) -> None:
+    """Zero the NaN and inf of keys or values in shared memory from `length` on: 0 * NaN is NaN."""
+    count, head_dim = buffer.shape
+    shape = (64, head_dim)
+    for part in range(count // 64):
+        some = buffer.at[pl.ds(part * 64, 64)]
+        x = plgpu.load(some, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+        position = iota(shape, 0) + (tile * count + part * 64)
+        is_number = jnp.abs(x) <= float(jnp.finfo(jnp.float32).max)
+        some[...] = jnp.where((position < length) | is_number, x, 0.0).astype(buffer.dtype)
+
+
+class RowVectors(NamedTuple):
+    """What the masks and scores of a tile say for each query row, in registers."""
+
+    row: Any  # the first
+    intervals: Any  # a pair, None, or a function that loads it where it is needed
+    scores: dict[str, jax.Array]
+
+    def pair(self) -> Any:
+        return self.intervals() if callable(self.intervals) else self.intervals
+
+
+class TileLogits:
+    """Logits of tiles of one head, in the registers of one warpgroup: (block_q, block_kv), or transposed."""
+
+    def __init__(
+        self,
+        config: Config,
+        sizes: Sizes,
+        refs: dict[str, Any],
+        buffers: dict[str, Any],
+        intervals: Intervals,
+        head: tuple,
+        block_q: int,
+        block_kv: int,
+        *,
+        row_in_block: Any = 0,
+        transposed: bool = False,
+        scale: Any = None,
+    ):
+        """`row_in_block` is where this warpgroup's rows start in the buffers, `head` the index (batch..., N).
+
+        `scale` is read here unless it was read before.
+        """
+        self.config, self.sizes, self.refs, self.buffers, self.intervals = config, sizes, refs, buffers, intervals
+        self.head, self.row_in_block, self.block_q, self.block_kv = head, row_in_block, block_q, block_kv
+        self.q_axis = 1 if transposed else 0
+        self.shape = (block_kv, block_q) if transposed else (block_q, block_kv)
+        self.q_layout, self.kv_layout = (COLUMN, ROW) if transposed else (ROW, COLUMN)
+        ref = refs["scale"]
+        self.scale = ref[broadcast_index(head[:-1], ref.shape)] if scale is None else scale
+        self.has_bias = any(name.startswith("bias") for name in refs)
+        self.has_mask = any(name.startswith("allowed") for name in refs)
+
+    def rows(self, row: Any, *, late: bool = False) -> RowVectors:
+        """Of the rows from `row` on; `late` loads intervals only in tiles that need a mask."""
+        scores = {
+            name: self._vector(f"{name}_rows", row, self.block_q, self.q_layout)
+            for name in _SCORES
+            if f"{name}_rows" in self.refs
+        }
+        load = functools.partial(self.intervals.rows, self.head, row, self.block_q, self.q_layout)
+        return RowVectors(row, load if late else load(), scores)
+
+    def of_rows(self, x: jax.Array) -> jax.Array:
+        """A value for each query row, in the shape of a tile."""
+        return spread(x, self.shape, self.q_axis)
+
+    def _vector(self, name: str, start: Any, count: int, layout: Any) -> jax.Array:
+        ref = self.refs[name]
+        index = (*broadcast_index(self.head, ref.shape[:-1]), pl.ds(start, count))
+        return plgpu.load(ref.at[index], layout=layout, optimized=False)
+
+    def _score(self, name: str, rows: RowVectors, tile: Any, slot: Any) -> jax.Array:
+        """A tile of bias or mask, in registers."""
+        if name in rows.scores:
+            return self.of_rows(rows.scores[name])
+        if f"{name}_columns" in self.refs:
+            x = self._vector(f"{name}_columns", tile * self.block_kv, self.block_kv, self.kv_layout)
+            return spread(x, self.shape, 1 - self.q_axis)
+        buffer = self.buffers[name].at[slot, pl.ds(self.row_in_block, self.block_q)]
+        # There is no conflict-free way from one byte per element in shared memory to this layout.
+        return plgpu.load(buffer, layout=plgpu.Layout.WGMMA, optimized=name != "allowed")
+
+    def scores(self, rows: RowVectors, tile: Any, slot: Any = None) -> dict[str, jax.Array]:
+        """Bias and mask of a tile, read while the products are still being computed."""
+        present = {"bias": self.has_bias, "allowed": self.has_mask}
+        return {name: self._score(name, rows, tile, slot) for name in _SCORES if present[name]}
+
+    def __call__(
+        self,
+        products: jax.Array,
+        scores: dict[str, jax.Array],
+        rows: RowVectors,
+        tile: Any,
+        multiplier: Any,
+        masked: Any,
+    ) -> tuple[Any, Any]:
+        """(x, factor): the base-2 logits are x * factor; factor is None for 1.
+
+        `multiplier` is that of the products, in base 2. `masked` is True, False, or a scalar known at run time. (One
+        loop whose step branches is faster than a loop for each kind of tile: the compiler keeps the products of several
+        loops from overlapping with other work.)
+        """
+        if masked is False and not scores:
+            return products, multiplier
+        logits = products * multiplier
+        if "bias" in scores:
+            logits = logits + jnp.maximum(scores["bias"].astype(jnp.float32), bias_floor(jnp.float32)) * LOG2E
+        is_additive = "allowed_columns" in self.refs
+        in_mask = scores.get("allowed")
+
+        def full(logits: jax.Array) -> jax.Array:
+            """In a tile that all rows' intervals cover, which has no dead row."""
+            if in_mask is None:
+                return logits
+            return logits + in_mask if is_additive else jnp.where(in_mask != 0, logits, lowest(jnp.float32))
+
+        def edge(logits: jax.Array) -> jax.Array:
+            column = tile * self.block_kv
+            pair = rows.pair()
+            allowed = self.intervals.allowed(pair, rows.row, column, self.shape, self.q_axis)
+            dead = self.intervals.dead(pair, self.shape, self.q_axis)
+            if in_mask is not None:
+                in_mask_here = in_mask == 0 if is_additive else in_mask != 0
+                allowed = allowed & (in_mask_here if dead is None else in_mask_here | dead)
+            if dead is not None:
+                logits = jnp.where(dead, 0.0, logits)
+            return jnp.where(allowed, logits, lowest(jnp.float32))
+
+        if isinstance(masked, bool):
+            return (edge if masked else full)(logits), None
+        return lax.cond(masked, edge, full, logits), None
+
+    def through_mask(self, x: jax.Array, rows: RowVectors, masked: Any) -> jax.Array:
+        """Cotangents of logits: zero in dead rows, whose logits are constant. (Masked ones have no weight anyway.)"""
+        if "key_start" not in self.refs:
+            return x
+
+        def edge(x: jax.Array) -> jax.Array:
+            dead = self.intervals.dead(rows.pair(), self.shape, self.q_axis)
+            return x if dead is None else jnp.where(dead, 0.0, x)
+
+        if isinstance(masked, bool):
+            return edge(x) if masked else x
+        return lax.cond(masked, edge, lambda x: x, x)
+
+    def drop(self, weights: jax.Array, row: Any, tile: Any) -> jax.Array:
+        """Weights (or what multiplies them) that dropout keeps, not yet rescaled; the others zero."""
+        dropout = self.config.dropout
+        if dropout is None:
+            return weights
+        key, head = self.refs["dropout_key"], self.refs["head_index"]
+        at = broadcast_index(self.head[:-1], key.shape[:-1])
+        rows = plgpu.broadcasted_iota(jnp.int32, (self.block_q,), 0, layout=self.q_layout) + row
+        positions = iota(self.shape, 1 - self.q_axis) + tile * self.block_kv
+        keep = dropout.keep_elements(
+            (key[(*at, 0)], key[(*at, 1)]),
+            head[broadcast_index(self.head, head.shape)],
+            rows.astype(jnp.uint32),
+            positions.astype(jnp.uint32),
+            self.of_rows,
+            self.sizes.T,
+            self.sizes.S,
+        )
+        return jnp.where(keep, weights, 0.0)
+
+    @property
+    def rescaling(self) -> float:
+        return 1.0 if self.config.dropout is None else self.config.dropout.rescaling
+
+
+def score_slice(ref: Any, head: tuple, row: Any, rows: int, tile: Any, columns: int) -> Any:
+    """A tile of a score-like array in global memory."""
+    return ref.at[(*broadcast_index(head, ref.shape[:-2]), pl.ds(row, rows), pl.ds(tile * columns, columns))]
+
+
+def query_slice(ref: Any, head: tuple, row: Any, rows: int) -> Any:
+    *batch, n = head
+    return ref.at[(*broadcast_index(batch, ref.shape[:-3]), pl.ds(row, rows), n)]
+
+
+def key_slice(ref: Any, head: tuple, group: int, tile: Any, columns: int) -> Any:
+    *batch, n = head
+    kv_head = lax.div(n, jnp.int32(group)) if ref.shape[-2] > 1 else 0
+    return ref.at[(*broadcast_index(batch, ref.shape[:-3]), pl.ds(tile * columns, columns), kv_head)]

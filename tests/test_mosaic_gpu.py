@@ -1,0 +1,183 @@
+"""The Mosaic GPU kernels: parity with the oracle on a Hopper GPU; lowering, dispatch and fallbacks anywhere."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_native_flash_attn import _dispatch, flash_attention
+from tests.cases import Case, check_case
+
+needs_backend = pytest.mark.skipif(_dispatch._why_not_backend() is not None, reason=str(_dispatch._why_not_backend()))
+mosaic_attention = functools.partial(flash_attention, implementation="mosaic_gpu")
+
+
+@pytest.fixture(autouse=True)
+def _hopper(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu"):
+        reason = _dispatch._why_not_backend() or _dispatch._why_not_device(is_asked=False)
+        if reason:
+            pytest.skip(reason)
+
+
+# (B, T, S, K, G, H), lengths around the block shapes and their multiples.
+SHAPES = {
+    "tile": (1, 128, 128, 1, 1, 64),
+    "odd": (2, 301, 333, 2, 2, 64),
+    "prime": (1, 509, 521, 1, 3, 128),
+    "wide": (1, 200, 190, 2, 1, 256),
+    "narrow": (2, 150, 300, 1, 2, 16),
+    "eighty": (1, 260, 140, 2, 2, 80),
+    "short": (3, 5, 700, 2, 4, 64),
+    "one row": (2, 1, 1000, 2, 4, 128),
+    "one key": (2, 70, 1, 1, 2, 32),
+    "long": (1, 1100, 1300, 1, 1, 64),
+}
+CAUSAL: dict[str, Any] = {"is_causal": True}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": CAUSAL,
+    "window": {"local_window_size": (70, 30)},
+    "traced window": {"local_window_size": (40, 0), "traced": frozenset({"window"}), "is_causal": True},
+    "scale": {"scale": -0.5, "magnitude": 3.0},
+    "no scale": {"scale": 0.0},
+    "bias": {"bias": (True, True, True, True)},
+    "bias of all": {"bias": (False, True, True, True), "is_causal": True},
+    "bias of keys": {"bias": (True, False, False, True), "bias_dtype": "float32"},
+    "bias of rows": {"bias": (True, True, True, False)},
+    "bias of one": {"bias": (False, False, False, False)},
+    "bias float32": {"bias": (False, False, True, True), "bias_dtype": "float32"},
+    "mask": {"mask": (True, True, True, True)},
+    "sparse mask": {"mask": (False, True, True, True), "mask_density": 0.02},
+    "mask of keys": {"mask": (True, False, False, True), "is_causal": True},
+    "mask of rows": {"mask": (True, True, True, False)},
+    "empty mask": {"mask": (False, False, True, True), "mask_density": 0.0},
+    "bias and mask": {"bias": (False, True, True, True), "mask": (True, False, False, True)},
+    "dropout": {"dropout_rate": 0.3},
+    "causal dropout": {"dropout_rate": 0.1, "is_causal": True, "x64": True},
+    "float16": {"dtype": "float16", "is_causal": True},
+    "x64": {"x64": True, "is_causal": True},
+}
+
+
+def _case(shape: str, options: str) -> Case:
+    return Case(SHAPES[shape], **{"dtype": "bfloat16", **OPTIONS[options]})
+
+
+def _with_lengths(case: Case) -> Case:
+    """Lengths over half of each array, one past it and one of zero, and NaN in the padding."""
+    B, T, S, *_ = case.shape
+    lengths = [(n // 2 + 1, n + 3, 0)[:B] for n in (T, S)]
+    return Case(
+        **{**case.__dict__, "query_seq_lengths": lengths[0], "key_value_seq_lengths": lengths[1], "poison": True}
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("options", ["plain", "causal", "window"])
+def test_shapes(shape: str, options: str) -> None:
+    check_case(_case(shape, options), mosaic_attention)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options(options: str) -> None:
+    check_case(_case("odd", options), mosaic_attention)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", ["odd", "short", "wide"])
+@pytest.mark.parametrize("options", ["plain", "causal", "window", "mask", "bias", "dropout"])
+def test_lengths_with_poisoned_padding(shape: str, options: str) -> None:
+    check_case(_with_lengths(_case(shape, options)), mosaic_attention)
+
+
+def _arrays(B: int, T: int, S: int, N: int, K: int, H: int, dtype: Any = jnp.bfloat16) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, H))
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+@pytest.mark.gpu
+def test_two_runs_are_bitwise_equal() -> None:
+    def call(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
+        attention = functools.partial(mosaic_attention, is_causal=True)
+        out, pullback = jax.vjp(attention, query, key, value)
+        return out, pullback(out)
+
+    arrays = _arrays(2, 1000, 1000, 8, 2, 64)
+    first, second = (jax.tree.map(np.asarray, jax.jit(call)(*arrays)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.gpu
+def test_vmap_over_some_operands() -> None:
+    query, key, value = _arrays(2, 100, 150, 4, 2, 64)
+    queries = jnp.stack([query, query * 2, -query])
+    run = jax.vmap(lambda q: mosaic_attention(q, key, value, is_causal=True))
+    expected = [mosaic_attention(q, key, value, is_causal=True) for q in queries]
+    np.testing.assert_array_equal(jax.jit(run)(queries).astype(jnp.float32), jnp.stack(expected).astype(jnp.float32))
+
+
+@pytest.mark.gpu
+def test_default_takes_the_kernel_on_hopper() -> None:
+    text = jax.jit(flash_attention).lower(*_arrays(1, 128, 128, 2, 2, 64)).as_text()
+    assert "mosaic_gpu" in text
+
+
+# ---- without a GPU
+
+
+def _lowered(implementation: str | None, *platforms: str, arrays: Any = None, **options: Any) -> str:
+    attention = jax.jit(functools.partial(flash_attention, implementation=implementation, **options))
+    return attention.trace(*(arrays or _arrays(1, 128, 128, 2, 2, 64))).lower(lowering_platforms=platforms).as_text()
+
+
+@needs_backend
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"local_window_size": (5, 5)}, {"return_residual": True}])
+def test_lowers_for_cuda_without_a_gpu(options: dict[str, Any]) -> None:
+    assert "mosaic_gpu" in _lowered("mosaic_gpu", "cuda", **options)
+
+
+@needs_backend
+def test_pure_jax_unless_asked_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_compute_capabilities", frozenset)
+    assert "mosaic_gpu" not in _lowered(None, "cuda")
+    assert "mosaic_gpu" not in _lowered("xla", "cuda")
+
+
+@needs_backend
+@pytest.mark.parametrize(("capability", "expected"), [("9.0", True), ("8.0", False), ("10.0", False)])
+def test_dispatch_by_compute_capability(capability: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_compute_capabilities", lambda: frozenset({capability}))
+    assert ("mosaic_gpu" in _lowered(None, "cuda")) == expected
+
+
+def test_several_platforms_take_pure_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_compute_capabilities", lambda: frozenset({"9.0"}))
+    assert "mosaic_gpu" not in _lowered(None, "cpu", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("reason", "arrays", "options"),
+    [
+        ("compiled for cpu", None, {}),
+        ("float32", (1, 128, 128, 2, 2, 64, jnp.float32), {}),
+        ("multiples of 16", (1, 128, 128, 2, 2, 40), {}),
+        ("block_q", None, {"block_q": 64}),
+    ],
+)
+def test_asking_where_it_cannot_run_is_an_error(reason: str, arrays: Any, options: dict[str, Any]) -> None:
+    platform = "cpu" if reason == "compiled for cpu" else "cuda"
+    with pytest.raises(NotImplementedError, match=reason):
+        _lowered("mosaic_gpu", platform, arrays=arrays and _arrays(*arrays), **options)
+
+
+def test_unsupported_calls_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_compute_capabilities", lambda: frozenset({"9.0"}))
+    assert "mosaic_gpu" not in _lowered(None, "cuda", arrays=_arrays(1, 128, 128, 2, 2, 40))
+    assert "mosaic_gpu" not in _lowered(None, "cuda", arrays=_arrays(1, 128, 128, 2, 2, 64, jnp.float32))
