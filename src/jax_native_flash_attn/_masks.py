@@ -110,6 +110,8 @@ def _rows_with_a_key(start: jax.Array, stop: jax.Array, allowed: jax.Array, *, i
     """Whether a row's interval holds an allowed key; (B, N, T), axes of size 1 where nothing varies."""
     if not is_banded:
         return allowed.any(-1)
+    if allowed.shape[3] == 1:
+        return (start < stop) & allowed[..., 0]
     if allowed.shape[2] > 1:
         return _any_inside(start, stop, allowed)
     # One mask for all rows, and an interval each: counts of allowed keys up to either end, not a T x S array.
@@ -117,10 +119,9 @@ def _rows_with_a_key(start: jax.Array, stop: jax.Array, allowed: jax.Array, *, i
     count = jnp.concatenate([jnp.zeros_like(count[..., :1]), count], -1)
     lead = jnp.broadcast_shapes(start.shape[:2], stop.shape[:2], count.shape[:2])
     count = jnp.broadcast_to(count, (*lead, count.shape[-1]))
-    before, upto = (
-        jnp.take_along_axis(count, jnp.broadcast_to(jnp.maximum(x, low), (*lead, x.shape[-1])), -1)
-        for x, low in ((start, 0), (stop, start))
-    )
+    S = allowed.shape[3]
+    start, stop = (jnp.broadcast_to(jnp.clip(x, 0, S), (*lead, x.shape[-1])) for x in (start, stop))
+    before, upto = (jnp.take_along_axis(count, x, -1) for x in (start, stop))
     return upto > before
 
 

@@ -87,7 +87,9 @@ def broadcast_index(index: Sequence[Any], shape: Sequence[int]) -> tuple[Any, ..
 def heads_per_group(num_heads: int, bytes_per_head: float, cache_bytes: float) -> int:
     """How many heads run side by side: as many as leave their keys and values in the L2 cache."""
     limit = max(1, int(cache_bytes / max(1.0, bytes_per_head)))
-    return max(d for d in range(1, min(num_heads, limit) + 1) if num_heads % d == 0)
+    group = max(d for d in range(1, min(num_heads, limit) + 1) if num_heads % d == 0)
+    # The slowest axis of a grid has 16 bits.
+    return group if num_heads // group < 1 << 16 else num_heads
 
 
 def round_up(n: int, multiple: int) -> int:
