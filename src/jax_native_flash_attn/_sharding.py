@@ -104,10 +104,10 @@ def lowering_rule(function: Callable, layouts: Callable[..., Layouts], platform:
             is_sharded=is_nameless or (has_auto_axes and is_symbolic),
         )
         kernel = functools.partial(function, target=target, **params)
+        spec = _explicit_spec(ctx.avals_in)
         if has_auto_axes and not is_symbolic:
             kernel = _partitioned(kernel, *layouts(**params), avals, ctx.avals_out)
-        spec = _explicit_spec(ctx.avals_in)
-        if any(spec):
+        elif any(spec):
             avals = [ShapedArray(x.shape, x.dtype, sharding=x.sharding) for x in ctx.avals_in]
             kernel = _over_explicit_batch(kernel, avals, ctx.avals_out, spec)
         return mlir.lower_fun(kernel, multiple_results=True)(ctx.replace(avals_in=avals), *values)
@@ -286,10 +286,12 @@ def over_explicit_axes(
     manual = {*_axis_names(spec[0]), *_axis_names(spec[2])}
     if not manual:
         return attention(**placed, **absent)
+    # By default all axes that no `vmap` maps over: JAX before 0.10 does not like to be left with some explicit ones.
+    axis_names: dict[str, Any] = {} if set(mesh.axis_types) == {AxisType.Explicit} else {"axis_names": manual}
     return jax.shard_map(
         lambda arrays: attention(**arrays, **absent),
         mesh=mesh,
-        axis_names=manual,
+        **axis_names,
         in_specs=(specs,),
         out_specs=out_specs[: 2 if needs_lse else 1],
     )(placed)
