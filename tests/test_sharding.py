@@ -243,6 +243,21 @@ def test_fewer_key_heads_than_shards_under_auto_axes(transformation: str, reduct
     assert_close(compiled(*placed), unsharded(transformation))
 
 
+@pytest.mark.parametrize(
+    ("query_spec", "key_spec"),
+    [
+        (P(("data", "model")), BOTH),
+        (BOTH, P(("data", "model"))),
+        (P("model"), BOTH),
+    ],
+)
+def test_operands_that_disagree_about_a_mesh_axis(query_spec: P, key_spec: P):
+    mesh = make_mesh("auto", (2, 2))
+    placed_specs = query_spec, key_spec, key_spec, P()
+    placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays(), placed_specs, strict=True)]
+    assert_close(jax.jit(transformed(attention)["grad"], compiler_options=FAST)(*placed), unsharded("grad"))
+
+
 def test_heads_of_a_shard_that_span_key_heads():
     # Twelve query heads over four devices, six key/value heads: three query heads read one and a half.
     mesh = make_mesh("auto", (2, 4))

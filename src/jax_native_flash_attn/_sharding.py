@@ -165,9 +165,15 @@ def _partitioned(
         mesh_axes: dict[str, tuple[str, ...]] = {}
         for axes, x in zip(factors, (*args, *outs), strict=True):
             for factor, n, mesh_axis in zip(axes, x.shape, x.sharding.spec, strict=False):
-                if factor is not None and n % _num_shards(mesh, mesh_axis) == 0:
-                    mesh_axes[factor] = mesh_axes.get(factor) or _axis_names(mesh_axis)
+                names = _axis_names(mesh_axis)
+                # Operands may disagree; query, the first, decides. K follows N in any case.
+                others = {name for f in mesh_axes.keys() - {factor, "K"} for name in mesh_axes[f]}
+                is_free = factor not in mesh_axes and not others & set(names)
+                if factor is not None and names and is_free and n % _num_shards(mesh, names) == 0:
+                    mesh_axes[factor] = names
+        others = {name for f in mesh_axes.keys() - {"N", "K"} for name in mesh_axes[f]}
         head_axes = mesh_axes.get("N") or mesh_axes.get("K", ())
+        head_axes = () if others & set(head_axes) else head_axes
         head_shards = _num_shards(mesh, head_axes)
         # A shard has these query heads, and so many at a time share a key/value head.
         num_heads = num_kv_heads * group // head_shards
