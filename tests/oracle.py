@@ -349,8 +349,12 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> 
     probs_wide = probs * wide * (1.0 + logit_size)  # as softmax leaves them
     probs_noise = probs_wide + probs * (low + lse_noise)  # as they enter the product with value
 
-    dprobs_size = root("btnd,bsnd->bnts", dout, value) + np.abs(dprobs)
-    delta_size = rows(root("btnd,btnd->btn", dout, out)) + np.abs(delta)
+    # Dense takes delta from the very dprobs that it is subtracted from; where they are equal (a row with one key),
+    # it is exact. A flash backward sums D products twice. Accumulated one by one, n random terms of root square sum r
+    # make partial sums of r sqrt(k / n); rounding each errs by `wide` of it at most, uniformly: sqrt(n / 6) wide r.
+    summing = 1.0 + math.sqrt(value.shape[-1] / 6)
+    dprobs_size = summing * root("btnd,bsnd->bnts", dout, value) + np.abs(dprobs)
+    delta_size = summing * rows(root("btnd,btnd->btn", dout, out)) + np.abs(delta)
     own = probs * (low * np.abs(dprobs) + wide * dprobs_size) * factor + low * np.abs(dlogits)
     own = own + (probs_wide + probs * lse_noise) * np.abs(dprobs * factor - delta)
     own = np.where(live, own, 0.0)
