@@ -9,7 +9,8 @@ Inside a tile N is split into key/value heads and groups, and the groups join th
 
     (lead..., rows, H)   (lead..., block_kv, H)   (lead..., rows)   (lead..., rows, block_kv)
 
-where lead is the tile's batch rows and heads, and rows is G * block_q. What a tile has only one of is no axis: plain
+where lead is the tile's batch rows and heads, and rows is block_q * G, in that order: with one head in a tile, a slice of
+query is a matrix as it stands. What a tile has only one of is no axis: plain
 matrices are what XLA:CPU updates in place. Operands keep N whole: splitting it before the loops would make XLA:CPU
 copy each of them.
 """
@@ -47,6 +48,12 @@ class TileAccess:
     sizes: Sizes
     tile: TileShape
 
+    @property
+    def has_few_scores(self) -> bool:
+        """Whether transposing all scores of a head takes less than transposing its query and keys."""
+        rows, z = self.sizes.G * self.sizes.T, self.sizes
+        return rows * z.S < (rows + z.S) * z.H
+
     # ---- axes inside a tile
 
     @property
@@ -57,7 +64,7 @@ class TileAccess:
     @property
     def row_shape(self) -> tuple[int, ...]:
         """(lead..., rows)"""
-        return (*self._lead, self.sizes.G * self.tile.block_q)
+        return (*self._lead, self.tile.block_q * self.sizes.G)
 
     def _split_heads(self, x: jax.Array, axis: int) -> jax.Array:
         """Split an axis of query heads into (heads, G); one of size 1 into (1, 1)."""
@@ -68,8 +75,9 @@ class TileAccess:
     def inside(self, x: jax.Array) -> jax.Array:
         """(batch..., heads, G, block_q, ...) -> (lead..., rows, ...); where G and block_q are 1, so is rows."""
         n = len(self.tile.batch) + 1
+        x = jnp.swapaxes(x, n, n + 1)
         if x.shape[n : n + 2] != (1, 1):
-            x = jnp.broadcast_to(x, (*x.shape[:n], self.sizes.G, self.tile.block_q, *x.shape[n + 2 :]))
+            x = jnp.broadcast_to(x, (*x.shape[:n], self.tile.block_q, self.sizes.G, *x.shape[n + 2 :]))
         return x.reshape(*(x.shape[:n] if self._lead else ()), -1, *x.shape[n + 2 :])
 
     def _outside(self, x: jax.Array, *inner: int) -> jax.Array:
@@ -81,7 +89,7 @@ class TileAccess:
     def query_slice(self, x: jax.Array, at: RowTile) -> jax.Array:
         """(batch..., T, N, H) -> (lead..., rows, H)"""
         x = self._split_heads(self.slice(x, *self._query_window(at)), -2)
-        return self.inside(jnp.moveaxis(x, -4, -2))
+        return self.inside(jnp.moveaxis(x, -4, -2))  # the moves cancel where there is one head
 
     def key_slice(self, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
         """(batch..., S, K, H) -> (lead..., block_kv, H)"""
@@ -112,14 +120,20 @@ class TileAccess:
 
     def write_query(self, result: jax.Array, x: jax.Array, at: RowTile, *, add: bool) -> jax.Array:
         """(lead..., rows, H) into (batch..., T, N, H)"""
-        x = jnp.moveaxis(self._outside(x, self.sizes.G, self.tile.block_q, x.shape[-1]), -2, -4)
+        x = jnp.swapaxes(self._outside(x, self.tile.block_q, self.sizes.G, x.shape[-1]), -4, -3)
         x = x.reshape(*x.shape[:-3], -1, x.shape[-1])
         return _write(result, x, self._query_window(at)[0], add)
 
     def write_row(self, result: jax.Array, x: jax.Array, at: RowTile, *, add: bool) -> jax.Array:
         """(lead..., rows) into (batch..., N, T)"""
         starts, sizes = self._row_window(at)
+        x = jnp.swapaxes(self._outside(x, self.tile.block_q, self.sizes.G), -2, -1)
         return _write(result, x.reshape(sizes), starts, add)
+
+    def add_key(self, result: jax.Array, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
+        """(lead..., block_kv, H) onto (batch..., S, K, H)"""
+        x = jnp.moveaxis(self._outside(x, *x.shape[-2:]), -3, -2)
+        return _write(result, x, (*at.batch, columns.column, at.head, 0), True)
 
     def add_key_transposed(self, result: jax.Array, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
         """(lead..., H, block_kv) onto (batch..., K, H, S)"""
@@ -128,6 +142,7 @@ class TileAccess:
     def add_score(self, result: jax.Array, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
         """(lead..., rows, block_kv) onto (batch..., N, T, S)"""
         starts, sizes = self._score_window(at, columns)
+        x = jnp.swapaxes(self._outside(x, self.tile.block_q, self.sizes.G, x.shape[-1]), -3, -2)
         return _write(result, x.reshape(sizes), starts, True)
 
     def add_batch(self, result: jax.Array, x: jax.Array, at: RowTile) -> jax.Array:

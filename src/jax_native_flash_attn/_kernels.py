@@ -184,11 +184,21 @@ def cotangent(
     needs_logits = any(name in results for name in ("query", "key", "scale", "bias"))
     needs_query = any(name in results for name in ("query", "scale"))
     has_out = "out" in cotangents
-    # Transposed, (batch..., K, H, S): a product is fast on CPU only if its left operand contracts its last axis,
-    # and transposing the small row operand is cheaper than transposing the weights.
+    # Where all keys of a row are in one tile, delta can be had from the weights instead of from out.
+    has_whole_rows = has_out and "lse" not in cotangents and nest.visits_one_key_tile and nest.has_few_scores
+    # A product is fast on CPU only if its left operand contracts its last axis. For the gradients of key and value,
+    # either the weights are transposed, or the row operands and, in the end, the results: (batch..., K, H, S).
     zeros = {name: tiles.zeros_for(name, like) for name, like in results.items()}
-    transposed = [name for name in ("key", "value") if name in results]
+    transposed = [name for name in ("key", "value") if name in results and not nest.has_few_scores]
     zeros |= {name: jnp.moveaxis(zeros[name], -3, -1) for name in transposed}
+
+    def add_key_product(result: jax.Array, rows: jax.Array, weights: jax.Array, at: RowTile, columns: ColumnTile):
+        """weights^T @ rows, (lead..., block_kv, H), onto a result."""
+        if nest.has_few_scores:
+            product = tiles.einsum("...rs,...rh->...sh", weights, rows)
+            return nest.add_key(result, product, at, columns)
+        product = tiles.einsum("...hr,...rs->...hs", jnp.swapaxes(rows, -1, -2), weights)
+        return nest.add_key_transposed(result, product, at, columns)
 
     def row_tile(at: RowTile, results: dict[str, jax.Array]) -> dict[str, jax.Array]:
         query, row_lse = tiles.query(at), tiles.row_lse(lse, at)
@@ -199,12 +209,12 @@ def cotangent(
         if has_out:
             dout = nest.owned_rows(nest.query_slice(cotangents["out"], at), at)
             dout = dout.astype(tiles.accumulate)
+        if has_out and not has_whole_rows:
             delta += (dout * nest.query_slice(out, at).astype(tiles.accumulate)).sum(-1, keepdims=True)
         if "lse" in cotangents:
             dlse = tiles.rows(cotangents["lse"], at)
             delta -= nest.owned_rows(dlse, at).astype(tiles.accumulate)
         scaled_query = query.astype(tiles.accumulate) * tiles.scale(at)
-        query_transposed, dout_transposed = (jnp.swapaxes(x, -1, -2) for x in (scaled_query, dout))
 
         def key_tile(
             columns: ColumnTile,
@@ -216,20 +226,18 @@ def cotangent(
             key = tiles.key(at, columns, mask)
             weights = tiles.exp(tiles.logits(query, key, at, columns, mask) - row_lse)
             if "value" in results and has_out:
-                dropped = tiles.drop(weights, keep)
-                dvalue = tiles.einsum("...dr,...rs->...ds", dout_transposed, dropped)
-                results["value"] = nest.add_key_transposed(results["value"], dvalue, at, columns)
+                results["value"] = add_key_product(results["value"], dout, tiles.drop(weights, keep), at, columns)
             if not needs_logits:
                 return dquery, results
-            dlogits = -delta
+            dlogits = -weights * delta
             if has_out:
                 value = tiles.value(at, columns, mask)
-                dweights = tiles.einsum("...rd,...sd->...rs", dout, value)
-                dlogits = tiles.drop(dweights, keep) - delta
-            dlogits = tiles.through_mask(weights * dlogits, mask)
+                dweights = tiles.drop(tiles.einsum("...rd,...sd->...rs", dout, value), keep)
+                row_delta = (weights * dweights).sum(-1, keepdims=True) if has_whole_rows else delta
+                dlogits = weights * (dweights - row_delta)
+            dlogits = tiles.through_mask(dlogits, mask)
             if "key" in results:
-                dkey = tiles.einsum("...hr,...rs->...hs", query_transposed, dlogits)
-                results["key"] = nest.add_key_transposed(results["key"], dkey, at, columns)
+                results["key"] = add_key_product(results["key"], scaled_query, dlogits, at, columns)
             if "bias" in results:
                 results["bias"] = nest.add_score(results["bias"], dlogits, at, columns)
             if dquery is not None:

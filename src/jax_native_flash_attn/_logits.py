@@ -11,7 +11,7 @@ from ._access import ColumnTile, RowTile
 from ._dropout import Dropout
 from ._masks import Band, MaskOperands
 from ._nest import Nest, TileMask
-from ._numerics import LOG2E, accumulation_dtype, bias_floor, exp2_polynomial, lowest
+from ._numerics import LOG2E, accumulation_dtype, bias_floor, exp2_polynomial, lowest, product_dtype
 from ._tiles import Sizes, Target, choose_tile
 
 
@@ -119,8 +119,7 @@ class Tiles:
         sizes = inputs.sizes
         self.sizes = replace(sizes, batch=jnp.broadcast_shapes(sizes.batch, _batch_of(further or {})))
         self.accumulate = accumulation_dtype(inputs.query.dtype)
-        # XLA:CPU has no fast products of 16-bit floats; elsewhere they are what the matrix units want.
-        self.product = self.accumulate if target.platform == "cpu" else inputs.query.dtype
+        self.product = product_dtype(inputs.query.dtype, target.platform)
         mask = inputs.mask
         is_banded = config.band != Band() or mask.key_start is not None
         is_plain = not (is_banded or config.needs_lse or config.dropout) and inputs.bias is None

@@ -169,7 +169,7 @@ class Nest(TileAccess):
         if self.mask.key_start is not None and self.mask.key_stop is not None:
             return self.row_slice(self.mask.key_start, at), self.row_slice(self.mask.key_stop, at)
         # From the position: a table would be a constant, which custom_partitioning does not take.
-        rows = jnp.tile(self.row_positions(at), self.sizes.G).reshape((1,) * (len(self.row_shape) - 1) + (-1,))
+        rows = jnp.repeat(self.row_positions(at), self.sizes.G).reshape((1,) * (len(self.row_shape) - 1) + (-1,))
         S = self.sizes.S
         start = jnp.zeros_like(rows) if self.band.lower is None else jnp.clip(rows + self.band.lower, 0, S)
         stop = jnp.full_like(rows, S) if self.band.upper is None else jnp.clip(rows + self.band.upper + 1, 0, S)
@@ -201,7 +201,7 @@ class Nest(TileAccess):
         if self.sizes.T % self.tile.block_q == 0:
             return x
         owned = self.row_positions(at) >= at.number * self.tile.block_q
-        owned = jnp.tile(owned, self.sizes.G).reshape((1,) * (x.ndim - 2) + (-1, 1))
+        owned = jnp.repeat(owned, self.sizes.G).reshape((1,) * (x.ndim - 2) + (-1, 1))
         return jnp.where(owned, x, 0)
 
 
