@@ -9,10 +9,9 @@ Inside a tile N is split into key/value heads and groups, and the groups join th
 
     (lead..., rows, H)   (lead..., block_kv, H)   (lead..., rows)   (lead..., rows, block_kv)
 
-where lead is the tile's batch rows and heads, and rows is block_q * G, in that order: with one head in a tile, a slice of
-query is a matrix as it stands. What a tile has only one of is no axis: plain
-matrices are what XLA:CPU updates in place. Operands keep N whole: splitting it before the loops would make XLA:CPU
-copy each of them.
+where lead is the tile's batch rows and heads, and rows is block_q * G, in that order: with one head in a tile, a slice
+of query is a matrix as it stands. What a tile has only one of is no axis: plain matrices are what XLA:CPU updates in
+place. Operands keep N whole: splitting it before the loops would make XLA:CPU copy each of them.
 """
 
 from dataclasses import dataclass
