@@ -11,9 +11,11 @@ Inside a tile N is split into key/value heads and groups, and the groups join th
 
 where lead is the tile's batch rows and heads, and rows is block_q * G, in that order: with one head in a tile, a slice
 of query is a matrix as it stands. What a tile has only one of is no axis: plain matrices are what XLA:CPU updates in
-place. Operands keep N whole: splitting it before the loops would make XLA:CPU copy each of them.
+place; and there lead is a single axis, since it multiplies bfloat16 as such only with one batch axis. Operands keep N
+whole: splitting it before the loops would make XLA:CPU copy each of them.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,7 +60,20 @@ class TileAccess:
     @property
     def _lead(self) -> tuple[int, ...]:
         lead = (*self.tile.batch, self.tile.heads)
-        return lead if any(n != 1 for n in lead) else ()
+        if all(n == 1 for n in lead):
+            return ()
+        return (math.prod(lead),) if self.tile.merges_lead else lead
+
+    def _into_lead(self, x: jax.Array) -> jax.Array:
+        """(batch..., heads, ...) -> (lead..., ...)"""
+        n = len(self.tile.batch) + 1
+        if not self._lead:
+            return x.reshape(x.shape[n:])
+        if not self.tile.merges_lead:
+            return x
+        if any(size != 1 for size in x.shape[:n]):
+            x = jnp.broadcast_to(x, (*self.tile.batch, self.tile.heads, *x.shape[n:]))
+        return x.reshape(math.prod(x.shape[:n]), *x.shape[n:])
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -77,7 +92,7 @@ class TileAccess:
         x = jnp.swapaxes(x, n, n + 1)
         if x.shape[n : n + 2] != (1, 1):
             x = jnp.broadcast_to(x, (*x.shape[:n], self.tile.block_q, self.sizes.G, *x.shape[n + 2 :]))
-        return x.reshape(*(x.shape[:n] if self._lead else ()), -1, *x.shape[n + 2 :])
+        return self._into_lead(x.reshape(*x.shape[:n], -1, *x.shape[n + 2 :]))
 
     def _outside(self, x: jax.Array, *inner: int) -> jax.Array:
         """(lead..., ...) -> (batch..., heads, inner...)"""
@@ -94,8 +109,7 @@ class TileAccess:
         """(batch..., S, K, H) -> (lead..., block_kv, H)"""
         starts = (*at.batch, columns.column, at.head, 0)
         sizes = (*self.tile.batch, self.tile.block_kv, self.tile.heads, x.shape[-1])
-        x = jnp.moveaxis(self.slice(x, starts, sizes), -3, -2)
-        return x if self._lead else x.reshape(x.shape[-2:])
+        return self._into_lead(jnp.moveaxis(self.slice(x, starts, sizes), -3, -2))
 
     def row_slice(self, x: jax.Array, at: RowTile) -> jax.Array:
         """(batch..., N, T) -> (lead..., rows); one row where both N and T are 1"""
@@ -107,8 +121,7 @@ class TileAccess:
 
     def batch_slice(self, x: jax.Array, at: RowTile) -> jax.Array:
         """(batch...) -> (lead..., 1, 1), of the tile's batch rows"""
-        x = self.slice(x, at.batch, self.tile.batch)[..., None, None, None]
-        return x if self._lead else x.reshape(1, 1)
+        return self._into_lead(self.slice(x, at.batch, self.tile.batch)[..., None, None, None])
 
     def head_slice(self, x: jax.Array, at: RowTile) -> jax.Array:
         """(batch..., N) -> (batch..., heads, G)"""

@@ -119,6 +119,7 @@ class Tiles:
         sizes = inputs.sizes
         self.sizes = replace(sizes, batch=jnp.broadcast_shapes(sizes.batch, _batch_of(further or {})))
         self.accumulate = accumulation_dtype(inputs.query.dtype)
+        self.platform = target.platform
         self.product = product_dtype(inputs.query.dtype, target.platform)
         mask = inputs.mask
         is_banded = config.band != Band() or mask.key_start is not None
@@ -132,17 +133,24 @@ class Tiles:
             band_width=config.band.width if mask.key_start is None else None,
             key_stop=int(config.band.intervals(sizes.T, sizes.S)[1].max()) if mask.key_start is None else sizes.S,
             is_plain=is_plain,
+            is_derivative=further is not None or config.needs_lse,
+            has_16_bits=self.product.itemsize == 2,
             all_heads=differentiable or target.is_sharded,
         )
-        # Logits are in units of 1 / `unit`: base 2 where that is faster than XLA's exp, which fusing softmax needs.
-        use_base_2 = target.platform == "cpu" and self.accumulate == jnp.float32 and not tile.fuses_softmax
+        self.nest = Nest(self.sizes, tile, config.band, inputs.mask, differentiable)
+        # Logits are in units of 1 / `unit`: base 2 where many exponentials make that faster than XLA's exp, which takes
+        # fewer kernels and is what a fused softmax needs.
+        many = not (tile.fuses_softmax or self.nest.has_few_scores)
+        use_base_2 = target.platform == "cpu" and self.accumulate == jnp.float32 and many
         self.unit, self.exp = (LOG2E, exp2_polynomial) if use_base_2 else (1.0, jnp.exp)
         # Of a column of rows: XLA would repeat the polynomial for every element that the result is broadcast to.
         self.exp_of_rows = jnp.exp2 if use_base_2 else jnp.exp
-        self.nest = Nest(self.sizes, tile, config.band, inputs.mask, differentiable)
 
     def zeros_for(self, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
-        """Where a kernel collects a result: in accumulation dtype if an element gets more than one contribution."""
+        """Where a kernel collects a result: in accumulation dtype if an element gets more than one contribution.
+
+        On CPU always: XLA before JAX 0.12 converts all of an array of bfloat16 whenever a tile of it is written.
+        """
         z = self.sizes
         written_once = {
             "out": (*z.batch, z.T, z.N, z.D),
@@ -150,7 +158,7 @@ class Tiles:
             "query": (*z.batch, z.T, z.N, z.H),
             "bias": (*z.batch, z.N, z.T, z.S),
         }
-        once = written_once.get(name) == like.shape
+        once = written_once.get(name) == like.shape and self.platform != "cpu"
         return jnp.zeros(like.shape, like.dtype if once else self.accumulate)
 
     def zeros(self, *shape: int) -> jax.Array:

@@ -31,6 +31,7 @@ class TileShape:
 
     `follows_band`: a row of tiles is one tile, which starts at the first key of its first row; otherwise tiles start at
     multiples of their size. `fuses_softmax`: XLA:CPU makes one kernel of a plain softmax and its products.
+    `merges_lead`: batch rows and heads are one axis inside a tile.
     """
 
     batch: tuple[Any, ...]
@@ -39,6 +40,7 @@ class TileShape:
     block_kv: int
     follows_band: bool = False
     fuses_softmax: bool = False
+    merges_lead: bool = False
 
 
 class Target(NamedTuple):
@@ -55,9 +57,14 @@ class Target(NamedTuple):
 
 
 # Elements (query rows x keys, over all heads, unless said) of a tile ...
-_CPU_SMALL = 1 << 18  # ... that several heads should share where one head has fewer
+_CPU_SHARED = {"forward": 1 << 18, "derivative": 1 << 20}  # ... that several heads share where one has fewer
+_CPU_WHOLE_SCORES = 1 << 20  # ... of a whole problem
 _CPU_FUSED = 1 << 22  # ... of a plain softmax that XLA fuses with its products; its scratch then is 16 MiB
 _CPU_BAND = 1 << 19  # ... of a band
+# ... of query and key in such a tile, which then stay in a core's cache
+_CPU_OPERANDS = {"forward": 1 << 18, "derivative": 1 << 19}
+# ... of query and key of a whole problem in one tile, without loops, slices and writes into a larger array
+_CPU_WHOLE = {"forward": 1 << 18, "forward, 16 bit": 1 << 21, "derivative": 1 << 22}
 _CPU_KEYS = 1 << 19  # ... of the keys, where few rows make reading them what costs
 _CPU_REVERSE = 1 << 22  # ... in reverse mode through a kernel
 _ACCELERATOR = 1 << 28  # ... of float32 scores: 1 GiB for each temporary
@@ -76,6 +83,8 @@ def choose_tile(
     band_width: int | None,
     key_stop: int,
     is_plain: bool,
+    is_derivative: bool,
+    has_16_bits: bool,
     all_heads: bool,
 ) -> TileShape:
     """The one place where tile shapes are chosen; `benchmarks/tune_tiles.py` made the measurements.
@@ -88,6 +97,8 @@ def choose_tile(
       band_width: keys of a row, where nothing but a narrow static band bounds them.
       key_stop: no row attends keys from here on.
       is_plain: whether only softmax(scale * query @ key) @ value is asked for, without log-sum-exp.
+      is_derivative: whether the kernel is a derivative, or makes what one needs: XLA then shares work between the two.
+      has_16_bits: whether products take 16-bit operands.
       all_heads: ask for all batch rows and heads at once (reverse mode through a kernel: slicing one head out of an
         array would make its transpose touch the whole array for every tile).
     """
@@ -96,7 +107,7 @@ def choose_tile(
         return band_tile
     heads = max(1, static_size(sizes.batch) * sizes.K * sizes.G)
     num_keys = min(sizes.S, max(1, key_stop))
-    is_decoding = sizes.T * sizes.G < 64
+    is_decoding = sizes.T * sizes.G < 64 and num_keys > 1024
     if platform == "cpu" and not all_heads:
         # Threads split one matrix product, not a batch of them: one head at a time, in large tiles, square if possible.
         side = 512 if is_banded and min(sizes.T * sizes.G, num_keys) < 4096 else 1024
@@ -125,7 +136,13 @@ def choose_tile(
     per_head = max(1, sizes.G * block_q * block_kv)
     if is_plain and block_q == sizes.T and block_kv == sizes.S and per_head <= 1 << 16:
         return replace(_with_heads(sizes, block_q, block_kv, _CPU_FUSED // per_head), fuses_softmax=True)
-    return _with_heads(sizes, block_q, block_kv, _CPU_SMALL // per_head)
+    operands = max(1, (sizes.G * block_q + block_kv) * sizes.H)
+    kind = "derivative" if is_derivative else "forward"
+    limit = min(_CPU_SHARED[kind] // per_head, _CPU_OPERANDS[kind] // operands)
+    whole = _CPU_WHOLE["forward, 16 bit" if has_16_bits and not is_derivative else kind]
+    if heads // sizes.G * operands <= whole and heads // sizes.G * per_head <= _CPU_WHOLE_SCORES:
+        limit = heads
+    return _with_heads(sizes, block_q, block_kv, limit)
 
 
 def _band_tile(
@@ -156,7 +173,7 @@ def _with_heads(sizes: Sizes, block_q: int, block_kv: int, limit: int) -> TileSh
         rows = largest_divisor(n, limit // taken) if is_full and isinstance(n, int) else 1
         taken, is_full = taken * rows, is_full and rows == n
         batch.append(rows)
-    return TileShape(tuple(reversed(batch)), heads, block_q, block_kv)
+    return TileShape(tuple(reversed(batch)), heads, block_q, block_kv, merges_lead=True)
 
 
 def static_size(shape: Sequence[Any]) -> int:
