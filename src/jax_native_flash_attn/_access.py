@@ -85,9 +85,17 @@ class TileAccess:
 
     def key_slice(self, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
         """(batch..., S, K, H) -> (lead..., block_kv, H)"""
+        return self.key_rows(self.key_window(x, at, columns))
+
+    def key_window(self, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
+        """(batch..., S, K, H) -> (batch..., block_kv, heads, H)"""
         starts = (*at.batch, columns.column, at.head, 0)
         sizes = (*self.tile.batch, self.tile.block_kv, self.tile.heads, x.shape[-1])
-        x = jnp.moveaxis(self.slice(x, starts, sizes), -3, -2)
+        return self.slice(x, starts, sizes)
+
+    def key_rows(self, x: jax.Array) -> jax.Array:
+        """(batch..., block_kv, heads, H) -> (lead..., block_kv, H)"""
+        x = jnp.moveaxis(x, -3, -2)
         return x if self._lead else x.reshape(x.shape[-2:])
 
     def row_slice(self, x: jax.Array, at: RowTile) -> jax.Array:

@@ -50,6 +50,8 @@ def forward(tiles: Tiles) -> tuple[jax.Array, ...]:
     (The derivatives need out unrounded: delta is a difference of nearly equal sums.)
     """
     nest, sizes = tiles.nest, tiles.sizes
+    # XLA makes one GPU kernel of a softmax over whole rows, which reads the logits once; the log-sum-exp breaks it.
+    normalizes = tiles.fuses_tiles and nest.visits_one_key_tile and not tiles.config.needs_lse
 
     def row_tile(at: RowTile, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         query = tiles.query(at)
@@ -69,8 +71,10 @@ def forward(tiles: Tiles) -> tuple[jax.Array, ...]:
                 new_max = jnp.maximum(state.max_so_far, new_max)
             weights = tiles.exp(logits - new_max)
             denominator = weights.sum(-1, keepdims=True)
+            if normalizes:
+                weights /= denominator
             dropped = tiles.drop(weights, tiles.keep(at, columns))
-            numerator = tiles.einsum("...rs,...sd->...rd", dropped, value)
+            numerator = tiles.weighted(dropped, value)
             if state is not None:
                 correction = tiles.exp_of_rows(state.max_so_far - new_max)
                 numerator += state.numerator * correction
@@ -85,6 +89,8 @@ def forward(tiles: Tiles) -> tuple[jax.Array, ...]:
 
         # A single tile of keys is an ordinary softmax; there is no state to correct.
         state = nest.columns(at, key_tile, None if nest.visits_one_key_tile else empty)
+        if normalizes:
+            return (nest.write_query(results[0], state.numerator, at, add=False),)
         denominator = state.denominator
         if tiles.inputs.mask.key_start is not None:
             # Padded rows may have visited no tile at all.
@@ -95,7 +101,7 @@ def forward(tiles: Tiles) -> tuple[jax.Array, ...]:
             written += (nest.write_row(results[1], lse[..., 0], at, add=False),)
         return written
 
-    results = (tiles.zeros(*sizes.batch, sizes.T, sizes.N, sizes.D),)
+    results = (jnp.zeros((*sizes.batch, sizes.T, sizes.N, sizes.D), tiles.out_dtype),)
     if tiles.config.needs_lse:
         results += (tiles.zeros(*sizes.batch, sizes.N, sizes.T),)
     return nest.rows(row_tile, results)
@@ -203,6 +209,8 @@ def cotangent(
         if "lse" in cotangents:
             dlse = tiles.rows(cotangents["lse"], at)
             delta -= nest.owned_rows(dlse, at).astype(tiles.accumulate)
+        live_dout, delta = tiles.live_rows(dout, at), tiles.live_rows(delta, at)
+        row_lse, delta = tiles.joined(row_lse), tiles.joined(delta)
         scaled_query = query.astype(tiles.accumulate) * tiles.scale(at)
         query_transposed, dout_transposed = (jnp.swapaxes(x, -1, -2) for x in (scaled_query, dout))
 
@@ -213,10 +221,12 @@ def cotangent(
         ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
             dquery, results = state[0], dict(state[1])
             keep = tiles.keep(at, columns)
+            keep = None if keep is None else tiles.joined(keep)
             key = tiles.key(at, columns, mask)
-            weights = tiles.exp(tiles.logits(query, key, at, columns, mask) - row_lse)
+            weights = tiles.exp(tiles.joined(tiles.logits(query, key, at, columns, mask)) - row_lse)
+            weights = tiles.stored(weights)
             if "value" in results and has_out:
-                dropped = tiles.drop(weights, keep)
+                dropped = tiles.split(tiles.drop(weights, keep))
                 dvalue = tiles.einsum("...dr,...rs->...ds", dout_transposed, dropped)
                 results["value"] = nest.add_key_transposed(results["value"], dvalue, at, columns)
             if not needs_logits:
@@ -224,14 +234,17 @@ def cotangent(
             dlogits = -delta
             if has_out:
                 value = tiles.value(at, columns, mask)
-                dweights = tiles.einsum("...rd,...sd->...rs", dout, value)
+                dweights = tiles.joined(tiles.einsum("...rd,...sd->...rs", live_dout, value))
                 dlogits = tiles.drop(dweights, keep) - delta
-            dlogits = tiles.through_mask(weights * dlogits, mask)
+            dlogits = weights * dlogits.astype(weights.dtype)
+            if not tiles.fuses_tiles:
+                dlogits = tiles.through_mask(dlogits, mask)
+            dlogits = tiles.split(tiles.stored(dlogits))
             if "key" in results:
                 dkey = tiles.einsum("...hr,...rs->...hs", query_transposed, dlogits)
                 results["key"] = nest.add_key_transposed(results["key"], dkey, at, columns)
             if "bias" in results:
-                results["bias"] = nest.add_score(results["bias"], dlogits, at, columns)
+                results["bias"] = nest.add_score(results["bias"], dlogits.astype(tiles.accumulate), at, columns)
             if dquery is not None:
                 dquery += tiles.einsum("...rs,...sh->...rh", dlogits, key)
             return dquery, results

@@ -11,8 +11,8 @@ from ._access import ColumnTile, RowTile
 from ._dropout import Dropout
 from ._masks import Band, MaskOperands
 from ._nest import Nest, TileMask
-from ._numerics import LOG2E, accumulation_dtype, bias_floor, exp2_polynomial, lowest
-from ._tiles import Sizes, Target, choose_tile
+from ._numerics import LOG2E, accumulation_dtype, bias_floor, exp2_polynomial, in_row_major_layout, lowest
+from ._tiles import Sizes, Target, choose_tile, fits_one_tile
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,20 @@ class Tiles:
         self.accumulate = accumulation_dtype(inputs.query.dtype)
         # XLA:CPU has no fast products of 16-bit floats; elsewhere they are what the matrix units want.
         self.product = self.accumulate if target.platform == "cpu" else inputs.query.dtype
+        # What XLA fuses differs: see `stored`.
+        self.fuses_tiles = target.platform != "cpu" and not differentiable and not target.is_sharded
+        # Nothing but the forward kernel makes 'out', and that writes every element once.
+        self.out_dtype = inputs.query.dtype if self.fuses_tiles and config.rounds_out else self.accumulate
+        # Of few rows (decoding) in the forward kernel: a product wants its batch axes outermost, and XLA would copy all
+        # keys and values for that; multiplied and summed they are read as they are.
+        self.makes_only_logits_of_keys = self.fuses_tiles and further is None
+        self.reduces_products = self.fuses_tiles and further is None and sizes.T * sizes.G <= 8
         mask = inputs.mask
         is_banded = config.band != Band() or mask.key_start is not None
+        if self.fuses_tiles and config.band == Band():
+            # What a mask leaves of a row may lie anywhere. One that is small, or alike in all rows, empties no tile.
+            is_banded = mask.key_start is not None and (mask.allowed is None or mask.key_value_length is not None)
+            is_banded |= mask.allowed is not None and mask.allowed.shape[-2] > 1 and not fits_one_tile(self.sizes)
         is_plain = not (is_banded or config.needs_lse or config.dropout) and inputs.bias is None
         tile = choose_tile(
             self.sizes,
@@ -134,13 +146,16 @@ class Tiles:
             key_stop=int(config.band.intervals(sizes.T, sizes.S)[1].max()) if mask.key_start is None else sizes.S,
             is_plain=is_plain,
             all_heads=differentiable or target.is_sharded,
+            varies_in_batch=self.fuses_tiles and mask.key_value_length is not None and len(self.sizes.batch) == 1,
+            reads_keys=self.reduces_products,
+            splits_rows=further is not None and inputs.bias is None and mask.key_start is None,
         )
         # Logits are in units of 1 / `unit`: base 2 where that is faster than XLA's exp, which fusing softmax needs.
         use_base_2 = target.platform == "cpu" and self.accumulate == jnp.float32 and not tile.fuses_softmax
         self.unit, self.exp = (LOG2E, exp2_polynomial) if use_base_2 else (1.0, jnp.exp)
         # Of a column of rows: XLA would repeat the polynomial for every element that the result is broadcast to.
         self.exp_of_rows = jnp.exp2 if use_base_2 else jnp.exp
-        self.nest = Nest(self.sizes, tile, config.band, inputs.mask, differentiable)
+        self.nest = Nest(self.sizes, tile, config.band, inputs.mask, differentiable, self.fuses_tiles)
 
     def zeros_for(self, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
         """Where a kernel collects a result: in accumulation dtype if an element gets more than one contribution."""
@@ -166,21 +181,50 @@ class Tiles:
             preferred_element_type=self.accumulate,
         )
 
+    def joined(self, x: jax.Array) -> jax.Array:
+        """(lead..., rows, block_kv or 1) -> (any, rows, block_kv or 1), where XLA fuses only that into a product."""
+        if not self.fuses_tiles:
+            return x
+        return jnp.broadcast_to(x, (*self.nest.row_shape[:-1], *x.shape[-2:])).reshape(-1, *x.shape[-2:])
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """The inverse of `joined`, of a tile."""
+        return x.reshape(*self.nest.row_shape[:-1], *x.shape[-2:]) if self.fuses_tiles else x
+
+    def stored(self, x: jax.Array) -> jax.Array:
+        """A tile that more than one product reads."""
+        if not self.fuses_tiles:
+            return x
+        # bfloat16 has the exponents of float32, float16 has not.
+        dtype = self.product if self.product == jnp.bfloat16 else self.accumulate
+        return jax.lax.optimization_barrier(x.astype(dtype))
+
     def query(self, at: RowTile) -> jax.Array:
         return self.nest.query_slice(self.inputs.query, at)
 
     def key(self, at: RowTile, columns: ColumnTile, mask: TileMask | None) -> jax.Array:
-        return self._without_padding(self.inputs.key, at, columns, mask)
+        # Where nothing but logits is made of them, the mask removes what padding holds.
+        return self._without_padding(self.inputs.key, at, columns, None if self.makes_only_logits_of_keys else mask)
 
     def value(self, at: RowTile, columns: ColumnTile, mask: TileMask | None) -> jax.Array:
         return self._without_padding(self.inputs.value, at, columns, mask)
 
     def _without_padding(self, x: jax.Array, at: RowTile, columns: ColumnTile, mask: TileMask | None) -> jax.Array:
         """NaN or inf in padding would survive a weight of zero (0 * NaN). Full tiles hold no padding."""
-        x = self.nest.key_slice(x, at, columns)
         length = self.inputs.mask.key_value_length
+        if self.fuses_tiles:
+            # Before the axes move: XLA then reads full tiles and this one in the same layout, and copies neither.
+            x = self.nest.key_window(x, at, columns)
+            if self.reduces_products:
+                x = in_row_major_layout(x)
+            if mask is not None and length is not None:
+                position = self.nest.column_positions(columns).reshape((1,) * (x.ndim - 3) + (-1, 1, 1))
+                padded = position >= self.nest.slice(length, at.batch, self.nest.tile.batch)[..., None, None, None]
+                x = jnp.where(padded & ~jnp.isfinite(x), 0, x)
+            return self.nest.key_rows(x)
         if mask is None or length is None:
-            return x
+            return self.nest.key_slice(x, at, columns)
+        x = self.nest.key_slice(x, at, columns)
         position = self.nest.column_positions(columns).reshape((1,) * (x.ndim - 2) + (-1, 1))
         padded = position >= self.nest.batch_slice(length, at)
         return jnp.where(padded & ~jnp.isfinite(x), 0, x)
@@ -192,12 +236,23 @@ class Tiles:
     def products(self, query: jax.Array, key: jax.Array, multiplier: jax.Array) -> jax.Array:
         """multiplier * query @ key, in units: (lead..., rows, H), (lead..., s, H) -> (lead..., rows, s)."""
         multiplier = multiplier * self.unit
+        if self.reduces_products:
+            query, key = query.astype(self.accumulate) * multiplier, key.astype(self.accumulate)
+            return (query[..., :, None, :] * key[..., None, :, :]).sum(-1)
         # The multiplier goes to the smaller operand, unless that would round it to 16 bits.
         early = self.product == self.accumulate
         if early:
             query = query.astype(self.product) * multiplier
         scores = self.einsum("...rh,...sh->...rs", query, key)
         return scores if early else scores * multiplier
+
+    def weighted(self, weights: jax.Array, value: jax.Array) -> jax.Array:
+        """weights @ value: (lead..., rows, s), (lead..., s, D) -> (lead..., rows, D)"""
+        if not self.reduces_products:
+            return self.einsum("...rs,...sd->...rd", weights, value)
+        value = value.astype(self.accumulate)
+        rows = range(weights.shape[-2])
+        return jnp.stack([(weights[..., row, :, None] * value).sum(-2) for row in rows], -2)
 
     def bias(self, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
         """A tile of a score-like array, (lead..., rows, block_kv), axes of size 1 kept."""
@@ -233,6 +288,16 @@ class Tiles:
             return x
         live = mask.allowed if mask.dead is None else mask.allowed & ~mask.dead
         return jnp.where(live, x, 0)
+
+    def live_rows(self, x: jax.Array, at: RowTile) -> jax.Array:
+        """What `through_mask` zeroes of a row of cotangents, zeroed beforehand: a masked weight is 0 unless its row is dead.
+
+        (Then only; elsewhere x is returned as it is.)
+        """
+        dead = self.inputs.mask.dead
+        if dead is None or not self.fuses_tiles:
+            return x
+        return jnp.where(self.nest.row_slice(dead, at)[..., None], 0, x)
 
     def row_lse(self, lse: jax.Array, at: RowTile) -> jax.Array:
         """Log-sum-exp of the rows, in units, as (lead..., rows, 1)."""

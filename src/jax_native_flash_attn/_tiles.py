@@ -61,6 +61,8 @@ _CPU_BAND = 1 << 19  # ... of a band
 _CPU_KEYS = 1 << 19  # ... of the keys, where few rows make reading them what costs
 _CPU_REVERSE = 1 << 22  # ... in reverse mode through a kernel
 _ACCELERATOR = 1 << 28  # ... of float32 scores: 1 GiB for each temporary
+_ACCELERATOR_KEYS = 1 << 27  # ... of the keys, where few rows make reading them what costs
+_ACCELERATOR_LEAST = 1 << 25  # ... that hide the launches of its kernels
 
 _WIDEST_BAND = 1025  # keys: 1024 and the diagonal
 _CPU_BAND_ROWS, _ACCELERATOR_BAND_ROWS = 256, 1024
@@ -77,6 +79,9 @@ def choose_tile(
     key_stop: int,
     is_plain: bool,
     all_heads: bool,
+    varies_in_batch: bool = False,
+    splits_rows: bool = False,
+    reads_keys: bool = False,
 ) -> TileShape:
     """The one place where tile shapes are chosen; `benchmarks/tune_tiles.py` made the measurements.
 
@@ -90,6 +95,8 @@ def choose_tile(
       is_plain: whether only softmax(scale * query @ key) @ value is asked for, without log-sum-exp.
       all_heads: ask for all batch rows and heads at once (reverse mode through a kernel: slicing one head out of an
         array would make its transpose touch the whole array for every tile).
+      varies_in_batch: whether every batch row has its own intervals (lengths): other tiles are empty in each.
+      splits_rows: whether rows should be cut on an accelerator, since then XLA fuses more of the kernel.
     """
     band_tile = _band_tile(sizes, platform, block_q, band_width, all_heads)
     if band_tile is not None and block_kv is None:
@@ -97,7 +104,10 @@ def choose_tile(
     heads = max(1, static_size(sizes.batch) * sizes.K * sizes.G)
     num_keys = min(sizes.S, max(1, key_stop))
     is_decoding = sizes.T * sizes.G < 64
-    if platform == "cpu" and not all_heads:
+    if platform != "cpu":
+        tile = _accelerator_tile(sizes, block_q, block_kv, num_keys, is_banded, varies_in_batch, splits_rows, reads_keys)
+        return replace(tile, batch=sizes.batch) if all_heads else tile
+    if not all_heads:
         # Threads split one matrix product, not a batch of them: one head at a time, in large tiles, square if possible.
         side = 512 if is_banded and min(sizes.T * sizes.G, num_keys) < 4096 else 1024
         columns = min(4096, max(side, side**2 // (sizes.T * sizes.G)))
@@ -105,27 +115,67 @@ def choose_tile(
         if is_decoding:
             columns = min(4096, max(1024, _CPU_KEYS // (sizes.K * sizes.H)))
     else:
-        # Kernel launches and bandwidth decide: all heads at once. Rows against all keys need no online softmax, which
-        # saves a pass over the scores; a band is worth more.
-        per_head = max(1, (_CPU_REVERSE if platform == "cpu" else _ACCELERATOR) // heads)
-        side = min(2048, max(128, 1 << (math.isqrt(per_head).bit_length() - 1)))
+        side = _square(_CPU_REVERSE // heads)
         rows, columns = side, side
-        whole_rows = per_head // max(1, sizes.S)
+        whole_rows = max(1, _CPU_REVERSE // heads) // max(1, sizes.S)
         if not is_banded and whole_rows >= min(128, sizes.T):
             rows, columns = min(2048, 1 << (whole_rows.bit_length() - 1)), sizes.S
     block_q = balanced_block(sizes.T, block_q or rows)
     block_kv = balanced_block(num_keys, block_kv or columns)
     if all_heads:
         return TileShape(sizes.batch, sizes.K, block_q, block_kv)
-    if platform != "cpu":
-        batch = tuple(n if isinstance(n, int) else 1 for n in sizes.batch)
-        return TileShape(batch, sizes.K, block_q, block_kv)
     if is_decoding:
         return _with_heads(sizes, block_q, block_kv, _CPU_KEYS // (block_kv * sizes.H))
     per_head = max(1, sizes.G * block_q * block_kv)
     if is_plain and block_q == sizes.T and block_kv == sizes.S and per_head <= 1 << 16:
         return replace(_with_heads(sizes, block_q, block_kv, _CPU_FUSED // per_head), fuses_softmax=True)
     return _with_heads(sizes, block_q, block_kv, _CPU_SMALL // per_head)
+
+
+def _accelerator_tile(
+    sizes: Sizes,
+    block_q: int | None,
+    block_kv: int | None,
+    num_keys: int,
+    is_banded: bool,
+    varies_in_batch: bool,
+    splits_rows: bool,
+    reads_keys: bool,
+) -> TileShape:
+    """Kernel launches and bandwidth decide: all heads at once, and batch rows unless each has its own empty tiles."""
+    batch = [n if isinstance(n, int) else 1 for n in sizes.batch]
+    if sizes.T * sizes.G < 64:
+        # Decoding: one pass over the keys decides, not the scores.
+        columns = max(1024, _ACCELERATOR_KEYS // (math.prod(batch) * sizes.K * sizes.H))
+        columns = columns if is_banded and reads_keys else num_keys
+        block_q = balanced_block(sizes.T, block_q or sizes.T)
+        return TileShape(tuple(batch), sizes.K, block_q, balanced_block(num_keys, block_kv or columns))
+    if varies_in_batch:
+        limit = _ACCELERATOR_LEAST // (sizes.N * min(sizes.T, 2048) * min(num_keys, 1024))
+        batch[-1] = largest_divisor(batch[-1], limit)
+    per_head = _ACCELERATOR // max(1, math.prod(batch) * sizes.N)
+    rows = columns = _square(per_head)
+    whole_rows = per_head // num_keys
+    if varies_in_batch:
+        columns = min(columns, 1024)
+    elif not is_banded and whole_rows >= min(128, sizes.T):
+        # No online softmax, which saves a pass over the scores; the tiles that a band leaves out are worth more.
+        rows = sizes.T if whole_rows >= sizes.T else min(2048, 1 << (whole_rows.bit_length() - 1))
+        columns = num_keys
+        if splits_rows and math.prod(batch) * sizes.N * rows * columns >= 2 * _ACCELERATOR_LEAST:
+            rows, columns = min(2048, 2 * rows), -(-num_keys // 2)
+    return TileShape(
+        tuple(batch), sizes.K, balanced_block(sizes.T, block_q or rows), balanced_block(num_keys, block_kv or columns)
+    )
+
+
+def fits_one_tile(sizes: Sizes) -> bool:
+    """Whether an accelerator takes all scores at once."""
+    return static_size(sizes.batch) * sizes.N * sizes.T * sizes.S <= _ACCELERATOR
+
+
+def _square(elements: int) -> int:
+    return min(2048, max(128, 1 << (math.isqrt(max(1, elements)).bit_length() - 1)))
 
 
 def _band_tile(
