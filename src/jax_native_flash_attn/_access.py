@@ -133,10 +133,12 @@ class TileAccess:
         """(lead..., H, block_kv) onto (batch..., K, H, S)"""
         return _write(result, self._outside(x, *x.shape[-2:]), (*at.batch, at.head, 0, columns.column), True)
 
-    def add_score(self, result: jax.Array, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
-        """(lead..., rows, block_kv) onto (batch..., N, T, S)"""
+    def write_score(
+        self, result: jax.Array, x: jax.Array, at: RowTile, columns: ColumnTile, *, add: bool
+    ) -> jax.Array:
+        """(lead..., rows, block_kv) into (batch..., N, T, S)"""
         starts, sizes = self._score_window(at, columns)
-        return _write(result, x.reshape(sizes), starts, True)
+        return _write(result, x.reshape(sizes), starts, add)
 
     def add_batch(self, result: jax.Array, x: jax.Array, at: RowTile) -> jax.Array:
         """(lead...) onto (batch...)"""

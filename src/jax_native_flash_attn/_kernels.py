@@ -44,14 +44,13 @@ class OnlineSoftmax(NamedTuple):
     max_so_far: jax.Array
 
 
-def forward(tiles: Tiles) -> tuple[jax.Array, ...]:
+def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, ...]:
     """out (batch..., T, N, D) and, if needed, lse (batch..., N, T), in accumulation dtype.
 
     (The derivatives need out unrounded: delta is a difference of nearly equal sums.)
+    `bounds`: what is subtracted from the logits in place of the largest so far; see `_bounds.py`.
     """
     nest, sizes = tiles.nest, tiles.sizes
-    # XLA makes one GPU kernel of a softmax over whole rows, which reads the logits once; the log-sum-exp breaks it.
-    normalizes = tiles.fuses_tiles and nest.visits_one_key_tile and not tiles.config.needs_lse
 
     def row_tile(at: RowTile, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         query = tiles.query(at)
@@ -60,18 +59,28 @@ def forward(tiles: Tiles) -> tuple[jax.Array, ...]:
         empty = OnlineSoftmax(
             tiles.zeros(*rows, sizes.D),
             tiles.zeros(*rows, 1),
-            jnp.full((*rows, 1), lowest(tiles.accumulate), tiles.accumulate),
+            jnp.full((*rows, 1), lowest(tiles.accumulate), tiles.accumulate)
+            if bounds is None
+            else tiles.rows(bounds, at),
         )
 
         def key_tile(columns: ColumnTile, mask: TileMask | None, state: OnlineSoftmax | None) -> OnlineSoftmax:
             key, value = tiles.key(at, columns, mask), tiles.value(at, columns, mask)
             logits = tiles.logits(query, key, at, columns, mask)
+            if bounds is not None:
+                assert state is not None
+                weights = tiles.split(tiles.stored(tiles.exp(tiles.joined(logits) - tiles.joined(state.max_so_far))))
+                return OnlineSoftmax(
+                    state.numerator + tiles.weighted(weights, value),
+                    state.denominator + weights.astype(tiles.accumulate).sum(-1, keepdims=True),
+                    state.max_so_far,
+                )
             new_max = logits.max(-1, keepdims=True)
             if state is not None:
                 new_max = jnp.maximum(state.max_so_far, new_max)
             weights = tiles.exp(logits - new_max)
             denominator = weights.sum(-1, keepdims=True)
-            if normalizes:
+            if tiles.normalizes:
                 weights /= denominator
             dropped = tiles.drop(weights, tiles.keep(at, columns))
             numerator = tiles.weighted(dropped, value)
@@ -88,14 +97,13 @@ def forward(tiles: Tiles) -> tuple[jax.Array, ...]:
             )
 
         # A single tile of keys is an ordinary softmax; there is no state to correct.
-        state = nest.columns(at, key_tile, None if nest.visits_one_key_tile else empty)
-        if normalizes:
-            return (nest.write_query(results[0], state.numerator, at, add=False),)
+        state = nest.columns(at, key_tile, None if nest.visits_one_key_tile and bounds is None else empty)
         denominator = state.denominator
         if tiles.inputs.mask.key_start is not None:
             # Padded rows may have visited no tile at all.
             denominator = jnp.where(denominator == 0, 1, denominator)
-        written = (nest.write_query(results[0], state.numerator / denominator, at, add=False),)
+        out = state.numerator if tiles.normalizes else state.numerator / denominator
+        written = (nest.write_query(results[0], out, at, add=False),)
         if tiles.config.needs_lse:
             lse = state.max_so_far / tiles.unit + jnp.log(denominator)
             written += (nest.write_row(results[1], lse[..., 0], at, add=False),)
@@ -223,7 +231,12 @@ def cotangent(
             keep = tiles.keep(at, columns)
             keep = None if keep is None else tiles.joined(keep)
             key = tiles.key(at, columns, mask)
-            weights = tiles.exp(tiles.joined(tiles.logits(query, key, at, columns, mask)) - row_lse)
+            logits = tiles.joined(tiles.logits(query, key, at, columns, mask))
+            if tiles.makes_softmax_again:
+                weights = tiles.exp(logits - logits.max(-1, keepdims=True))
+                weights /= weights.sum(-1, keepdims=True)
+            else:
+                weights = tiles.exp(logits - row_lse)
             weights = tiles.stored(weights)
             if "value" in results and has_out:
                 dropped = tiles.split(tiles.drop(weights, keep))
@@ -244,7 +257,9 @@ def cotangent(
                 dkey = tiles.einsum("...hr,...rs->...hs", query_transposed, dlogits)
                 results["key"] = nest.add_key_transposed(results["key"], dkey, at, columns)
             if "bias" in results:
-                results["bias"] = nest.add_score(results["bias"], dlogits.astype(tiles.accumulate), at, columns)
+                add = not tiles.visits_once("bias", results["bias"].shape)
+                dbias = dlogits.astype(tiles.accumulate)
+                results["bias"] = nest.write_score(results["bias"], dbias, at, columns, add=add)
             if dquery is not None:
                 dquery += tiles.einsum("...rs,...sh->...rh", dlogits, key)
             return dquery, results

@@ -12,7 +12,7 @@ from ._dropout import Dropout
 from ._masks import Band, MaskOperands
 from ._nest import Nest, TileMask
 from ._numerics import LOG2E, accumulation_dtype, bias_floor, exp2_polynomial, in_row_major_layout, lowest
-from ._tiles import Sizes, Target, choose_tile, fits_one_tile
+from ._tiles import AcceleratorForm, Sizes, Target, choose_tile, fits_one_tile, static_size
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,10 @@ def _batch_of(arrays: Mapping[str, Any]) -> tuple[Any, ...]:
     return jnp.broadcast_shapes(*(x.shape[: x.ndim - len(LAYOUTS[name])] for name, x in arrays.items()))
 
 
+# Scores, from which on the fused form of `_bounds.py` is worth a decision at run time.
+_LEAST_BOUNDED = 1 << 24
+
+
 class Tiles:
     """Reads the tiles of one call, for a target and one kernel's tile shape."""
 
@@ -113,28 +117,38 @@ class Tiles:
         *,
         further: Mapping[str, Any] | None = None,
         differentiable: bool = False,
+        is_bounded: bool = False,
+        summed_over_batch: bool = False,
     ):
-        """`further`: other operands of the kernel; `differentiable`: see `Nest`."""
+        """Args, beside the call's:
+
+        further: other operands of the kernel; None for the forward kernel.
+        differentiable: see `Nest`.
+        is_bounded: whether bounds of the logits are known (see `_bounds.py`).
+        summed_over_batch: whether a result of T * S elements is summed over batch rows.
+        """
         self.config, self.inputs = config, inputs
         sizes = inputs.sizes
         self.sizes = replace(sizes, batch=jnp.broadcast_shapes(sizes.batch, _batch_of(further or {})))
         self.accumulate = accumulation_dtype(inputs.query.dtype)
         # XLA:CPU has no fast products of 16-bit floats; elsewhere they are what the matrix units want.
         self.product = self.accumulate if target.platform == "cpu" else inputs.query.dtype
-        # What XLA fuses differs: see `stored`.
+        mask, is_forward, rows = inputs.mask, further is None, sizes.T * sizes.G
+        # Forms that XLA fuses well on accelerators; see `stored`, `weighted`, `_bounds.py` and docs/design.md.
         self.fuses_tiles = target.platform != "cpu" and not differentiable and not target.is_sharded
         # Nothing but the forward kernel makes 'out', and that writes every element once.
         self.out_dtype = inputs.query.dtype if self.fuses_tiles and config.rounds_out else self.accumulate
-        # Of few rows (decoding) in the forward kernel: a product wants its batch axes outermost, and XLA would copy all
-        # keys and values for that; multiplied and summed they are read as they are.
-        self.makes_only_logits_of_keys = self.fuses_tiles and further is None
-        self.reduces_products = self.fuses_tiles and further is None and sizes.T * sizes.G <= 8
-        mask = inputs.mask
+        self.makes_only_logits_of_keys = self.fuses_tiles and is_forward
+        self.has_few_rows = self.fuses_tiles and is_forward and rows < 64
+        self.sums_values = self.has_few_rows and rows <= 8
+        is_elementwise = inputs.bias is not None or mask.allowed is not None or config.dropout is not None
         is_banded = config.band != Band() or mask.key_start is not None
         if self.fuses_tiles and config.band == Band():
             # What a mask leaves of a row may lie anywhere. One that is small, or alike in all rows, empties no tile.
             is_banded = mask.key_start is not None and (mask.allowed is None or mask.key_value_length is not None)
             is_banded |= mask.allowed is not None and mask.allowed.shape[-2] > 1 and not fits_one_tile(self.sizes)
+        if self.has_few_rows and not self.sums_values:
+            is_banded = False
         is_plain = not (is_banded or config.needs_lse or config.dropout) and inputs.bias is None
         tile = choose_tile(
             self.sizes,
@@ -146,16 +160,32 @@ class Tiles:
             key_stop=int(config.band.intervals(sizes.T, sizes.S)[1].max()) if mask.key_start is None else sizes.S,
             is_plain=is_plain,
             all_heads=differentiable or target.is_sharded,
-            varies_in_batch=self.fuses_tiles and mask.key_value_length is not None and len(self.sizes.batch) == 1,
-            reads_keys=self.reduces_products,
-            splits_rows=further is not None and inputs.bias is None and mask.key_start is None,
+            form=AcceleratorForm(
+                varies_in_batch=self.fuses_tiles and mask.key_value_length is not None and len(self.sizes.batch) == 1,
+                splits_rows=is_bounded or not (is_forward or is_elementwise or mask.key_start is not None),
+                reads_keys=self.has_few_rows,
+                keeps_batch=summed_over_batch,
+            ),
+        )
+        self.nest = Nest(self.sizes, tile, config.band, mask, differentiable, self.fuses_tiles)
+        # The softmax of a whole row is one kernel, which reads the logits once. Log-sum-exps would be two more; where
+        # the cotangents' logits are not fused into a product anyway, that softmax is made again instead, and the
+        # log-sum-exp, if nothing else wants it, never.
+        has_whole_rows = self.fuses_tiles and self.nest.visits_one_key_tile
+        self.makes_softmax_again = has_whole_rows and is_elementwise
+        self.normalizes = has_whole_rows and (is_elementwise or not config.needs_lse)
+        self.may_be_bounded = (
+            self.fuses_tiles
+            and is_forward
+            and self.product == jnp.bfloat16
+            and not (is_elementwise or self.has_few_rows or tile.follows_band)
+            and static_size(self.sizes.batch) * sizes.N * sizes.T * sizes.S >= _LEAST_BOUNDED
         )
         # Logits are in units of 1 / `unit`: base 2 where that is faster than XLA's exp, which fusing softmax needs.
         use_base_2 = target.platform == "cpu" and self.accumulate == jnp.float32 and not tile.fuses_softmax
         self.unit, self.exp = (LOG2E, exp2_polynomial) if use_base_2 else (1.0, jnp.exp)
         # Of a column of rows: XLA would repeat the polynomial for every element that the result is broadcast to.
         self.exp_of_rows = jnp.exp2 if use_base_2 else jnp.exp
-        self.nest = Nest(self.sizes, tile, config.band, inputs.mask, differentiable, self.fuses_tiles)
 
     def zeros_for(self, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
         """Where a kernel collects a result: in accumulation dtype if an element gets more than one contribution."""
@@ -166,8 +196,19 @@ class Tiles:
             "query": (*z.batch, z.T, z.N, z.H),
             "bias": (*z.batch, z.N, z.T, z.S),
         }
-        once = written_once.get(name) == like.shape
+        once = written_once.get(name) == like.shape or self.visits_once(name, like.shape)
         return jnp.zeros(like.shape, like.dtype if once else self.accumulate)
+
+    def visits_once(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a result like the bias, summed over batch rows, gets all of each element from one tile."""
+        z, tile = self.sizes, self.nest.tile
+        return (
+            self.fuses_tiles
+            and name == "bias"
+            and shape[-3:] == (z.N, z.T, z.S)
+            and z.T % tile.block_q == 0
+            and (tile.batch, tile.heads, tile.block_kv) == (z.batch, z.K, z.S)
+        )
 
     def zeros(self, *shape: int) -> jax.Array:
         return jnp.zeros(shape, self.accumulate)
@@ -215,7 +256,7 @@ class Tiles:
         if self.fuses_tiles:
             # Before the axes move: XLA then reads full tiles and this one in the same layout, and copies neither.
             x = self.nest.key_window(x, at, columns)
-            if self.reduces_products:
+            if self.has_few_rows:
                 x = in_row_major_layout(x)
             if mask is not None and length is not None:
                 position = self.nest.column_positions(columns).reshape((1,) * (x.ndim - 3) + (-1, 1, 1))
@@ -236,9 +277,6 @@ class Tiles:
     def products(self, query: jax.Array, key: jax.Array, multiplier: jax.Array) -> jax.Array:
         """multiplier * query @ key, in units: (lead..., rows, H), (lead..., s, H) -> (lead..., rows, s)."""
         multiplier = multiplier * self.unit
-        if self.reduces_products:
-            query, key = query.astype(self.accumulate) * multiplier, key.astype(self.accumulate)
-            return (query[..., :, None, :] * key[..., None, :, :]).sum(-1)
         # The multiplier goes to the smaller operand, unless that would round it to 16 bits.
         early = self.product == self.accumulate
         if early:
@@ -248,11 +286,12 @@ class Tiles:
 
     def weighted(self, weights: jax.Array, value: jax.Array) -> jax.Array:
         """weights @ value: (lead..., rows, s), (lead..., s, D) -> (lead..., rows, D)"""
-        if not self.reduces_products:
+        if not self.sums_values:
             return self.einsum("...rs,...sd->...rd", weights, value)
+        # A product wants its batch axes outermost, and XLA would copy the values for that.
         value = value.astype(self.accumulate)
-        rows = range(weights.shape[-2])
-        return jnp.stack([(weights[..., row, :, None] * value).sum(-2) for row in rows], -2)
+        rows = [(weights[..., row, :, None] * value).sum(-2) for row in range(weights.shape[-2])]
+        return jnp.stack(jax.lax.optimization_barrier(rows), -2)  # stacked at once, they would be one slow kernel
 
     def bias(self, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
         """A tile of a score-like array, (lead..., rows, block_kv), axes of size 1 kept."""

@@ -54,6 +54,23 @@ class Target(NamedTuple):
     is_sharded: bool = False
 
 
+@dataclass(frozen=True)
+class AcceleratorForm:
+    """What decides a tile's shape on an accelerator, beside the sizes.
+
+    Attributes:
+      varies_in_batch: every batch row has its own intervals (lengths), so that other tiles are empty in each.
+      splits_rows: take at least two key/value tiles; inside that loop XLA fuses more into the products.
+      reads_keys: the query rows are so few that reading the keys is what costs.
+      keeps_batch: take all batch rows at once, over which a result is summed.
+    """
+
+    varies_in_batch: bool = False
+    splits_rows: bool = False
+    reads_keys: bool = False
+    keeps_batch: bool = False
+
+
 # Elements (query rows x keys, over all heads, unless said) of a tile ...
 _CPU_SMALL = 1 << 18  # ... that several heads should share where one head has fewer
 _CPU_FUSED = 1 << 22  # ... of a plain softmax that XLA fuses with its products; its scratch then is 16 MiB
@@ -79,9 +96,7 @@ def choose_tile(
     key_stop: int,
     is_plain: bool,
     all_heads: bool,
-    varies_in_batch: bool = False,
-    splits_rows: bool = False,
-    reads_keys: bool = False,
+    form: AcceleratorForm,
 ) -> TileShape:
     """The one place where tile shapes are chosen; `benchmarks/tune_tiles.py` made the measurements.
 
@@ -95,8 +110,7 @@ def choose_tile(
       is_plain: whether only softmax(scale * query @ key) @ value is asked for, without log-sum-exp.
       all_heads: ask for all batch rows and heads at once (reverse mode through a kernel: slicing one head out of an
         array would make its transpose touch the whole array for every tile).
-      varies_in_batch: whether every batch row has its own intervals (lengths): other tiles are empty in each.
-      splits_rows: whether rows should be cut on an accelerator, since then XLA fuses more of the kernel.
+      form: what else decides on an accelerator.
     """
     band_tile = _band_tile(sizes, platform, block_q, band_width, all_heads)
     if band_tile is not None and block_kv is None:
@@ -105,7 +119,7 @@ def choose_tile(
     num_keys = min(sizes.S, max(1, key_stop))
     is_decoding = sizes.T * sizes.G < 64
     if platform != "cpu":
-        tile = _accelerator_tile(sizes, block_q, block_kv, num_keys, is_banded, varies_in_batch, splits_rows, reads_keys)
+        tile = _accelerator_tile(sizes, block_q, block_kv, num_keys, is_banded, form)
         return replace(tile, batch=sizes.batch) if all_heads else tile
     if not all_heads:
         # Threads split one matrix product, not a batch of them: one head at a time, in large tiles, square if possible.
@@ -133,40 +147,32 @@ def choose_tile(
 
 
 def _accelerator_tile(
-    sizes: Sizes,
-    block_q: int | None,
-    block_kv: int | None,
-    num_keys: int,
-    is_banded: bool,
-    varies_in_batch: bool,
-    splits_rows: bool,
-    reads_keys: bool,
+    sizes: Sizes, block_q: int | None, block_kv: int | None, num_keys: int, is_banded: bool, form: AcceleratorForm
 ) -> TileShape:
-    """Kernel launches and bandwidth decide: all heads at once, and batch rows unless each has its own empty tiles."""
-    batch = [n if isinstance(n, int) else 1 for n in sizes.batch]
-    if sizes.T * sizes.G < 64:
-        # Decoding: one pass over the keys decides, not the scores.
-        columns = max(1024, _ACCELERATOR_KEYS // (math.prod(batch) * sizes.K * sizes.H))
-        columns = columns if is_banded and reads_keys else num_keys
-        block_q = balanced_block(sizes.T, block_q or sizes.T)
-        return TileShape(tuple(batch), sizes.K, block_q, balanced_block(num_keys, block_kv or columns))
-    if varies_in_batch:
-        limit = _ACCELERATOR_LEAST // (sizes.N * min(sizes.T, 2048) * min(num_keys, 1024))
-        batch[-1] = largest_divisor(batch[-1], limit)
-    per_head = _ACCELERATOR // max(1, math.prod(batch) * sizes.N)
+    """Kernel launches and bandwidth decide: all heads, and batch rows unless each has its own empty tiles."""
+    batch = tuple(n if isinstance(n, int) else 1 for n in sizes.batch)
+    if form.varies_in_batch and not form.reads_keys:
+        least = sizes.N * min(sizes.T, 2048) * min(num_keys, 1024)
+        batch = _batch_within(sizes.batch, _ACCELERATOR_LEAST // least)
+    elif not (is_banded or form.keeps_batch or form.reads_keys):
+        batch = _batch_within(sizes.batch, _ACCELERATOR // max(1, sizes.N * sizes.T * num_keys))
+    per_head = max(1, _ACCELERATOR // max(1, math.prod(batch) * sizes.N))
     rows = columns = _square(per_head)
     whole_rows = per_head // num_keys
-    if varies_in_batch:
+    if form.reads_keys:
+        rows, columns = sizes.T, num_keys
+        if is_banded:
+            columns = max(1024, _ACCELERATOR_KEYS // (math.prod(batch) * sizes.K * sizes.H))
+    elif form.varies_in_batch:
         columns = min(columns, 1024)
     elif not is_banded and whole_rows >= min(128, sizes.T):
         # No online softmax, which saves a pass over the scores; the tiles that a band leaves out are worth more.
         rows = sizes.T if whole_rows >= sizes.T else min(2048, 1 << (whole_rows.bit_length() - 1))
         columns = num_keys
-        if splits_rows and math.prod(batch) * sizes.N * rows * columns >= 2 * _ACCELERATOR_LEAST:
-            rows, columns = min(2048, 2 * rows), -(-num_keys // 2)
-    return TileShape(
-        tuple(batch), sizes.K, balanced_block(sizes.T, block_q or rows), balanced_block(num_keys, block_kv or columns)
-    )
+        if form.splits_rows:
+            rows, columns = min(4096, 2 * rows), -(-num_keys // 2)
+    block_q, block_kv = balanced_block(sizes.T, block_q or rows), balanced_block(num_keys, block_kv or columns)
+    return TileShape(batch, sizes.K, block_q, block_kv)
 
 
 def fits_one_tile(sizes: Sizes) -> bool:
@@ -200,13 +206,17 @@ def _band_tile(
 
 def _with_heads(sizes: Sizes, block_q: int, block_kv: int, limit: int) -> TileShape:
     """As many key/value heads in a tile as `limit` allows, then batch rows from the innermost batch axis outwards."""
-    heads = taken = largest_divisor(sizes.K, limit)
-    batch, is_full = [], heads == sizes.K
-    for n in reversed(sizes.batch):
-        rows = largest_divisor(n, limit // taken) if is_full and isinstance(n, int) else 1
-        taken, is_full = taken * rows, is_full and rows == n
-        batch.append(rows)
-    return TileShape(tuple(reversed(batch)), heads, block_q, block_kv)
+    heads = largest_divisor(sizes.K, limit)
+    return TileShape(_batch_within(sizes.batch, limit // heads if heads == sizes.K else 1), heads, block_q, block_kv)
+
+
+def _batch_within(batch: tuple[Any, ...], limit: int) -> tuple[int, ...]:
+    """As many batch rows as `limit` allows, from the innermost batch axis outwards."""
+    taken, is_full, rows = 1, True, []
+    for n in reversed(batch):
+        rows.append(largest_divisor(n, limit // taken) if is_full and isinstance(n, int) else 1)
+        taken, is_full = taken * rows[-1], is_full and rows[-1] == n
+    return tuple(reversed(rows))
 
 
 def static_size(shape: Sequence[Any]) -> int:
