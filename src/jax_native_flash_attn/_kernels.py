@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ._access import ColumnTile, RowTile
 from ._logits import Tiles
@@ -219,6 +220,7 @@ def cotangent(
             delta -= nest.owned_rows(dlse, at).astype(tiles.accumulate)
         live_dout, delta = tiles.live_rows(dout, at), tiles.live_rows(delta, at)
         row_lse, delta = tiles.joined(row_lse), tiles.joined(delta)
+        has_cotangents = (live_dout != 0).any() | (delta != 0).any() if tiles.hides_weights else None
         scaled_query = query.astype(tiles.accumulate) * tiles.scale(at)
         query_transposed, dout_transposed = (jnp.swapaxes(x, -1, -2) for x in (scaled_query, dout))
 
@@ -244,15 +246,21 @@ def cotangent(
                 results["value"] = nest.add_key_transposed(results["value"], dvalue, at, columns)
             if not needs_logits:
                 return dquery, results
-            dlogits = -delta
-            if has_out:
-                value = tiles.value(at, columns, mask)
-                dweights = tiles.joined(tiles.einsum("...rd,...sd->...rs", live_dout, value))
-                dlogits = tiles.drop(dweights, keep) - delta
-            dlogits = weights * dlogits.astype(weights.dtype)
-            if not tiles.fuses_tiles:
-                dlogits = tiles.through_mask(dlogits, mask)
-            dlogits = tiles.split(tiles.stored(dlogits))
+
+            def logits_cotangent(weights: jax.Array) -> jax.Array:
+                dlogits = -delta
+                if has_out:
+                    value = tiles.value(at, columns, mask)
+                    dweights = tiles.joined(tiles.einsum("...rd,...sd->...rs", live_dout, value))
+                    dlogits = tiles.drop(dweights, keep) - delta
+                dlogits = weights * dlogits.astype(weights.dtype)
+                return tiles.stored(dlogits) if tiles.fuses_tiles else tiles.through_mask(dlogits, mask)
+
+            if tiles.hides_weights:
+                dlogits = lax.cond(has_cotangents, logits_cotangent, jnp.zeros_like, weights)
+            else:
+                dlogits = logits_cotangent(weights)
+            dlogits = tiles.split(dlogits)
             if "key" in results:
                 dkey = tiles.einsum("...hr,...rs->...hs", query_transposed, dlogits)
                 results["key"] = nest.add_key_transposed(results["key"], dkey, at, columns)

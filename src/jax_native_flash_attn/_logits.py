@@ -102,8 +102,9 @@ def _batch_of(arrays: Mapping[str, Any]) -> tuple[Any, ...]:
     return jnp.broadcast_shapes(*(x.shape[: x.ndim - len(LAYOUTS[name])] for name, x in arrays.items()))
 
 
-# Scores, from which on the fused form of `_bounds.py` is worth a decision at run time.
-_LEAST_BOUNDED = 1 << 24
+# Scores of a call and of a tile, from which on a decision at run time (a wait for the host) or a second tile is worth
+# the passes over the scores that it saves.
+_LARGE, _LARGE_TILE = 1 << 24, 1 << 26
 
 
 class Tiles:
@@ -141,6 +142,7 @@ class Tiles:
         self.makes_only_logits_of_keys = self.fuses_tiles and is_forward
         self.has_few_rows = self.fuses_tiles and is_forward and rows < 64
         self.sums_values = self.has_few_rows and rows <= 8
+        is_large = static_size(self.sizes.batch) * sizes.N * sizes.T * sizes.S >= _LARGE
         is_elementwise = inputs.bias is not None or mask.allowed is not None or config.dropout is not None
         is_banded = config.band != Band() or mask.key_start is not None
         if self.fuses_tiles and config.band == Band():
@@ -162,7 +164,7 @@ class Tiles:
             all_heads=differentiable or target.is_sharded,
             form=AcceleratorForm(
                 varies_in_batch=self.fuses_tiles and mask.key_value_length is not None and len(self.sizes.batch) == 1,
-                splits_rows=is_bounded or not (is_forward or is_elementwise or mask.key_start is not None),
+                splits_rows=is_bounded or (is_large and not (is_forward or is_elementwise or mask.key_start is not None)),
                 reads_keys=self.has_few_rows,
                 keeps_batch=summed_over_batch,
             ),
@@ -174,12 +176,14 @@ class Tiles:
         has_whole_rows = self.fuses_tiles and self.nest.visits_one_key_tile
         self.makes_softmax_again = has_whole_rows and is_elementwise
         self.normalizes = has_whole_rows and (is_elementwise or not config.needs_lse)
+        tile_scores = static_size(tile.batch) * sizes.N * tile.block_q * tile.block_kv
+        self.hides_weights = self.fuses_tiles and tile_scores >= _LARGE_TILE
         self.may_be_bounded = (
             self.fuses_tiles
             and is_forward
             and self.product == jnp.bfloat16
             and not (is_elementwise or self.has_few_rows or tile.follows_band)
-            and static_size(self.sizes.batch) * sizes.N * sizes.T * sizes.S >= _LEAST_BOUNDED
+            and is_large
         )
         # Logits are in units of 1 / `unit`: base 2 where that is faster than XLA's exp, which fusing softmax needs.
         use_base_2 = target.platform == "cpu" and self.accumulate == jnp.float32 and not tile.fuses_softmax

@@ -165,6 +165,7 @@ def _accelerator_tile(
             columns = max(1024, _ACCELERATOR_KEYS // (math.prod(batch) * sizes.K * sizes.H))
     elif form.varies_in_batch:
         columns = min(columns, 1024)
+        rows = min(4096, max(rows, per_head // columns))
     elif not is_banded and whole_rows >= min(128, sizes.T):
         # No online softmax, which saves a pass over the scores; the tiles that a band leaves out are worth more.
         rows = sizes.T if whole_rows >= sizes.T else min(2048, 1 << (whole_rows.bit_length() - 1))
