@@ -222,7 +222,8 @@ def cotangent(
         row_lse, delta = tiles.joined(row_lse), tiles.joined(delta)
         has_cotangents = (live_dout != 0).any() | (delta != 0).any() if tiles.hides_weights else None
         scaled_query = query.astype(tiles.accumulate) * tiles.scale(at)
-        query_transposed, dout_transposed = (jnp.swapaxes(x, -1, -2) for x in (scaled_query, dout))
+        transposed = (jnp.swapaxes(x, -1, -2).astype(tiles.product) for x in (scaled_query, dout))
+        query_transposed, dout_transposed = transposed
 
         def key_tile(
             columns: ColumnTile,

@@ -104,7 +104,7 @@ def _batch_of(arrays: Mapping[str, Any]) -> tuple[Any, ...]:
 
 # Scores of a call and of a tile, from which on a decision at run time (a wait for the host) or a second tile is worth
 # the passes over the scores that it saves.
-_LARGE, _LARGE_TILE = 1 << 24, 1 << 26
+_LARGE, _LARGE_TILE = 1 << 26, 1 << 25
 
 
 class Tiles:
@@ -174,8 +174,8 @@ class Tiles:
         # the cotangents' logits are not fused into a product anyway, that softmax is made again instead, and the
         # log-sum-exp, if nothing else wants it, never.
         has_whole_rows = self.fuses_tiles and self.nest.visits_one_key_tile
-        self.makes_softmax_again = has_whole_rows and is_elementwise
-        self.normalizes = has_whole_rows and (is_elementwise or not config.needs_lse)
+        self.makes_softmax_again = has_whole_rows and (is_elementwise or not is_large)
+        self.normalizes = self.makes_softmax_again or (has_whole_rows and not config.needs_lse)
         tile_scores = static_size(tile.batch) * sizes.N * tile.block_q * tile.block_kv
         self.hides_weights = self.fuses_tiles and tile_scores >= _LARGE_TILE
         self.may_be_bounded = (
