@@ -170,6 +170,7 @@ class Tiles:
             ),
         )
         self.nest = Nest(self.sizes, tile, config.band, mask, differentiable, self.fuses_tiles)
+        self.takes_some_batch_rows = self.fuses_tiles and tile.batch != self.sizes.batch
         # The softmax of a whole row is one kernel, which reads the logits once. Log-sum-exps would be two more; where
         # the cotangents' logits are not fused into a product anyway, that softmax is made again instead, and the
         # log-sum-exp, if nothing else wants it, never.
@@ -245,7 +246,8 @@ class Tiles:
         return jax.lax.optimization_barrier(x.astype(dtype))
 
     def query(self, at: RowTile) -> jax.Array:
-        return self.nest.query_slice(self.inputs.query, at)
+        query = self.inputs.query
+        return self.nest.query_slice(in_row_major_layout(query) if self.takes_some_batch_rows else query, at)
 
     def key(self, at: RowTile, columns: ColumnTile, mask: TileMask | None) -> jax.Array:
         # Where nothing but logits is made of them, the mask removes what padding holds.
@@ -260,7 +262,7 @@ class Tiles:
         if self.fuses_tiles:
             # Before the axes move: XLA then reads full tiles and this one in the same layout, and copies neither.
             x = self.nest.key_window(x, at, columns)
-            if self.has_few_rows:
+            if self.has_few_rows or self.takes_some_batch_rows:
                 x = in_row_major_layout(x)
             if mask is not None and length is not None:
                 position = self.nest.column_positions(columns).reshape((1,) * (x.ndim - 3) + (-1, 1, 1))

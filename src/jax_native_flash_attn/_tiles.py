@@ -78,7 +78,7 @@ _CPU_BAND = 1 << 19  # ... of a band
 _CPU_KEYS = 1 << 19  # ... of the keys, where few rows make reading them what costs
 _CPU_REVERSE = 1 << 22  # ... in reverse mode through a kernel
 _ACCELERATOR = 1 << 28  # ... of float32 scores: 1 GiB for each temporary
-_ACCELERATOR_KEYS = 1 << 27  # ... of the keys, where few rows make reading them what costs
+_ACCELERATOR_KEYS = 1 << 28  # ... of the keys, where few rows make reading them what costs
 _ACCELERATOR_LEAST = 1 << 25  # ... that hide the launches of its kernels
 
 _WIDEST_BAND = 1025  # keys: 1024 and the diagonal
