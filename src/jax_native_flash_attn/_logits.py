@@ -170,7 +170,10 @@ class Tiles:
             ),
         )
         self.nest = Nest(self.sizes, tile, config.band, mask, differentiable, self.fuses_tiles)
-        self.takes_some_batch_rows = self.fuses_tiles and tile.batch != self.sizes.batch
+        # Left to itself, XLA copies all of an operand into the layout that a product inside a loop wants, and then its
+        # slices once more.
+        slices_operands = self.has_few_rows or tile.batch != self.sizes.batch
+        self.fixes_layouts = self.fuses_tiles and target.fixes_layouts and slices_operands
         # The softmax of a whole row is one kernel, which reads the logits once. Log-sum-exps would be two more; where
         # the cotangents' logits are not fused into a product anyway, that softmax is made again instead, and the
         # log-sum-exp, if nothing else wants it, never.
@@ -247,7 +250,7 @@ class Tiles:
 
     def query(self, at: RowTile) -> jax.Array:
         query = self.inputs.query
-        return self.nest.query_slice(in_row_major_layout(query) if self.takes_some_batch_rows else query, at)
+        return self.nest.query_slice(in_row_major_layout(query) if self.fixes_layouts else query, at)
 
     def key(self, at: RowTile, columns: ColumnTile, mask: TileMask | None) -> jax.Array:
         # Where nothing but logits is made of them, the mask removes what padding holds.
@@ -262,7 +265,7 @@ class Tiles:
         if self.fuses_tiles:
             # Before the axes move: XLA then reads full tiles and this one in the same layout, and copies neither.
             x = self.nest.key_window(x, at, columns)
-            if self.has_few_rows or self.takes_some_batch_rows:
+            if self.fixes_layouts:
                 x = in_row_major_layout(x)
             if mask is not None and length is not None:
                 position = self.nest.column_positions(columns).reshape((1,) * (x.ndim - 3) + (-1, 1, 1))

@@ -48,10 +48,12 @@ class Target(NamedTuple):
       platform: 'cpu' or anything else.
       is_sharded: whether XLA will split batch rows and heads over devices. A tile then holds all of them: a loop over
         a sharded axis would make XLA gather it.
+      fixes_layouts: whether the kernel may say in which layout XLA keeps an array.
     """
 
     platform: str
     is_sharded: bool = False
+    fixes_layouts: bool = False
 
 
 @dataclass(frozen=True)
