@@ -133,9 +133,7 @@ class TileAccess:
         """(lead..., H, block_kv) onto (batch..., K, H, S)"""
         return _write(result, self._outside(x, *x.shape[-2:]), (*at.batch, at.head, 0, columns.column), True)
 
-    def write_score(
-        self, result: jax.Array, x: jax.Array, at: RowTile, columns: ColumnTile, *, add: bool
-    ) -> jax.Array:
+    def write_score(self, result: jax.Array, x: jax.Array, at: RowTile, columns: ColumnTile, *, add: bool) -> jax.Array:
         """(lead..., rows, block_kv) into (batch..., N, T, S)"""
         starts, sizes = self._score_window(at, columns)
         return _write(result, x.reshape(sizes), starts, add)

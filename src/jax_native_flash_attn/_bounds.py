@@ -38,7 +38,7 @@ def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, 
 
 
 def _bounds(inputs: Inputs, tiles: Tiles) -> jax.Array:
-    """Of the absolute logits of each row, (batch..., N, T) in accumulation dtype; not finite where the inputs are not."""
+    """Of the absolute logits of each row, (batch..., N, T), in accumulation dtype; not finite if the inputs are not."""
     z, dtype = tiles.sizes, tiles.accumulate
     query, key = (jnp.square(x.astype(dtype)).sum(-1) for x in (inputs.query, inputs.key))
     if inputs.mask.key_value_length is not None:

@@ -220,7 +220,7 @@ def cotangent(
             delta -= nest.owned_rows(dlse, at).astype(tiles.accumulate)
         live_dout, delta = tiles.live_rows(dout, at), tiles.live_rows(delta, at)
         row_lse, delta = tiles.joined(row_lse), tiles.joined(delta)
-        has_cotangents = (live_dout != 0).any() | (delta != 0).any() if tiles.hides_weights else None
+        has_cotangents = (live_dout != 0).any() | (delta != 0).any() if tiles.passes_weights else False
         scaled_query = query.astype(tiles.accumulate) * tiles.scale(at)
         transposed = (jnp.swapaxes(x, -1, -2).astype(tiles.product) for x in (scaled_query, dout))
         query_transposed, dout_transposed = transposed
@@ -257,8 +257,10 @@ def cotangent(
                 dlogits = weights * dlogits.astype(weights.dtype)
                 return tiles.stored(dlogits) if tiles.fuses_tiles else tiles.through_mask(dlogits, mask)
 
-            if tiles.hides_weights:
-                dlogits = lax.cond(has_cotangents, logits_cotangent, jnp.zeros_like, weights)
+            if tiles.passes_weights:
+                # XLA fuses into a product only what enters its computation as a parameter: hence one of its own.
+                is_needed = has_cotangents | ~jnp.isfinite(tiles.value(at, columns, mask)).all()
+                dlogits = lax.cond(is_needed, logits_cotangent, lambda weights: 0 * weights, weights)
             else:
                 dlogits = logits_cotangent(weights)
             dlogits = tiles.split(dlogits)

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 from ._access import ColumnTile, RowTile
 from ._dropout import Dropout
+from ._forms import Forms
 from ._masks import Band, MaskOperands
 from ._nest import Nest, TileMask
 from ._numerics import LOG2E, accumulation_dtype, bias_floor, exp2_polynomial, in_row_major_layout, lowest
-from ._tiles import AcceleratorForm, Sizes, Target, choose_tile, fits_one_tile, static_size
+from ._tiles import Sizes, Target, choose_tile
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,6 @@ def _batch_of(arrays: Mapping[str, Any]) -> tuple[Any, ...]:
     return jnp.broadcast_shapes(*(x.shape[: x.ndim - len(LAYOUTS[name])] for name, x in arrays.items()))
 
 
-# Scores of a call and of a tile, from which on a decision at run time (a wait for the host) or a second tile is worth
-# the passes over the scores that it saves.
-_LARGE, _LARGE_TILE = 1 << 26, 1 << 25
-
-
 class Tiles:
     """Reads the tiles of one call, for a target and one kernel's tile shape."""
 
@@ -134,23 +130,18 @@ class Tiles:
         self.accumulate = accumulation_dtype(inputs.query.dtype)
         # XLA:CPU has no fast products of 16-bit floats; elsewhere they are what the matrix units want.
         self.product = self.accumulate if target.platform == "cpu" else inputs.query.dtype
-        mask, is_forward, rows = inputs.mask, further is None, sizes.T * sizes.G
-        # Forms that XLA fuses well on accelerators; see `stored`, `weighted`, `_bounds.py` and docs/design.md.
-        self.fuses_tiles = target.platform != "cpu" and not differentiable and not target.is_sharded
-        # Nothing but the forward kernel makes 'out', and that writes every element once.
-        self.out_dtype = inputs.query.dtype if self.fuses_tiles and config.rounds_out else self.accumulate
-        self.makes_only_logits_of_keys = self.fuses_tiles and is_forward
-        self.has_few_rows = self.fuses_tiles and is_forward and rows < 64
-        self.sums_values = self.has_few_rows and rows <= 8
-        is_large = static_size(self.sizes.batch) * sizes.N * sizes.T * sizes.S >= _LARGE
-        is_elementwise = inputs.bias is not None or mask.allowed is not None or config.dropout is not None
-        is_banded = config.band != Band() or mask.key_start is not None
-        if self.fuses_tiles and config.band == Band():
-            # What a mask leaves of a row may lie anywhere. One that is small, or alike in all rows, empties no tile.
-            is_banded = mask.key_start is not None and (mask.allowed is None or mask.key_value_length is not None)
-            is_banded |= mask.allowed is not None and mask.allowed.shape[-2] > 1 and not fits_one_tile(self.sizes)
-        if self.has_few_rows and not self.sums_values:
-            is_banded = False
+        mask = inputs.mask
+        forms = Forms(
+            self.sizes,
+            target,
+            is_active=target.platform != "cpu" and not differentiable and not target.is_sharded,
+            is_forward=further is None,
+            is_elementwise=inputs.bias is not None or mask.allowed is not None or config.dropout is not None,
+            needs_lse=config.needs_lse,
+            is_bounded=is_bounded,
+            summed_over_batch=summed_over_batch,
+        )
+        is_banded = forms.is_banded(config.band, mask)
         is_plain = not (is_banded or config.needs_lse or config.dropout) and inputs.bias is None
         tile = choose_tile(
             self.sizes,
@@ -162,33 +153,18 @@ class Tiles:
             key_stop=int(config.band.intervals(sizes.T, sizes.S)[1].max()) if mask.key_start is None else sizes.S,
             is_plain=is_plain,
             all_heads=differentiable or target.is_sharded,
-            form=AcceleratorForm(
-                varies_in_batch=self.fuses_tiles and mask.key_value_length is not None and len(self.sizes.batch) == 1,
-                splits_rows=is_bounded or (is_large and not (is_forward or is_elementwise or mask.key_start is not None)),
-                reads_keys=self.has_few_rows,
-                keeps_batch=summed_over_batch,
-            ),
+            form=forms.tile_form(mask),
         )
-        self.nest = Nest(self.sizes, tile, config.band, mask, differentiable, self.fuses_tiles)
-        # Left to itself, XLA copies all of an operand into the layout that a product inside a loop wants, and then its
-        # slices once more.
-        slices_operands = self.has_few_rows or tile.batch != self.sizes.batch
-        self.fixes_layouts = self.fuses_tiles and target.fixes_layouts and slices_operands
-        # The softmax of a whole row is one kernel, which reads the logits once. Log-sum-exps would be two more; where
-        # the cotangents' logits are not fused into a product anyway, that softmax is made again instead, and the
-        # log-sum-exp, if nothing else wants it, never.
-        has_whole_rows = self.fuses_tiles and self.nest.visits_one_key_tile
-        self.makes_softmax_again = has_whole_rows and (is_elementwise or not is_large)
-        self.normalizes = self.makes_softmax_again or (has_whole_rows and not config.needs_lse)
-        tile_scores = static_size(tile.batch) * sizes.N * tile.block_q * tile.block_kv
-        self.hides_weights = self.fuses_tiles and tile_scores >= _LARGE_TILE
-        self.may_be_bounded = (
-            self.fuses_tiles
-            and is_forward
-            and self.product != jnp.float16  # whose exponents are too few
-            and not (is_elementwise or self.has_few_rows or tile.follows_band)
-            and is_large
-        )
+        self.nest = Nest(self.sizes, tile, config.band, mask, differentiable, forms.is_active)
+        self.fuses_tiles, self.sums_values = forms.is_active, forms.sums_values
+        self.fixes_layouts, self.passes_weights = forms.fixes_layouts(tile), forms.passes_weights(tile)
+        self.makes_softmax_again, self.normalizes = forms.makes_softmax_again(self.nest), forms.normalizes(self.nest)
+        # Weights as small as bounds make them need the exponents of float32.
+        self.may_be_bounded = forms.may_be_bounded(tile) and self.product != jnp.float16
+        # Where nothing but logits is made of keys, the mask removes what padding holds.
+        self.cleans_keys = not (forms.is_active and forms.is_forward)
+        # Nothing but the forward kernel makes 'out', and that writes every element once.
+        self.out_dtype = inputs.query.dtype if forms.is_active and config.rounds_out else self.accumulate
         # Logits are in units of 1 / `unit`: base 2 where that is faster than XLA's exp, which fusing softmax needs.
         use_base_2 = target.platform == "cpu" and self.accumulate == jnp.float32 and not tile.fuses_softmax
         self.unit, self.exp = (LOG2E, exp2_polynomial) if use_base_2 else (1.0, jnp.exp)
@@ -231,7 +207,7 @@ class Tiles:
         )
 
     def joined(self, x: jax.Array) -> jax.Array:
-        """(lead..., rows, block_kv or 1) -> (any, rows, block_kv or 1), where XLA fuses only that into a product."""
+        """(lead..., rows, s or 1) -> (any, rows, s or 1): XLA's products have one batch axis, and fuse only such."""
         if not self.fuses_tiles:
             return x
         return jnp.broadcast_to(x, (*self.nest.row_shape[:-1], *x.shape[-2:])).reshape(-1, *x.shape[-2:])
@@ -241,10 +217,13 @@ class Tiles:
         return x.reshape(*self.nest.row_shape[:-1], *x.shape[-2:]) if self.fuses_tiles else x
 
     def stored(self, x: jax.Array) -> jax.Array:
-        """A tile that more than one product reads."""
+        """A tile of weights or their cotangents, in the form in which it is written once for all that read it.
+
+        XLA fuses what makes it into the product that it is made of, if that ends where several read it; the barrier
+        keeps it from undoing the rounding, and from making it again for each. (float16 has too few exponents.)
+        """
         if not self.fuses_tiles:
             return x
-        # bfloat16 has the exponents of float32, float16 has not.
         dtype = self.product if self.product == jnp.bfloat16 else self.accumulate
         return jax.lax.optimization_barrier(x.astype(dtype))
 
@@ -253,8 +232,7 @@ class Tiles:
         return self.nest.query_slice(in_row_major_layout(query) if self.fixes_layouts else query, at)
 
     def key(self, at: RowTile, columns: ColumnTile, mask: TileMask | None) -> jax.Array:
-        # Where nothing but logits is made of them, the mask removes what padding holds.
-        return self._without_padding(self.inputs.key, at, columns, None if self.makes_only_logits_of_keys else mask)
+        return self._without_padding(self.inputs.key, at, columns, mask if self.cleans_keys else None)
 
     def value(self, at: RowTile, columns: ColumnTile, mask: TileMask | None) -> jax.Array:
         return self._without_padding(self.inputs.value, at, columns, mask)
@@ -297,7 +275,6 @@ class Tiles:
         """weights @ value: (lead..., rows, s), (lead..., s, D) -> (lead..., rows, D)"""
         if not self.sums_values:
             return self.einsum("...rs,...sd->...rd", weights, value)
-        # A product wants its batch axes outermost, and XLA would copy the values for that.
         value = value.astype(self.accumulate)
         rows = [(weights[..., row, :, None] * value).sum(-2) for row in range(weights.shape[-2])]
         return jnp.stack(jax.lax.optimization_barrier(rows), -2)  # stacked at once, they would be one slow kernel
@@ -338,9 +315,9 @@ class Tiles:
         return jnp.where(live, x, 0)
 
     def live_rows(self, x: jax.Array, at: RowTile) -> jax.Array:
-        """What `through_mask` zeroes of a row of cotangents, zeroed beforehand: a masked weight is 0 unless its row is dead.
+        """Zero the dead rows of a tile, (lead..., rows, any), where `through_mask` does not.
 
-        (Then only; elsewhere x is returned as it is.)
+        It need not, as a masked weight is 0, unless its row is dead; and XLA would not fuse it into a product.
         """
         dead = self.inputs.mask.dead
         if dead is None or not self.fuses_tiles:
@@ -375,4 +352,4 @@ class Tiles:
         """Weights (probabilities, or what multiplies them) after dropout; kept ones are rescaled."""
         if keep is None or self.config.dropout is None:
             return weights
-        return jnp.where(keep, weights * self.config.dropout.rescaling, 0)
+        return jnp.where(keep, weights.astype(self.accumulate) * self.config.dropout.rescaling, 0)

@@ -79,7 +79,7 @@ _CPU_FUSED = 1 << 22  # ... of a plain softmax that XLA fuses with its products;
 _CPU_BAND = 1 << 19  # ... of a band
 _CPU_KEYS = 1 << 19  # ... of the keys, where few rows make reading them what costs
 _CPU_REVERSE = 1 << 22  # ... in reverse mode through a kernel
-_ACCELERATOR = 1 << 28  # ... of float32 scores: 1 GiB for each temporary
+ACCELERATOR_SCORES = 1 << 28  # ... of float32 scores: 1 GiB for each temporary
 _ACCELERATOR_KEYS = 1 << 28  # ... of the keys, where few rows make reading them what costs
 _ACCELERATOR_LEAST = 1 << 25  # ... that hide the launches of its kernels
 
@@ -157,8 +157,8 @@ def _accelerator_tile(
         least = sizes.N * min(sizes.T, 2048) * min(num_keys, 1024)
         batch = _batch_within(sizes.batch, _ACCELERATOR_LEAST // least)
     elif not (is_banded or form.keeps_batch or form.reads_keys):
-        batch = _batch_within(sizes.batch, _ACCELERATOR // max(1, sizes.N * sizes.T * num_keys))
-    per_head = max(1, _ACCELERATOR // max(1, math.prod(batch) * sizes.N))
+        batch = _batch_within(sizes.batch, ACCELERATOR_SCORES // max(1, sizes.N * sizes.T * num_keys))
+    per_head = max(1, ACCELERATOR_SCORES // max(1, math.prod(batch) * sizes.N))
     rows = columns = _square(per_head)
     whole_rows = per_head // num_keys
     if form.reads_keys:
@@ -176,11 +176,6 @@ def _accelerator_tile(
             rows, columns = min(4096, 2 * rows), -(-num_keys // 2)
     block_q, block_kv = balanced_block(sizes.T, block_q or rows), balanced_block(num_keys, block_kv or columns)
     return TileShape(batch, sizes.K, block_q, block_kv)
-
-
-def fits_one_tile(sizes: Sizes) -> bool:
-    """Whether an accelerator takes all scores at once."""
-    return static_size(sizes.batch) * sizes.N * sizes.T * sizes.S <= _ACCELERATOR
 
 
 def _square(elements: int) -> int:
@@ -201,7 +196,7 @@ def _band_tile(
     if platform == "cpu" and not all_heads:
         tile = _with_heads(sizes, block_q, block_kv, _CPU_BAND // (sizes.G * block_q * block_kv))
         return replace(tile, follows_band=True)
-    limit = _CPU_REVERSE if platform == "cpu" else _ACCELERATOR
+    limit = _CPU_REVERSE if platform == "cpu" else ACCELERATOR_SCORES
     if static_size(sizes.batch) * sizes.N * block_q * block_kv > limit:
         return None
     return TileShape(sizes.batch, sizes.K, block_q, block_kv, follows_band=True)
