@@ -221,6 +221,7 @@ def cotangent(
         live_dout, delta = tiles.live_rows(dout, at), tiles.live_rows(delta, at)
         row_lse, delta = tiles.joined(row_lse), tiles.joined(delta)
         has_cotangents = (live_dout != 0).any() | (delta != 0).any() if tiles.passes_weights else False
+        live_dout = live_dout.astype(tiles.product)
         scaled_query = query.astype(tiles.accumulate) * tiles.scale(at)
         transposed = (jnp.swapaxes(x, -1, -2).astype(tiles.product) for x in (scaled_query, dout))
         query_transposed, dout_transposed = transposed
