@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -106,3 +107,21 @@ def test_nan_reaches_the_gradients_through_cotangents_of_zero(which: str):
     arrays[which] = arrays[which].at[0, 3, 1, 2].set(jnp.nan)
     gradient = jax.grad(lambda query: (0 * flash_attention(query, arrays["key"], arrays["value"])).sum())
     assert jnp.isnan(gradient(arrays["query"])[0, 3, 1]).all()
+
+
+def _decode(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array) -> jax.Array:
+    return flash_attention(query, key, value, key_value_seq_lengths=lengths, implementation="xla")
+
+
+def _decode_arguments() -> list[jax.ShapeDtypeStruct]:
+    key = jax.ShapeDtypeStruct((2, 256, 2, 16), jnp.bfloat16)
+    query = jax.ShapeDtypeStruct((2, 1, 4, 16), jnp.bfloat16)
+    return [query, key, key, jax.ShapeDtypeStruct((2,), jnp.int32)]
+
+
+def test_layouts_are_fixed_on_a_gpu_but_not_in_an_exported_program():
+    traced = jax.jit(_decode).trace(*_decode_arguments())
+    assert "LayoutConstraint" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    for platforms in (("cuda",), ("cpu", "cuda")):
+        exported = jax.export.export(jax.jit(_decode), platforms=platforms)(*_decode_arguments())
+        assert "LayoutConstraint" not in exported.mlir_module()
