@@ -16,6 +16,7 @@ from attention_shapes import FORWARD, MODES, find_shape
 from benchmark_gpu_table import compilable, random_inputs
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from timing import temporary_bytes
 
 # What XLA asks a device for; figures of NVIDIA's H100 SXM.
 _H100 = """
@@ -55,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name in options.implementations:
                 traced = jax.jit(compilable(name, shape, mode)).trace(spec)
                 compiled = traced.lower(lowering_platforms=("cuda",)).compile()
-                temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
+                temporary = (temporary_bytes(compiled) or 0) / 2**20
                 print(f"\n{shape.name} {mode} {name}: {temporary:.0f} MiB of temporary memory")
-                _print_program(compiled.as_text(), options.least_mib)
+                _print_program(compiled.as_text() or "", options.least_mib)
 
 
 def _print_program(text: str, least_mib: float) -> None:

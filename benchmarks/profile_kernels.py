@@ -8,9 +8,10 @@ import collections
 import glob
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import jax
-from attention_shapes import MODES, find_shape
+from attention_shapes import MODES, AttentionShape, find_shape
 from benchmark_gpu_table import compile_call, random_inputs
 from machine import header
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 _print_kernels(f"{shape.name} {mode} {name}", compile_call(name, shape, mode), shape, options.least)
 
 
-def _print_kernels(title: str, executable, shape, least: float) -> None:
+def _print_kernels(title: str, executable: Any, shape: AttentionShape, least: float) -> None:
     inputs = random_inputs(shape)
     jax.block_until_ready(executable(inputs))
     with tempfile.TemporaryDirectory() as folder:
