@@ -66,8 +66,8 @@ def attention(implementation: str, shape: AttentionShape, arguments: Any, inputs
     )
 
 
-def compile_call(implementation: str, shape: AttentionShape, mode: str) -> Any:
-    """The compiled executable, from inputs to (out, gradients)."""
+def compilable(implementation: str, shape: AttentionShape, mode: str) -> Any:
+    """A function from inputs to (out, gradients)."""
 
     def call(inputs: AttentionInputs) -> Any:
         arguments = (inputs.query, inputs.key, inputs.value, inputs.bias)
@@ -77,7 +77,13 @@ def compile_call(implementation: str, shape: AttentionShape, mode: str) -> Any:
         out, pullback = jax.vjp(function, arguments)
         return out, pullback(inputs.cotangent)[0]
 
-    return jax.jit(call).lower(jax.eval_shape(functools.partial(random_inputs, shape))).compile()
+    return call
+
+
+def compile_call(implementation: str, shape: AttentionShape, mode: str) -> Any:
+    """The compiled executable."""
+    inputs = jax.eval_shape(functools.partial(random_inputs, shape))
+    return jax.jit(compilable(implementation, shape, mode)).lower(inputs).compile()
 
 
 def live_fraction(shape: AttentionShape) -> float:

@@ -107,9 +107,17 @@ class TileAccess:
 
     def key_slice(self, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
         """(batch..., S, K, H) -> (lead..., block_kv, H)"""
+        return self.key_rows(self.key_window(x, at, columns))
+
+    def key_window(self, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
+        """(batch..., S, K, H) -> (batch..., block_kv, heads, H)"""
         starts = (*at.batch, columns.column, at.head, 0)
         sizes = (*self.tile.batch, self.tile.block_kv, self.tile.heads, x.shape[-1])
-        return self._into_lead(jnp.moveaxis(self.slice(x, starts, sizes), -3, -2))
+        return self.slice(x, starts, sizes)
+
+    def key_rows(self, x: jax.Array) -> jax.Array:
+        """(batch..., block_kv, heads, H) -> (lead..., block_kv, H)"""
+        return self._into_lead(jnp.moveaxis(x, -3, -2))
 
     def row_slice(self, x: jax.Array, at: RowTile) -> jax.Array:
         """(batch..., N, T) -> (lead..., rows); one row where both N and T are 1"""
@@ -151,11 +159,11 @@ class TileAccess:
         """(lead..., H, block_kv) onto (batch..., K, H, S)"""
         return _write(result, self._outside(x, *x.shape[-2:]), (*at.batch, at.head, 0, columns.column), True)
 
-    def add_score(self, result: jax.Array, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
-        """(lead..., rows, block_kv) onto (batch..., N, T, S)"""
+    def write_score(self, result: jax.Array, x: jax.Array, at: RowTile, columns: ColumnTile, *, add: bool) -> jax.Array:
+        """(lead..., rows, block_kv) into (batch..., N, T, S)"""
         starts, sizes = self._score_window(at, columns)
         x = jnp.swapaxes(self._outside(x, self.tile.block_q, self.sizes.G, x.shape[-1]), -3, -2)
-        return _write(result, x.reshape(sizes), starts, True)
+        return _write(result, x.reshape(sizes), starts, add)
 
     def add_batch(self, result: jax.Array, x: jax.Array, at: RowTile) -> jax.Array:
         """(lead...) onto (batch...)"""

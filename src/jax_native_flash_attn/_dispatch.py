@@ -5,13 +5,14 @@ for one kind of GPU alone (an export for several platforms) takes the pure JAX k
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from . import _kernels
+from . import _bounds, _kernels
 from ._logits import Config, Inputs, Tiles
 from ._numerics import accumulation_dtype
 from ._tiles import Target
@@ -28,7 +29,7 @@ def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, 
         from . import _mosaic_call
 
         return _mosaic_call.forward(config, inputs, out_dtype)
-    out, *lse = _kernels.forward(Tiles(config, inputs, target))
+    out, *lse = _bounds.forward(config, inputs, target)
     return (out.astype(out_dtype), *lse)
 
 
@@ -49,7 +50,14 @@ def cotangent(
 
         if _mosaic_call.why_not_cotangent(inputs, cotangents, wanted) is None:
             return _mosaic_call.cotangent(config, inputs, out, lse, cotangents, wanted)
-    tiles = Tiles(config, inputs, target, further={**cotangents, "lse": lse}, differentiable=differentiable)
+    tiles = Tiles(
+        config,
+        inputs,
+        target,
+        further={**cotangents, "lse": lse},
+        differentiable=differentiable,
+        summed_over_batch="bias" in wanted and math.prod(wanted["bias"].shape[-2:]) > 1,
+    )
     return _kernels.cotangent(tiles, out, lse, cotangents, wanted)
 
 

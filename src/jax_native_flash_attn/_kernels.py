@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ._access import ColumnTile, RowTile
 from ._logits import Tiles
@@ -44,10 +45,11 @@ class OnlineSoftmax(NamedTuple):
     max_so_far: jax.Array
 
 
-def forward(tiles: Tiles) -> tuple[jax.Array, ...]:
+def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, ...]:
     """out (batch..., T, N, D) and, if needed, lse (batch..., N, T), in accumulation dtype.
 
     (The derivatives need out unrounded: delta is a difference of nearly equal sums.)
+    `bounds`: what is subtracted from the logits in place of the largest so far; see `_bounds.py`.
     """
     nest, sizes = tiles.nest, tiles.sizes
 
@@ -58,19 +60,31 @@ def forward(tiles: Tiles) -> tuple[jax.Array, ...]:
         empty = OnlineSoftmax(
             tiles.zeros(*rows, sizes.D),
             tiles.zeros(*rows, 1),
-            jnp.full((*rows, 1), lowest(tiles.accumulate), tiles.accumulate),
+            jnp.full((*rows, 1), lowest(tiles.accumulate), tiles.accumulate)
+            if bounds is None
+            else tiles.rows(bounds, at),
         )
 
         def key_tile(columns: ColumnTile, mask: TileMask | None, state: OnlineSoftmax | None) -> OnlineSoftmax:
             key, value = tiles.key(at, columns, mask), tiles.value(at, columns, mask)
             logits = tiles.logits(query, key, at, columns, mask)
+            if bounds is not None:
+                assert state is not None
+                weights = tiles.split(tiles.stored(tiles.exp(tiles.joined(logits) - tiles.joined(state.max_so_far))))
+                return OnlineSoftmax(
+                    state.numerator + tiles.weighted(weights, value),
+                    state.denominator + weights.astype(tiles.accumulate).sum(-1, keepdims=True),
+                    state.max_so_far,
+                )
             new_max = logits.max(-1, keepdims=True)
             if state is not None:
                 new_max = jnp.maximum(state.max_so_far, new_max)
             weights = tiles.exp(logits - new_max)
             denominator = weights.sum(-1, keepdims=True)
+            if tiles.normalizes:
+                weights /= denominator
             dropped = tiles.drop(weights, tiles.keep(at, columns))
-            numerator = tiles.einsum("...rs,...sd->...rd", dropped, value)
+            numerator = tiles.weighted(dropped, value)
             if state is not None:
                 correction = tiles.exp_of_rows(state.max_so_far - new_max)
                 numerator += state.numerator * correction
@@ -84,18 +98,19 @@ def forward(tiles: Tiles) -> tuple[jax.Array, ...]:
             )
 
         # A single tile of keys is an ordinary softmax; there is no state to correct.
-        state = nest.columns(at, key_tile, None if nest.visits_one_key_tile else empty)
+        state = nest.columns(at, key_tile, None if nest.visits_one_key_tile and bounds is None else empty)
         denominator = state.denominator
         if tiles.inputs.mask.key_start is not None:
             # Padded rows may have visited no tile at all.
             denominator = jnp.where(denominator == 0, 1, denominator)
-        written = (nest.write_query(results[0], state.numerator / denominator, at, add=False),)
+        out = state.numerator if tiles.normalizes else state.numerator / denominator
+        written = (nest.write_query(results[0], out, at, add=False),)
         if tiles.config.needs_lse:
             lse = state.max_so_far / tiles.unit + jnp.log(denominator)
             written += (nest.write_row(results[1], lse[..., 0], at, add=False),)
         return written
 
-    results = (tiles.zeros(*sizes.batch, sizes.T, sizes.N, sizes.D),)
+    results = (jnp.zeros((*sizes.batch, sizes.T, sizes.N, sizes.D), tiles.out_dtype),)
     if tiles.config.needs_lse:
         results += (tiles.zeros(*sizes.batch, sizes.N, sizes.T),)
     return nest.rows(row_tile, results)
@@ -185,20 +200,20 @@ def cotangent(
     needs_query = any(name in results for name in ("query", "scale"))
     has_out = "out" in cotangents
     # Where all keys of a row are in one tile, delta can be had from the weights instead of from out.
-    has_whole_rows = has_out and "lse" not in cotangents and nest.visits_one_key_tile and nest.has_few_scores
+    has_whole_rows = has_out and "lse" not in cotangents and nest.visits_one_key_tile and tiles.transposes_weights
     # A product is fast on CPU only if its left operand contracts its last axis. For the gradients of key and value,
     # either the weights are transposed, or the row operands and, in the end, the results: (batch..., K, H, S).
     zeros = {name: tiles.zeros_for(name, like) for name, like in results.items()}
-    transposed = [name for name in ("key", "value") if name in results and not nest.has_few_scores]
+    transposed = [name for name in ("key", "value") if name in results and not tiles.transposes_weights]
     zeros |= {name: jnp.moveaxis(zeros[name], -3, -1) for name in transposed}
 
-    def add_key_product(result: jax.Array, rows: jax.Array, weights: jax.Array, at: RowTile, columns: ColumnTile):
-        """weights^T @ rows, (lead..., block_kv, H), onto a result."""
-        if nest.has_few_scores:
-            product = tiles.einsum("...rs,...rh->...sh", weights, rows)
-            return nest.add_key(result, product, at, columns)
-        product = tiles.einsum("...hr,...rs->...hs", jnp.swapaxes(rows, -1, -2), weights)
-        return nest.add_key_transposed(result, product, at, columns)
+    def add_key_product(
+        result: jax.Array, rows: jax.Array, weights: jax.Array, at: RowTile, columns: ColumnTile
+    ) -> jax.Array:
+        """weights^T @ rows onto a result; rows are transposed if the result is."""
+        if tiles.transposes_weights:
+            return nest.add_key(result, tiles.einsum("...rs,...rh->...sh", weights, rows), at, columns)
+        return nest.add_key_transposed(result, tiles.einsum("...hr,...rs->...hs", rows, weights), at, columns)
 
     def row_tile(at: RowTile, results: dict[str, jax.Array]) -> dict[str, jax.Array]:
         query, row_lse = tiles.query(at), tiles.row_lse(lse, at)
@@ -214,7 +229,15 @@ def cotangent(
         if "lse" in cotangents:
             dlse = tiles.rows(cotangents["lse"], at)
             delta -= nest.owned_rows(dlse, at).astype(tiles.accumulate)
+        live_dout, delta = tiles.live_rows(dout, at), tiles.live_rows(delta, at)
+        row_lse, delta = tiles.joined(row_lse), tiles.joined(delta)
+        has_cotangents = (live_dout != 0).any() | (delta != 0).any() if tiles.passes_weights else False
+        live_dout = live_dout.astype(tiles.product)
         scaled_query = query.astype(tiles.accumulate) * tiles.scale(at)
+        key_operands = {"key": scaled_query, "value": dout}
+        if not tiles.transposes_weights:
+            key_operands = {name: jnp.swapaxes(x, -1, -2) for name, x in key_operands.items()}
+        key_operands = {name: x.astype(tiles.product) for name, x in key_operands.items()}
 
         def key_tile(
             columns: ColumnTile,
@@ -223,23 +246,44 @@ def cotangent(
         ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
             dquery, results = state[0], dict(state[1])
             keep = tiles.keep(at, columns)
+            keep = None if keep is None else tiles.joined(keep)
             key = tiles.key(at, columns, mask)
-            weights = tiles.exp(tiles.logits(query, key, at, columns, mask) - row_lse)
+            logits = tiles.joined(tiles.logits(query, key, at, columns, mask))
+            if tiles.makes_softmax_again:
+                weights = tiles.exp(logits - logits.max(-1, keepdims=True))
+                weights /= weights.sum(-1, keepdims=True)
+            else:
+                weights = tiles.exp(logits - row_lse)
+            weights = tiles.stored(weights)
             if "value" in results and has_out:
-                results["value"] = add_key_product(results["value"], dout, tiles.drop(weights, keep), at, columns)
+                dropped = tiles.split(tiles.drop(weights, keep))
+                results["value"] = add_key_product(results["value"], key_operands["value"], dropped, at, columns)
             if not needs_logits:
                 return dquery, results
-            dlogits = -weights * delta
-            if has_out:
-                value = tiles.value(at, columns, mask)
-                dweights = tiles.drop(tiles.einsum("...rd,...sd->...rs", dout, value), keep)
-                row_delta = (weights * dweights).sum(-1, keepdims=True) if has_whole_rows else delta
-                dlogits = weights * (dweights - row_delta)
-            dlogits = tiles.through_mask(dlogits, mask)
+
+            def logits_cotangent(weights: jax.Array) -> jax.Array:
+                dlogits = -delta
+                if has_out:
+                    value = tiles.value(at, columns, mask)
+                    dweights = tiles.joined(tiles.einsum("...rd,...sd->...rs", live_dout, value))
+                    dweights = tiles.drop(dweights, keep)
+                    dlogits = dweights - ((weights * dweights).sum(-1, keepdims=True) if has_whole_rows else delta)
+                dlogits = weights * dlogits.astype(weights.dtype)
+                return tiles.stored(dlogits) if tiles.fuses_tiles else tiles.through_mask(dlogits, mask)
+
+            if tiles.passes_weights:
+                # XLA fuses into a product only what enters its computation as a parameter: hence one of its own.
+                is_needed = has_cotangents | ~jnp.isfinite(tiles.value(at, columns, mask)).all()
+                dlogits = lax.cond(is_needed, logits_cotangent, lambda weights: 0 * weights, weights)
+            else:
+                dlogits = logits_cotangent(weights)
+            dlogits = tiles.split(dlogits)
             if "key" in results:
-                results["key"] = add_key_product(results["key"], scaled_query, dlogits, at, columns)
+                results["key"] = add_key_product(results["key"], key_operands["key"], dlogits, at, columns)
             if "bias" in results:
-                results["bias"] = nest.add_score(results["bias"], dlogits, at, columns)
+                add = not tiles.visits_once("bias", results["bias"].shape)
+                dbias = dlogits.astype(tiles.accumulate)
+                results["bias"] = nest.write_score(results["bias"], dbias, at, columns, add=add)
             if dquery is not None:
                 dquery += tiles.einsum("...rs,...sh->...rh", dlogits, key)
             return dquery, results

@@ -9,9 +9,18 @@ import jax.numpy as jnp
 
 from ._access import ColumnTile, RowTile
 from ._dropout import Dropout
+from ._forms import Forms
 from ._masks import Band, MaskOperands
 from ._nest import Nest, TileMask
-from ._numerics import LOG2E, accumulation_dtype, bias_floor, exp2_polynomial, lowest, product_dtype
+from ._numerics import (
+    LOG2E,
+    accumulation_dtype,
+    bias_floor,
+    exp2_polynomial,
+    in_row_major_layout,
+    lowest,
+    product_dtype,
+)
 from ._tiles import Sizes, Target, choose_tile
 
 
@@ -113,8 +122,16 @@ class Tiles:
         *,
         further: Mapping[str, Any] | None = None,
         differentiable: bool = False,
+        is_bounded: bool = False,
+        summed_over_batch: bool = False,
     ):
-        """`further`: other operands of the kernel; `differentiable`: see `Nest`."""
+        """Args, beside the call's:
+
+        further: other operands of the kernel; None for the forward kernel.
+        differentiable: see `Nest`.
+        is_bounded: whether bounds of the logits are known (see `_bounds.py`).
+        summed_over_batch: whether a result of T * S elements is summed over batch rows.
+        """
         self.config, self.inputs = config, inputs
         sizes = inputs.sizes
         self.sizes = replace(sizes, batch=jnp.broadcast_shapes(sizes.batch, _batch_of(further or {})))
@@ -122,7 +139,17 @@ class Tiles:
         self.platform = target.platform
         self.product = product_dtype(inputs.query.dtype, target.platform)
         mask = inputs.mask
-        is_banded = config.band != Band() or mask.key_start is not None
+        forms = Forms(
+            self.sizes,
+            target,
+            is_active=target.platform != "cpu" and not differentiable and not target.is_sharded,
+            is_forward=further is None,
+            is_elementwise=inputs.bias is not None or mask.allowed is not None or config.dropout is not None,
+            needs_lse=config.needs_lse,
+            is_bounded=is_bounded,
+            summed_over_batch=summed_over_batch,
+        )
+        is_banded = forms.is_banded(config.band, mask)
         is_plain = not (is_banded or config.needs_lse or config.dropout) and inputs.bias is None
         tile = choose_tile(
             self.sizes,
@@ -136,11 +163,23 @@ class Tiles:
             is_derivative=further is not None or config.needs_lse,
             has_16_bits=self.product.itemsize == 2,
             all_heads=differentiable or target.is_sharded,
+            form=forms.tile_form(mask),
         )
-        self.nest = Nest(self.sizes, tile, config.band, inputs.mask, differentiable)
+        self.nest = Nest(self.sizes, tile, config.band, mask, differentiable, forms.is_active)
+        self.fuses_tiles, self.sums_values = forms.is_active, forms.sums_values
+        self.fixes_layouts, self.passes_weights = forms.fixes_layouts(tile), forms.passes_weights(tile)
+        self.makes_softmax_again, self.normalizes = forms.makes_softmax_again(self.nest), forms.normalizes(self.nest)
+        # Weights as small as bounds make them need the exponents of float32.
+        self.may_be_bounded = forms.may_be_bounded(tile) and self.product != jnp.float16
+        # Where nothing but logits is made of keys, the mask removes what padding holds.
+        self.cleans_keys = not (forms.is_active and forms.is_forward)
+        # Nothing but the forward kernel makes 'out', and that writes every element once.
+        self.out_dtype = inputs.query.dtype if forms.is_active and config.rounds_out else self.accumulate
+        # Where a head has few scores, transposing them takes less than transposing its query and keys.
+        self.transposes_weights = target.platform == "cpu" and self.nest.has_few_scores
         # Logits are in units of 1 / `unit`: base 2 where many exponentials make that faster than XLA's exp, which takes
         # fewer kernels and is what a fused softmax needs.
-        many = not (tile.fuses_softmax or self.nest.has_few_scores)
+        many = not (tile.fuses_softmax or self.transposes_weights)
         use_base_2 = target.platform == "cpu" and self.accumulate == jnp.float32 and many
         self.unit, self.exp = (LOG2E, exp2_polynomial) if use_base_2 else (1.0, jnp.exp)
         # Of a column of rows: XLA would repeat the polynomial for every element that the result is broadcast to.
@@ -158,8 +197,20 @@ class Tiles:
             "query": (*z.batch, z.T, z.N, z.H),
             "bias": (*z.batch, z.N, z.T, z.S),
         }
-        once = written_once.get(name) == like.shape and self.platform != "cpu"
+        once = written_once.get(name) == like.shape or self.visits_once(name, like.shape)
+        once = once and self.platform != "cpu"
         return jnp.zeros(like.shape, like.dtype if once else self.accumulate)
+
+    def visits_once(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a result like the bias, summed over batch rows, gets all of each element from one tile."""
+        z, tile = self.sizes, self.nest.tile
+        return (
+            self.fuses_tiles
+            and name == "bias"
+            and shape[-3:] == (z.N, z.T, z.S)
+            and z.T % tile.block_q == 0
+            and (tile.batch, tile.heads, tile.block_kv) == (z.batch, z.K, z.S)
+        )
 
     def zeros(self, *shape: int) -> jax.Array:
         return jnp.zeros(shape, self.accumulate)
@@ -173,21 +224,53 @@ class Tiles:
             preferred_element_type=self.accumulate,
         )
 
+    def joined(self, x: jax.Array) -> jax.Array:
+        """(lead..., rows, s or 1) -> (any, rows, s or 1): XLA's products have one batch axis, and fuse only such."""
+        if not self.fuses_tiles:
+            return x
+        return jnp.broadcast_to(x, (*self.nest.row_shape[:-1], *x.shape[-2:])).reshape(-1, *x.shape[-2:])
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """The inverse of `joined`, of a tile."""
+        return x.reshape(*self.nest.row_shape[:-1], *x.shape[-2:]) if self.fuses_tiles else x
+
+    def stored(self, x: jax.Array) -> jax.Array:
+        """A tile of weights or their cotangents, in the form in which it is written once for all that read it.
+
+        XLA fuses what makes it into the product that it is made of, if that ends where several read it; the barrier
+        keeps it from undoing the rounding, and from making it again for each. (float16 has too few exponents.)
+        """
+        if not self.fuses_tiles:
+            return x
+        dtype = self.product if self.product == jnp.bfloat16 else self.accumulate
+        return jax.lax.optimization_barrier(x.astype(dtype))
+
     def query(self, at: RowTile) -> jax.Array:
-        return self.nest.query_slice(self.inputs.query, at)
+        query = self.inputs.query
+        return self.nest.query_slice(in_row_major_layout(query) if self.fixes_layouts else query, at)
 
     def key(self, at: RowTile, columns: ColumnTile, mask: TileMask | None) -> jax.Array:
-        return self._without_padding(self.inputs.key, at, columns, mask)
+        return self._without_padding(self.inputs.key, at, columns, mask if self.cleans_keys else None)
 
     def value(self, at: RowTile, columns: ColumnTile, mask: TileMask | None) -> jax.Array:
         return self._without_padding(self.inputs.value, at, columns, mask)
 
     def _without_padding(self, x: jax.Array, at: RowTile, columns: ColumnTile, mask: TileMask | None) -> jax.Array:
         """NaN or inf in padding would survive a weight of zero (0 * NaN). Full tiles hold no padding."""
-        x = self.nest.key_slice(x, at, columns)
         length = self.inputs.mask.key_value_length
+        if self.fuses_tiles:
+            # Before the axes move: XLA then reads full tiles and this one in the same layout, and copies neither.
+            x = self.nest.key_window(x, at, columns)
+            if self.fixes_layouts:
+                x = in_row_major_layout(x)
+            if mask is not None and length is not None:
+                position = self.nest.column_positions(columns).reshape((1,) * (x.ndim - 3) + (-1, 1, 1))
+                padded = position >= self.nest.slice(length, at.batch, self.nest.tile.batch)[..., None, None, None]
+                x = jnp.where(padded & ~jnp.isfinite(x), 0, x)
+            return self.nest.key_rows(x)
         if mask is None or length is None:
-            return x
+            return self.nest.key_slice(x, at, columns)
+        x = self.nest.key_slice(x, at, columns)
         position = self.nest.column_positions(columns).reshape((1,) * (x.ndim - 2) + (-1, 1))
         padded = position >= self.nest.batch_slice(length, at)
         return jnp.where(padded & ~jnp.isfinite(x), 0, x)
@@ -205,6 +288,14 @@ class Tiles:
             query = query.astype(self.product) * multiplier
         scores = self.einsum("...rh,...sh->...rs", query, key)
         return scores if early else scores * multiplier
+
+    def weighted(self, weights: jax.Array, value: jax.Array) -> jax.Array:
+        """weights @ value: (lead..., rows, s), (lead..., s, D) -> (lead..., rows, D)"""
+        if not self.sums_values:
+            return self.einsum("...rs,...sd->...rd", weights, value)
+        value = value.astype(self.accumulate)
+        rows = [(weights[..., row, :, None] * value).sum(-2) for row in range(weights.shape[-2])]
+        return jnp.stack(jax.lax.optimization_barrier(rows), -2)  # stacked at once, they would be one slow kernel
 
     def bias(self, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
         """A tile of a score-like array, (lead..., rows, block_kv), axes of size 1 kept."""
@@ -241,6 +332,16 @@ class Tiles:
         live = mask.allowed if mask.dead is None else mask.allowed & ~mask.dead
         return jnp.where(live, x, 0)
 
+    def live_rows(self, x: jax.Array, at: RowTile) -> jax.Array:
+        """Zero the dead rows of a tile, (lead..., rows, any), where `through_mask` does not.
+
+        It need not, as a masked weight is 0, unless its row is dead; and XLA would not fuse it into a product.
+        """
+        dead = self.inputs.mask.dead
+        if dead is None or not self.fuses_tiles:
+            return x
+        return jnp.where(self.nest.row_slice(dead, at)[..., None], 0, x)
+
     def row_lse(self, lse: jax.Array, at: RowTile) -> jax.Array:
         """Log-sum-exp of the rows, in units, as (lead..., rows, 1)."""
         return self.rows(lse, at) * self.unit
@@ -269,4 +370,4 @@ class Tiles:
         """Weights (probabilities, or what multiplies them) after dropout; kept ones are rescaled."""
         if keep is None or self.config.dropout is None:
             return weights
-        return jnp.where(keep, weights * self.config.dropout.rescaling, 0)
+        return jnp.where(keep, weights.astype(self.accumulate) * self.config.dropout.rescaling, 0)

@@ -31,11 +31,16 @@ class TileMask(NamedTuple):
 
 @dataclass(frozen=True)
 class Nest(TileAccess):
-    """`differentiable`: loops have static trip counts and checkpointed steps, for reverse mode in linear memory."""
+    """The loops of one kernel.
+
+    `differentiable`: they have static trip counts and checkpointed steps, for reverse mode in linear memory.
+    `never_skips_rows`: a single key/value tile is visited even if it may be empty (its rows then are of no account).
+    """
 
     band: Band
     mask: MaskOperands
     differentiable: bool = False
+    never_skips_rows: bool = False
 
     @property
     def num_query_tiles(self) -> int:
@@ -48,7 +53,8 @@ class Nest(TileAccess):
     @property
     def visits_one_key_tile(self) -> bool:
         """Whether it is known that every row of tiles visits exactly one key/value tile."""
-        return self.mask.key_start is None and (self.tile.follows_band or self.num_key_tiles == 1)
+        is_known = self.mask.key_start is None or self.never_skips_rows
+        return is_known and (self.tile.follows_band or self.num_key_tiles == 1)
 
     # ---- loops
 
@@ -67,7 +73,7 @@ class Nest(TileAccess):
             starts = tuple(i * b for i, b in zip(batch, self.tile.batch, strict=True))
             return body(RowTile(starts, head * self.tile.heads, row, number), carry)
 
-        if self.mask.allowed is not None:
+        if self.mask.allowed is not None and not self.visits_one_key_tile:
             _ = self._occupied  # outside of the loops
         return self._loop(0, math.prod(counts), step, carry)
 
@@ -80,6 +86,8 @@ class Nest(TileAccess):
             start = jnp.clip(at.row + (self.band.lower or 0), 0, self.sizes.S - self.tile.block_kv)
             columns = ColumnTile(start, start)
             return body(columns, self._tile_mask(at, columns), carry)
+        if self.visits_one_key_tile and self.mask.key_start is not None:
+            return body(ColumnTile(0, 0), self._tile_mask(at, ColumnTile(0, 0)), carry)
         ranges, has_edges, has_full = self._column_ranges(at)
         any_dead = None if self.mask.dead is None else self.row_slice(self.mask.dead, at).any()
 

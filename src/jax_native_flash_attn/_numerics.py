@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 LOG2E = math.log2(math.e)
@@ -46,6 +47,11 @@ def lowest(dtype: DTypeLike) -> float:
 def bias_floor(dtype: DTypeLike) -> float:
     """Biases are clipped here, far above `lowest`: a user's -inf or finfo.min must not overflow in base 2."""
     return lowest(dtype) / 4
+
+
+def in_row_major_layout(x: jax.Array) -> jax.Array:
+    """Keep XLA from choosing another layout inside a loop, and copying all of the array for it beforehand."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 @jax.custom_jvp

@@ -102,6 +102,8 @@ def lowering_rule(function: Callable, layouts: Callable[..., Layouts], platform:
         target = Target(
             platform if is_only or platform == "cpu" else "accelerator",
             is_sharded=is_nameless or (has_auto_axes and is_symbolic),
+            # An exported program may not hold what fixes a layout.
+            fixes_layouts=platform == "cuda" and is_only and not ctx.module_context.lowering_parameters.for_export,
         )
         kernel = functools.partial(function, target=target, **params)
         spec = _explicit_spec(ctx.avals_in)

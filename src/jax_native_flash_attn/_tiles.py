@@ -50,10 +50,29 @@ class Target(NamedTuple):
       platform: 'cpu' or anything else.
       is_sharded: whether XLA will split batch rows and heads over devices. A tile then holds all of them: a loop over
         a sharded axis would make XLA gather it.
+      fixes_layouts: whether the kernel may say in which layout XLA keeps an array.
     """
 
     platform: str
     is_sharded: bool = False
+    fixes_layouts: bool = False
+
+
+@dataclass(frozen=True)
+class AcceleratorForm:
+    """What decides a tile's shape on an accelerator, beside the sizes.
+
+    Attributes:
+      varies_in_batch: every batch row has its own intervals (lengths), so that other tiles are empty in each.
+      splits_rows: take at least two key/value tiles; inside that loop XLA fuses more into the products.
+      reads_keys: the query rows are so few that reading the keys is what costs.
+      keeps_batch: take all batch rows at once, over which a result is summed.
+    """
+
+    varies_in_batch: bool = False
+    splits_rows: bool = False
+    reads_keys: bool = False
+    keeps_batch: bool = False
 
 
 # Elements (query rows x keys, over all heads, unless said) of a tile ...
@@ -67,7 +86,9 @@ _CPU_OPERANDS = {"forward": 1 << 18, "derivative": 1 << 19}
 _CPU_WHOLE = {"forward": 1 << 18, "forward, 16 bit": 1 << 21, "derivative": 1 << 22}
 _CPU_KEYS = 1 << 19  # ... of the keys, where few rows make reading them what costs
 _CPU_REVERSE = 1 << 22  # ... in reverse mode through a kernel
-_ACCELERATOR = 1 << 28  # ... of float32 scores: 1 GiB for each temporary
+ACCELERATOR_SCORES = 1 << 28  # ... of float32 scores: 1 GiB for each temporary
+_ACCELERATOR_KEYS = 1 << 28  # ... of the keys, where few rows make reading them what costs
+_ACCELERATOR_LEAST = 1 << 25  # ... that hide the launches of its kernels
 
 _WIDEST_BAND = 1025  # keys: 1024 and the diagonal
 _CPU_BAND_ROWS, _ACCELERATOR_BAND_ROWS = 256, 1024
@@ -86,6 +107,7 @@ def choose_tile(
     is_derivative: bool,
     has_16_bits: bool,
     all_heads: bool,
+    form: AcceleratorForm,
 ) -> TileShape:
     """The one place where tile shapes are chosen; `benchmarks/tune_tiles.py` made the measurements.
 
@@ -101,6 +123,7 @@ def choose_tile(
       has_16_bits: whether products take 16-bit operands.
       all_heads: ask for all batch rows and heads at once (reverse mode through a kernel: slicing one head out of an
         array would make its transpose touch the whole array for every tile).
+      form: what else decides on an accelerator.
     """
     band_tile = _band_tile(sizes, platform, block_q, band_width, all_heads)
     if band_tile is not None and block_kv is None:
@@ -108,7 +131,10 @@ def choose_tile(
     heads = max(1, static_size(sizes.batch) * sizes.K * sizes.G)
     num_keys = min(sizes.S, max(1, key_stop))
     is_decoding = sizes.T * sizes.G < 64 and num_keys > 1024
-    if platform == "cpu" and not all_heads:
+    if platform != "cpu":
+        tile = _accelerator_tile(sizes, block_q, block_kv, num_keys, is_banded, form)
+        return replace(tile, batch=sizes.batch) if all_heads else tile
+    if not all_heads:
         # Threads split one matrix product, not a batch of them: one head at a time, in large tiles, square if possible.
         side = 512 if is_banded and min(sizes.T * sizes.G, num_keys) < 4096 else 1024
         columns = min(4096, max(side, side**2 // (sizes.T * sizes.G)))
@@ -116,21 +142,15 @@ def choose_tile(
         if is_decoding:
             columns = min(4096, max(1024, _CPU_KEYS // (sizes.K * sizes.H)))
     else:
-        # Kernel launches and bandwidth decide: all heads at once. Rows against all keys need no online softmax, which
-        # saves a pass over the scores; a band is worth more.
-        per_head = max(1, (_CPU_REVERSE if platform == "cpu" else _ACCELERATOR) // heads)
-        side = min(2048, max(128, 1 << (math.isqrt(per_head).bit_length() - 1)))
+        side = _square(_CPU_REVERSE // heads)
         rows, columns = side, side
-        whole_rows = per_head // max(1, sizes.S)
+        whole_rows = max(1, _CPU_REVERSE // heads) // max(1, sizes.S)
         if not is_banded and whole_rows >= min(128, sizes.T):
             rows, columns = min(2048, 1 << (whole_rows.bit_length() - 1)), sizes.S
     block_q = balanced_block(sizes.T, block_q or rows)
     block_kv = balanced_block(num_keys, block_kv or columns)
     if all_heads:
         return TileShape(sizes.batch, sizes.K, block_q, block_kv)
-    if platform != "cpu":
-        batch = tuple(n if isinstance(n, int) else 1 for n in sizes.batch)
-        return TileShape(batch, sizes.K, block_q, block_kv)
     if is_decoding:
         return _with_heads(sizes, block_q, block_kv, _CPU_KEYS // (block_kv * sizes.H))
     per_head = max(1, sizes.G * block_q * block_kv)
@@ -143,6 +163,40 @@ def choose_tile(
     if heads // sizes.G * operands <= whole and heads // sizes.G * per_head <= _CPU_WHOLE_SCORES:
         limit = heads
     return _with_heads(sizes, block_q, block_kv, limit)
+
+
+def _accelerator_tile(
+    sizes: Sizes, block_q: int | None, block_kv: int | None, num_keys: int, is_banded: bool, form: AcceleratorForm
+) -> TileShape:
+    """Kernel launches and bandwidth decide: all heads, and batch rows unless each has its own empty tiles."""
+    batch = tuple(n if isinstance(n, int) else 1 for n in sizes.batch)
+    if form.varies_in_batch and not form.reads_keys:
+        least = sizes.N * min(sizes.T, 2048) * min(num_keys, 1024)
+        batch = _batch_within(sizes.batch, _ACCELERATOR_LEAST // least)
+    elif not (is_banded or form.keeps_batch or form.reads_keys):
+        batch = _batch_within(sizes.batch, ACCELERATOR_SCORES // max(1, sizes.N * sizes.T * num_keys))
+    per_head = max(1, ACCELERATOR_SCORES // max(1, math.prod(batch) * sizes.N))
+    rows = columns = _square(per_head)
+    whole_rows = per_head // num_keys
+    if form.reads_keys:
+        rows, columns = sizes.T, num_keys
+        if is_banded:
+            columns = max(1024, _ACCELERATOR_KEYS // (math.prod(batch) * sizes.K * sizes.H))
+    elif form.varies_in_batch:
+        columns = min(columns, 1024)
+        rows = min(4096, max(rows, per_head // columns))
+    elif not is_banded and whole_rows >= min(128, sizes.T):
+        # No online softmax, which saves a pass over the scores; the tiles that a band leaves out are worth more.
+        rows = sizes.T if whole_rows >= sizes.T else min(2048, 1 << (whole_rows.bit_length() - 1))
+        columns = num_keys
+        if form.splits_rows:
+            rows, columns = min(4096, 2 * rows), -(-num_keys // 2)
+    block_q, block_kv = balanced_block(sizes.T, block_q or rows), balanced_block(num_keys, block_kv or columns)
+    return TileShape(batch, sizes.K, block_q, block_kv)
+
+
+def _square(elements: int) -> int:
+    return min(2048, max(128, 1 << (math.isqrt(max(1, elements)).bit_length() - 1)))
 
 
 def _band_tile(
@@ -159,7 +213,7 @@ def _band_tile(
     if platform == "cpu" and not all_heads:
         tile = _with_heads(sizes, block_q, block_kv, _CPU_BAND // (sizes.G * block_q * block_kv))
         return replace(tile, follows_band=True)
-    limit = _CPU_REVERSE if platform == "cpu" else _ACCELERATOR
+    limit = _CPU_REVERSE if platform == "cpu" else ACCELERATOR_SCORES
     if static_size(sizes.batch) * sizes.N * block_q * block_kv > limit:
         return None
     return TileShape(sizes.batch, sizes.K, block_q, block_kv, follows_band=True)
@@ -167,13 +221,18 @@ def _band_tile(
 
 def _with_heads(sizes: Sizes, block_q: int, block_kv: int, limit: int) -> TileShape:
     """As many key/value heads in a tile as `limit` allows, then batch rows from the innermost batch axis outwards."""
-    heads = taken = largest_divisor(sizes.K, limit)
-    batch, is_full = [], heads == sizes.K
-    for n in reversed(sizes.batch):
-        rows = largest_divisor(n, limit // taken) if is_full and isinstance(n, int) else 1
-        taken, is_full = taken * rows, is_full and rows == n
-        batch.append(rows)
-    return TileShape(tuple(reversed(batch)), heads, block_q, block_kv, merges_lead=True)
+    heads = largest_divisor(sizes.K, limit)
+    batch = _batch_within(sizes.batch, limit // heads if heads == sizes.K else 1)
+    return TileShape(batch, heads, block_q, block_kv, merges_lead=True)
+
+
+def _batch_within(batch: tuple[Any, ...], limit: int) -> tuple[int, ...]:
+    """As many batch rows as `limit` allows, from the innermost batch axis outwards."""
+    taken, is_full, rows = 1, True, []
+    for n in reversed(batch):
+        rows.append(largest_divisor(n, limit // taken) if is_full and isinstance(n, int) else 1)
+        taken, is_full = taken * rows[-1], is_full and rows[-1] == n
+    return tuple(reversed(rows))
 
 
 def static_size(shape: Sequence[Any]) -> int:

@@ -1,0 +1,50 @@
+"""The forward kernel on accelerators where bounds of the logits are known beforehand.
+
+A softmax may subtract anything from its logits. Subtracting the largest one costs passes over the logits, which XLA has
+to write for it. A bound needs none: by Cauchy and Schwarz |scale * q_t . k_s| <= |scale| |q_t| max_s |k_s| =: b_t, and
+exp(z_ts - b_t) is rounded to bfloat16 inside the product that makes z, never written in float32, and the same whatever
+tile comes first: nothing is corrected.
+
+It is as exact as long as nothing underflows: z_ts >= -b_t, so that the largest weight of a row is at least exp(-2 b_t),
+and float32 and bfloat16 have normal numbers down to exp(-87). What lies 2^-24 below the largest weight counts for
+nothing, and log(2^24) < 17: hence 2 b_t <= 70. Whether this holds is decided at run time; if not, the kernel that
+subtracts the largest logit runs.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import _kernels
+from ._logits import Config, Inputs, Tiles
+from ._tiles import Target
+
+_LARGEST_BOUND = 35.0
+_ROUNDING = 1.001  # of norms and products
+
+
+def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, ...]:
+    """As `_kernels.forward`."""
+    tiles = Tiles(config, inputs, target)
+    if not tiles.may_be_bounded:
+        return _kernels.forward(tiles)
+    bounded = Tiles(config, inputs, target, is_bounded=True)
+    bounds = _bounds(inputs, bounded)
+    return lax.cond(
+        (bounds <= _LARGEST_BOUND).all(),
+        lambda: _kernels.forward(bounded, bounds),
+        lambda: _kernels.forward(tiles),
+    )
+
+
+def _bounds(inputs: Inputs, tiles: Tiles) -> jax.Array:
+    """Of the absolute logits of each row, (batch..., N, T), in accumulation dtype; not finite if the inputs are not."""
+    z, dtype = tiles.sizes, tiles.accumulate
+    query, key = (jnp.square(x.astype(dtype)).sum(-1) for x in (inputs.query, inputs.key))
+    if inputs.mask.key_value_length is not None:
+        positions = jnp.arange(z.S, dtype=jnp.int32).reshape((1,) * (key.ndim - 2) + (-1, 1))
+        key = jnp.where(positions < inputs.mask.key_value_length[..., None, None], key, 0)
+    query, key = jnp.moveaxis(query, -1, -2), key.max(-2)[..., None]  # (batch..., N, T), (batch..., K, 1)
+    key = jnp.repeat(key, z.G, -2)
+    scale = jnp.abs(inputs.scale)[..., None, None]
+    return jnp.broadcast_to(jnp.sqrt(query * key) * scale * _ROUNDING, (*z.batch, z.N, z.T))
