@@ -157,6 +157,7 @@ class Tiles:
             block_q=config.block_q,
             block_kv=config.block_kv,
             is_banded=is_banded,
+            is_masked=mask.allowed is not None and 1 not in mask.allowed.shape[-2:],
             band_width=config.band.width if mask.key_start is None else None,
             key_stop=int(config.band.intervals(sizes.T, sizes.S)[1].max()) if mask.key_start is None else sizes.S,
             is_plain=is_plain,
