@@ -38,6 +38,7 @@ from ._mosaic import (
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import TileLogits, clean_padding, key_slice, prepare, query_slice, score_buffers, score_slice
 from ._mosaic_masks import Intervals
+from ._mosaic_overlap import THREAD_COLUMNS, before_wait, fold_columns
 from ._numerics import LN2, LOG2E, lowest
 
 _LOWEST = lowest(jnp.float32)
@@ -144,12 +145,12 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
             ) -> tuple[Any, Any, Any, Any]:
                 """Weights of tile i for the second product; the new maximum and sum; what corrects older sums."""
                 x, factor = logits(products, scores, rows, tile_of(i), magnitude, masked)
-                largest = x.max(axis=1)
+                largest = fold_columns(x, jnp.maximum).max(axis=1)
                 new_top = jnp.maximum(top, largest if factor is None else largest * factor)
                 exponent = (x if factor is None else x * factor) - columns_of(new_top, shape)
                 weights = jnp.exp2(exponent)
                 correction = jnp.exp2(top - new_top)
-                total = total * correction + weights.sum(axis=1)
+                total = total * columns_of(correction, total.shape) + fold_columns(weights, jnp.add)
                 return logits.drop(weights, row, tile_of(i)).astype(dtype), new_top, total, correction
 
             def is_edge(i: Any) -> Any:
@@ -190,7 +191,8 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
                 plgpu.commit_smem()
 
             top = plgpu.layout_cast(jnp.full((blocks.block_q,), _LOWEST, jnp.float32), ROW)
-            total = plgpu.layout_cast(jnp.zeros((blocks.block_q,), jnp.float32), ROW)
+            # Each thread sums its own columns; the threads of a row add up at the end.
+            total = plgpu.layout_cast(jnp.zeros((blocks.block_q, THREAD_COLUMNS), jnp.float32), plgpu.Layout.WGMMA)
             acc = plgpu.layout_cast(jnp.zeros((blocks.block_q, z.H), jnp.float32), plgpu.Layout.WGMMA)
 
             def first_scores(s_ref: Any) -> Any:
@@ -230,6 +232,7 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
                         s, scores, i, top, total, is_edge(i)
                     )
                     plgpu.barrier_arrive(local["key free"].at[slot])
+                    before_wait(total_ref[...])
 
                 # Leaving `run_state` waits for the second product.
                 zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
@@ -248,6 +251,7 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
             weights = local["weights"].at[wg] if blocks.weights_in_shared else p
             acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, value_smem.at[last]))(plgpu.ACC.init(acc))
 
+            total = total.sum(axis=1)
             out = acc * columns_of(logits.rescaling / total, acc.shape)
             lse = (top + jnp.log2(total)) * LN2
             if rows.intervals is not None:
