@@ -11,6 +11,7 @@ Everything is compiled beforehand, in parallel; inputs are made on the GPU.
 
 import argparse
 import functools
+import importlib
 import sys
 import time
 from collections.abc import Sequence
@@ -45,6 +46,17 @@ def random_inputs(shape: AttentionShape, seed: int = 0) -> AttentionInputs:
     return AttentionInputs(query, key, value, bias, mask, lengths, cotangent)
 
 
+@functools.cache
+def _function(library: str) -> Any:
+    if library == "flash":
+        return flash_attention
+    if library == "jax.nn":
+        return jax.nn.dot_product_attention
+    if library == "tokamax":
+        return importlib.import_module("tokamax").dot_product_attention
+    raise ValueError(f"{library!r} is not a library: flash, jax.nn or tokamax")
+
+
 def attention(implementation: str, shape: AttentionShape, arguments: Any, inputs: AttentionInputs) -> jax.Array:
     library, _, name = implementation.partition(":")
     query, key, value, bias = arguments
@@ -52,8 +64,7 @@ def attention(implementation: str, shape: AttentionShape, arguments: Any, inputs
     settings: dict[str, Any] = {"implementation": name or ("xla" if library == "jax.nn" else None)}
     if library == "jax.nn" and name == "cudnn" and lengths is not None:
         settings["query_seq_lengths"] = jnp.full_like(lengths, shape.query_length)  # cuDNN wants both
-    function = flash_attention if library == "flash" else jax.nn.dot_product_attention
-    return function(
+    return _function(library)(
         query,
         key,
         value,

@@ -26,6 +26,8 @@ class Blocks:
     stages: int
     warpgroups: int
     weights_in_shared: bool = False
+    persistent: bool = False
+    parts: int = 1
 
     @property
     def rows(self) -> int:
@@ -34,7 +36,7 @@ class Blocks:
     @property
     def registers(self) -> tuple[int, int]:
         """Per thread: of the compute warpgroups, and of the one that loads."""
-        return {1: (240, 24), 2: (240, 24), 3: (160, 24)}[self.warpgroups]
+        return {1: (240, 24), 2: (240, 24), 3: (160, 24), 4: (112, 24)}[self.warpgroups]
 
 
 def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool) -> Blocks:

@@ -31,7 +31,12 @@ def forward(config: Config, inputs: Inputs, out_dtype: Any) -> tuple[jax.Array, 
     scores = [x for x in (inputs.bias, inputs.mask.allowed) if x is not None and 1 not in x.shape[-2:]]
     score_bytes = sum(1 if x.dtype == bool else min(4, np.dtype(x.dtype).itemsize) for x in scores)
     blocks = forward_blocks(z, score_bytes, has_dropout=config.dropout is not None)
-    return forward_kernel(config, inputs, blocks, out_dtype)
+    import os, re
+    if os.environ.get('FB'):
+        m = re.fullmatch(r'(\d+)x(\d+)x(\d+)w(\d)(s?)(p?)(?:/(\d+))?', os.environ['FB'])
+        from ._mosaic_blocks import Blocks
+        blocks = Blocks(*map(int, m.groups()[:4]), weights_in_shared=bool(m[5]), persistent=bool(m[6]), parts=int(m[7] or 1))
+    return forward_kernel(config, inputs, blocks, out_dtype, 132)
 
 
 def cotangent(

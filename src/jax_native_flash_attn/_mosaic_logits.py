@@ -8,6 +8,7 @@ through shared memory; with one of them they are a vector, read into registers d
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,10 +41,16 @@ MASKED = lowest(jnp.float32) / 2
 
 @dataclass(frozen=True)
 class Operands:
-    """Arrays of a call by name; `tiled` names the score-like ones that need a buffer in shared memory."""
+    """Arrays of a call by name; `tiled` and `columns` name score-like ones: matrices, and vectors along the keys."""
 
     arrays: dict[str, jax.Array]
     tiled: tuple[str, ...]
+    columns: tuple[str, ...]
+
+    @property
+    def streamed(self) -> tuple[str, ...]:
+        """Those that need a buffer in shared memory where they come with the keys."""
+        return (*self.tiled, *self.columns)
 
 
 def prepare(config: Config, inputs: Inputs, block_rows: int, block_kv: int) -> Operands:
@@ -56,7 +63,7 @@ def prepare(config: Config, inputs: Inputs, block_rows: int, block_kv: int) -> O
         "scale": inputs.scale,
         **interval_operands(mask, z.T, z.S, block_rows, block_kv),
     }
-    tiled = []
+    tiled, columns = [], []
     for name, x in (("bias", inputs.bias), ("allowed", mask.allowed)):
         if x is None:
             continue
@@ -68,6 +75,7 @@ def prepare(config: Config, inputs: Inputs, block_rows: int, block_kv: int) -> O
             x = jnp.broadcast_to(x, (*x.shape[:-1], z.S))
             x = pad_axis(x[..., 0, :], -1, round_up(z.S, block_kv))
             name = f"{name}_columns"
+            columns.append(name)
         elif x.shape[-1] == 1:
             x = pad_axis(x[..., 0], -1, round_up(z.T, block_rows))
             name = f"{name}_rows"
@@ -80,18 +88,21 @@ def prepare(config: Config, inputs: Inputs, block_rows: int, block_kv: int) -> O
         arrays["length"] = mask.key_value_length
     if config.dropout is not None and inputs.dropout_key is not None and inputs.head_index is not None:
         arrays |= {"dropout_key": inputs.dropout_key, "head_index": inputs.head_index}
-    return Operands(arrays, tuple(tiled))
+    return Operands(arrays, tuple(tiled), tuple(columns))
 
 
-def score_buffers(operands: Operands, stages: int, block_rows: int, block_kv: int) -> list[Any]:
+def score_buffers(operands: Operands, stages: int, block_rows: int, block_kv: int) -> dict[str, Any]:
     """Shared memory for the tiles of bias and mask."""
-    arrays = [operands.arrays[name] for name in operands.tiled]
-    return [
-        matrix_buffer(
-            stages, block_rows, block_kv, dtype=x.dtype, swizzle=swizzle_bytes(x.shape[-1], x.dtype, block_kv)
+    buffers = {}
+    for name in operands.streamed:
+        x = operands.arrays[name]
+        swizzle = swizzle_bytes(x.shape[-1], x.dtype, block_kv)
+        buffers[name] = (
+            matrix_buffer(stages, block_rows, block_kv, dtype=x.dtype, swizzle=swizzle)
+            if name in operands.tiled
+            else plgpu.SMEM((stages, block_kv), x.dtype)
         )
-        for x in arrays
-    ]
+    return buffers
 
 
 def clean_padding(buffer: Any, tile: Any, length: Any) -> None:
@@ -172,8 +183,12 @@ class TileLogits:
         """A tile of bias or mask, in registers."""
         if name in rows.scores:
             return self.of_rows(rows.scores[name])
-        if f"{name}_columns" in self.refs:
-            x = self._vector(f"{name}_columns", tile * self.block_kv, self.block_kv, self.kv_layout)
+        columns = f"{name}_columns"
+        if columns in self.buffers:
+            x = plgpu.load(self.buffers[columns].at[slot], layout=self.kv_layout, optimized=False)
+            return spread(x, self.shape, 1 - self.q_axis)
+        if columns in self.refs:
+            x = self._vector(columns, tile * self.block_kv, self.block_kv, self.kv_layout)
             return spread(x, self.shape, 1 - self.q_axis)
         buffer = self.buffers[name].at[slot, pl.ds(self.row_in_block, self.block_q)]
         # There is no conflict-free way from one byte per element in shared memory to this layout.
@@ -192,42 +207,67 @@ class TileLogits:
         tile: Any,
         multiplier: Any,
         masked: Any,
-    ) -> tuple[Any, Any]:
-        """(x, factor): the base-2 logits are x * factor; factor is None for 1.
+        then: Callable[[Any, Any], Any] | None = None,
+    ) -> Any:
+        """`then(x, factor)`, or the pair itself: the base-2 logits are x * factor; factor is None for 1.
 
-        `multiplier` is that of the products, in base 2. `masked` is True, False, or a scalar known at run time. (One
-        loop whose step branches is faster than a loop for each kind of tile: the compiler keeps the products of several
-        loops from overlapping with other work.)
+        `multiplier` is that of the products, in base 2. `masked` is True, False, or a scalar known at run time; `then`
+        is part of what is chosen by it. (One loop whose step branches is faster than a loop for each kind of tile: the
+        compiler keeps the products of several loops from overlapping with other work.)
         """
-        if masked is False and not scores:
-            return products, multiplier
-        logits = products * multiplier
-        if "bias" in scores:
-            logits = logits + jnp.maximum(scores["bias"].astype(jnp.float32), bias_floor(jnp.float32)) * LOG2E
         is_additive = "allowed_columns" in self.refs
         in_mask = scores.get("allowed")
 
-        def full(logits: jax.Array) -> jax.Array:
+        def full(products: jax.Array) -> tuple[Any, Any]:
             """In a tile that all rows' intervals cover, which has no dead row."""
-            if in_mask is None:
-                return logits
-            return logits + in_mask if is_additive else jnp.where(in_mask != 0, logits, lowest(jnp.float32))
+            addend = self._clipped(scores["bias"]) * LOG2E if "bias" in scores else None
+            if is_additive:
+                addend = in_mask if addend is None else addend + in_mask
+            if addend is None and in_mask is None:
+                return products, multiplier
+            x = products * multiplier
+            x = x if addend is None else x + addend
+            return (x if is_additive or in_mask is None else jnp.where(in_mask != 0, x, lowest(jnp.float32))), None
 
-        def edge(logits: jax.Array) -> jax.Array:
-            column = tile * self.block_kv
+        def edge(products: jax.Array) -> tuple[Any, Any]:
+            x, factor = full(products)
+            x = x if factor is None else x * self._apart(factor)
             pair = rows.pair()
-            allowed = self.intervals.allowed(pair, rows.row, column, self.shape, self.q_axis)
+            allowed = self.intervals.allowed(pair, rows.row, tile * self.block_kv, self.shape, self.q_axis)
             dead = self.intervals.dead(pair, self.shape, self.q_axis)
             if in_mask is not None:
                 in_mask_here = in_mask == 0 if is_additive else in_mask != 0
                 allowed = allowed & (in_mask_here if dead is None else in_mask_here | dead)
             if dead is not None:
-                logits = jnp.where(dead, 0.0, logits)
-            return jnp.where(allowed, logits, lowest(jnp.float32))
+                x = jnp.where(dead, 0.0, x)
+            return jnp.where(allowed, x, lowest(jnp.float32)), None
 
         if isinstance(masked, bool):
-            return (edge if masked else full)(logits), None
-        return lax.cond(masked, edge, full, logits), None
+            pair = edge(products) if masked else full(products)
+            return pair if then is None else then(*pair)
+        if then is None:
+            # Both of one kind: scaled.
+            scaled = lambda pair: pair[0] if pair[1] is None else pair[0] * pair[1]  # noqa: E731
+            return lax.cond(masked, lambda p: scaled(edge(p)), lambda p: scaled(full(p)), products), None
+        # The barrier keeps what both kinds of tile do last in the branch, where it is fused with what comes before.
+        return lax.cond(
+            masked, lambda p: lax.optimization_barrier(then(*edge(p))), lambda p: then(*full(p)), products
+        )
+
+    def _apart(self, factor: Any) -> jax.Array:
+        """The same numbers, one for each row; to the compiler, others.
+
+        It would take a product that both kinds of tile compute out of the branch, and out of a fused multiply-add.
+        """
+        rows = plgpu.layout_cast(jnp.full((self.block_q,), factor, jnp.float32), self.q_layout)
+        return self.of_rows(lax.optimization_barrier(rows))
+
+    def _clipped(self, bias: jax.Array) -> jax.Array:
+        """In float32. A bfloat16 bias is clipped before, two elements at a time."""
+        floor = bias_floor(jnp.float32)
+        if bias.dtype == jnp.bfloat16:
+            return jnp.maximum(bias, jnp.bfloat16(floor)).astype(jnp.float32)
+        return jnp.maximum(bias.astype(jnp.float32), floor)
 
     def through_mask(self, x: jax.Array, rows: RowVectors, masked: Any) -> jax.Array:
         """Cotangents of logits: zero in dead rows, whose logits are constant. (Masked ones have no weight anyway.)"""
@@ -267,9 +307,10 @@ class TileLogits:
         return 1.0 if self.config.dropout is None else self.config.dropout.rescaling
 
 
-def score_slice(ref: Any, head: tuple, row: Any, rows: int, tile: Any, columns: int) -> Any:
-    """A tile of a score-like array in global memory."""
-    return ref.at[(*broadcast_index(head, ref.shape[:-2]), pl.ds(row, rows), pl.ds(tile * columns, columns))]
+def score_slice(ref: Any, head: tuple, rows: tuple[Any, int] | None, tile: Any, columns: int) -> Any:
+    """A tile of a score-like array in global memory: first row and their number, or None for a vector."""
+    slices = (*([] if rows is None else [pl.ds(*rows)]), pl.ds(tile * columns, columns))
+    return ref.at[(*broadcast_index(head, ref.shape[: -len(slices)]), *slices)]
 
 
 def query_slice(ref: Any, head: tuple, row: Any, rows: int) -> Any:

@@ -107,6 +107,10 @@ class Intervals:
         return int(np.maximum(end - full_stop, 0).max())
 
     @property
+    def is_traced(self) -> bool:
+        return "ranges" in self.refs
+
+    @property
     def has_left_edge(self) -> bool:
         """Whether tiles before the full ones can need a mask."""
         return "ranges" in self.refs or self.band.lower is not None
