@@ -24,9 +24,7 @@ def wait_for_turn() -> None:
 
 class _Child:
     def __init__(self, command: Sequence[str]):
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         self.lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -62,6 +60,7 @@ def run_in_turn(
     *,
     preparing_seconds: float,
     measuring_seconds: float,
+    total_seconds: float = float("inf"),
 ) -> list[bool]:
     """Run all commands at once up to `wait_for_turn`, then each to its end; which of them ended by themselves.
 
@@ -70,13 +69,19 @@ def run_in_turn(
       on_line: told the number of a command and a line that it printed.
       preparing_seconds: for all of them together; whoever is not ready then is killed.
       measuring_seconds: for each; it is killed then.
+      total_seconds: for everything; whose turn comes later is killed.
     """
+    end = time.monotonic() + total_seconds
     children = [_Child(command) for command in commands]
     deadline = time.monotonic() + preparing_seconds
     states = [child.relay(deadline, lambda line, i=i: on_line(i, line)) for i, child in enumerate(children)]
     for i, child in enumerate(children):
+        if states[i] == "ready" and time.monotonic() > end:
+            states[i] = "late"
+            child.process.kill()
         if states[i] == "ready":
             child.go()
-            states[i] = child.relay(time.monotonic() + measuring_seconds, lambda line, i=i: on_line(i, line))
+            deadline = min(end, time.monotonic() + measuring_seconds)
+            states[i] = child.relay(deadline, lambda line, i=i: on_line(i, line))
         child.process.wait()
     return [state == "ended" and child.process.returncode == 0 for state, child in zip(states, children, strict=True)]

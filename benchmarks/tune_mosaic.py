@@ -32,11 +32,12 @@ _RATE = 400e12  # operations per second, to guess how often
 
 
 def parse_blocks(text: str) -> Blocks | None:
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)w(\d)(s?)(p?)(?:/(\d+))?", text)
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)w(\d)(s?)(p?)(t?)(?:/(\d+))?", text)
     if match is None:
         return None
-    numbers = map(int, match.groups()[:4])
-    return Blocks(*numbers, weights_in_shared=bool(match[5]), persistent=bool(match[6]), parts=int(match[7] or 1))
+    flags = ("weights_in_shared", "persistent", "takes_turns")
+    settings = {name: bool(found) for name, found in zip(flags, match.groups()[4:7], strict=True)}
+    return Blocks(*map(int, match.groups()[:4]), **settings, parts=int(match[8] or 1))
 
 
 def lowered(name: str, candidate: str, *, needs_lse: bool) -> Any:

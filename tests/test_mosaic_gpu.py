@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn import _dispatch, flash_attention
+from jax_native_flash_attn._mosaic_blocks import Blocks, Chip, forward_blocks, shared_bytes
+from jax_native_flash_attn._tiles import Sizes
 from tests.cases import Case, check_case
 
 needs_backend = pytest.mark.skipif(_dispatch._why_not_backend() is not None, reason=str(_dispatch._why_not_backend()))
@@ -35,6 +37,10 @@ SHAPES = {
     "one row": (2, 1, 1000, 2, 4, 128),
     "one key": (2, 70, 1, 1, 2, 32),
     "long": (1, 1100, 1300, 1, 1, 64),
+    # More items than multiprocessors, so that blocks go through several; few items, so that keys are split.
+    "many items": (9, 200, 150, 8, 2, 64),
+    "one row, keys split": (1, 1, 9000, 1, 2, 64),
+    "rows, keys split": (2, 70, 5000, 1, 1, 128),
 }
 CAUSAL: dict[str, Any] = {"is_causal": True}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -68,9 +74,10 @@ def _case(shape: str, options: str) -> Case:
 
 
 def _with_lengths(case: Case) -> Case:
-    """Lengths over half of each array, one past it and one of zero, and NaN in the padding."""
+    """Lengths over half of each array, one past it and one of zero, and so on, and NaN in the padding."""
     B, T, S, *_ = case.shape
-    lengths = [(n // 2 + 1, n + 3, 0)[:B] for n in (T, S)]
+    lengths = [(n // 2 + 1, n + 3, 0) * B for n in (T, S)]
+    lengths = [some[:B] for some in lengths]
     return Case(
         **{**case.__dict__, "query_seq_lengths": lengths[0], "key_value_seq_lengths": lengths[1], "poison": True}
     )
@@ -90,7 +97,7 @@ def test_options(options: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", ["odd", "short", "wide"])
+@pytest.mark.parametrize("shape", ["odd", "short", "wide", "many items", "one row, keys split", "rows, keys split"])
 @pytest.mark.parametrize("options", ["plain", "causal", "window", "mask", "bias", "dropout"])
 def test_lengths_with_poisoned_padding(shape: str, options: str) -> None:
     check_case(_with_lengths(_case(shape, options)), mosaic_attention)
@@ -103,13 +110,21 @@ def _arrays(B: int, T: int, S: int, N: int, K: int, H: int, dtype: Any = jnp.bfl
 
 
 @pytest.mark.gpu
-def test_two_runs_are_bitwise_equal() -> None:
+@pytest.mark.parametrize("shape", ["many items", "one row, keys split", "rows, keys split"])
+@pytest.mark.parametrize("options", ["bias", "bias of all", "mask", "mask of keys", "sparse mask", "traced window"])
+def test_masks_and_biases_over_items_and_parts(shape: str, options: str) -> None:
+    check_case(_case(shape, options), mosaic_attention)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 1000, 1000, 8, 2, 64), (1, 3, 20000, 8, 2, 128), (40, 200, 200, 8, 8, 64)])
+def test_two_runs_are_bitwise_equal(shape: tuple[int, ...]) -> None:
     def call(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
         attention = functools.partial(mosaic_attention, is_causal=True)
         out, pullback = jax.vjp(attention, query, key, value)
         return out, pullback(out)
 
-    arrays = _arrays(2, 1000, 1000, 8, 2, 64)
+    arrays = _arrays(*shape)
     first, second = (jax.tree.map(np.asarray, jax.jit(call)(*arrays)) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
@@ -132,6 +147,47 @@ def test_default_takes_the_kernel_on_hopper() -> None:
 # ---- without a GPU
 
 
+def _blocks(T: int, S: int, heads: int, H: int, *, chip: Chip = Chip(), **settings: Any) -> Blocks:  # noqa: B008
+    defaults: dict[str, Any] = {"score_bytes": 0, "has_dropout": False, "out_bytes": 2}
+    return forward_blocks(Sizes((1,), T, S, heads, 1, H, H), **(defaults | settings), chip=chip)
+
+
+@pytest.mark.parametrize("H", [16, 64, 128, 256])
+@pytest.mark.parametrize("T", [1, 64, 65, 4096])
+@pytest.mark.parametrize("settings", [{}, {"score_bytes": 2}, {"has_dropout": True}, {"out_bytes": 4}])
+def test_blocks_for_every_kind_of_call(H: int, T: int, settings: dict[str, Any]) -> None:
+    blocks = _blocks(T, 4096, 8, H, **settings)
+    assert shared_bytes(blocks, H, settings.get("score_bytes", 0), settings.get("out_bytes", 2)) < 227 * 1024
+    assert blocks.rows == 64 or T > 64
+
+
+def test_a_chip_that_nobody_measured_has_the_default_blocks() -> None:
+    assert _blocks(512, 512, 8, 64, chip=Chip("9.9", 132)) == _blocks(512, 512, 8, 64)
+
+
+def test_keys_are_split_only_where_multiprocessors_would_idle() -> None:
+    assert _blocks(1, 32768, 8, 128).parts * 8 > 0.8 * Chip().cores
+    assert _blocks(1, 32768, 1024, 128).parts == 1
+    assert _blocks(1, 512, 1, 128).parts == 1
+    assert _blocks(1, 32768, 8, 128, chip=Chip(cores=16)).parts == 2
+
+
+@needs_backend
+@pytest.mark.parametrize(("items", "workers", "parts"), [(1, 1, 1), (300, 132, 1), (264, 132, 2), (7, 132, 3)])
+def test_every_item_has_one_worker(items: int, workers: int, parts: int) -> None:
+    from jax_native_flash_attn._mosaic_work import Work
+
+    work = Work((items,), 1, parts, 1, min(workers, items * parts))
+    rounds, rest = divmod(work.items, work.workers)
+    taken = []
+    for worker in range(work.workers):
+        seen: list[int] = []
+        mine = rounds + int(work.place(rounds, worker) < rest)
+        seen += [k * work.workers + int(work.place(k, worker)) for k in range(mine)]
+        taken += seen
+    assert sorted(taken) == list(range(work.items))
+
+
 def _lowered(implementation: str | None, *platforms: str, arrays: Any = None, **options: Any) -> str:
     attention = jax.jit(functools.partial(flash_attention, implementation=implementation, **options))
     return attention.trace(*(arrays or _arrays(1, 128, 128, 2, 2, 64))).lower(lowering_platforms=platforms).as_text()
@@ -139,8 +195,10 @@ def _lowered(implementation: str | None, *platforms: str, arrays: Any = None, **
 
 @needs_backend
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"local_window_size": (5, 5)}, {"return_residual": True}])
-def test_lowers_for_cuda_without_a_gpu(options: dict[str, Any]) -> None:
-    assert "mosaic_gpu" in _lowered("mosaic_gpu", "cuda", **options)
+@pytest.mark.parametrize("shape", ["tile", "many items", "one row, keys split"])
+def test_lowers_for_cuda_without_a_gpu(shape: str, options: dict[str, Any]) -> None:
+    B, T, S, K, G, H = SHAPES[shape]
+    assert "mosaic_gpu" in _lowered("mosaic_gpu", "cuda", arrays=_arrays(B, T, S, K * G, K, H), **options)
 
 
 @needs_backend

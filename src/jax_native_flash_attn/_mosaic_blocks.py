@@ -1,12 +1,19 @@
 """Block shapes of the Mosaic GPU kernels: one table per chip generation, filled by `benchmarks/tune_mosaic.py`."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
-from ._tiles import Sizes
+from ._tiles import Sizes, static_size
 
 _SHARED_MEMORY = 227 * 1024  # bytes that one block may use on Hopper
-_RESERVED = 4 * 1024  # for barriers and the compiler
+_RESERVED = 4 * 1024  # for barriers, vectors along the keys and the compiler
+
+
+class Chip(NamedTuple):
+    """What of a GPU decides: compute capability and number of multiprocessors. By default an H100 or H200."""
+
+    capability: str = "9.0"
+    cores: int = 132
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,9 @@ class Blocks:
       stages: tiles of keys and values in shared memory at once.
       warpgroups: how many compute, each with its own rows; one more loads.
       weights_in_shared: whether the softmax weights reach the second product through shared memory, not registers.
+      persistent: whether a block goes through several items of work, so that loads of the next overlap the last.
+      takes_turns: whether the warpgroups issue their products in turn, so that they do not all compute softmax at once.
+      parts: of the keys; each is an item of its own, and the results are merged.
     """
 
     block_q: int
@@ -27,6 +37,7 @@ class Blocks:
     warpgroups: int
     weights_in_shared: bool = False
     persistent: bool = False
+    takes_turns: bool = False
     parts: int = 1
 
     @property
@@ -39,27 +50,71 @@ class Blocks:
         return {1: (240, 24), 2: (240, 24), 3: (160, 24), 4: (112, 24)}[self.warpgroups]
 
 
-def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool) -> Blocks:
-    """Block shape of the forward kernel; `score_bytes` are those of one score of bias and mask in shared memory."""
-    if sizes.T <= 64:
-        blocks = Blocks(64, 128 if sizes.H <= 128 else 64, 3 if sizes.H <= 128 else 2, 1)
-    elif sizes.H <= 128:
-        blocks = Blocks(64, 128, 2, 2)
-    else:
-        blocks = Blocks(64, 64, 2, 2, weights_in_shared=True)
+_FEW_ROWS, _PLAIN, _SCORES = "few rows", "plain", "bias or mask over T and S"
+
+# Of the forward kernel. By compute capability, then kind of call and largest head dimension: shapes in order of
+# preference; the first whose buffers fit is taken.
+_FORWARD: dict[str, dict[tuple[str, int], tuple[Blocks, ...]]] = {
+    "9.0": {
+        (_FEW_ROWS, 128): (Blocks(64, 128, 3, 1), Blocks(64, 64, 3, 1), Blocks(64, 64, 2, 1)),
+        (_FEW_ROWS, 256): (Blocks(64, 64, 2, 1),),
+        (_PLAIN, 128): (Blocks(64, 128, 2, 2, persistent=True), Blocks(64, 128, 2, 2)),
+        (_PLAIN, 256): (Blocks(64, 64, 2, 2, weights_in_shared=True),),
+        (_SCORES, 128): (
+            Blocks(64, 128, 2, 2, persistent=True),
+            Blocks(64, 128, 2, 2),
+            Blocks(64, 64, 2, 2, persistent=True),
+            Blocks(64, 64, 2, 2),
+            Blocks(64, 64, 2, 1),
+        ),
+        (_SCORES, 256): (
+            Blocks(64, 64, 2, 2, weights_in_shared=True),
+            Blocks(64, 64, 2, 2),
+            Blocks(64, 64, 2, 1),
+            Blocks(64, 64, 1, 1),
+        ),
+    },
+}
+_DEFAULT = "9.0"  # for a chip that nobody has measured
+_FEW = 64  # query rows
+_LEAST_TILES = 8  # of a part: its beginning and its end cost about two
+_MERGE_TILES = 3  # what merging costs, in tiles
+
+
+def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool, out_bytes: int, chip: Chip) -> Blocks:
+    """Block shape of the forward kernel.
+
+    Args:
+      sizes: axis sizes of the call.
+      score_bytes: of one score of bias and mask in shared memory.
+      has_dropout: whether there is dropout.
+      out_bytes: of one element of the output.
+      chip: what it runs on.
+    """
+    table = _FORWARD.get(chip.capability, _FORWARD[_DEFAULT])
+    kind = _FEW_ROWS if sizes.T <= _FEW else _SCORES if score_bytes else _PLAIN
+    head_dim = min(limit for name, limit in table if name == kind and limit >= sizes.H)
+    candidates = table[kind, head_dim]
     if has_dropout:
         # The random bits need as many registers as the scores.
-        blocks = replace(blocks, block_kv=64)
-    smaller: tuple[dict[str, Any], ...] = (
-        {},
-        {"weights_in_shared": False},
-        {"block_kv": 64},
-        {"weights_in_shared": False, "block_kv": 64},
-        {"weights_in_shared": False, "block_kv": 64, "warpgroups": 1},
-    )
-    candidates = [replace(blocks, **changes) for changes in smaller]
-    fits = [x for x in candidates if shared_bytes(x, sizes.H, score_bytes) <= _SHARED_MEMORY - _RESERVED]
-    return fits[0] if fits else candidates[-1]
+        candidates = tuple(replace(x, block_kv=64) for x in candidates)
+    room = _SHARED_MEMORY - _RESERVED
+    fits = [x for x in candidates if shared_bytes(x, sizes.H, score_bytes, out_bytes) <= room]
+    blocks = fits[0] if fits else candidates[-1]
+    items = max(1, static_size(sizes.batch)) * sizes.N * -(-sizes.T // blocks.rows)
+    return replace(blocks, parts=_parts(items, -(-sizes.S // blocks.block_kv), chip.cores))
+
+
+def _parts(items: int, tiles: int, cores: int) -> int:
+    """Parts of the keys that keep all multiprocessors busy, where there are fewer items than those."""
+
+    def duration(parts: int) -> int:
+        """In tiles."""
+        rounds = -(-items * parts // cores)
+        return rounds * (-(-tiles // parts) + 2) + (_MERGE_TILES if parts > 1 else 0)
+
+    # At most four rounds: partial results then take a few MiB, whatever the lengths.
+    return min(range(1, max(1, min(tiles // _LEAST_TILES, 4 * cores // items)) + 1), key=duration)
 
 
 def dquery_blocks(sizes: Sizes) -> Blocks:
@@ -72,8 +127,9 @@ def dkey_dvalue_blocks(sizes: Sizes) -> Blocks:
     return Blocks(64, 64, 3, 1 if sizes.S <= 64 else 2)
 
 
-def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int) -> int:
-    """Shared memory of the forward kernel, but for barriers."""
+def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int, out_bytes: int = 2) -> int:
+    """Shared memory of the forward kernel, but for barriers and vectors along the keys."""
     tile = 2 * 2 * blocks.block_kv * head_dim + blocks.rows * blocks.block_kv * score_bytes
     weights = 2 * blocks.rows * blocks.block_kv if blocks.weights_in_shared else 0
-    return 2 * blocks.rows * head_dim + blocks.stages * tile + 4 * blocks.rows + weights
+    out = out_bytes * blocks.rows * head_dim if blocks.persistent else 0
+    return 2 * blocks.rows * head_dim + blocks.stages * tile + 4 * blocks.rows + weights + out

@@ -10,7 +10,7 @@ import numpy as np
 
 from ._logits import Config, Inputs
 from ._masks import Band
-from ._mosaic_blocks import dkey_dvalue_blocks, dquery_blocks, forward_blocks
+from ._mosaic_blocks import Chip, dkey_dvalue_blocks, dquery_blocks, forward_blocks
 from ._mosaic_dkey_dvalue import dkey_dvalue
 from ._mosaic_dquery import dquery
 from ._mosaic_forward import forward as forward_kernel
@@ -19,24 +19,20 @@ _FEW_ROWS = 64  # of one warpgroup
 _MAX_BACKWARD_HEAD_DIM = 128  # both gradients of 64 keys fill the registers of a warpgroup
 
 
-def forward(config: Config, inputs: Inputs, out_dtype: Any) -> tuple[jax.Array, ...]:
-    """As `_kernels.forward`, with out in `out_dtype`."""
-    z = inputs.sizes
+def forward(config: Config, inputs: Inputs, out_dtype: Any, chip: Chip | None = None) -> tuple[jax.Array, ...]:
+    """As `_kernels.forward`, with out in `out_dtype`, on `chip` (None: a common one)."""
+    z, chip = inputs.sizes, chip or Chip()
     if z.G > 1 and z.T * z.G <= _FEW_ROWS and config.dropout is None:
         packed_config, packed = _pack_groups(config, inputs)
-        out, *lse = forward(packed_config, packed, out_dtype)
+        out, *lse = forward(packed_config, packed, out_dtype, chip)
         out = jnp.swapaxes(out.reshape(*z.batch, z.T, z.G, z.K, z.D), -2, -3).reshape(*z.batch, z.T, z.N, z.D)
         lse = (jnp.swapaxes(x.reshape(*z.batch, z.K, z.T, z.G), -1, -2).reshape(*z.batch, z.N, z.T) for x in lse)
         return (out, *lse)
     scores = [x for x in (inputs.bias, inputs.mask.allowed) if x is not None and 1 not in x.shape[-2:]]
     score_bytes = sum(1 if x.dtype == bool else min(4, np.dtype(x.dtype).itemsize) for x in scores)
-    blocks = forward_blocks(z, score_bytes, has_dropout=config.dropout is not None)
-    import os, re
-    if os.environ.get('FB'):
-        m = re.fullmatch(r'(\d+)x(\d+)x(\d+)w(\d)(s?)(p?)(?:/(\d+))?', os.environ['FB'])
-        from ._mosaic_blocks import Blocks
-        blocks = Blocks(*map(int, m.groups()[:4]), weights_in_shared=bool(m[5]), persistent=bool(m[6]), parts=int(m[7] or 1))
-    return forward_kernel(config, inputs, blocks, out_dtype, 132)
+    has_dropout, out_bytes = config.dropout is not None, np.dtype(out_dtype).itemsize
+    blocks = forward_blocks(z, score_bytes, has_dropout=has_dropout, out_bytes=out_bytes, chip=chip)
+    return forward_kernel(config, inputs, blocks, out_dtype, chip.cores)
 
 
 def cotangent(

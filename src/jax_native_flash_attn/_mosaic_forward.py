@@ -41,7 +41,7 @@ from ._mosaic_blocks import Blocks
 from ._mosaic_logits import TileLogits, clean_padding, key_slice, prepare, query_slice, score_buffers, score_slice
 from ._mosaic_masks import Intervals
 from ._mosaic_overlap import THREAD_COLUMNS, before_wait, fold_columns
-from ._mosaic_work import Work, part_of
+from ._mosaic_work import part_of, plan
 from ._numerics import LN2, LOG2E, lowest
 
 _LOWEST = lowest(jnp.float32)
@@ -57,15 +57,20 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any, core
     if blocks.parts == 1:
         out, *lse = _partial_forward(config, inputs, blocks, out_dtype, cores)
         return (out[0], *(x[0] for x in lse))
-    out, lse = _partial_forward(config, inputs, blocks, jnp.float32, cores)
-    # A row without keys in a part has that part's lowest lse, and no weight; without any, as without parts, zeros.
-    top = lse.max(0)
+    out, lse = _merge(*_partial_forward(config, inputs, blocks, jnp.float32, cores))
+    return (out.astype(out_dtype), lse) if config.needs_lse else (out.astype(out_dtype),)
+
+
+def _merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Out and lse over all parts: the means of the parts' outputs, weighted by their sums of exponentials."""
+    # A row without keys in a part has the lowest lse there, and no weight; without any, zeros as without parts.
+    top = lse.max(0, keepdims=True)
     weights = jnp.exp(lse - top)
-    total = weights.sum(0)
+    total = weights.sum(0, keepdims=True)
     has_key = top > 0.9 * _LOWEST
     factors = jnp.where(has_key, weights / total, 0.0)
-    out = (out * jnp.swapaxes(factors, -1, -2)[..., None]).sum(0).astype(out_dtype)
-    return (out, jnp.where(has_key, top + jnp.log(total), 0.0)) if config.needs_lse else (out,)
+    lse = jnp.where(has_key, top + jnp.log(total), 0.0)
+    return (out * jnp.swapaxes(factors, -1, -2)[..., None]).sum(0), lse[0]
 
 
 def _partial_forward(
@@ -78,16 +83,17 @@ def _partial_forward(
     operands = prepare(config, inputs, blocks.rows, blocks.block_kv)
     heads = (*z.batch, z.N)
     num_heads, num_blocks = math.prod(heads), -(-z.T // blocks.rows)
-    items = num_heads * num_blocks * blocks.parts
-    work = Work(
+    work = plan(
         heads,
         num_blocks,
         blocks.parts,
         heads_per_group(num_heads, 4 * z.S * z.H / z.G, _CACHE_BYTES),
-        min(items, cores) if blocks.persistent else items,
+        cores if blocks.persistent else None,
+        is_uneven=config.band.upper is not None and config.band.lower is None,
         batch_fastest="bias" in operands.tiled and operands.arrays["bias"].shape[:-3] != z.batch,
     )
     needs_lse = config.needs_lse or blocks.parts > 1
+    takes_turns = blocks.takes_turns and compute > 1
 
     out_types = [jax.ShapeDtypeStruct((blocks.parts, *z.batch, padded_T, z.N, z.H), out_dtype)]
     if needs_lse:
@@ -121,6 +127,8 @@ def _partial_forward(
         "value free": plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
         # Completed by all compute warpgroups: nobody reads query or keys any more.
         "all done": plgpu.Barrier(num_arrivals=compute),
+        # Completed by the compute warpgroup before: it has issued its products, the next one may.
+        "turn": plgpu.Barrier(num_barriers=compute),
         # Completed by compute warpgroup 0: the padding in the values of a slot is clean.
         "value clean": plgpu.Barrier(num_barriers=stages),
     }
@@ -289,6 +297,8 @@ def _partial_forward(
                 plgpu.barrier_wait(local["key ready"].at[slot])
                 plgpu.barrier_wait(local["value ready"].at[previous])
                 clean_value(i - 1)
+                if takes_turns:
+                    plgpu.barrier_wait(local["turn"].at[wg])
 
                 def products_and_softmax(state: tuple) -> None:
                     acc_ref, s_ref, p_ref, top_ref, total_ref, correction_ref = state
@@ -296,6 +306,8 @@ def _partial_forward(
                     plgpu.wgmma(
                         acc_ref, local["weights"].at[wg] if blocks.weights_in_shared else p, value_smem.at[previous]
                     )
+                    if takes_turns:
+                        plgpu.barrier_arrive(local["turn"].at[lax.rem(wg + 1, jnp.int32(compute))])
                     scores = logits.scores(rows, tile_of(i), slot)
                     s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
                     p_ref[...], top_ref[...], total_ref[...], correction_ref[...] = softmax(
@@ -347,6 +359,8 @@ def _partial_forward(
         @pl.when(wg < compute)
         def _compute() -> None:
             plgpu.set_max_registers(blocks.registers[0], action="increase")
+            if takes_turns:
+                pl.when(wg == compute - 1)(lambda: plgpu.barrier_arrive(local["turn"].at[0]))
             scale = refs["scale"][(0,) * refs["scale"].ndim] if refs["scale"].size == 1 else None
             for_each_item(lambda *item: compute_item(scale, *item))
             plgpu.wait_smem_to_gmem(0)

@@ -245,14 +245,13 @@ class TileLogits:
         if isinstance(masked, bool):
             pair = edge(products) if masked else full(products)
             return pair if then is None else then(*pair)
-        if then is None:
+        if then is None or scores:
             # Both of one kind: scaled.
             scaled = lambda pair: pair[0] if pair[1] is None else pair[0] * pair[1]  # noqa: E731
-            return lax.cond(masked, lambda p: scaled(edge(p)), lambda p: scaled(full(p)), products), None
+            x = lax.cond(masked, lambda p: scaled(edge(p)), lambda p: scaled(full(p)), products)
+            return (x, None) if then is None else then(x, None)
         # The barrier keeps what both kinds of tile do last in the branch, where it is fused with what comes before.
-        return lax.cond(
-            masked, lambda p: lax.optimization_barrier(then(*edge(p))), lambda p: then(*full(p)), products
-        )
+        return lax.cond(masked, lambda p: lax.optimization_barrier(then(*edge(p))), lambda p: then(*full(p)), products)
 
     def _apart(self, factor: Any) -> jax.Array:
         """The same numbers, one for each row; to the compiler, others.

@@ -33,7 +33,7 @@ def before_wait(x: jax.Array) -> None:
 
     No sum of the four numbers of a thread may exceed 1e38.
     """
-    assert x.dtype == jnp.float32 and x.shape[1] == THREAD_COLUMNS, x
+    assert (x.dtype, x.shape[1]) == (jnp.float32, THREAD_COLUMNS), x
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,))
     def emit(_: Any, array: Any) -> None:

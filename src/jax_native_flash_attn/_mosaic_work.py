@@ -17,6 +17,8 @@ from jax import lax
 from ._mosaic import unravel
 from ._tiles import ColumnRange
 
+_BALANCED_ROUNDS = 8
+
 
 @dataclass(frozen=True)
 class Work:
@@ -51,11 +53,16 @@ class Work:
         num_heads = math.prod(self.heads)
         group, block, part, member = unravel(n, (num_heads // self.group, self.blocks, self.parts, self.group))
         head = group * self.group + member
+        block = jnp.int32(self.blocks - 1) - block
         if self.batch_fastest:
             *batch, heads = self.heads
             index, *rows = unravel(head, (heads, *batch))
-            return (*rows, index), self.blocks - 1 - block, part
-        return unravel(head, self.heads), self.blocks - 1 - block, part
+            return (*rows, index), block, part
+        return unravel(head, self.heads), block, part
+
+    def place(self, k: Any, worker: Any) -> Any:
+        """Of a worker in round k."""
+        return jnp.where(lax.rem(jnp.int32(k), jnp.int32(2)) == 0, worker, self.workers - 1 - worker)
 
     def for_each(self, worker: Any, body: Callable[[Any, Any, Any], Any]) -> None:
         """`count = body(k, n, count)` for the k-th item n of a worker; the counts add up what the items before had."""
@@ -64,14 +71,32 @@ class Work:
             return
         rounds, rest = divmod(self.items, self.workers)
 
-        def place(k: Any) -> Any:
-            return jnp.where(lax.rem(k, jnp.int32(2)) == 0, worker, self.workers - 1 - worker)
-
         def step(k: Any, count: Any) -> Any:
-            return body(k, k * self.workers + place(k), count)
+            return body(k, k * self.workers + self.place(k, worker), count)
 
-        mine = rounds + (place(jnp.int32(rounds)) < rest).astype(jnp.int32)
+        mine = rounds + (self.place(rounds, worker) < rest).astype(jnp.int32)
         lax.fori_loop(0, mine, step, jnp.int32(0))
+
+
+def plan(
+    heads: tuple[int, ...],
+    blocks: int,
+    parts: int,
+    group: int,
+    cores: int | None,
+    *,
+    is_uneven: bool,
+    batch_fastest: bool,
+) -> Work:
+    """`Work` for so many multiprocessors; one worker for each item for None, and where the turns would not balance.
+
+    `is_uneven` says that blocks have more tiles the later they are. Each group of heads is then a list that starts long
+    and ends short, and only a long list balances; the GPU gives new blocks to whichever multiprocessor is free.
+    """
+    items = math.prod(heads) * blocks * parts
+    if cores is None or (is_uneven and group * blocks * parts < _BALANCED_ROUNDS * cores):
+        cores = items
+    return Work(heads, blocks, parts, group, min(items, cores), batch_fastest)
 
 
 def part_of(ranges: ColumnRange, part: Any, parts: int) -> tuple[ColumnRange, Any]:
