@@ -202,6 +202,20 @@ def test_lowers_for_cuda_without_a_gpu(shape: str, options: dict[str, Any]) -> N
 
 
 @needs_backend
+@pytest.mark.parametrize("H", [64, 256])
+@pytest.mark.parametrize("which", ["bias", "mask", "both"])
+def test_bias_and_mask_lower_for_cuda_without_a_gpu(H: int, which: str) -> None:
+    bias = None if which == "mask" else jnp.zeros((1, 2, 200, 300), jnp.bfloat16)
+    mask = None if which == "bias" else jnp.ones((2, 1, 1, 300), bool)
+
+    def call(*arrays: jax.Array) -> jax.Array:
+        return flash_attention(*arrays, bias, mask, implementation="mosaic_gpu")
+
+    traced = jax.jit(call).trace(*_arrays(2, 200, 300, 2, 1, H))
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@needs_backend
 def test_pure_jax_unless_asked_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "_compute_capabilities", frozenset)
     assert "mosaic_gpu" not in _lowered(None, "cuda")

@@ -50,7 +50,8 @@ class Blocks:
         return {1: (240, 24), 2: (240, 24), 3: (160, 24), 4: (112, 24)}[self.warpgroups]
 
 
-_FEW_ROWS, _PLAIN, _SCORES = "few rows", "plain", "bias or mask over T and S"
+_FEW_ROWS, _PLAIN = "few rows", "plain"
+_SCORES, _SHORT_SCORES = "bias or mask over T and S", "likewise, with short T"
 
 # Of the forward kernel. By compute capability, then kind of call and largest head dimension: shapes in order of
 # preference; the first whose buffers fit is taken.
@@ -60,11 +61,16 @@ _FORWARD: dict[str, dict[tuple[str, int], tuple[Blocks, ...]]] = {
         (_FEW_ROWS, 256): (Blocks(64, 64, 2, 1),),
         (_PLAIN, 128): (Blocks(64, 128, 2, 2, persistent=True), Blocks(64, 128, 2, 2)),
         (_PLAIN, 256): (Blocks(64, 64, 2, 2, weights_in_shared=True),),
+        (_SHORT_SCORES, 64): (
+            Blocks(64, 64, 3, 3, persistent=True, takes_turns=True),
+            Blocks(64, 64, 2, 3, persistent=True, takes_turns=True),
+            Blocks(64, 64, 2, 2, persistent=True, takes_turns=True),
+        ),
         (_SCORES, 128): (
-            Blocks(64, 128, 2, 2, persistent=True),
-            Blocks(64, 128, 2, 2),
-            Blocks(64, 64, 2, 2, persistent=True),
-            Blocks(64, 64, 2, 2),
+            Blocks(64, 128, 2, 2, persistent=True, takes_turns=True),
+            Blocks(64, 128, 2, 2, takes_turns=True),
+            Blocks(64, 64, 2, 2, persistent=True, takes_turns=True),
+            Blocks(64, 64, 2, 2, takes_turns=True),
             Blocks(64, 64, 2, 1),
         ),
         (_SCORES, 256): (
@@ -76,7 +82,7 @@ _FORWARD: dict[str, dict[tuple[str, int], tuple[Blocks, ...]]] = {
     },
 }
 _DEFAULT = "9.0"  # for a chip that nobody has measured
-_FEW = 64  # query rows
+_FEW, _SHORT = 64, 1024  # query rows
 _LEAST_TILES = 8  # of a part: its beginning and its end cost about two
 _MERGE_TILES = 3  # what merging costs, in tiles
 
@@ -92,8 +98,11 @@ def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool, out_byt
       chip: what it runs on.
     """
     table = _FORWARD.get(chip.capability, _FORWARD[_DEFAULT])
-    kind = _FEW_ROWS if sizes.T <= _FEW else _SCORES if score_bytes else _PLAIN
-    head_dim = min(limit for name, limit in table if name == kind and limit >= sizes.H)
+    kinds = [_FEW_ROWS] if sizes.T <= _FEW else [_SHORT_SCORES, _SCORES] if score_bytes else [_PLAIN]
+    if sizes.T > _SHORT and _SHORT_SCORES in kinds:
+        kinds.remove(_SHORT_SCORES)
+    rows = [(kinds.index(kind), limit, kind) for kind, limit in table if kind in kinds and limit >= sizes.H]
+    _, head_dim, kind = min(rows)
     candidates = table[kind, head_dim]
     if has_dropout:
         # The random bits need as many registers as the scores.

@@ -38,7 +38,16 @@ from ._mosaic import (
     round_up,
 )
 from ._mosaic_blocks import Blocks
-from ._mosaic_logits import TileLogits, clean_padding, key_slice, prepare, query_slice, score_buffers, score_slice
+from ._mosaic_logits import (
+    NO_KEY,
+    TileLogits,
+    clean_padding,
+    key_slice,
+    prepare,
+    query_slice,
+    score_buffers,
+    score_slice,
+)
 from ._mosaic_masks import Intervals
 from ._mosaic_overlap import THREAD_COLUMNS, before_wait, fold_columns
 from ._mosaic_work import part_of, plan
@@ -67,7 +76,7 @@ def _merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
     top = lse.max(0, keepdims=True)
     weights = jnp.exp(lse - top)
     total = weights.sum(0, keepdims=True)
-    has_key = top > 0.9 * _LOWEST
+    has_key = top > NO_KEY
     factors = jnp.where(has_key, weights / total, 0.0)
     lse = jnp.where(has_key, top + jnp.log(total), 0.0)
     return (out * jnp.swapaxes(factors, -1, -2)[..., None]).sum(0), lse[0]
@@ -339,11 +348,11 @@ def _partial_forward(
             out = acc * columns_of(logits.rescaling / total, acc.shape)
             lse = (top + jnp.log2(total)) * LN2
             if blocks.parts > 1:
-                lse = jnp.where((top > 0.9 * _LOWEST) & jnp.logical_not(is_empty), lse, _LOWEST)
+                lse = jnp.where((top > NO_KEY) & jnp.logical_not(is_empty), lse, _LOWEST)
             elif intervals.is_traced:
                 # Rows past the query's length have no key: their weights are those of masked logits.
-                out = jnp.where(columns_of(top, acc.shape) > 0.9 * _LOWEST, out, 0.0)
-                lse = jnp.where(top > 0.9 * _LOWEST, lse, 0.0)
+                out = jnp.where(columns_of(top, acc.shape) > NO_KEY, out, 0.0)
+                lse = jnp.where(top > NO_KEY, lse, 0.0)
             if is_wide:
                 plgpu.barrier_arrive(local["all done"])
                 plgpu.barrier_wait(local["all done"])

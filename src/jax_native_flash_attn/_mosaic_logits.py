@@ -22,6 +22,7 @@ from ._mosaic import (
     ROW,
     broadcast_index,
     iota,
+    load,
     matrix_buffer,
     pad_axis,
     pl,
@@ -31,12 +32,16 @@ from ._mosaic import (
     swizzle_bytes,
 )
 from ._mosaic_masks import Intervals, interval_operands
-from ._numerics import LOG2E, bias_floor, lowest
+from ._mosaic_overlap import widened
+from ._numerics import LN2, LOG2E, bias_floor, lowest
 from ._tiles import Sizes
 
 _SCORES = ("bias", "allowed")
-# Added to the logits of keys that a mask of keys excludes: below any bias (`bias_floor`), and their sum is finite.
-MASKED = lowest(jnp.float32) / 2
+# Added to the logits of keys that a mask of keys excludes, and in place of those of scores that a mask excludes: below
+# any bias (`bias_floor`), and finite in base 2, the former also with a bias.
+MASKED, OUTSIDE = 0.4 * lowest(jnp.float32), 0.6 * lowest(jnp.float32)
+# A row whose largest logit, in base 2, is below has had no key so far.
+NO_KEY = 0.5 * lowest(jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def clean_padding(buffer: Any, tile: Any, length: Any) -> None:
     shape = (64, head_dim)
     for part in range(count // 64):
         some = buffer.at[pl.ds(part * 64, 64)]
-        x = plgpu.load(some, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+        x = load(some, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
         position = iota(shape, 0) + (tile * count + part * 64)
         is_number = jnp.abs(x) <= float(jnp.finfo(jnp.float32).max)
         some[...] = jnp.where((position < length) | is_number, x, 0.0).astype(buffer.dtype)
@@ -177,7 +182,7 @@ class TileLogits:
     def _vector(self, name: str, start: Any, count: int, layout: Any) -> jax.Array:
         ref = self.refs[name]
         index = (*broadcast_index(self.head, ref.shape[:-1]), pl.ds(start, count))
-        return plgpu.load(ref.at[index], layout=layout, optimized=False)
+        return load(ref.at[index], layout=layout)
 
     def _score(self, name: str, rows: RowVectors, tile: Any, slot: Any) -> jax.Array:
         """A tile of bias or mask, in registers."""
@@ -185,14 +190,14 @@ class TileLogits:
             return self.of_rows(rows.scores[name])
         columns = f"{name}_columns"
         if columns in self.buffers:
-            x = plgpu.load(self.buffers[columns].at[slot], layout=self.kv_layout, optimized=False)
+            x = load(self.buffers[columns].at[slot], layout=self.kv_layout)
             return spread(x, self.shape, 1 - self.q_axis)
         if columns in self.refs:
             x = self._vector(columns, tile * self.block_kv, self.block_kv, self.kv_layout)
             return spread(x, self.shape, 1 - self.q_axis)
         buffer = self.buffers[name].at[slot, pl.ds(self.row_in_block, self.block_q)]
         # There is no conflict-free way from one byte per element in shared memory to this layout.
-        return plgpu.load(buffer, layout=plgpu.Layout.WGMMA, optimized=name != "allowed")
+        return load(buffer, layout=plgpu.Layout.WGMMA, optimized=name != "allowed")
 
     def scores(self, rows: RowVectors, tile: Any, slot: Any = None) -> dict[str, jax.Array]:
         """Bias and mask of a tile, read while the products are still being computed."""
@@ -220,18 +225,19 @@ class TileLogits:
 
         def full(products: jax.Array) -> tuple[Any, Any]:
             """In a tile that all rows' intervals cover, which has no dead row."""
-            addend = self._clipped(scores["bias"]) * LOG2E if "bias" in scores else None
+            addend = self._clipped(scores["bias"]) if "bias" in scores else None
             if is_additive:
                 addend = in_mask if addend is None else addend + in_mask
             if addend is None and in_mask is None:
                 return products, multiplier
-            x = products * multiplier
+            # In base e: what is added needs no scaling, and base 2 comes with the subtraction of the maximum.
+            x = products * (multiplier * LN2)
             x = x if addend is None else x + addend
-            return (x if is_additive or in_mask is None else jnp.where(in_mask != 0, x, lowest(jnp.float32))), None
+            return (x if is_additive or in_mask is None else jnp.where(in_mask != 0, x, OUTSIDE)), LOG2E
 
         def edge(products: jax.Array) -> tuple[Any, Any]:
             x, factor = full(products)
-            x = x if factor is None else x * self._apart(factor)
+            x = x * self._apart(factor)
             pair = rows.pair()
             allowed = self.intervals.allowed(pair, rows.row, tile * self.block_kv, self.shape, self.q_axis)
             dead = self.intervals.dead(pair, self.shape, self.q_axis)
@@ -245,11 +251,10 @@ class TileLogits:
         if isinstance(masked, bool):
             pair = edge(products) if masked else full(products)
             return pair if then is None else then(*pair)
-        if then is None or scores:
+        if then is None:
             # Both of one kind: scaled.
             scaled = lambda pair: pair[0] if pair[1] is None else pair[0] * pair[1]  # noqa: E731
-            x = lax.cond(masked, lambda p: scaled(edge(p)), lambda p: scaled(full(p)), products)
-            return (x, None) if then is None else then(x, None)
+            return lax.cond(masked, lambda p: scaled(edge(p)), lambda p: scaled(full(p)), products), None
         # The barrier keeps what both kinds of tile do last in the branch, where it is fused with what comes before.
         return lax.cond(masked, lambda p: lax.optimization_barrier(then(*edge(p))), lambda p: then(*full(p)), products)
 
@@ -265,7 +270,7 @@ class TileLogits:
         """In float32. A bfloat16 bias is clipped before, two elements at a time."""
         floor = bias_floor(jnp.float32)
         if bias.dtype == jnp.bfloat16:
-            return jnp.maximum(bias, jnp.bfloat16(floor)).astype(jnp.float32)
+            return widened(jnp.maximum(bias, jnp.bfloat16(floor)))
         return jnp.maximum(bias.astype(jnp.float32), floor)
 
     def through_mask(self, x: jax.Array, rows: RowVectors, masked: Any) -> jax.Array:
