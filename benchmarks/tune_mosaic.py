@@ -4,7 +4,7 @@
     python benchmarks/tune_mosaic.py gpu-8x512x16x64=64x128x2w2,jax.nn:cudnn alphafold-384x384x4x64=64x64x3w3p
 
 Each candidate is `block_q x block_kv x stages w warpgroups`, behind it an s for softmax weights in shared memory, a p
-for persistent blocks, and `/4` for four parts of the keys; or a peer, as `jax.nn:cudnn` (see benchmark_gpu_table.py).
+for persistent blocks, a t for products in turn, and `/4` for four parts of the keys; or a peer, as `jax.nn:cudnn` (see benchmark_gpu_table.py).
 Needs a Hopper GPU. What it finds belongs into the table in `_mosaic_blocks.py`.
 
 Each shape has a process of its own, which starts again without a candidate that gives no result in time.
@@ -35,9 +35,9 @@ def parse_blocks(text: str) -> Blocks | None:
     match = re.fullmatch(r"(\d+)x(\d+)x(\d+)w(\d)(s?)(p?)(t?)(?:/(\d+))?", text)
     if match is None:
         return None
-    flags = ("weights_in_shared", "persistent", "takes_turns")
-    settings = {name: bool(found) for name, found in zip(flags, match.groups()[4:7], strict=True)}
-    return Blocks(*map(int, match.groups()[:4]), **settings, parts=int(match[8] or 1))
+    block_q, block_kv, stages, warpgroups = map(int, match.groups()[:4])
+    flags = map(bool, match.groups()[4:7])
+    return Blocks(block_q, block_kv, stages, warpgroups, *flags, int(match[8] or 1))
 
 
 def lowered(name: str, candidate: str, *, needs_lse: bool) -> Any:
@@ -53,14 +53,15 @@ def lowered(name: str, candidate: str, *, needs_lse: bool) -> Any:
         arguments = (inputs.query, inputs.key, inputs.value, inputs.bias)
         return jax.vjp(function, arguments)[0] if needs_lse else function(arguments)
 
-    choose = _mosaic_call.forward_blocks
+    call_module: Any = _mosaic_call
+    choose = call_module.forward_blocks
     if blocks is not None:
-        _mosaic_call.forward_blocks = lambda *_, **__: blocks
+        call_module.forward_blocks = lambda *_, **__: blocks
     try:
         traced = jax.jit(repeated(call, count)).trace(jax.eval_shape(functools.partial(random_inputs, shape)))
         return traced.lower(lowering_platforms=("cuda",)), count
     finally:
-        _mosaic_call.forward_blocks = choose
+        call_module.forward_blocks = choose
 
 
 def measure(name: str, candidates: list[str], options: Any) -> None:

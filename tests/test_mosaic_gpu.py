@@ -38,7 +38,7 @@ SHAPES = {
     "one key": (2, 70, 1, 1, 2, 32),
     "long": (1, 1100, 1300, 1, 1, 64),
     # More items than multiprocessors, so that blocks go through several; few items, so that keys are split.
-    "many items": (9, 200, 150, 8, 2, 64),
+    "many items": (5, 70, 90, 16, 2, 32),
     "one row, keys split": (1, 1, 9000, 1, 2, 64),
     "rows, keys split": (2, 70, 5000, 1, 1, 128),
 }

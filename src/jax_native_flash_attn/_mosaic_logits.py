@@ -225,14 +225,14 @@ class TileLogits:
 
         def full(products: jax.Array) -> tuple[Any, Any]:
             """In a tile that all rows' intervals cover, which has no dead row."""
-            addend = self._clipped(scores["bias"]) if "bias" in scores else None
-            if is_additive:
-                addend = in_mask if addend is None else addend + in_mask
-            if addend is None and in_mask is None:
+            if not scores:
                 return products, multiplier
             # In base e: what is added needs no scaling, and base 2 comes with the subtraction of the maximum.
             x = products * (multiplier * LN2)
-            x = x if addend is None else x + addend
+            addends = [self._clipped(scores["bias"])] if "bias" in scores else []
+            addends += [scores["allowed"]] if is_additive else []
+            if addends:
+                x = x + functools.reduce(jnp.add, addends)
             return (x if is_additive or in_mask is None else jnp.where(in_mask != 0, x, OUTSIDE)), LOG2E
 
         def edge(products: jax.Array) -> tuple[Any, Any]:
