@@ -4,8 +4,8 @@
     python benchmarks/tune_mosaic.py gpu-8x512x16x64=64x128x2w2,jax.nn:cudnn alphafold-384x384x4x64=64x64x3w3p
 
 Each candidate is `block_q x block_kv x stages w warpgroups`, behind it an s for softmax weights in shared memory, a p
-for persistent blocks, a t for products in turn, and `/4` for four parts of the keys; or a peer, as `jax.nn:cudnn` (see benchmark_gpu_table.py).
-Needs a Hopper GPU. What it finds belongs into the table in `_mosaic_blocks.py`.
+for persistent blocks, a t for products in turn, and `/4` for four parts of the keys; or a peer, as `jax.nn:cudnn` (see
+benchmark_gpu_table.py). Needs a Hopper GPU. What it finds belongs into the table in `_mosaic_blocks.py`.
 
 Each shape has a process of its own, which starts again without a candidate that gives no result in time.
 """

@@ -55,7 +55,7 @@ class Kernel:
     blocks: Blocks
     intervals: Intervals
     refs: dict[str, Any]
-    outs: tuple[Any, ...]
+    outs: dict[str, Any]
     local: dict[str, Any]
     streamed: tuple[str, ...]
     out_aliases_key: bool
@@ -226,9 +226,9 @@ def attend(kernel: Kernel, item: Item, wg: Any, scale: Any) -> None:
         plgpu.barrier_wait(local["all done"])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left
     out_smem[wg] = out.astype(out_smem.dtype)
-    if len(kernel.outs) > 1:
+    if "lse" in kernel.outs:
         local["lse"][wg] = lse
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out_smem.at[wg], query_slice(kernel.outs[0], (part, *head), row, blocks.block_q))
-    if len(kernel.outs) > 1:
-        plgpu.copy_smem_to_gmem(local["lse"].at[wg], kernel.outs[1].at[(part, *head, pl.ds(row, blocks.block_q))])
+    plgpu.copy_smem_to_gmem(out_smem.at[wg], query_slice(kernel.outs["out"], (part, *head), row, blocks.block_q))
+    if "lse" in kernel.outs:
+        plgpu.copy_smem_to_gmem(local["lse"].at[wg], kernel.outs["lse"].at[(part, *head, pl.ds(row, blocks.block_q))])

@@ -31,8 +31,6 @@ from ._mosaic_attend import Item, Kernel, attend
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import (
     NO_KEY,
-    TileLogits,
-    clean_padding,
     key_slice,
     prepare,
     query_slice,
@@ -133,7 +131,7 @@ def _partial_forward(
     def kernel(*args: Any) -> None:
         num_inputs, num_outs = len(operands.arrays), len(out_types)
         refs = dict(zip(operands.arrays, args, strict=False))
-        outs = args[num_inputs : num_inputs + num_outs]
+        outs: dict[str, Any] = dict(zip(("out", "lse"), args[num_inputs : num_inputs + num_outs], strict=False))
         local = dict(zip(scratch, args[num_inputs + num_outs :], strict=True))
         if work.is_single:
             (query, key), *wide = local["query, key, out"]
@@ -141,7 +139,7 @@ def _partial_forward(
         intervals = Intervals(config.band, z.T, z.S, blocks.block_kv, refs)
         wg = lax.axis_index("wg")
 
-        shared = Kernel(config, z, blocks, intervals, refs, tuple(outs), local, operands.streamed, is_wide)
+        shared = Kernel(config, z, blocks, intervals, refs, outs, local, operands.streamed, is_wide)
 
         def for_each_item(body: Any) -> None:
             """`body(k, item)` for the k-th item of this worker."""
