@@ -18,6 +18,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import sys
 import time
@@ -75,6 +76,7 @@ def _function(library: str) -> Any:
     if library == "jax.nn":
         return jax.nn.dot_product_attention
     if library == "tokamax":
+        logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of every call that nobody has tuned
         return importlib.import_module("tokamax").dot_product_attention
     raise ValueError(f"{library!r} is not a library: {OURS}, jax.nn or tokamax")
 

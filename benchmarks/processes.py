@@ -4,6 +4,7 @@ Tracing holds Python's lock and compiling takes a core, so a long table is prepa
 never ends then costs one process its time, not the table. A child calls `wait_for_turn` between the two.
 """
 
+import contextlib
 import queue
 import subprocess
 import sys
@@ -26,7 +27,8 @@ class _Child:
     def __init__(self, command: Sequence[str]):
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         self.lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -43,10 +45,20 @@ class _Child:
                 self.process.kill()
                 return "late"
             if line is None:
+                self.process.wait()
                 return "ended"
             if line == _READY:
                 return "ready"
             on_line(line)
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.wait()
+        self._reader.join()
+        self.process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
 
     def go(self) -> None:
         assert self.process.stdin is not None
@@ -83,5 +95,5 @@ def run_in_turn(
             child.go()
             deadline = min(end, time.monotonic() + measuring_seconds)
             states[i] = child.relay(deadline, lambda line, i=i: on_line(i, line))
-        child.process.wait()
+        child.end()
     return [state == "ended" and child.process.returncode == 0 for state, child in zip(states, children, strict=True)]

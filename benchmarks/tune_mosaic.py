@@ -36,8 +36,8 @@ def parse_blocks(text: str) -> Blocks | None:
     if match is None:
         return None
     block_q, block_kv, stages, warpgroups = map(int, match.groups()[:4])
-    flags = map(bool, match.groups()[4:7])
-    return Blocks(block_q, block_kv, stages, warpgroups, *flags, int(match[8] or 1))
+    in_shared, persistent, takes_turns = map(bool, match.groups()[4:7])
+    return Blocks(block_q, block_kv, stages, warpgroups, in_shared, persistent, takes_turns, int(match[8] or 1))
 
 
 def lowered(name: str, candidate: str, *, needs_lse: bool) -> Any:

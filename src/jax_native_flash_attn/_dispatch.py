@@ -125,7 +125,7 @@ def _core_counts() -> frozenset[int]:
         devices: Any = jax.local_devices(backend="cuda")
     except RuntimeError:
         return frozenset()
-    return frozenset(device.core_count for device in devices)
+    return frozenset(getattr(device, "core_count", Chip().cores) for device in devices)
 
 
 @functools.cache

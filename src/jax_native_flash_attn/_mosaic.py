@@ -48,7 +48,8 @@ def load(ref: Any, *, layout: Any, optimized: bool = False) -> jax.Array:
 
 
 # An index that means everything, where the installed version wants one.
-_WHOLE = ((),) if inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty else ()
+_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+_WHOLE = ((),) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()
 
 
 def swizzle_bytes(columns: int, dtype: Any, block: int = 0) -> int | None:
