@@ -1,5 +1,6 @@
 """Block shapes of the Mosaic GPU kernels: one table per chip generation, filled by `benchmarks/tune_mosaic.py`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,14 +61,47 @@ def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool) -> Bloc
     return fits[0] if fits else candidates[-1]
 
 
-def dquery_blocks(sizes: Sizes) -> Blocks:
+def dquery_blocks(sizes: Sizes, score_bytes: int) -> Blocks:
     """Block shape of the kernel for the gradient of query."""
-    return Blocks(64, 64, 3, 1 if sizes.T <= 64 else 2)
+    return _first_that_fits(
+        lambda x: (
+            2 * sizes.H * (2 * x.rows + (2 * x.stages - 1) * x.block_kv)
+            + (x.stages - 1) * x.rows * x.block_kv * score_bytes
+        ),
+        *(Blocks(64, 64, stages, warpgroups) for warpgroups in (1 if sizes.T <= 64 else 2, 1) for stages in (3, 2)),
+    )
 
 
-def dkey_dvalue_blocks(sizes: Sizes) -> Blocks:
+def dkey_dvalue_blocks(sizes: Sizes, score_bytes: int, *, needs_dlogits: bool) -> Blocks:
     """Of the kernel for the gradients of key and value: there block_kv keys belong to one warpgroup."""
-    return Blocks(64, 64, 3, 1 if sizes.S <= 64 else 2)
+    return _first_that_fits(
+        lambda x: (
+            2 * sizes.H * ((1 + needs_dlogits) * x.warpgroups * x.block_kv + 2 * x.stages * x.block_q)
+            + x.stages * x.warpgroups * x.block_kv * x.block_q * score_bytes
+        ),
+        *(
+            Blocks(block_q, 64, stages, 1 if sizes.S <= 64 else 2)
+            for block_q, stages in ((64, 3), (64, 2), (32, 3), (32, 2), (32, 1))
+        ),
+    )
+
+
+def dbias_blocks(sizes: Sizes, score_bytes: int) -> Blocks:
+    """Of the kernel for the gradient of bias."""
+    return _first_that_fits(
+        lambda x: x.stages * (4 * sizes.H * (x.rows + x.block_kv) + x.rows * x.block_kv * score_bytes),
+        *(
+            Blocks(64, block_kv, stages, warpgroups)
+            for warpgroups in (1 if sizes.T <= 64 else 2, 1)
+            for block_kv in (128, 64)
+            for stages in (2,)
+        ),
+        Blocks(64, 64, 1, 1),
+    )
+
+
+def _first_that_fits(shared_bytes: Callable[[Blocks], int], *candidates: Blocks) -> Blocks:
+    return next(x for x in candidates if shared_bytes(x) <= _SHARED_MEMORY - _RESERVED)
 
 
 def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int) -> int:

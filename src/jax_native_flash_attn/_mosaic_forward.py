@@ -66,7 +66,7 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
     is_wide = jnp.dtype(out_dtype) != dtype
     loaded = (matrix_buffer(*rows_like, dtype=dtype), matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype))
     shared = plgpu.RefUnion(loaded, *([(matrix_buffer(*rows_like, dtype=out_dtype),)] if is_wide else []))
-    scores = score_buffers(operands, stages, blocks.rows, blocks.block_kv)
+    scores = score_buffers(operands, (stages,), blocks.rows, blocks.block_kv)
     scratch = {
         "query, key, out": shared,
         "value": matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype),

@@ -44,9 +44,13 @@ class Operands:
 
     arrays: dict[str, jax.Array]
     tiled: tuple[str, ...]
+    transposed: tuple[str, ...]  # of those, the ones that are (..., S, T)
 
 
-def prepare(config: Config, inputs: Inputs, block_rows: int, block_kv: int) -> Operands:
+def prepare(
+    config: Config, inputs: Inputs, block_rows: int, block_kv: int, *, transposes_mask: bool = False
+) -> Operands:
+    """`transposes_mask`: the mask's tiles are read transposed, which cannot be done with bytes: it is copied so."""
     z, mask = inputs.sizes, inputs.mask
     T, S = round_up(z.T, 8), round_up(z.S, 8)
     arrays = {
@@ -72,26 +76,29 @@ def prepare(config: Config, inputs: Inputs, block_rows: int, block_kv: int) -> O
             x = pad_axis(x[..., 0], -1, round_up(z.T, block_rows))
             name = f"{name}_rows"
         else:
-            aligned = z.S if swizzle_bytes(z.S, x.dtype) else round_up(z.S, 64)
-            x = pad_axis(pad_axis(x, -2, T), -1, aligned)
+            if transposes_mask and name == "allowed":
+                x = jnp.swapaxes(x, -1, -2)
+            *_, rows, columns = x.shape
+            aligned = columns if swizzle_bytes(columns, x.dtype) else round_up(columns, 64)
+            x = pad_axis(pad_axis(x, -2, round_up(rows, 8)), -1, aligned)
             tiled.append(name)
         arrays[name] = x
     if mask.key_value_length is not None:
         arrays["length"] = mask.key_value_length
     if config.dropout is not None and inputs.dropout_key is not None and inputs.head_index is not None:
         arrays |= {"dropout_key": inputs.dropout_key, "head_index": inputs.head_index}
-    return Operands(arrays, tuple(tiled))
+    return Operands(arrays, tuple(tiled), ("allowed",) if transposes_mask else ())
 
 
-def score_buffers(operands: Operands, stages: int, block_rows: int, block_kv: int) -> list[Any]:
+def score_buffers(operands: Operands, slots: tuple[int, ...], block_rows: int, block_kv: int) -> list[Any]:
     """Shared memory for the tiles of bias and mask."""
-    arrays = [operands.arrays[name] for name in operands.tiled]
-    return [
-        matrix_buffer(
-            stages, block_rows, block_kv, dtype=x.dtype, swizzle=swizzle_bytes(x.shape[-1], x.dtype, block_kv)
-        )
-        for x in arrays
-    ]
+
+    def buffer(name: str) -> Any:
+        x, tile = operands.arrays[name], (block_rows, block_kv)
+        tile = tile[::-1] if name in operands.transposed else tile
+        return matrix_buffer(*slots, *tile, dtype=x.dtype, swizzle=swizzle_bytes(x.shape[-1], x.dtype, tile[-1]))
+
+    return [buffer(name) for name in operands.tiled]
 
 
 def clean_padding(buffer: Any, tile: Any, length: Any) -> None:
@@ -135,7 +142,8 @@ class TileLogits:
         transposed: bool = False,
         scale: Any = None,
     ):
-        """`row_in_block` is where this warpgroup's rows start in the buffers, `head` the index (batch..., N).
+        """`row_in_block` is where this warpgroup's rows start in the buffers (or, transposed, the number of its tile),
+        `head` the index (batch..., N).
 
         `scale` is read here unless it was read before.
         """
@@ -175,7 +183,11 @@ class TileLogits:
         if f"{name}_columns" in self.refs:
             x = self._vector(f"{name}_columns", tile * self.block_kv, self.block_kv, self.kv_layout)
             return spread(x, self.shape, 1 - self.q_axis)
-        buffer = self.buffers[name].at[slot, pl.ds(self.row_in_block, self.block_q)]
+        if self.q_axis == 1:  # a tile of its own for each warpgroup; `prepare` has transposed the mask
+            buffer = self.buffers[name].at[slot, self.row_in_block]
+            buffer = buffer if name == "allowed" else buffer.T
+        else:
+            buffer = self.buffers[name].at[slot, pl.ds(self.row_in_block, self.block_q)]
         # There is no conflict-free way from one byte per element in shared memory to this layout.
         return plgpu.load(buffer, layout=plgpu.Layout.WGMMA, optimized=name != "allowed")
 
@@ -229,13 +241,20 @@ class TileLogits:
             return (edge if masked else full)(logits), None
         return lax.cond(masked, edge, full, logits), None
 
-    def through_mask(self, x: jax.Array, rows: RowVectors, masked: Any) -> jax.Array:
-        """Cotangents of logits: zero in dead rows, whose logits are constant. (Masked ones have no weight anyway.)"""
+    def through_mask(self, x: jax.Array, rows: RowVectors, tile: Any, masked: Any) -> jax.Array:
+        """Cotangents of logits: zero in dead rows, whose logits are constant.
+
+        Masked ones have no weight, and so are zero but for NaN in padding (0 * NaN).
+        """
         if "key_start" not in self.refs:
             return x
 
         def edge(x: jax.Array) -> jax.Array:
-            dead = self.intervals.dead(rows.pair(), self.shape, self.q_axis)
+            pair = rows.pair()
+            dead = self.intervals.dead(pair, self.shape, self.q_axis)
+            if "length" in self.refs:
+                column = tile * self.block_kv
+                x = jnp.where(self.intervals.allowed(pair, rows.row, column, self.shape, self.q_axis), x, 0.0)
             return x if dead is None else jnp.where(dead, 0.0, x)
 
         if isinstance(masked, bool):
@@ -267,9 +286,12 @@ class TileLogits:
         return 1.0 if self.config.dropout is None else self.config.dropout.rescaling
 
 
-def score_slice(ref: Any, head: tuple, row: Any, rows: int, tile: Any, columns: int) -> Any:
+def score_slice(
+    ref: Any, head: tuple, row: Any, rows: int, tile: Any, columns: int, *, transposed: bool = False
+) -> Any:
     """A tile of a score-like array in global memory."""
-    return ref.at[(*broadcast_index(head, ref.shape[:-2]), pl.ds(row, rows), pl.ds(tile * columns, columns))]
+    index = pl.ds(row, rows), pl.ds(tile * columns, columns)
+    return ref.at[(*broadcast_index(head, ref.shape[:-2]), *(index[::-1] if transposed else index))]
 
 
 def query_slice(ref: Any, head: tuple, row: Any, rows: int) -> Any:

@@ -1,0 +1,155 @@
+"""Gradient of a bias over the keys for Hopper GPUs, summed on the fly over the axes in which the bias broadcasts.
+
+One block owns one tile of the bias and visits, in a fixed order, the tiles of scores onto which it broadcasts (other
+batch rows, heads, rows of queries); the sum of their dz stays in registers. Few tiles would leave processors idle, so
+the visits are divided into `parts` of equal size, which XLA adds up, in order too.
+
+    load     | Q0 K0 dO0 V0 lse0 delta0 Q1 ... into a ring of `stages` slots
+    compute  | S0 dP0 | dS0, sum | S1 dP1 | ...
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._mosaic import ROW, launch, matrix_buffer, pl, plgpu, unravel
+from ._mosaic_backward import Backward, row_slice, weights_and_dlogits, zeros
+from ._mosaic_blocks import Blocks
+from ._mosaic_logits import TileLogits, key_slice, prepare, query_slice, score_buffers, score_slice
+from ._mosaic_masks import Intervals
+
+_ENOUGH_BLOCKS = 512  # several for each of Hopper's 132 multiprocessors
+_MAX_PARTS = 16
+
+
+def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    """In float32, of a bias (batch..., N or 1, T or 1, S); axes of size 1, but for the last, are summed over."""
+    config, inputs, z, dtype = call.config, call.inputs, call.sizes, call.inputs.query.dtype
+    compute, stages, shape = blocks.warpgroups, blocks.stages, (blocks.block_q, blocks.block_kv)
+    row_blocks, key_blocks = -(-z.T // blocks.rows), -(-z.S // blocks.block_kv)
+    everything = (*z.batch, z.N, row_blocks)
+    owned = tuple(1 if n == 1 else m for n, m in zip(wanted.shape[:-1], everything, strict=True))
+    visited = tuple(m if n == 1 else 1 for n, m in zip(owned, everything, strict=True))
+    num_visits, num_owned = math.prod(visited), math.prod(owned) * key_blocks
+    parts = max(1, min(_MAX_PARTS, num_visits, _ENOUGH_BLOCKS // num_owned))
+    visits = -(-num_visits // parts)  # of one part
+    operands = prepare(config, inputs, blocks.rows, blocks.block_kv)
+    arrays = operands.arrays | call.arrays(blocks.rows)
+    rows_like = matrix_buffer(stages, compute, blocks.block_q, z.H, dtype=dtype)
+    keys_like = matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype)
+    scores = score_buffers(operands, (stages,), blocks.rows, blocks.block_kv)
+    scratch = {
+        "query": rows_like,
+        "dout": rows_like,
+        "key": keys_like,
+        "value": keys_like,
+        "lse": plgpu.SMEM((stages, compute, blocks.block_q), jnp.float32),
+        "delta": plgpu.SMEM((stages, compute, blocks.block_q), jnp.float32),
+        **dict(zip(operands.tiled, scores, strict=True)),
+        # Completed by TMA: the data are there.
+        "ready": plgpu.Barrier(num_barriers=stages, num_arrivals=2 + 4 * compute + len(scores)),
+        # Completed by all compute warpgroups: the slot may be loaded again.
+        "free": plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
+    }
+    rows_of_result = owned[-1] * blocks.rows
+
+    def kernel(*args: Any) -> None:
+        refs = dict(zip(arrays, args, strict=False))
+        out = args[len(arrays)]
+        local = dict(zip(scratch, args[len(arrays) + 1 :], strict=True))
+        tile, own = lax.axis_index("tile"), unravel(lax.axis_index("own"), owned)
+        begin = lax.axis_index("part") * visits
+        end = jnp.minimum(begin + visits, num_visits)
+        intervals = Intervals(config.band, z.T, z.S, blocks.block_kv, refs)
+        wg = lax.axis_index("wg")
+
+        def visit(i: Any) -> tuple[tuple, Any, Any, Any]:
+            """Head and block of rows of visit i; whether they attend any key of the tile, and whether not all."""
+            *head, block = (a if n > 1 else b for a, b, n in zip(unravel(i, visited), own, visited, strict=True))
+            ranges = intervals.ranges(tuple(head), block, blocks.rows)
+            attends = (tile >= ranges.first) & (tile < ranges.stop)
+            return tuple(head), block, attends, (tile < ranges.full_first) | (tile >= ranges.full_stop)
+
+        @pl.when(wg == compute)
+        def _load() -> None:
+            plgpu.set_max_registers(blocks.registers[1], action="decrease")
+
+            def load(i: Any, count: Any) -> Any:
+                head, block, attends, _ = visit(i)
+                slot = lax.rem(count, jnp.int32(stages))
+
+                @pl.when(attends)
+                def _load_tile() -> None:
+                    ready = local["ready"].at[slot]
+                    pl.when(count >= stages)(lambda: plgpu.barrier_wait(local["free"].at[slot]))
+                    for w in range(compute):
+                        row = block * blocks.rows + w * blocks.block_q
+                        for name in ("query", "dout"):
+                            rows = query_slice(refs[name], head, row, blocks.block_q)
+                            plgpu.copy_gmem_to_smem(rows, local[name].at[slot, w], ready)
+                        for name in ("lse", "delta"):
+                            rows = row_slice(refs[name], head, row, blocks.block_q)
+                            plgpu.copy_gmem_to_smem(rows, local[name].at[slot, w], ready)
+                    for name in ("key", "value"):
+                        keys = key_slice(refs[name], head, z.G, tile, blocks.block_kv)
+                        plgpu.copy_gmem_to_smem(keys, local[name].at[slot], ready)
+                    for name in operands.tiled:
+                        score = score_slice(refs[name], head, block * blocks.rows, blocks.rows, tile, blocks.block_kv)
+                        plgpu.copy_gmem_to_smem(score, local[name].at[slot], ready)
+
+                return count + attends.astype(jnp.int32)
+
+            lax.fori_loop(begin, end, load, jnp.int32(0))
+
+        @pl.when(wg < compute)
+        def _compute() -> None:
+            plgpu.set_max_registers(blocks.registers[0], action="increase")
+            buffers = {name: local[name] for name in operands.tiled}
+
+            def step(i: Any, carry: tuple) -> tuple:
+                head, block, attends, masked = visit(i)
+
+                def add(total: jax.Array, count: Any) -> tuple:
+                    slot = lax.rem(count, jnp.int32(stages))
+                    logits = TileLogits(
+                        config, z, refs, buffers, intervals, head, *shape, row_in_block=wg * blocks.block_q
+                    )
+                    rows = logits.rows(block * blocks.rows + wg * blocks.block_q, late=True)
+                    plgpu.barrier_wait(local["ready"].at[slot])
+
+                    def products(state: tuple) -> None:
+                        plgpu.wgmma(state[0], local["query"].at[slot, wg], local["key"].at[slot].transpose((1, 0)))
+                        plgpu.wgmma(state[1], local["dout"].at[slot, wg], local["value"].at[slot].transpose((1, 0)))
+
+                    scores = logits.scores(rows, tile, slot)
+                    row_lse, row_delta = (
+                        plgpu.load(local[name].at[slot, wg], layout=ROW, optimized=False) for name in ("lse", "delta")
+                    )
+                    s, dp = pl.run_state(products)((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
+                    _, ds = weights_and_dlogits(logits, s, dp, scores, rows, tile, row_lse, row_delta, masked)
+                    plgpu.barrier_arrive(local["free"].at[slot])
+                    return total + ds, count + 1
+
+                return lax.cond(attends, add, lambda total, count: (total, count), *carry)
+
+            total, _ = lax.fori_loop(begin, end, step, (zeros(*shape), jnp.int32(0)))
+            *own_head, own_block = own
+            at = (*own_head, pl.ds(own_block * blocks.rows + wg * blocks.block_q, blocks.block_q))
+            out.at[(lax.axis_index("part"), *at, pl.ds(tile * blocks.block_kv, blocks.block_kv))][...] = total
+
+    (result,) = launch(
+        kernel,
+        out_types=[
+            jax.ShapeDtypeStruct((parts, *owned[:-1], rows_of_result, key_blocks * blocks.block_kv), jnp.float32)
+        ],
+        scratch=tuple(scratch.values()),
+        grid={"part": parts, "own": math.prod(owned), "tile": key_blocks},
+        warpgroups=compute + 1,
+    )(*arrays.values())
+    result = result.sum(0)
+    if wanted.shape[-2] == 1:
+        return result.sum(-2, keepdims=True)[..., : z.S]
+    return result[..., : z.T, : z.S]
