@@ -60,7 +60,8 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
         refs = dict(zip(arrays, args, strict=False))
         out = args[len(arrays)]
         local = dict(zip(scratch, args[len(arrays) + 1 :], strict=True))
-        tile, own = lax.axis_index("tile"), unravel(lax.axis_index("own"), owned)
+        tile, own = lax.axis_index("tile"), unravel(lax.axis_index("own"), owned[:-1])
+        own = (*own, lax.axis_index("rows"))
         begin = lax.axis_index("part") * visits
         end = jnp.minimum(begin + visits, num_visits)
         intervals = Intervals(config.band, z.T, z.S, blocks.block_kv, refs)
@@ -146,7 +147,7 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
             jax.ShapeDtypeStruct((parts, *owned[:-1], rows_of_result, key_blocks * blocks.block_kv), jnp.float32)
         ],
         scratch=tuple(scratch.values()),
-        grid={"part": parts, "own": math.prod(owned), "tile": key_blocks},
+        grid={"part": parts, "own": math.prod(owned[:-1]), "rows": owned[-1], "tile": key_blocks},
         warpgroups=compute + 1,
     )(*arrays.values())
     result = result.sum(0)

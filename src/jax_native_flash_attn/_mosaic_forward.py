@@ -33,6 +33,7 @@ from ._mosaic import (
     pl,
     plgpu,
     round_up,
+    swizzle_bytes,
     unravel,
 )
 from ._mosaic_blocks import Blocks
@@ -71,7 +72,11 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any) -> t
         "query, key, out": shared,
         "value": matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype),
         "lse": plgpu.SMEM((compute, blocks.block_q), jnp.float32),
-        **({"weights": matrix_buffer(compute, *shape, dtype=dtype)} if blocks.weights_in_shared else {}),
+        **(
+            {"weights": matrix_buffer(compute, *shape, dtype=dtype, swizzle=swizzle_bytes(z.H, dtype, blocks.block_kv))}
+            if blocks.weights_in_shared
+            else {}
+        ),
         **dict(zip(operands.tiled, scores, strict=True)),
         # Completed by TMA: the data are there.
         "query ready": plgpu.Barrier(num_barriers=compute),
