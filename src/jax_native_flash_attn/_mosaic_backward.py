@@ -17,6 +17,8 @@ from ._mosaic_logits import RowVectors, TileLogits
 from ._numerics import LOG2E
 from ._tiles import Sizes
 
+_NO_WEIGHT = 1e30
+
 
 @dataclass(frozen=True)
 class Backward:
@@ -35,15 +37,18 @@ class Backward:
     lse: jax.Array
     delta: jax.Array
 
-    def arrays(self, block_rows: int) -> dict[str, jax.Array]:
+    def arrays(self, block_rows: int, *, drops_dead_rows: bool = False) -> dict[str, jax.Array]:
         """By name, as the kernels read them: lse in base 2, vectors to whole blocks (TMA clips matrices only).
 
-        Rows past the last get an lse for which all weights are zero: they must not be infinite, whatever the bias.
+        Rows past the last get an lse for which all weights are zero: they must not be infinite, whatever the bias. So do
+        dead rows for kernels that want nothing of them: their logits are constant (values get a gradient from them).
         """
+        dead = self.inputs.mask.dead if drops_dead_rows else None
+        lse = self.lse * LOG2E if dead is None else jnp.where(dead, _NO_WEIGHT, self.lse * LOG2E)
         T, padded = self.sizes.T, round_up(self.sizes.T, block_rows)
         return {
             "dout": pad_axis(self.dout, -3, round_up(T, 8)),
-            "lse": pad_axis(self.lse * LOG2E, -1, padded, 1e30),
+            "lse": pad_axis(lse, -1, padded, _NO_WEIGHT),
             "delta": pad_axis(self.delta, -1, padded),
         }
 
@@ -68,10 +73,12 @@ def weights_and_dlogits(
     row_delta: jax.Array,
     masked: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """p (before dropout) and dz of a tile, from its two products q . k and do . v."""
+    """p (before dropout) and dz of a tile, from its two products q . k and do . v.
+
+    dz is still to go `through_mask` where there are dead rows or NaN in padding.
+    """
     x, factor = logits(products, scores, rows, tile, logits.scale * LOG2E, masked)
     weights = jnp.exp2((x if factor is None else x * factor) - logits.of_rows(row_lse))
     if logits.config.dropout is not None:
         dweights = logits.drop(dweights, rows.row, tile) * logits.rescaling
-    dlogits = weights * (dweights - logits.of_rows(row_delta))
-    return weights, logits.through_mask(dlogits, rows, tile, masked)
+    return weights, weights * (dweights - logits.of_rows(row_delta))

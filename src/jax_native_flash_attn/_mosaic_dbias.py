@@ -132,6 +132,7 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
                     s, dp = pl.run_state(products)((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
                     _, ds = weights_and_dlogits(logits, s, dp, scores, rows, tile, row_lse, row_delta, masked)
                     plgpu.barrier_arrive(local["free"].at[slot])
+                    ds = logits.through_mask(ds, rows, tile, masked)
                     return total + ds, count + 1
 
                 return lax.cond(attends, add, lambda total, count: (total, count), *carry)

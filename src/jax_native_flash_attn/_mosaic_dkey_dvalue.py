@@ -182,6 +182,7 @@ def dkey_dvalue(call: Backward, blocks: Blocks, wanted: Mapping[str, jax.ShapeDt
                 initial = plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))
                 s, dp = pl.run_state(scores_and_dweights)(initial)
                 weights, ds = weights_and_dlogits(logits, s, dp, scores, rows, tile, row_lse, row_delta, masked)
+                ds = logits.through_mask(ds, rows, tile, masked)
                 if scale_is_summed:
                     ds = ds * logits.scale
                 dropped = logits.drop(weights, row, tile) * logits.rescaling

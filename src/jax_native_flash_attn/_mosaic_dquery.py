@@ -24,6 +24,7 @@ from ._mosaic_backward import Backward, row_slice, weights_and_dlogits, zeros
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import TileLogits, clean_padding, key_slice, prepare, query_slice, score_buffers, score_slice
 from ._mosaic_masks import Intervals
+from ._mosaic_overlap import before_wait, fold_columns
 
 _CACHE_BYTES = 24e6
 
@@ -40,7 +41,7 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
     num_heads, num_blocks = math.prod(heads), -(-z.T // blocks.rows)
     group = heads_per_group(num_heads, 4 * z.S * z.H / z.G, _CACHE_BYTES)
     operands = prepare(config, inputs, blocks.rows, blocks.block_kv)
-    arrays = operands.arrays | call.arrays(blocks.rows)
+    arrays = operands.arrays | call.arrays(blocks.rows, drops_dead_rows=True)
     rows_like = (compute, blocks.block_q, z.H)
     # The gradient leaves through shared memory that held the query (16 bit), or query and dout (float32).
     is_wide = jnp.dtype(out_dtype) != dtype
@@ -62,8 +63,8 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
         "value free": plgpu.Barrier(num_barriers=value_stages, num_arrivals=compute),
         # Completed by all compute warpgroups: nobody reads query or dout any more.
         "all done": plgpu.Barrier(num_arrivals=compute),
-        # Completed by compute warpgroup 0: the padding in a tile of keys is clean.
-        "key clean": plgpu.Barrier(),
+        # Completed by compute warpgroup 0: the padding in a tile of keys and values is clean.
+        "padding clean": plgpu.Barrier(),
     }
     out_types = [jax.ShapeDtypeStruct((*z.batch, padded_T, z.N, z.H), out_dtype)]
     if with_scale:
@@ -131,6 +132,7 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
 
             def dlogits(s: Any, dp: Any, scores: Any, i: Any, masked: Any) -> Any:
                 _, ds = weights_and_dlogits(logits, s, dp, scores, rows, tile_of(i), row_lse, row_delta, masked)
+                before_wait(fold_columns(ds, jnp.add))
                 return ds.astype(dtype)
 
             def wait_for_tile(i: Any) -> None:
@@ -147,10 +149,11 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
                     @pl.when(wg == 0)
                     def _first() -> None:
                         clean_padding(local["key"].at[slot_of(i)], tile_of(i), length)
+                        clean_padding(local["value"].at[slot_of(i, value_stages)], tile_of(i), length)
                         plgpu.commit_smem()
-                        plgpu.barrier_arrive(local["key clean"])
+                        plgpu.barrier_arrive(local["padding clean"])
 
-                    plgpu.barrier_wait(local["key clean"])
+                    plgpu.barrier_wait(local["padding clean"])
 
             def issue(s_ref: Any, dp_ref: Any, slot: Any, value_slot: Any) -> None:
                 plgpu.wgmma(s_ref, query, local["key"].at[slot].transpose((1, 0)))
