@@ -1,6 +1,7 @@
 """The Mosaic GPU kernels: parity with the oracle on a Hopper GPU; lowering, dispatch and fallbacks anywhere."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_native_flash_attn import _dispatch, flash_attention
+from jax_native_flash_attn import _dispatch, _kernels, flash_attention, flash_attention_with_lse
 from tests.cases import Case, check_case
 
 needs_backend = pytest.mark.skipif(_dispatch._why_not_backend() is not None, reason=str(_dispatch._why_not_backend()))
@@ -29,6 +30,7 @@ SHAPES = {
     "odd": (2, 301, 333, 2, 2, 64),
     "prime": (1, 509, 521, 1, 3, 128),
     "wide": (1, 200, 190, 2, 1, 256),
+    "less wide": (1, 140, 200, 1, 2, 144),
     "narrow": (2, 150, 300, 1, 2, 16),
     "eighty": (1, 260, 140, 2, 2, 80),
     "short": (3, 5, 700, 2, 4, 64),
@@ -42,8 +44,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "causal": CAUSAL,
     "window": {"local_window_size": (70, 30)},
     "traced window": {"local_window_size": (40, 0), "traced": frozenset({"window"}), "is_causal": True},
-    "scale": {"scale": -0.5, "magnitude": 3.0},
-    "no scale": {"scale": 0.0},
+    "scale": {"scale": -0.5, "magnitude": 3.0, "traced": frozenset({"scale"})},
+    "no scale": {"scale": 0.0, "traced": frozenset({"scale"})},
     "bias": {"bias": (True, True, True, True)},
     "bias of all": {"bias": (False, True, True, True), "is_causal": True},
     "bias of keys": {"bias": (True, False, False, True), "bias_dtype": "float32"},
@@ -84,14 +86,15 @@ def test_shapes(shape: str, options: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", ["odd", "wide"])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_options(options: str) -> None:
-    check_case(_case("odd", options), mosaic_attention)
+def test_options(shape: str, options: str) -> None:
+    check_case(_case(shape, options), mosaic_attention)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", ["odd", "short", "wide"])
-@pytest.mark.parametrize("options", ["plain", "causal", "window", "mask", "bias", "dropout"])
+@pytest.mark.parametrize("options", ["plain", "causal", "window", "mask", "bias", "bias of keys", "dropout", "scale"])
 def test_lengths_with_poisoned_padding(shape: str, options: str) -> None:
     check_case(_with_lengths(_case(shape, options)), mosaic_attention)
 
@@ -123,6 +126,93 @@ def test_vmap_over_some_operands() -> None:
     np.testing.assert_array_equal(jax.jit(run)(queries).astype(jnp.float32), jnp.stack(expected).astype(jnp.float32))
 
 
+def _close(actual: Any, expected: Any) -> None:
+    """Up to the rounding of 16-bit results and weights."""
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, e = (np.asarray(x, np.float64) for x in (a, e))
+        np.testing.assert_allclose(a, e, atol=0.02 * np.abs(e).max(), rtol=0)
+
+
+def _vmapped(implementation: str, in_axes: Any, kind: str) -> Any:
+    """Gradients of a `vmap` in which operands with `None` in `in_axes` are shared: their sums, or one for each."""
+
+    def loss(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array, scale: jax.Array) -> jax.Array:
+        out = flash_attention(query, key, value, bias, scale=scale, is_causal=True, implementation=implementation)
+        return (out.astype(jnp.float32) ** 2).sum()
+
+    gradients = functools.partial(jax.grad, argnums=range(5))
+    if kind == "gradient of vmap":
+        return gradients(lambda *args: jax.vmap(loss, in_axes)(*args).sum())
+    return jax.vmap(gradients(loss), in_axes)
+
+
+VMAPS = {
+    "shared keys": (0, None, None, None, None),
+    "shared query": (None, 0, 0, None, None),
+    "shared value": (None, 0, None, None, None),
+    "shared scale": (0, 0, None, 0, None),
+    "shared bias": (0, 0, 0, None, 0),
+    "all but scale": (None, None, None, None, 0),
+}
+
+
+def _vmap_arguments(in_axes: Any) -> list[jax.Array]:
+    query, key, value = _arrays(2, 100, 150, 4, 2, 64)
+    bias = jax.random.normal(jax.random.key(1), (1, 4, 1, 150))
+    arguments = (query, key, value, bias, jnp.float32(0.1))
+    return [jnp.stack([x, x * 2, -x]) if axis == 0 else x for x, axis in zip(arguments, in_axes, strict=True)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_axes", VMAPS.values(), ids=VMAPS)
+@pytest.mark.parametrize("kind", ["gradient of vmap", "vmap of gradient"])
+def test_gradients_of_shared_operands(in_axes: Any, kind: str) -> None:
+    arguments = _vmap_arguments(in_axes)
+    actual, expected = (jax.jit(_vmapped(x, in_axes, kind))(*arguments) for x in ("mosaic_gpu", "xla"))
+    _close(actual, expected)
+
+
+@pytest.mark.gpu
+def test_jacobian_batches_the_cotangents_alone() -> None:
+    query, key, value = _arrays(1, 3, 70, 2, 1, 64)
+
+    def jacobian(implementation: str) -> Any:
+        return jax.jacrev(lambda *x: flash_attention(*x, implementation=implementation)[0, :, 0, :2], argnums=(0, 1, 2))
+
+    _close(*(jax.jit(jacobian(x))(query, key, value) for x in ("mosaic_gpu", "xla")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_out", [False, True])
+def test_cotangent_of_lse(with_out: bool) -> None:
+    arrays = _arrays(2, 100, 150, 4, 2, 64)
+    bias = jax.random.normal(jax.random.key(1), (2, 1, 100, 1))
+
+    def gradients(implementation: str) -> Any:
+        def loss(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
+            options: Any = {"implementation": implementation, "is_causal": True}
+            out, lse = flash_attention_with_lse(query, key, value, bias, **options)
+            return (lse**2).sum() + ((out.astype(jnp.float32) ** 2).sum() if with_out else 0.0)
+
+        return jax.jit(jax.grad(loss, argnums=range(4)))(*arrays, bias)
+
+    _close(gradients("mosaic_gpu"), gradients("xla"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("full", list(itertools.product((False, True), repeat=4)), ids=str)
+def test_gradient_of_bias_in_each_shape(full: Any) -> None:
+    check_case(Case(SHAPES["odd"], dtype="bfloat16", bias=full, mask=(True, False, False, True)), mosaic_attention)
+
+
+@pytest.mark.gpu
+def test_two_runs_of_the_gradient_of_bias_are_bitwise_equal() -> None:
+    query, key, value = _arrays(30, 200, 200, 4, 4, 32)
+    bias = jax.random.normal(jax.random.key(1), (1, 4, 200, 200))
+    run = jax.jit(jax.grad(lambda b: mosaic_attention(query, key, value, b).astype(jnp.float32).sum()))
+    np.testing.assert_array_equal(run(bias), run(bias))
+
+
 @pytest.mark.gpu
 def test_default_takes_the_kernel_on_hopper() -> None:
     text = jax.jit(flash_attention).lower(*_arrays(1, 128, 128, 2, 2, 64)).as_text()
@@ -141,6 +231,66 @@ def _lowered(implementation: str | None, *platforms: str, arrays: Any = None, **
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"local_window_size": (5, 5)}, {"return_residual": True}])
 def test_lowers_for_cuda_without_a_gpu(options: dict[str, Any]) -> None:
     assert "mosaic_gpu" in _lowered("mosaic_gpu", "cuda", **options)
+
+
+@pytest.fixture
+def no_pure_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("took the pure JAX kernels")
+
+    for name in ("forward", "cotangent"):
+        monkeypatch.setattr(_kernels, name, refuse)
+
+
+GRADIENTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": CAUSAL,
+    "window": {"local_window_size": (70, 30)},
+    "lengths": {"key_value_seq_lengths": jax.ShapeDtypeStruct((2,), jnp.int32)},
+    "bias": {"bias": jax.ShapeDtypeStruct((1, 4, 130, 150), jnp.float32)},
+    "bias of keys": {"bias": jax.ShapeDtypeStruct((2, 1, 1, 150), jnp.bfloat16)},
+    "bias of rows": {"bias": jax.ShapeDtypeStruct((2, 4, 130, 1), jnp.bfloat16)},
+    "mask": {"mask": jax.ShapeDtypeStruct((1, 4, 130, 150), bool)},
+    "bias and mask": {
+        "bias": jax.ShapeDtypeStruct((2, 4, 130, 150), jnp.bfloat16),
+        "mask": jax.ShapeDtypeStruct((2, 1, 130, 150), bool),
+    },
+    "scale": {"scale": jax.ShapeDtypeStruct((), jnp.float32)},
+    "dropout": {"dropout_rate": 0.1},
+}
+
+
+@needs_backend
+@pytest.mark.usefixtures("no_pure_jax")
+@pytest.mark.parametrize("head_dim", [16, 80, 128, 144, 256])
+@pytest.mark.parametrize("options", GRADIENTS)
+def test_gradients_lower_for_cuda_without_a_gpu(options: str, head_dim: int) -> None:
+    if head_dim not in (128, 256) and options not in ("plain", "bias and mask"):
+        pytest.skip("two calls for each head dimension")
+    traced = {name: x for name, x in GRADIENTS[options].items() if isinstance(x, jax.ShapeDtypeStruct)}
+    static = {name: x for name, x in GRADIENTS[options].items() if name not in traced}
+
+    def gradients(operands: Any) -> Any:
+        varying = {name: x for name, x in operands.items() if x.dtype not in (jnp.int32, bool)}
+        rng = jax.random.key(0) if "dropout_rate" in static else None
+        loss = lambda v: mosaic_attention(**{**operands, **v}, dropout_rng=rng, **static).astype(jnp.float32).sum()  # noqa: E731
+        return jax.grad(loss)(varying)
+
+    query, key, value = (
+        jax.ShapeDtypeStruct((2, n, h, head_dim), jnp.bfloat16) for n, h in ((130, 4), (150, 2), (150, 2))
+    )
+    operands = {"query": query, "key": key, "value": value, **traced}
+    text = jax.jit(gradients).trace(operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+
+
+@needs_backend
+@pytest.mark.usefixtures("no_pure_jax")
+@pytest.mark.parametrize("in_axes", VMAPS.values(), ids=VMAPS)
+@pytest.mark.parametrize("kind", ["gradient of vmap", "vmap of gradient"])
+def test_gradients_of_shared_operands_lower_for_cuda(in_axes: Any, kind: str) -> None:
+    run = jax.jit(_vmapped("mosaic_gpu", in_axes, kind))
+    assert "mosaic_gpu" in run.trace(*_vmap_arguments(in_axes)).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @needs_backend

@@ -40,8 +40,8 @@ class Backward:
     def arrays(self, block_rows: int, *, drops_dead_rows: bool = False) -> dict[str, jax.Array]:
         """By name, as the kernels read them: lse in base 2, vectors to whole blocks (TMA clips matrices only).
 
-        Rows past the last get an lse for which all weights are zero: they must not be infinite, whatever the bias. So do
-        dead rows for kernels that want nothing of them: their logits are constant (values get a gradient from them).
+        Rows past the last get an lse for which all weights are zero: they must not be infinite, whatever the bias.
+        So do dead rows, whose logits are constant, for kernels that want dz alone (values get a gradient from them).
         """
         dead = self.inputs.mask.dead if drops_dead_rows else None
         lse = self.lse * LOG2E if dead is None else jnp.where(dead, _NO_WEIGHT, self.lse * LOG2E)
@@ -62,23 +62,27 @@ def zeros(*shape: int) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
 
 
-def weights_and_dlogits(
+def softmax_weights(
     logits: TileLogits,
     products: jax.Array,
-    dweights: jax.Array,
     scores: dict[str, jax.Array],
     rows: RowVectors,
     tile: Any,
     row_lse: jax.Array,
-    row_delta: jax.Array,
     masked: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """p (before dropout) and dz of a tile, from its two products q . k and do . v.
-
-    dz is still to go `through_mask` where there are dead rows or NaN in padding.
-    """
+) -> jax.Array:
+    """p of a tile before dropout, from its products q . k."""
     x, factor = logits(products, scores, rows, tile, logits.scale * LOG2E, masked)
-    weights = jnp.exp2((x if factor is None else x * factor) - logits.of_rows(row_lse))
+    return jnp.exp2((x if factor is None else x * factor) - logits.of_rows(row_lse))
+
+
+def logits_cotangent(
+    logits: TileLogits, weights: jax.Array, dweights: jax.Array, rows: RowVectors, tile: Any, row_delta: jax.Array
+) -> jax.Array:
+    """dz of a tile, from p and its products do . v.
+
+    It is still to go `through_mask` where there are dead rows or NaN in padding.
+    """
     if logits.config.dropout is not None:
         dweights = logits.drop(dweights, rows.row, tile) * logits.rescaling
-    return weights, weights * (dweights - logits.of_rows(row_delta))
+    return weights * (dweights - logits.of_rows(row_delta))

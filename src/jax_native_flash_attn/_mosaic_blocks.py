@@ -101,7 +101,8 @@ def dbias_blocks(sizes: Sizes, score_bytes: int) -> Blocks:
 
 
 def _first_that_fits(shared_bytes: Callable[[Blocks], int], *candidates: Blocks) -> Blocks:
-    return next(x for x in candidates if shared_bytes(x) <= _SHARED_MEMORY - _RESERVED)
+    """By the bytes of matrices; vectors and barriers take less than 3 KiB more."""
+    return next(x for x in candidates if shared_bytes(x) <= _SHARED_MEMORY - 3 * 1024)
 
 
 def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int) -> int:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._mosaic import ROW, launch, matrix_buffer, pl, plgpu, unravel
-from ._mosaic_backward import Backward, row_slice, weights_and_dlogits, zeros
+from ._mosaic_backward import Backward, row_slice, logits_cotangent, softmax_weights, zeros
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import TileLogits, key_slice, prepare, query_slice, score_buffers, score_slice
 from ._mosaic_masks import Intervals
@@ -130,8 +130,9 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
                         plgpu.load(local[name].at[slot, wg], layout=ROW, optimized=False) for name in ("lse", "delta")
                     )
                     s, dp = pl.run_state(products)((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
-                    _, ds = weights_and_dlogits(logits, s, dp, scores, rows, tile, row_lse, row_delta, masked)
+                    weights = softmax_weights(logits, s, scores, rows, tile, row_lse, masked)
                     plgpu.barrier_arrive(local["free"].at[slot])
+                    ds = logits_cotangent(logits, weights, dp, rows, tile, row_delta)
                     ds = logits.through_mask(ds, rows, tile, masked)
                     return total + ds, count + 1
 

@@ -33,7 +33,7 @@ from ._mosaic import (
     swizzle_bytes,
     unravel,
 )
-from ._mosaic_backward import Backward, row_slice, weights_and_dlogits, zeros
+from ._mosaic_backward import Backward, row_slice, logits_cotangent, softmax_weights, zeros
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import TileLogits, prepare, query_slice, score_buffers, score_slice
 from ._mosaic_masks import Intervals, query_ranges
@@ -181,13 +181,15 @@ def dkey_dvalue(call: Backward, blocks: Blocks, wanted: Mapping[str, jax.ShapeDt
                 )
                 initial = plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))
                 s, dp = pl.run_state(scores_and_dweights)(initial)
-                weights, ds = weights_and_dlogits(logits, s, dp, scores, rows, tile, row_lse, row_delta, masked)
-                ds = logits.through_mask(ds, rows, tile, masked)
-                if scale_is_summed:
-                    ds = ds * logits.scale
-                dropped = logits.drop(weights, row, tile) * logits.rescaling
-                left = {"key": ds.astype(dtype), "value": dropped.astype(dtype)}
-                *carry, left = lax.optimization_barrier((*carry, {name: left[name] for name in wanted}))
+                weights = softmax_weights(logits, s, scores, rows, tile, row_lse, masked)
+                left: dict[str, jax.Array] = {}
+                if "key" in wanted:
+                    ds = logits_cotangent(logits, weights, dp, rows, tile, row_delta)
+                    ds = logits.through_mask(ds, rows, tile, masked)
+                    left["key"] = (ds * logits.scale if scale_is_summed else ds).astype(dtype)
+                if "value" in wanted:
+                    left["value"] = (logits.drop(weights, row, tile) * logits.rescaling).astype(dtype)
+                *carry, left = lax.optimization_barrier((*carry, left))
 
                 def gradients(state: tuple) -> None:
                     for ref, name in reversed(list(zip(state, wanted, strict=True))):

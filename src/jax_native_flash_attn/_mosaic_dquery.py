@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._mosaic import ROW, broadcast_index, heads_per_group, launch, matrix_buffer, pl, plgpu, round_up, unravel
-from ._mosaic_backward import Backward, row_slice, weights_and_dlogits, zeros
+from ._mosaic_backward import Backward, row_slice, logits_cotangent, softmax_weights, zeros
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import TileLogits, clean_padding, key_slice, prepare, query_slice, score_buffers, score_slice
 from ._mosaic_masks import Intervals
@@ -131,7 +131,8 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
                 return (tile_of(i) < ranges.full_first) | (tile_of(i) >= ranges.full_stop)
 
             def dlogits(s: Any, dp: Any, scores: Any, i: Any, masked: Any) -> Any:
-                _, ds = weights_and_dlogits(logits, s, dp, scores, rows, tile_of(i), row_lse, row_delta, masked)
+                weights = softmax_weights(logits, s, scores, rows, tile_of(i), row_lse, masked)
+                ds = logits_cotangent(logits, weights, dp, rows, tile_of(i), row_delta)
                 before_wait(fold_columns(ds, jnp.add))
                 return ds.astype(dtype)
 

@@ -1,0 +1,306 @@
+"""Gradients of key and value for Hopper GPUs: one block of keys against the query tiles that attend it.
+
+All tiles are transposed, keys along the rows, so that weights and their cotangents leave the softmax in registers as
+the left operand of the next product (notation as in `_mosaic_dquery.py`):
+
+    S^T = K Q^T    dP^T = V dO^T    dS^T = P^T * (dP^T - delta)    dV += P^T dO    dK += dS^T Q
+
+    load     | Q0 dO0 lse0 delta0 Q1 ... into a ring of `stages` slots
+    compute  | S0 dP0 | P0 dS0 | dV += P0 dO0  dK += dS0 Q0 | S1 dP1 | ...
+
+Two compute warpgroups, each with its own keys, fill each other's gaps. What shares the keys of a block (the query heads
+of a group, the batch rows of a batch that shares its keys) follows one after the other, so that their sum is made in
+registers, in the same order every time.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._mosaic import (
+    COLUMN,
+    broadcast_index,
+    heads_per_group,
+    launch,
+    matrix_buffer,
+    pl,
+    plgpu,
+    round_up,
+    swizzle_bytes,
+    unravel,
+)
+from ._mosaic_backward import Backward, row_slice, logits_cotangent, softmax_weights, zeros
+from ._mosaic_blocks import Blocks
+from ._mosaic_logits import TileLogits, prepare, query_slice, score_buffers, score_slice
+from ._mosaic_masks import Intervals, query_ranges
+
+_CACHE_BYTES = 24e6
+
+
+def fused(
+    call: Backward,
+    blocks: Blocks,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    ordered: bool = True,
+    cache: float = 24e6,
+) -> dict[str, jax.Array]:
+    """Of 'key' and 'value' those that are `wanted`, (batch..., S, K, H), with the same batch axes in both.
+
+    Axes of size 1 in `wanted` are summed over. Of `blocks`, block_kv are the keys of one compute warpgroup, and block_q
+    the query rows of one tile.
+    """
+    config, inputs, z, dtype = call.config, call.inputs, call.sizes, call.inputs.query.dtype
+    compute, stages, block_q, block_kv = blocks.warpgroups, blocks.stages, blocks.block_q, blocks.block_kv
+    block_keys, shape = compute * block_kv, (block_kv, block_q)
+    batch = next(iter(wanted.values())).shape[:-3]
+    summed = tuple(n if m == 1 else 1 for n, m in zip(z.batch, batch, strict=True))
+    kv_heads, members = (
+        (*batch, z.K),
+        (*summed, z.G),
+    )  # a block belongs to one of the former, and visits all of the latter
+    num_heads, num_blocks = math.prod(kv_heads), -(-z.S // block_keys)
+    group = heads_per_group(num_heads, 8 * z.T * z.H * math.prod(members), cache)
+    # Vectors of masks are read tile by tile: to a whole number of tiles.
+    operands = prepare(config, inputs, block_q, block_keys, transposes_mask=True)
+    arrays = operands.arrays | call.arrays(block_q)
+    arrays.pop("ranges", None)
+    arrays |= query_ranges(inputs.mask, z.T, z.S, block_q, block_keys, summed)
+    swizzle = swizzle_bytes(z.H, dtype, block_q)
+    keys_like = matrix_buffer(compute, block_kv, z.H, dtype=dtype, swizzle=swizzle)
+    rows_like = matrix_buffer(stages, block_q, z.H, dtype=dtype, swizzle=swizzle)
+    scores = score_buffers(operands, (stages, compute), block_q, block_kv)
+    needs_dlogits = "key" in wanted
+    loads = ("key", "value") if needs_dlogits else ("key",)
+    scale_is_summed = any(n > 1 and m > 1 for n, m in zip(inputs.scale.shape, summed, strict=True))
+    half = z.H // compute
+    q_tiles = -(-z.T // block_q)
+    scratch = {
+        "ds": matrix_buffer(2, compute, block_kv, block_q, dtype=dtype, swizzle=swizzle),
+        "dq": matrix_buffer(compute, block_q, half, dtype=jnp.float32),
+        "ds ready": plgpu.Barrier(num_barriers=2, num_arrivals=compute),
+        "ds free": plgpu.Barrier(num_barriers=2, num_arrivals=compute),
+        "all done": plgpu.Barrier(num_arrivals=compute),
+        "key": keys_like,  # and, at the end, its gradient; so value
+        "value": keys_like,
+        "query": rows_like,
+        "dout": rows_like,
+        "lse": plgpu.SMEM((stages, block_q), jnp.float32),
+        "delta": plgpu.SMEM((stages, block_q), jnp.float32),
+        **dict(zip(operands.tiled, scores, strict=True)),
+        # Completed by TMA: the data are there.
+        "keys ready": plgpu.Barrier(num_barriers=compute, num_arrivals=len(loads)),
+        "rows ready": plgpu.Barrier(num_barriers=stages, num_arrivals=4 + compute * len(scores)),
+        # Completed by all compute warpgroups: the slot may be loaded again.
+        "rows free": plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
+    }
+    if not needs_dlogits:
+        del scratch["value"]
+
+    def kernel(*args: Any) -> None:
+        refs = dict(zip(arrays, args, strict=False))
+        outs = dict(zip(wanted, args[len(arrays) : len(arrays) + len(wanted)], strict=True))
+        dq_out = args[len(arrays) + len(wanted)]
+        local = dict(zip(scratch, args[len(arrays) + len(wanted) + 1 :], strict=True))
+        turns = (
+            pl.get_global(plgpu.SemaphoreType.REGULAR((math.prod(z.batch) * z.N * q_tiles * compute,)))
+            if ordered
+            else None
+        )
+        *kv_batch, kv_head = unravel(lax.axis_index("group") * group + lax.axis_index("member"), kv_heads)
+        block = lax.axis_index("block")
+        intervals = Intervals(config.band, z.T, z.S, block_kv, refs)
+        first, stop = intervals.query_tiles(kv_batch, block, block_q, block_keys)
+        per_member = jnp.maximum(stop - first, 0)
+        num_steps = per_member * math.prod(members)
+        wg = lax.axis_index("wg")
+
+        def head_of(member: Any) -> tuple:
+            *index, g = unravel(member, members)
+            return (*(i if n > 1 else b for i, n, b in zip(index, summed, kv_batch, strict=True)), kv_head * z.G + g)
+
+        def position(i: Any) -> tuple[tuple, Any, Any]:
+            """Query head, first row, and slot of step i."""
+            member = lax.div(i, jnp.maximum(per_member, 1))
+            return head_of(member), (first + i - member * per_member) * block_q, lax.rem(i, jnp.int32(stages))
+
+        def keys_of(ref: Any, w: Any, index: tuple) -> Any:
+            keys = pl.ds(block * block_keys + w * block_kv, block_kv)
+            return ref.at[(*broadcast_index(index, ref.shape[:-3]), keys, kv_head if ref.shape[-2] > 1 else 0)]
+
+        @pl.when(wg == compute)
+        def _load() -> None:
+            plgpu.set_max_registers(blocks.registers[1], action="decrease")
+            for w in range(compute):
+                for name in loads:
+                    plgpu.copy_gmem_to_smem(
+                        keys_of(refs[name], w, kv_batch), local[name].at[w], local["keys ready"].at[w]
+                    )
+
+            def load_tile(i: Any, carry: None) -> None:
+                head, row, slot = position(i)
+                ready = local["rows ready"].at[slot]
+                pl.when(i >= stages)(lambda: plgpu.barrier_wait(local["rows free"].at[slot]))
+                for name in ("query", "dout"):
+                    plgpu.copy_gmem_to_smem(query_slice(refs[name], head, row, block_q), local[name].at[slot], ready)
+                for name in ("lse", "delta"):
+                    plgpu.copy_gmem_to_smem(row_slice(refs[name], head, row, block_q), local[name].at[slot], ready)
+                for name in operands.tiled:
+                    for w in range(compute):
+                        tile, is_transposed = block * compute + w, name in operands.transposed
+                        score = score_slice(refs[name], head, row, block_q, tile, block_kv, transposed=is_transposed)
+                        plgpu.copy_gmem_to_smem(score, local[name].at[slot, w], ready)
+
+            lax.fori_loop(0, num_steps, load_tile, None)
+
+        @pl.when(wg < compute)
+        def _compute() -> None:
+            plgpu.set_max_registers(blocks.registers[0], action="increase")
+            tile = block * compute + wg  # of this warpgroup's keys
+            key = local["key"].at[wg]
+            buffers = {name: local[name] for name in operands.tiled}
+
+            def logits_of(head: tuple, scale: Any = None) -> TileLogits:
+                return TileLogits(
+                    config,
+                    z,
+                    refs,
+                    buffers,
+                    intervals,
+                    head,
+                    *shape[::-1],
+                    row_in_block=wg,
+                    transposed=True,
+                    scale=scale,
+                )
+
+            scale = logits_of(head_of(jnp.int32(0))).scale
+            plgpu.barrier_wait(local["keys ready"].at[wg])
+
+            def turn_of(i: Any) -> Any:
+                head, row, _ = position(i)
+                flat = jnp.int32(0)
+                for index, size in zip(head, (*z.batch, z.N), strict=True):
+                    flat = flat * size + index
+                return turns.at[(flat * q_tiles + lax.div(row, jnp.int32(block_q))) * compute + wg]
+
+            def finish(i: Any) -> None:
+                """The sum of tile i is in global memory: the next block may add."""
+                plgpu.wait_smem_to_gmem(0)
+                if ordered:
+                    plgpu.semaphore_signal(turn_of(i), 1, memory_scope="gpu")
+
+            def put(i: Any, dq: Any) -> None:
+                pl.when(i > 0)(lambda: finish(i - 1))
+                head, row, _ = position(i)
+                local["dq"][wg] = dq
+                plgpu.commit_smem()
+                *b, n = head
+                at = dq_out.at[(*b, pl.ds(row, block_q), n, pl.ds(wg * half, half))]
+
+                @pl.when(block == 0)
+                def _first() -> None:
+                    plgpu.copy_smem_to_gmem(local["dq"].at[wg], at)
+
+                @pl.when(block > 0)
+                def _add() -> None:
+                    if ordered:
+                        plgpu.semaphore_wait(turn_of(i), block, decrement=False, memory_scope="gpu")
+                    plgpu.copy_smem_to_gmem(local["dq"].at[wg], at, reduction_op="add")
+
+            def dquery(ref: Any, buf: Any) -> None:
+                for w in range(compute):
+                    keys = local["key"].at[w, :, pl.ds(wg * half, half)]
+                    plgpu.wgmma(ref, local["ds"].at[buf, w].transpose((1, 0)), keys)
+
+            def step(i: Any, carry: tuple) -> tuple:
+                head, row, slot = position(i)
+                logits = logits_of(head, None if scale_is_summed else scale)
+                query, cotangent = local["query"].at[slot], local["dout"].at[slot]
+                masked = intervals.is_query_edge(head, row, block, block_q, block_keys)
+                rows = logits.rows(row, late=True)
+                vectors = None if operands.tiled else logits.scores(rows, tile)
+                plgpu.barrier_wait(local["rows ready"].at[slot])
+                scores = logits.scores(rows, tile, slot) if vectors is None else vectors
+
+                def scores_and_dweights(state: tuple) -> None:
+                    plgpu.wgmma(state[0], key, query.transpose((1, 0)))
+                    if needs_dlogits:
+                        plgpu.wgmma(state[1], local["value"].at[wg], cotangent.transpose((1, 0)))
+
+                row_lse, row_delta = (
+                    plgpu.load(local[name].at[slot], layout=COLUMN, optimized=False) for name in ("lse", "delta")
+                )
+                initial = plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))
+                s, dp = pl.run_state(scores_and_dweights)(initial)
+                weights = softmax_weights(logits, s, scores, rows, tile, row_lse, masked)
+                left: dict[str, jax.Array] = {}
+                if "key" in wanted:
+                    ds = logits_cotangent(logits, weights, dp, rows, tile, row_delta)
+                    ds = logits.through_mask(ds, rows, tile, masked)
+                    left["key"] = (ds * logits.scale if scale_is_summed else ds).astype(dtype)
+                if "value" in wanted:
+                    left["value"] = (logits.drop(weights, row, tile) * logits.rescaling).astype(dtype)
+                buf = lax.rem(i, jnp.int32(2))
+                pl.when(i >= 2)(lambda: plgpu.barrier_wait(local["ds free"].at[buf]))
+                local["ds"][buf, wg] = left["key"]
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(local["ds ready"].at[buf])
+                pl.when(i > 0)(lambda: plgpu.barrier_wait(local["ds ready"].at[1 - buf]))
+                *carry, left = lax.optimization_barrier((*carry, left))
+
+                def gradients(state: tuple) -> None:
+                    for ref, name in reversed(list(zip(state[:-1], wanted, strict=True))):
+                        plgpu.wgmma(ref, left[name], query if name == "key" else cotangent)
+                    dquery(state[-1], 1 - buf)
+
+                initial = (*(plgpu.ACC.init(x) for x in carry), plgpu.ACC.init(zeros(block_q, half)))
+                *carry, dq = pl.run_state(gradients)(initial)
+                plgpu.barrier_arrive(local["rows free"].at[slot])
+
+                @pl.when(i > 0)
+                def _put() -> None:
+                    plgpu.barrier_arrive(local["ds free"].at[1 - buf])
+                    put(i - 1, dq)
+
+                return tuple(carry)
+
+            sums = lax.fori_loop(0, num_steps, step, tuple(zeros(block_kv, z.H) for _ in wanted))
+
+            @pl.when(num_steps > 0)
+            def _last() -> None:
+                last = num_steps - 1
+                buf = lax.rem(last, jnp.int32(2))
+                plgpu.barrier_wait(local["ds ready"].at[buf])
+                dq = pl.run_state(lambda ref: dquery(ref, buf))(plgpu.ACC.init(zeros(block_q, half)))
+                put(last, dq)
+                finish(last)
+
+            # Others read these keys until both have come here.
+            plgpu.barrier_arrive(local["all done"])
+            plgpu.barrier_wait(local["all done"])
+            for name, x in zip(wanted, sums, strict=True):
+                # A pass for the value alone has no buffer for it.
+                buffer = local[name if needs_dlogits else "key"].at[wg]
+                buffer[...] = (x * scale if name == "key" and not scale_is_summed else x).astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(buffer, keys_of(outs[name], wg, kv_batch))
+            plgpu.wait_smem_to_gmem(0)
+
+    results = launch(
+        kernel,
+        out_types=[
+            *[jax.ShapeDtypeStruct((*batch, round_up(z.S, 8), z.K, z.H), dtype)] * len(wanted),
+            jax.ShapeDtypeStruct((*z.batch, round_up(z.T, 8), z.N, z.H), jnp.float32),
+        ],
+        scratch=tuple(scratch.values()),
+        grid={"group": num_heads // group, "block": num_blocks, "member": group},
+        warpgroups=compute + 1,
+    )(*arrays.values())
+    *results, dq = results
+    scale = jnp.broadcast_to(inputs.scale, z.batch)[..., None, None, None]
+    dq = (dq[..., : z.T, :, :] * scale).astype(dtype)
+    return {"query": dq} | {name: x[..., : z.S, :, :] for name, x in zip(wanted, results, strict=True)}
