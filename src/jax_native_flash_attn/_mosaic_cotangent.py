@@ -24,19 +24,6 @@ def cotangent(
     call = _backward(config, inputs, out, lse, cotangents)
     z, score_bytes = call.sizes, _score_bytes(inputs)
     results: dict[str, jax.Array] = {}
-    import os
-
-    if os.environ.get("FUSED"):
-        from ._mosaic_fused import fused
-        from ._mosaic_blocks import Blocks
-
-        return fused(
-            call,
-            Blocks(64, 64, 2, 2),
-            {n: wanted[n] for n in ("key", "value")},
-            os.environ["FUSED"] == "1",
-            float(os.environ.get("CACHE", "24e6")),
-        )
     if "query" in wanted or "scale" in wanted:
         is_summed = "query" in wanted and wanted["query"].shape[:-3] != z.batch
         out_dtype = jnp.float32 if is_summed else inputs.query.dtype
