@@ -61,12 +61,13 @@ def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool) -> Bloc
     return fits[0] if fits else candidates[-1]
 
 
-def dquery_blocks(sizes: Sizes, score_bytes: int) -> Blocks:
-    """Block shape of the kernel for the gradient of query."""
+def dquery_blocks(sizes: Sizes, score_bytes: int, *, with_scale: bool) -> Blocks:
+    """Block shape of the kernel for the gradient of query (and of scale: its sum takes shared memory too)."""
     return _first_that_fits(
         lambda x: (
             2 * sizes.H * (2 * x.rows + (2 * x.stages - 1) * x.block_kv)
             + (x.stages - 1) * x.rows * x.block_kv * score_bytes
+            + 4096 * with_scale
         ),
         *(Blocks(64, 64, stages, warpgroups) for warpgroups in (1 if sizes.T <= 64 else 2, 1) for stages in (3, 2)),
     )

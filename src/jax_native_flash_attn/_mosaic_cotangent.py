@@ -27,8 +27,9 @@ def cotangent(
     if "query" in wanted or "scale" in wanted:
         is_summed = "query" in wanted and wanted["query"].shape[:-3] != z.batch
         out_dtype = jnp.float32 if is_summed else inputs.query.dtype
-        dquery_, *dscale = dquery(call, dquery_blocks(z, score_bytes), out_dtype, with_scale="scale" in wanted)
-        results["query"] = dquery_
+        with_scale = "scale" in wanted
+        blocks = dquery_blocks(z, score_bytes, with_scale=with_scale)
+        results["query"], *dscale = dquery(call, blocks, out_dtype, with_scale=with_scale)
         if dscale:
             results["scale"] = dscale[0].sum((-1, -2))
     for names in _passes(call, wanted):

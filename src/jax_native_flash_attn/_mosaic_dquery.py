@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._mosaic import ROW, broadcast_index, heads_per_group, launch, matrix_buffer, pl, plgpu, round_up, unravel
-from ._mosaic_backward import Backward, row_slice, logits_cotangent, softmax_weights, zeros
+from ._mosaic_backward import Backward, logits_cotangent, row_slice, softmax_weights, zeros
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import TileLogits, clean_padding, key_slice, prepare, query_slice, score_buffers, score_slice
 from ._mosaic_masks import Intervals

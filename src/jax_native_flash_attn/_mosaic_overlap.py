@@ -30,7 +30,8 @@ def fold_columns(x: jax.Array, combine: Any) -> jax.Array:
 
 def before_wait(x: jax.Array) -> None:
     """Have `x`, float32 of (64, 8) in `Layout.WGMMA`, computed before any later wait for products."""
-    assert x.dtype == jnp.float32 and x.shape[1] == THREAD_COLUMNS, x
+    assert x.dtype == jnp.float32, x
+    assert x.shape[1] == THREAD_COLUMNS, x
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,))
     def emit(_: Any, array: Any) -> None:
