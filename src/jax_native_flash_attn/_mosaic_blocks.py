@@ -69,7 +69,7 @@ def dquery_blocks(sizes: Sizes, score_bytes: int, *, with_scale: bool) -> Blocks
             + (x.stages - 1) * x.rows * x.block_kv * score_bytes
             + 4096 * with_scale
         ),
-        *(Blocks(64, 64, stages, warpgroups) for warpgroups in (1 if sizes.T <= 64 else 2, 1) for stages in (3, 2)),
+        *(Blocks(64, 64, stages, warpgroups) for warpgroups in (_warpgroups(sizes, sizes.T), 1) for stages in (3, 2)),
     )
 
 
@@ -82,7 +82,7 @@ def dkey_dvalue_blocks(sizes: Sizes, score_bytes: int, *, needs_dlogits: bool) -
         ),
         *(
             Blocks(block_q, 64, stages, 1 if sizes.S <= 64 else 2)
-            for block_q, stages in ((64, 3), (64, 2), (32, 3), (32, 2), (32, 1))
+            for block_q, stages in ((64, 3 if sizes.H <= 64 else 2), (64, 2), (32, 3), (32, 2), (32, 1))
         ),
     )
 
@@ -95,10 +95,17 @@ def dbias_blocks(sizes: Sizes, score_bytes: int) -> Blocks:
             Blocks(64, block_kv, stages, warpgroups)
             for warpgroups in (1 if sizes.T <= 64 else 2, 1)
             for block_kv in (128, 64)
-            for stages in (2,)
+            for stages in (3, 2)
         ),
         Blocks(64, 64, 1, 1),
     )
+
+
+def _warpgroups(sizes: Sizes, rows: int) -> int:
+    """How many compute; a third one has to do with 160 registers per thread."""
+    if rows <= 64:
+        return 1
+    return 3 if sizes.H <= 64 and rows >= 384 else 2
 
 
 def _first_that_fits(shared_bytes: Callable[[Blocks], int], *candidates: Blocks) -> Blocks:

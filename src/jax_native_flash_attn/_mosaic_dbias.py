@@ -1,8 +1,9 @@
 """Gradient of a bias over the keys for Hopper GPUs, summed on the fly over the axes in which the bias broadcasts.
 
-One block owns one tile of the bias and visits, in a fixed order, the tiles of scores onto which it broadcasts (other
-batch rows, heads, rows of queries); the sum of their dz stays in registers. Few tiles would leave processors idle, so
-the visits are divided into `parts` of equal size, which XLA adds up, in order too.
+A tile of the bias belongs to one block, which visits, in a fixed order, the tiles of scores onto which it broadcasts
+(other batch rows, heads, rows of queries); the sum of their dz stays in registers. Few tiles would leave processors
+idle: then the visits are divided into `parts` of equal size, which XLA adds up, in order too. Many tiles of few visits
+would be all beginnings and ends: then a block owns a `run` of tiles.
 
     load     | Q0 K0 dO0 V0 lse0 delta0 Q1 ... into a ring of `stages` slots
     compute  | S0 dP0 | dS0, sum | S1 dP1 | ...
@@ -21,8 +22,8 @@ from ._mosaic_blocks import Blocks
 from ._mosaic_logits import TileLogits, key_slice, prepare, query_slice, score_buffers, score_slice
 from ._mosaic_masks import Intervals
 
-_ENOUGH_BLOCKS = 512  # several for each of Hopper's 132 multiprocessors
-_MAX_PARTS = 16
+_ENOUGH_BLOCKS = 264  # two for each of Hopper's 132 multiprocessors
+_LONG_RUN = 32  # visits beside which the beginning and the end of a block do not matter
 
 
 def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.Array:
@@ -34,8 +35,9 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
     owned = tuple(1 if n == 1 else m for n, m in zip(wanted.shape[:-1], everything, strict=True))
     visited = tuple(m if n == 1 else 1 for n, m in zip(owned, everything, strict=True))
     num_visits, num_owned = math.prod(visited), math.prod(owned) * key_blocks
-    parts = max(1, min(_MAX_PARTS, num_visits, _ENOUGH_BLOCKS // num_owned))
-    visits = -(-num_visits // parts)  # of one part
+    visits = -(-num_visits // max(1, min(num_visits, _ENOUGH_BLOCKS // num_owned)))  # of one part
+    parts = -(-num_visits // visits)
+    run = max(1, min(key_blocks, _LONG_RUN // visits, num_owned // _ENOUGH_BLOCKS))
     operands = prepare(config, inputs, blocks.rows, blocks.block_kv)
     arrays = operands.arrays | call.arrays(blocks.rows)
     rows_like = matrix_buffer(stages, compute, blocks.block_q, z.H, dtype=dtype)
@@ -60,26 +62,29 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
         refs = dict(zip(arrays, args, strict=False))
         out = args[len(arrays)]
         local = dict(zip(scratch, args[len(arrays) + 1 :], strict=True))
-        tile, own = lax.axis_index("tile"), unravel(lax.axis_index("own"), owned[:-1])
+        first_tile, own = lax.axis_index("run") * run, unravel(lax.axis_index("own"), owned[:-1])
         own = (*own, lax.axis_index("rows"))
         begin = lax.axis_index("part") * visits
-        end = jnp.minimum(begin + visits, num_visits)
+        per_tile = jnp.minimum(visits, num_visits - begin)
+        num_steps = jnp.minimum(run, key_blocks - first_tile) * per_tile
         intervals = Intervals(config.band, z.T, z.S, blocks.block_kv, refs)
         wg = lax.axis_index("wg")
 
-        def visit(i: Any) -> tuple[tuple, Any, Any, Any]:
-            """Head and block of rows of visit i; whether they attend any key of the tile, and whether not all."""
-            *head, block = (a if n > 1 else b for a, b, n in zip(unravel(i, visited), own, visited, strict=True))
+        def visit(i: Any) -> tuple[tuple, Any, Any, Any, Any]:
+            """Head, block of rows and tile of step i; whether they attend any key of the tile, and whether not all."""
+            number = lax.div(i, per_tile)
+            index, tile = unravel(begin + i - number * per_tile, visited), first_tile + number
+            *head, block = (a if n > 1 else b for a, b, n in zip(index, own, visited, strict=True))
             ranges = intervals.ranges(tuple(head), block, blocks.rows)
             attends = (tile >= ranges.first) & (tile < ranges.stop)
-            return tuple(head), block, attends, (tile < ranges.full_first) | (tile >= ranges.full_stop)
+            return tuple(head), block, tile, attends, (tile < ranges.full_first) | (tile >= ranges.full_stop)
 
         @pl.when(wg == compute)
         def _load() -> None:
             plgpu.set_max_registers(blocks.registers[1], action="decrease")
 
             def load(i: Any, count: Any) -> Any:
-                head, block, attends, _ = visit(i)
+                head, block, tile, attends, _ = visit(i)
                 slot = lax.rem(count, jnp.int32(stages))
 
                 @pl.when(attends)
@@ -103,7 +108,7 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
 
                 return count + attends.astype(jnp.int32)
 
-            lax.fori_loop(begin, end, load, jnp.int32(0))
+            lax.fori_loop(0, num_steps, load, jnp.int32(0))
 
         @pl.when(wg < compute)
         def _compute() -> None:
@@ -111,7 +116,7 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
             buffers = {name: local[name] for name in operands.tiled}
 
             def step(i: Any, carry: tuple) -> tuple:
-                head, block, attends, masked = visit(i)
+                head, block, tile, attends, masked = visit(i)
 
                 def add(total: jax.Array, count: Any) -> tuple:
                     slot = lax.rem(count, jnp.int32(stages))
@@ -136,12 +141,17 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
                     ds = logits.through_mask(ds, rows, tile, masked)
                     return total + ds, count + 1
 
-                return lax.cond(attends, add, lambda total, count: (total, count), *carry)
+                def write(total: jax.Array) -> jax.Array:
+                    *own_head, own_block = own
+                    at = (*own_head, pl.ds(own_block * blocks.rows + wg * blocks.block_q, blocks.block_q))
+                    out.at[(lax.axis_index("part"), *at, pl.ds(tile * blocks.block_kv, blocks.block_kv))][...] = total
+                    return zeros(*shape)
 
-            total, _ = lax.fori_loop(begin, end, step, (zeros(*shape), jnp.int32(0)))
-            *own_head, own_block = own
-            at = (*own_head, pl.ds(own_block * blocks.rows + wg * blocks.block_q, blocks.block_q))
-            out.at[(lax.axis_index("part"), *at, pl.ds(tile * blocks.block_kv, blocks.block_kv))][...] = total
+                total, count = lax.cond(attends, add, lambda total, count: (total, count), *carry)
+                is_last = lax.rem(i + 1, per_tile) == 0
+                return lax.cond(is_last, write, lambda total: total, total), count
+
+            lax.fori_loop(0, num_steps, step, (zeros(*shape), jnp.int32(0)))
 
     (result,) = launch(
         kernel,
@@ -149,7 +159,7 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
             jax.ShapeDtypeStruct((parts, *owned[:-1], rows_of_result, key_blocks * blocks.block_kv), jnp.float32)
         ],
         scratch=tuple(scratch.values()),
-        grid={"part": parts, "own": math.prod(owned[:-1]), "rows": owned[-1], "tile": key_blocks},
+        grid={"part": parts, "own": math.prod(owned[:-1]), "rows": owned[-1], "run": -(-key_blocks // run)},
         warpgroups=compute + 1,
     )(*arrays.values())
     result = result.sum(0)

@@ -37,10 +37,8 @@ from ._mosaic_backward import Backward, logits_cotangent, row_slice, softmax_wei
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import TileLogits, prepare, query_slice, score_buffers, score_slice
 from ._mosaic_masks import Intervals, query_ranges
-from ._mosaic_overlap import before_wait, fold_columns
 
 _CACHE_BYTES = 24e6
-OVERLAP = True
 
 
 def dkey_dvalue(call: Backward, blocks: Blocks, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -173,28 +171,21 @@ def dkey_dvalue(call: Backward, blocks: Blocks, wanted: Mapping[str, jax.ShapeDt
                 plgpu.barrier_wait(local["rows ready"].at[slot])
                 scores = logits.scores(rows, tile, slot) if vectors is None else vectors
 
-                row_lse, row_delta = (
-                    plgpu.load(local[name].at[slot], layout=COLUMN, optimized=False) for name in ("lse", "delta")
-                )
+                def of_rows(name: str) -> jax.Array:
+                    """Read late: a vector along the columns takes 16 registers, and these are all in use."""
+                    return plgpu.load(local[name].at[slot], layout=COLUMN, optimized=False)
 
                 def scores_and_dweights(state: tuple) -> None:
                     plgpu.wgmma(state[0], key, query.transpose((1, 0)))
-                    if OVERLAP and needs_dlogits:
-                        plgpu.wgmma(state[1], local["value"].at[wg], cotangent.transpose((1, 0)))
-                        products = plgpu.wgmma_accumulator_load(state[0], wait_n=1)
-                        weights = softmax_weights(logits, products, scores, rows, tile, row_lse, masked)
-                        before_wait(fold_columns(weights, jnp.add))
-                        state[2][...] = weights
-                    elif needs_dlogits:
+                    if needs_dlogits:
                         plgpu.wgmma(state[1], local["value"].at[wg], cotangent.transpose((1, 0)))
 
-                initial = plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape)), zeros(*shape)
-                s, dp, weights = pl.run_state(scores_and_dweights)(initial)
-                if not (OVERLAP and needs_dlogits):
-                    weights = softmax_weights(logits, s, scores, rows, tile, row_lse, masked)
+                initial = plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))
+                s, dp = pl.run_state(scores_and_dweights)(initial)
+                weights = softmax_weights(logits, s, scores, rows, tile, of_rows("lse"), masked)
                 left: dict[str, jax.Array] = {}
                 if "key" in wanted:
-                    ds = logits_cotangent(logits, weights, dp, rows, tile, row_delta)
+                    ds = logits_cotangent(logits, weights, dp, rows, tile, of_rows("delta"))
                     ds = logits.through_mask(ds, rows, tile, masked)
                     left["key"] = (ds * logits.scale if scale_is_summed else ds).astype(dtype)
                 if "value" in wanted:

@@ -27,6 +27,7 @@ from ._mosaic_masks import Intervals
 from ._mosaic_overlap import before_wait, fold_columns
 
 _CACHE_BYTES = 24e6
+_MAX_PIPELINED = 192  # head dimension
 
 
 def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) -> tuple[jax.Array, ...]:
@@ -125,10 +126,15 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
             query, cotangent = local["query"].at[wg], local["dout"].at[wg]
             has_edges = intervals.has_left_edge or intervals.has_right_edge
 
-            def is_edge(i: Any) -> Any:
-                if not intervals.has_left_edge and intervals.right_tiles(blocks.rows) <= 1:
-                    return False
+            def is_outside(i: Any) -> Any:
+                """Of the tiles that all rows attend."""
                 return (tile_of(i) < ranges.full_first) | (tile_of(i) >= ranges.full_stop)
+
+            def is_edge(i: Any) -> Any:
+                """Whether a tile behind the first needs a mask."""
+                if not intervals.has_left_edge and intervals.right_tiles(blocks.rows) <= 1:
+                    return False  # the first tile was the only one
+                return is_outside(i)
 
             def dlogits(s: Any, dp: Any, scores: Any, i: Any, masked: Any) -> Any:
                 weights = softmax_weights(logits, s, scores, rows, tile_of(i), row_lse, masked)
@@ -160,37 +166,59 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
                 plgpu.wgmma(s_ref, query, local["key"].at[slot].transpose((1, 0)))
                 plgpu.wgmma(dp_ref, cotangent, local["value"].at[value_slot].transpose((1, 0)))
 
-            plgpu.barrier_wait(local["rows ready"].at[wg])
-            wait_for_tile(jnp.int32(0))
-            products: Any = pl.run_state(lambda state: issue(state[0], state[1], 0, 0))
-            s, dp = products((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
-            ds = dlogits(s, dp, logits.scores(rows, tile_of(0), 0), 0, has_edges)
-            plgpu.barrier_arrive(local["value free"].at[0])
+            def pipelined() -> jax.Array:
+                wait_for_tile(jnp.int32(0))
+                products: Any = pl.run_state(lambda state: issue(state[0], state[1], 0, 0))
+                s, dp = products((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
+                ds = dlogits(s, dp, logits.scores(rows, tile_of(0), 0), 0, has_edges)
+                plgpu.barrier_arrive(local["value free"].at[0])
 
-            def step(i: Any, carry: tuple) -> tuple:
-                acc, ds = lax.optimization_barrier(carry)
-                slot, value_slot, previous = slot_of(i), slot_of(i, value_stages), slot_of(i - 1)
-                wait_for_tile(i)
+                def step(i: Any, carry: tuple) -> tuple:
+                    acc, ds = lax.optimization_barrier(carry)
+                    slot, value_slot, previous = slot_of(i), slot_of(i, value_stages), slot_of(i - 1)
+                    wait_for_tile(i)
 
-                def products(state: tuple) -> None:
-                    acc_ref, s_ref, dp_ref, ds_ref = state
-                    issue(s_ref, dp_ref, slot, value_slot)
-                    plgpu.wgmma(acc_ref, ds, local["key"].at[previous])
-                    scores = logits.scores(rows, tile_of(i), value_slot)
-                    s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-                    dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
-                    ds_ref[...] = dlogits(s, dp, scores, i, is_edge(i))
+                    def products(state: tuple) -> None:
+                        acc_ref, s_ref, dp_ref, ds_ref = state
+                        issue(s_ref, dp_ref, slot, value_slot)
+                        plgpu.wgmma(acc_ref, ds, local["key"].at[previous])
+                        scores = logits.scores(rows, tile_of(i), value_slot)
+                        s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+                        dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
+                        ds_ref[...] = dlogits(s, dp, scores, i, is_edge(i))
+                        plgpu.barrier_arrive(local["value free"].at[value_slot])
+
+                    # Leaving `run_state` waits for the product with the previous keys.
+                    initial = plgpu.ACC.init(acc), plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))
+                    acc, _, _, ds = pl.run_state(products)((*initial, zeros(*shape).astype(dtype)))
+                    plgpu.barrier_arrive(local["key free"].at[previous])
+                    return acc, ds
+
+                acc, ds = lax.optimization_barrier(lax.fori_loop(1, num_tiles, step, (zeros(blocks.block_q, z.H), ds)))
+                last = local["key"].at[slot_of(num_tiles - 1)]
+                return pl.run_state(lambda ref: plgpu.wgmma(ref, ds, last))(plgpu.ACC.init(acc))
+
+            def one_by_one() -> jax.Array:
+                """For head dimensions that leave no registers for two tiles at once."""
+
+                def step(i: Any, acc: jax.Array) -> jax.Array:
+                    slot, value_slot = slot_of(i), slot_of(i, value_stages)
+                    wait_for_tile(i)
+                    products: Any = pl.run_state(lambda state: issue(state[0], state[1], slot, value_slot))
+                    s, dp = products((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
+                    masked = has_edges and is_outside(i)
+                    ds = dlogits(s, dp, logits.scores(rows, tile_of(i), value_slot), i, masked)
                     plgpu.barrier_arrive(local["value free"].at[value_slot])
+                    acc, ds = lax.optimization_barrier((acc, ds))
+                    key = local["key"].at[slot]
+                    acc = pl.run_state(lambda ref: plgpu.wgmma(ref, ds, key))(plgpu.ACC.init(acc))
+                    plgpu.barrier_arrive(local["key free"].at[slot])
+                    return acc
 
-                # Leaving `run_state` waits for the product with the previous keys.
-                initial = plgpu.ACC.init(acc), plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))
-                acc, _, _, ds = pl.run_state(products)((*initial, zeros(*shape).astype(dtype)))
-                plgpu.barrier_arrive(local["key free"].at[previous])
-                return acc, ds
+                return lax.fori_loop(0, num_tiles, step, zeros(blocks.block_q, z.H))
 
-            acc, ds = lax.optimization_barrier(lax.fori_loop(1, num_tiles, step, (zeros(blocks.block_q, z.H), ds)))
-            last = local["key"].at[slot_of(num_tiles - 1)]
-            acc = pl.run_state(lambda ref: plgpu.wgmma(ref, ds, last))(plgpu.ACC.init(acc))
+            plgpu.barrier_wait(local["rows ready"].at[wg])
+            acc = pipelined() if z.H <= _MAX_PIPELINED else one_by_one()
             if with_scale:
                 # sum_s dz_ts q_t . k_s = q_t . sum_s dz_ts k_s
                 rows_of_query = plgpu.load(query, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
