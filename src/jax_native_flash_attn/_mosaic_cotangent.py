@@ -32,9 +32,9 @@ def cotangent(
         results["query"], *dscale = dquery(call, blocks, out_dtype, with_scale=with_scale)
         if dscale:
             results["scale"] = dscale[0].sum((-1, -2))
-    for names in _passes(call, wanted):
-        blocks = dkey_dvalue_blocks(z, score_bytes, needs_dlogits="key" in names)
-        results |= dkey_dvalue(call, blocks, {name: wanted[name] for name in names})
+    for shapes in _passes(call, wanted):
+        blocks = dkey_dvalue_blocks(z, score_bytes, needs_dlogits="key" in shapes)
+        results |= dkey_dvalue(call, blocks, shapes)
     if "bias" in wanted:
         results["bias"] = _dbias(call, cotangents.get("lse"), wanted["bias"])
     return {name: _sum_to(results[name], like) for name, like in wanted.items()}
@@ -61,11 +61,20 @@ def _score_bytes(inputs: Inputs) -> int:
     return sum(1 if x.dtype == bool else min(4, np.dtype(x.dtype).itemsize) for x in scores)
 
 
-def _passes(call: Backward, wanted: Shapes) -> list[tuple[str, ...]]:
-    """Which gradients of keys and values are computed together: at 128 columns both fill a warpgroup's registers."""
-    names = tuple(name for name in ("key", "value") if name in wanted)
-    same_batch = len({wanted[name].shape[:-3] for name in names}) == 1
-    return [names] if names and same_batch and call.sizes.H <= 128 else [(name,) for name in names]
+def _passes(call: Backward, wanted: Shapes) -> list[Shapes]:
+    """The gradients of keys and values that are computed together: at 128 columns both fill a warpgroup's registers."""
+    shapes = {name: _kernel_result(call, wanted[name]) for name in ("key", "value") if name in wanted}
+    same_batch = len({x.shape for x in shapes.values()}) == 1
+    return [shapes] if same_batch and call.sizes.H <= 128 else [{name: x} for name, x in shapes.items()]
+
+
+def _kernel_result(call: Backward, wanted: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """A kernel sums over the batch axes that both keys and values lack; the others are left, unrounded."""
+    keys = zip(call.inputs.key.shape, call.inputs.value.shape, wanted.shape, call.sizes.batch, strict=False)
+    batch = tuple(1 if k == v == w == 1 else n for k, v, w, n in keys)
+    if batch == wanted.shape[:-3]:
+        return wanted
+    return jax.ShapeDtypeStruct((*batch, *wanted.shape[-3:]), jnp.float32)
 
 
 def _dbias(call: Backward, dlse: jax.Array | None, wanted: jax.ShapeDtypeStruct) -> jax.Array:

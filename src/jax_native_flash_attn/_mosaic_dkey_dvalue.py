@@ -44,8 +44,8 @@ _CACHE_BYTES = 24e6
 def dkey_dvalue(call: Backward, blocks: Blocks, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Of 'key' and 'value' those that are `wanted`, (batch..., S, K, H), with the same batch axes in both.
 
-    Axes of size 1 in `wanted` are summed over. Of `blocks`, block_kv are the keys of one compute warpgroup, and block_q
-    the query rows of one tile.
+    Axes of size 1 in `wanted` are summed over; keys and values must have size 1 in them. Of `blocks`, block_kv are the
+    keys of one compute warpgroup, and block_q the query rows of one tile.
     """
     config, inputs, z, dtype = call.config, call.inputs, call.sizes, call.inputs.query.dtype
     compute, stages, block_q, block_kv = blocks.warpgroups, blocks.stages, blocks.block_q, blocks.block_kv
@@ -202,16 +202,23 @@ def dkey_dvalue(call: Backward, blocks: Blocks, wanted: Mapping[str, jax.ShapeDt
 
             sums = lax.fori_loop(0, num_steps, step, tuple(zeros(block_kv, z.H) for _ in wanted))
             for name, x in zip(wanted, sums, strict=True):
+                x = x * scale if name == "key" and not scale_is_summed else x
+                if wanted[name].dtype != dtype:
+                    keys_of(outs[name], wg, kv_batch)[...] = x
+                    continue
                 # A pass for the value alone has no buffer for it.
                 buffer = local[name if needs_dlogits else "key"].at[wg]
-                buffer[...] = (x * scale if name == "key" and not scale_is_summed else x).astype(dtype)
+                buffer[...] = x.astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(buffer, keys_of(outs[name], wg, kv_batch))
             plgpu.wait_smem_to_gmem(0)
 
+    # TMA leaves out what lies past the end, other stores do not.
+    is_wide = any(x.dtype != dtype for x in wanted.values())
+    padded_S = num_blocks * block_keys if is_wide else round_up(z.S, 8)
     results = launch(
         kernel,
-        out_types=[jax.ShapeDtypeStruct((*batch, round_up(z.S, 8), z.K, z.H), dtype)] * len(wanted),
+        out_types=[jax.ShapeDtypeStruct((*batch, padded_S, z.K, z.H), x.dtype) for x in wanted.values()],
         scratch=tuple(scratch.values()),
         grid={"group": num_heads // group, "block": num_blocks, "member": group},
         warpgroups=compute + 1,
