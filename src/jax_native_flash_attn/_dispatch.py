@@ -44,12 +44,11 @@ def cotangent(
     *,
     differentiable: bool,
 ) -> dict[str, jax.Array]:
-    """As `_kernels.cotangent`. Where the Mosaic GPU kernels lack a feature, pure JAX's take over, asked for or not."""
+    """As `_kernels.cotangent`. What is differentiated again takes the pure JAX kernels, asked for others or not."""
     if not differentiable and _takes_mosaic_gpu(config, inputs, target):
-        from . import _mosaic_call
+        from . import _mosaic_cotangent
 
-        if _mosaic_call.why_not_cotangent(inputs, cotangents, wanted) is None:
-            return _mosaic_call.cotangent(config, inputs, out, lse, cotangents, wanted)
+        return _mosaic_cotangent.cotangent(config, inputs, out, lse, cotangents, wanted)
     tiles = Tiles(config, inputs, target, further={**cotangents, "lse": lse}, differentiable=differentiable)
     return _kernels.cotangent(tiles, out, lse, cotangents, wanted)
 

@@ -1,5 +1,6 @@
 """Block shapes of the Mosaic GPU kernels: one table per chip generation, filled by `benchmarks/tune_mosaic.py`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -126,14 +127,56 @@ def _parts(items: int, tiles: int, cores: int) -> int:
     return min(range(1, max(1, min(tiles // _LEAST_TILES, 4 * cores // items)) + 1), key=duration)
 
 
-def dquery_blocks(sizes: Sizes) -> Blocks:
-    """Block shape of the kernel for the gradient of query."""
-    return Blocks(64, 64, 3, 1 if sizes.T <= 64 else 2)
+def dquery_blocks(sizes: Sizes, score_bytes: int, *, with_scale: bool) -> Blocks:
+    """Block shape of the kernel for the gradient of query (and of scale: its sum takes shared memory too)."""
+    return _first_that_fits(
+        lambda x: (
+            2 * sizes.H * (2 * x.rows + (2 * x.stages - 1) * x.block_kv)
+            + (x.stages - 1) * x.rows * x.block_kv * score_bytes
+            + 4096 * with_scale
+        ),
+        *(Blocks(64, 64, stages, warpgroups) for warpgroups in (_warpgroups(sizes, sizes.T), 1) for stages in (3, 2)),
+    )
 
 
-def dkey_dvalue_blocks(sizes: Sizes) -> Blocks:
+def dkey_dvalue_blocks(sizes: Sizes, score_bytes: int, *, needs_dlogits: bool) -> Blocks:
     """Of the kernel for the gradients of key and value: there block_kv keys belong to one warpgroup."""
-    return Blocks(64, 64, 3, 1 if sizes.S <= 64 else 2)
+    return _first_that_fits(
+        lambda x: (
+            2 * sizes.H * ((1 + needs_dlogits) * x.warpgroups * x.block_kv + 2 * x.stages * x.block_q)
+            + x.stages * x.warpgroups * x.block_kv * x.block_q * score_bytes
+        ),
+        *(
+            Blocks(block_q, 64, stages, 1 if sizes.S <= 64 else 2)
+            for block_q, stages in ((64, 3 if sizes.H <= 64 else 2), (64, 2), (32, 3), (32, 2), (32, 1))
+        ),
+    )
+
+
+def dbias_blocks(sizes: Sizes, score_bytes: int) -> Blocks:
+    """Of the kernel for the gradient of bias."""
+    return _first_that_fits(
+        lambda x: x.stages * (4 * sizes.H * (x.rows + x.block_kv) + x.rows * x.block_kv * score_bytes),
+        *(
+            Blocks(64, block_kv, stages, warpgroups)
+            for warpgroups in (1 if sizes.T <= 64 else 2, 1)
+            for block_kv in (128, 64)
+            for stages in (3, 2)
+        ),
+        Blocks(64, 64, 1, 1),
+    )
+
+
+def _warpgroups(sizes: Sizes, rows: int) -> int:
+    """How many compute; a third one has to do with 160 registers per thread."""
+    if rows <= 64:
+        return 1
+    return 3 if sizes.H <= 64 and rows >= 384 else 2
+
+
+def _first_that_fits(shared_bytes: Callable[[Blocks], int], *candidates: Blocks) -> Blocks:
+    """By the bytes of matrices; vectors and barriers take less than 3 KiB more."""
+    return next(x for x in candidates if shared_bytes(x) <= _SHARED_MEMORY - 3 * 1024)
 
 
 def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int, out_bytes: int = 2) -> int:

@@ -26,11 +26,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._logits import Config, Inputs
-from ._mosaic import heads_per_group, launch, matrix_buffer, pl, plgpu, round_up
+from ._mosaic import heads_per_group, launch, matrix_buffer, pl, plgpu, round_up, swizzle_bytes
 from ._mosaic_attend import Item, Kernel, attend
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import (
     NO_KEY,
+    column_buffers,
+    column_slice,
     key_slice,
     prepare,
     query_slice,
@@ -74,7 +76,7 @@ def _partial_forward(
     """out (parts, batch..., T, N, D) and, if needed, lse (parts, batch..., N, T), over each part of the tiles."""
     z, dtype = inputs.sizes, inputs.query.dtype
     padded_T = round_up(z.T, 8)
-    compute, stages, shape = blocks.warpgroups, blocks.stages, (blocks.block_q, blocks.block_kv)
+    compute, stages = blocks.warpgroups, blocks.stages
     operands = prepare(config, inputs, blocks.rows, blocks.block_kv)
     heads = (*z.batch, z.N)
     num_heads, num_blocks = math.prod(heads), -(-z.T // blocks.rows)
@@ -88,6 +90,8 @@ def _partial_forward(
         batch_fastest="bias" in operands.tiled and operands.arrays["bias"].shape[:-3] != z.batch,
     )
     needs_lse = config.needs_lse or blocks.parts > 1
+    # Both operands of the second product have one swizzle.
+    weights, swizzle = (compute, blocks.block_q, blocks.block_kv), swizzle_bytes(z.H, dtype, blocks.block_kv)
     takes_turns = blocks.takes_turns and compute > 1
 
     out_types = [jax.ShapeDtypeStruct((blocks.parts, *z.batch, padded_T, z.N, z.H), out_dtype)]
@@ -104,13 +108,17 @@ def _partial_forward(
     else:
         is_wide = False
         buffers = {"query": loaded[0], "key": loaded[1], "out": out_buffer}
-    scores = score_buffers(operands, stages, blocks.rows, blocks.block_kv)
+    scores = [
+        *score_buffers(operands, (stages,), blocks.rows, blocks.block_kv),
+        *column_buffers(operands, stages, blocks.block_kv),
+    ]
+    streamed = (*operands.tiled, *operands.columns)  # what comes with the keys
     scratch = {
         **buffers,
         "value": matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype),
         "lse": plgpu.SMEM((compute, blocks.block_q), jnp.float32),
-        **({"weights": matrix_buffer(compute, *shape, dtype=dtype)} if blocks.weights_in_shared else {}),
-        **scores,
+        **({"weights": matrix_buffer(*weights, dtype=dtype, swizzle=swizzle)} if blocks.weights_in_shared else {}),
+        **dict(zip(streamed, scores, strict=True)),
         # Completed by TMA: the data are there.
         "query ready": plgpu.Barrier(num_barriers=compute),
         "key ready": plgpu.Barrier(num_barriers=stages, num_arrivals=1 + len(scores)),
@@ -139,7 +147,7 @@ def _partial_forward(
         intervals = Intervals(config.band, z.T, z.S, blocks.block_kv, refs)
         wg = lax.axis_index("wg")
 
-        shared = Kernel(config, z, blocks, intervals, refs, outs, local, operands.streamed, is_wide)
+        shared = Kernel(config, z, blocks, intervals, refs, outs, local, streamed, is_wide)
 
         def for_each_item(body: Any) -> None:
             """`body(k, item)` for the k-th item of this worker."""
@@ -171,9 +179,12 @@ def _partial_forward(
                     pl.when(n >= stages)(lambda: plgpu.barrier_wait(local["key free"].at[slot]))
                     key = key_slice(refs["key"], head, z.G, tile, blocks.block_kv)
                     plgpu.copy_gmem_to_smem(key, local["key"].at[slot], local["key ready"].at[slot])
-                    for name in operands.streamed:
-                        rows = (first_row, blocks.rows) if name in operands.tiled else None
-                        score = score_slice(refs[name], head, rows, tile, blocks.block_kv)
+                    for name in streamed:
+                        score = (
+                            score_slice(refs[name], head, first_row, blocks.rows, tile, blocks.block_kv)
+                            if name in operands.tiled
+                            else column_slice(refs[name], head, tile, blocks.block_kv)
+                        )
                         plgpu.copy_gmem_to_smem(score, local[name].at[slot], local["key ready"].at[slot])
                     pl.when(i == 0)(load_query)
                     pl.when(n >= stages)(lambda: plgpu.barrier_wait(local["value free"].at[slot]))

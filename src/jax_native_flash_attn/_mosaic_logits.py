@@ -50,15 +50,14 @@ class Operands:
 
     arrays: dict[str, jax.Array]
     tiled: tuple[str, ...]
+    transposed: tuple[str, ...]  # of those, the ones that are (..., S, T)
     columns: tuple[str, ...]
 
-    @property
-    def streamed(self) -> tuple[str, ...]:
-        """Those that need a buffer in shared memory where they come with the keys."""
-        return (*self.tiled, *self.columns)
 
-
-def prepare(config: Config, inputs: Inputs, block_rows: int, block_kv: int) -> Operands:
+def prepare(
+    config: Config, inputs: Inputs, block_rows: int, block_kv: int, *, transposes_mask: bool = False
+) -> Operands:
+    """`transposes_mask`: the mask's tiles are read transposed, which cannot be done with bytes: it is copied so."""
     z, mask = inputs.sizes, inputs.mask
     T, S = round_up(z.T, 8), round_up(z.S, 8)
     arrays = {
@@ -85,29 +84,34 @@ def prepare(config: Config, inputs: Inputs, block_rows: int, block_kv: int) -> O
             x = pad_axis(x[..., 0], -1, round_up(z.T, block_rows))
             name = f"{name}_rows"
         else:
-            aligned = z.S if swizzle_bytes(z.S, x.dtype) else round_up(z.S, 64)
-            x = pad_axis(pad_axis(x, -2, T), -1, aligned)
+            if transposes_mask and name == "allowed":
+                x = jnp.swapaxes(x, -1, -2)
+            *_, rows, width = x.shape
+            aligned = width if swizzle_bytes(width, x.dtype) else round_up(width, 64)
+            x = pad_axis(pad_axis(x, -2, round_up(rows, 8)), -1, aligned)
             tiled.append(name)
         arrays[name] = x
     if mask.key_value_length is not None:
         arrays["length"] = mask.key_value_length
     if config.dropout is not None and inputs.dropout_key is not None and inputs.head_index is not None:
         arrays |= {"dropout_key": inputs.dropout_key, "head_index": inputs.head_index}
-    return Operands(arrays, tuple(tiled), tuple(columns))
+    return Operands(arrays, tuple(tiled), ("allowed",) if transposes_mask else (), tuple(columns))
 
 
-def score_buffers(operands: Operands, stages: int, block_rows: int, block_kv: int) -> dict[str, Any]:
+def score_buffers(operands: Operands, slots: tuple[int, ...], block_rows: int, block_kv: int) -> list[Any]:
     """Shared memory for the tiles of bias and mask."""
-    buffers = {}
-    for name in operands.streamed:
-        x = operands.arrays[name]
-        swizzle = swizzle_bytes(x.shape[-1], x.dtype, block_kv)
-        buffers[name] = (
-            matrix_buffer(stages, block_rows, block_kv, dtype=x.dtype, swizzle=swizzle)
-            if name in operands.tiled
-            else plgpu.SMEM((stages, block_kv), x.dtype)
-        )
-    return buffers
+
+    def buffer(name: str) -> Any:
+        x, tile = operands.arrays[name], (block_rows, block_kv)
+        tile = tile[::-1] if name in operands.transposed else tile
+        return matrix_buffer(*slots, *tile, dtype=x.dtype, swizzle=swizzle_bytes(x.shape[-1], x.dtype, tile[-1]))
+
+    return [buffer(name) for name in operands.tiled]
+
+
+def column_buffers(operands: Operands, stages: int, block_kv: int) -> list[Any]:
+    """Shared memory for parts of the vectors along the keys; where there is none, they are read from global memory."""
+    return [plgpu.SMEM((stages, block_kv), operands.arrays[name].dtype) for name in operands.columns]
 
 
 def clean_padding(buffer: Any, tile: Any, length: Any) -> None:
@@ -151,7 +155,8 @@ class TileLogits:
         transposed: bool = False,
         scale: Any = None,
     ):
-        """`row_in_block` is where this warpgroup's rows start in the buffers, `head` the index (batch..., N).
+        """`row_in_block` is where this warpgroup's rows start in the buffers (or, transposed, the number of its tile),
+        `head` the index (batch..., N).
 
         `scale` is read here unless it was read before.
         """
@@ -195,7 +200,11 @@ class TileLogits:
         if columns in self.refs:
             x = self._vector(columns, tile * self.block_kv, self.block_kv, self.kv_layout)
             return spread(x, self.shape, 1 - self.q_axis)
-        buffer = self.buffers[name].at[slot, pl.ds(self.row_in_block, self.block_q)]
+        if self.q_axis == 1:  # a tile of its own for each warpgroup; `prepare` has transposed the mask
+            buffer = self.buffers[name].at[slot, self.row_in_block]
+            buffer = buffer if name == "allowed" else buffer.T
+        else:
+            buffer = self.buffers[name].at[slot, pl.ds(self.row_in_block, self.block_q)]
         # There is no conflict-free way from one byte per element in shared memory to this layout.
         return load(buffer, layout=plgpu.Layout.WGMMA, optimized=name != "allowed")
 
@@ -273,13 +282,20 @@ class TileLogits:
             return widened(jnp.maximum(bias, jnp.bfloat16(floor)))
         return jnp.maximum(bias.astype(jnp.float32), floor)
 
-    def through_mask(self, x: jax.Array, rows: RowVectors, masked: Any) -> jax.Array:
-        """Cotangents of logits: zero in dead rows, whose logits are constant. (Masked ones have no weight anyway.)"""
+    def through_mask(self, x: jax.Array, rows: RowVectors, tile: Any, masked: Any) -> jax.Array:
+        """Cotangents of logits: zero in dead rows, whose logits are constant.
+
+        Masked ones have no weight, and so are zero but for NaN in padding (0 * NaN).
+        """
         if "key_start" not in self.refs:
             return x
 
         def edge(x: jax.Array) -> jax.Array:
-            dead = self.intervals.dead(rows.pair(), self.shape, self.q_axis)
+            pair = rows.pair()
+            dead = self.intervals.dead(pair, self.shape, self.q_axis)
+            if "length" in self.refs:
+                column = tile * self.block_kv
+                x = jnp.where(self.intervals.allowed(pair, rows.row, column, self.shape, self.q_axis), x, 0.0)
             return x if dead is None else jnp.where(dead, 0.0, x)
 
         if isinstance(masked, bool):
@@ -311,10 +327,17 @@ class TileLogits:
         return 1.0 if self.config.dropout is None else self.config.dropout.rescaling
 
 
-def score_slice(ref: Any, head: tuple, rows: tuple[Any, int] | None, tile: Any, columns: int) -> Any:
-    """A tile of a score-like array in global memory: first row and their number, or None for a vector."""
-    slices = (*([] if rows is None else [pl.ds(*rows)]), pl.ds(tile * columns, columns))
-    return ref.at[(*broadcast_index(head, ref.shape[: -len(slices)]), *slices)]
+def score_slice(
+    ref: Any, head: tuple, row: Any, rows: int, tile: Any, columns: int, *, transposed: bool = False
+) -> Any:
+    """A tile of a score-like array in global memory."""
+    index = pl.ds(row, rows), pl.ds(tile * columns, columns)
+    return ref.at[(*broadcast_index(head, ref.shape[:-2]), *(index[::-1] if transposed else index))]
+
+
+def column_slice(ref: Any, head: tuple, tile: Any, columns: int) -> Any:
+    """Part of a vector along the keys in global memory."""
+    return ref.at[(*broadcast_index(head, ref.shape[:-1]), pl.ds(tile * columns, columns))]
 
 
 def query_slice(ref: Any, head: tuple, row: Any, rows: int) -> Any:

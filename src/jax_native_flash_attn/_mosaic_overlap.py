@@ -2,8 +2,8 @@
 
 A step of a pipeline issues its products, computes with the scores as soon as those are there, and only then waits for
 the last product. Nothing in its registers ties that wait to the computation, and ptxas moves it up in front of it, so
-that nothing overlaps any more. `before_wait` ties them: a store to shared memory that never happens, if a value that
-the computation produces last is ordinary, is an operation that the wait may not overtake.
+that nothing overlaps any more. `before_wait` ties them: a fence that is executed only if a value that the computation
+produces last is huge (and then does no harm) is an operation that the wait may not overtake.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from jaxlib.mlir.dialects import llvm
 from ._mosaic import plgpu
 
 THREAD_COLUMNS = 8  # a thread holds two of every so many columns of a matrix (`Layout.WGMMA`)
-_NEVER = "0f7F000000"  # 1.7e38; not a negative number, since ptxas knows that exponentials have none
+_HUGE = "0f7F000000"  # 1.7e38; not a negative number, since ptxas knows that exponentials have none
 
 
 def fold_columns(x: jax.Array, combine: Any) -> jax.Array:
@@ -31,11 +31,9 @@ def fold_columns(x: jax.Array, combine: Any) -> jax.Array:
 
 
 def before_wait(x: jax.Array) -> None:
-    """Have `x`, float32 of (64, 8) in `Layout.WGMMA`, computed before any later wait for products.
-
-    No sum of the four numbers of a thread may exceed 1e38.
-    """
-    assert (x.dtype, x.shape[1]) == (jnp.float32, THREAD_COLUMNS), x
+    """Have `x`, float32 of (64, 8) in `Layout.WGMMA`, computed before any later wait for products."""
+    assert x.dtype == jnp.float32, x
+    assert x.shape[1] == THREAD_COLUMNS, x
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,))
     def emit(_: Any, array: Any) -> None:
@@ -47,9 +45,9 @@ def before_wait(x: jax.Array) -> None:
         ]
         sums = "".join(f"add.f32 sum, sum, ${i}; " for i in range(1, len(numbers)))
         text = (
-            "{ .reg .pred never; .reg .f32 sum; .reg .b32 at; mov.b32 at, 0; mov.f32 sum, $0; "
+            "{ .reg .pred huge; .reg .f32 sum; mov.f32 sum, $0; "
             + sums
-            + f"setp.gt.f32 never, sum, {_NEVER}; @never st.shared.f32 [at], sum; }}"
+            + f"setp.gt.f32 huge, sum, {_HUGE}; @huge membar.cta; }}"
         )
         void = ir.Type.parse("!llvm.void")
         llvm.inline_asm(void, numbers, text, ",".join("f" * len(numbers)), has_side_effects=True, asm_dialect=0)
