@@ -86,6 +86,33 @@ def interleaved_medians(calls: Mapping[str, Call], **settings: Any) -> dict[str,
     return {name: statistics.median(samples) for name, samples in measured.items()}
 
 
+def warm_up(calls: Mapping[str, Call], seconds: float = 0.15) -> None:
+    """Keep an accelerator busy until its clock has risen."""
+    start = time.perf_counter()
+    while calls and time.perf_counter() - start < seconds:
+        for call in calls.values():
+            seconds_per_call(call, 3)
+
+
+def repeated(function: Callable[[Any], Any], count: int) -> Callable[[Any], Any]:
+    """`function` of the same arguments `count` times in one program, each time after the last; the last result.
+
+    Starting a short call from Python takes longer than the call; so this measures what it takes in a larger program.
+    """
+    if count == 1:
+        return function
+
+    def call(arguments: Any) -> Any:
+        def step(_: Any, state: tuple) -> tuple:
+            arguments, _ = jax.lax.optimization_barrier(state)
+            return arguments, function(arguments)
+
+        nothing = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), jax.eval_shape(function, arguments))
+        return jax.lax.fori_loop(0, count, step, (arguments, nothing))[1]
+
+    return call
+
+
 def temporary_bytes(compiled: Any) -> int | None:
     """Bytes that the compiler reserves beside inputs and outputs, or None if it does not say.
 

@@ -1,143 +1,138 @@
 """Times the Hopper forward kernel with several block shapes, and checks each against float64.
 
-    python benchmarks/tune_mosaic.py gpu-2x8192x16x128-causal gpu-2x8192x16x128 --blocks 64x128x2w2 64x128x2w3
+    python benchmarks/tune_mosaic.py gpu-2x8192x16x128-causal gpu-2x8192x16x128 --blocks 64x128x2w2 64x128x2w3p
+    python benchmarks/tune_mosaic.py gpu-8x512x16x64=64x128x2w2,jax.nn:cudnn alphafold-384x384x4x64=64x64x3w3p
 
-Each candidate is `block_q x block_kv x stages w warpgroups`, with an s behind for softmax weights in shared memory.
-Needs a Hopper GPU. What it finds belongs into `_mosaic_blocks.py`.
+Each candidate is `block_q x block_kv x stages w warpgroups`, behind it an s for softmax weights in shared memory, a p
+for persistent blocks, a t for products in turn, and `/4` for four parts of the keys; or a peer, as `jax.nn:cudnn` (see
+benchmark_gpu_table.py). Needs a Hopper GPU. What it finds belongs into the table in `_mosaic_blocks.py`.
+
+Each shape has a process of its own, which starts again without a candidate that gives no result in time.
 """
 
 import argparse
-import os
+import functools
 import re
-import subprocess
 import sys
-import traceback
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from attention_shapes import AttentionShape, find_shape
-from benchmark_gpu_table import random_inputs
-from timing import interleaved_medians
+from attention_reference import largest_error, reference_results, select
+from attention_shapes import FORWARD, find_shape
+from benchmark_gpu_table import attention, live_fraction, random_inputs
+from processes import run_in_turn, wait_for_turn
+from timing import interleaved_medians, repeated, warm_up
 
-from jax_native_flash_attn._logits import Config, Inputs
-from jax_native_flash_attn._masks import make_mask
+from jax_native_flash_attn import _mosaic_call
 from jax_native_flash_attn._mosaic_blocks import Blocks
-from jax_native_flash_attn._mosaic_forward import forward
+
+_SECONDS = 1e-3  # of one sample: shorter calls are repeated in one program
+_RATE = 400e12  # operations per second, to guess how often
 
 
-def parse_blocks(text: str) -> Blocks:
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)w(\d)(s?)", text)
+def parse_blocks(text: str) -> Blocks | None:
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)w(\d)(s?)(p?)(t?)(?:/(\d+))?", text)
     if match is None:
-        raise ValueError(f"blocks are written as 64x128x2w2 or 64x64x2w2s, got {text!r}")
-    return Blocks(*map(int, match.groups()[:4]), weights_in_shared=bool(match[5]))
+        return None
+    block_q, block_kv, stages, warpgroups = map(int, match.groups()[:4])
+    in_shared, persistent, takes_turns = map(bool, match.groups()[4:7])
+    return Blocks(block_q, block_kv, stages, warpgroups, in_shared, persistent, takes_turns, int(match[8] or 1))
 
 
-def kernel_call(shape: AttentionShape, arrays: Any, blocks: Blocks, *, needs_lse: bool) -> Any:
-    _, T, _, H = arrays.query.shape
-    S = arrays.key.shape[1]
-
-    def call(query: Any, key: Any, value: Any, lengths: Any) -> Any:
-        band, mask = make_mask(
-            T,
-            S,
-            is_causal=shape.is_causal,
-            static_window=shape.local_window_size,
-            traced_window=None,
-            query_lengths=None,
-            key_value_lengths=lengths,
-            allowed=None,
-        )
-        scale = jnp.full((1,), H**-0.5, jnp.float32)
-        inputs = Inputs(query, key, value, scale, None, mask, None, None)
-        config = Config(band, None, None, None, None, needs_lse)
-        return forward(config, inputs, blocks, jnp.float32 if needs_lse else query.dtype)[0].reshape(query.shape)
-
-    jitted = jax.jit(call)
-    return lambda: jitted(arrays.query, arrays.key, arrays.value, arrays.key_value_seq_lengths)
-
-
-def reference_head(shape: AttentionShape, arrays: Any, b: int, n: int) -> np.ndarray:
-    """(T, H) of one head in float64."""
-    group = shape.num_heads // shape.num_key_value_heads
-    with jax.enable_x64(True):
-        q, k, v = (
-            jnp.asarray(x, jnp.float64)
-            for x in (arrays.query[b, :, n], arrays.key[b, :, n // group], arrays.value[b, :, n // group])
-        )
-        logits = q @ k.T * shape.head_dim**-0.5
-        rows, columns = jnp.arange(q.shape[0])[:, None], jnp.arange(k.shape[0])[None]
-        allowed = jnp.ones(logits.shape, bool)
-        if shape.is_causal:
-            allowed &= columns <= rows
-        if shape.local_window_size is not None:
-            left, right = shape.local_window_size
-            allowed &= (columns >= rows - left) & (columns <= rows + right)
-        if shape.key_value_lengths is not None:
-            allowed &= columns < shape.key_value_lengths[b]
-        return np.asarray(jax.nn.softmax(jnp.where(allowed, logits, -jnp.inf), -1) @ v)
-
-
-def run_shape(name: str, candidates: list[str], *, needs_lse: bool) -> None:
+def lowered(name: str, candidate: str, *, needs_lse: bool) -> Any:
+    """The lowered program, and how often it computes the call."""
     shape = find_shape(name).with_settings("bfloat16")
-    arrays = random_inputs(shape)
-    calls, errors = {}, {}
-    b, n = shape.batch - 1, shape.num_heads - 1
-    expected = reference_head(shape, arrays, b, n)
-    for text in candidates:
-        try:
-            call = kernel_call(shape, arrays, parse_blocks(text), needs_lse=needs_lse)
-            out = call()
-            errors[text] = np.abs(np.asarray(out[b, :, n], np.float64) - expected).max()
-            calls[text] = call
-        except Exception as error:
-            print(f"{name} {text}: {type(error).__name__}: {str(error)[:1500]}")
-            if os.environ.get("OUT"):
-                with open(os.path.join(os.environ["OUT"], "tracebacks.txt"), "a") as file:
-                    file.write(f"==== {name} {text}\n{traceback.format_exc()}\n")
+    flops = 4 * shape.score_elements * shape.head_dim * live_fraction(shape)
+    count = max(1, min(64, round(_SECONDS * _RATE / flops)))
+    blocks = parse_blocks(candidate)
+    implementation = candidate if blocks is None else "flash:mosaic_gpu"
+
+    def call(inputs: Any) -> Any:
+        function = functools.partial(attention, implementation, shape, inputs=inputs)
+        arguments = (inputs.query, inputs.key, inputs.value, inputs.bias)
+        return jax.vjp(function, arguments)[0] if needs_lse else function(arguments)
+
+    call_module: Any = _mosaic_call
+    choose = call_module.forward_blocks
+    if blocks is not None:
+        call_module.forward_blocks = lambda *_, **__: blocks
     try:
-        peer = jax.jit(
-            lambda q, k, v, length: jax.nn.dot_product_attention(
-                q,
-                k,
-                v,
-                is_causal=shape.is_causal,
-                local_window_size=shape.local_window_size,
-                key_value_seq_lengths=length,
-                query_seq_lengths=None if length is None else jnp.full_like(length, q.shape[1]),
-                implementation="cudnn",
-            )
-        )
-        cudnn = lambda: peer(arrays.query, arrays.key, arrays.value, arrays.key_value_seq_lengths)  # noqa: E731
-        out = cudnn()
-        errors["cudnn"] = np.abs(np.asarray(out[b, :, n], np.float64) - expected).max()
-        calls["cudnn"] = cudnn
-    except Exception as error:
-        print(f"{name} cudnn: {type(error).__name__}: {str(error)[:200]}")
-    seconds = interleaved_medians(calls, repeats=7, sample_seconds=0.01)
-    flops = 4 * shape.score_elements * shape.head_dim / (2 if shape.is_causal else 1)
-    for text, value in sorted(seconds.items(), key=lambda item: item[1]):
-        print(f"{name:28} {text:14} {value * 1e3:8.3f} ms {flops / value / 1e12:6.0f} TF/s  error {errors[text]:.1e}")
-    sys.stdout.flush()
+        traced = jax.jit(repeated(call, count)).trace(jax.eval_shape(functools.partial(random_inputs, shape)))
+        return traced.lower(lowering_platforms=("cuda",)), count
+    finally:
+        call_module.forward_blocks = choose
+
+
+def measure(name: str, candidates: list[str], options: Any) -> None:
+    """In a child process: prints a line for each result, and before it which candidate is being tried."""
+    programs = {}
+    with ThreadPoolExecutor(4) as pool:
+        for candidate in candidates:
+            try:
+                program, count = lowered(name, candidate, needs_lse=options.lse)
+                programs[candidate] = pool.submit(program.compile), count
+            except Exception as error:
+                print(f"{name} {candidate}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    wait_for_turn()
+    shape = find_shape(name).with_settings("bfloat16")
+    inputs, selection = random_inputs(shape), select(shape, 2**22)
+    reference = reference_results(shape, FORWARD, inputs, selection)
+    calls, errors, counts = {}, {}, {}
+    for candidate, (future, count) in programs.items():
+        print(f"TRY {candidate}", flush=True)
+        try:
+            executable = future.result()
+            errors[candidate] = largest_error({"out": executable(inputs)}, reference, selection)
+            calls[candidate], counts[candidate] = functools.partial(executable, inputs), count
+        except Exception as error:
+            print(f"{name} {candidate}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    print("TRY timing", flush=True)
+    warm_up(calls)
+    seconds = interleaved_medians(calls, repeats=options.repeats, sample_seconds=1e-2) if calls else {}
+    flops = 4 * shape.score_elements * shape.head_dim * live_fraction(shape)
+    for text, value in sorted(seconds.items(), key=lambda item: item[1] / counts[item[0]]):
+        each = value / counts[text]
+        rate = flops / each / 1e12
+        print(f"{name:34} {text:16} {each * 1e3:8.4f} ms {rate:5.0f} TF/s  error {errors[text]:.1e}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shapes", nargs="+")
-    parser.add_argument("--blocks", nargs="+", default=["64x128x2w2"])
+    parser.add_argument("shapes", nargs="+", help="SHAPE, or SHAPE=CANDIDATE,CANDIDATE")
+    parser.add_argument("--blocks", nargs="+", default=["64x128x2w2", "64x128x2w2p"])
     parser.add_argument("--lse", action="store_true", help="with log-sum-exp and float32 output, as for derivatives")
-    parser.add_argument("--timeout", type=float, help="seconds for each shape, which then runs in its own process")
-    arguments = parser.parse_args()
-    for name in arguments.shapes:
-        if arguments.timeout is None:
-            run_shape(name, arguments.blocks, needs_lse=arguments.lse)
-            continue
-        command = [sys.executable, __file__, name, "--blocks", *arguments.blocks, *(["--lse"] if arguments.lse else [])]
-        try:
-            subprocess.run(command, timeout=arguments.timeout, check=False)
-        except subprocess.TimeoutExpired:
-            print(f"{name}: no result after {arguments.timeout} s")
+    parser.add_argument("--timeout", type=float, default=20.0, help="seconds for all candidates of a shape")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    left: dict[str, list[str]] = {}
+    for text in options.shapes:
+        name, _, candidates = text.partition("=")
+        left[name] = candidates.split(",") if candidates else options.blocks
+    if options.child:
+        measure(*next(iter(left.items())), options)
+        return
+    while left:
+        settings = ["--child", "--repeats", str(options.repeats), *(["--lse"] if options.lse else [])]
+        names, tried = list(left), dict.fromkeys(left, "")
+        commands = [[sys.executable, __file__, f"{name}={','.join(left[name])}", *settings] for name in names]
+
+        def on_line(i: int, line: str, names: list[str] = names, tried: dict[str, str] = tried) -> None:
+            if line.startswith("TRY "):
+                tried[names[i]] = line.split()[1]
+            else:
+                print(line, flush=True)
+
+        done = run_in_turn(commands, on_line, preparing_seconds=120.0, measuring_seconds=options.timeout)
+        for name, is_done in zip(names, done, strict=True):
+            culprit = tried[name]
+            if not is_done:
+                print(f"{name} {culprit or 'preparing'}: no result", flush=True)
+            if is_done or culprit not in left[name]:
+                del left[name]
+            else:
+                left[name].remove(culprit)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The Mosaic GPU kernels: parity with the oracle on a Hopper GPU; lowering, dispatch and fallbacks anywhere."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_native_flash_attn import _dispatch, flash_attention
+from jax_native_flash_attn import _dispatch, _kernels, flash_attention, flash_attention_with_lse
+from jax_native_flash_attn._mosaic_blocks import Blocks, Chip, forward_blocks, shared_bytes
+from jax_native_flash_attn._tiles import Sizes
 from tests.cases import Case, check_case
 
 needs_backend = pytest.mark.skipif(_dispatch._why_not_backend() is not None, reason=str(_dispatch._why_not_backend()))
@@ -29,12 +32,17 @@ SHAPES = {
     "odd": (2, 301, 333, 2, 2, 64),
     "prime": (1, 509, 521, 1, 3, 128),
     "wide": (1, 200, 190, 2, 1, 256),
+    "less wide": (1, 140, 200, 1, 2, 144),
     "narrow": (2, 150, 300, 1, 2, 16),
     "eighty": (1, 260, 140, 2, 2, 80),
     "short": (3, 5, 700, 2, 4, 64),
     "one row": (2, 1, 1000, 2, 4, 128),
     "one key": (2, 70, 1, 1, 2, 32),
     "long": (1, 1100, 1300, 1, 1, 64),
+    # More items than multiprocessors, so that blocks go through several; few items, so that keys are split.
+    "many items": (5, 70, 90, 16, 2, 32),
+    "one row, keys split": (1, 1, 9000, 1, 2, 64),
+    "rows, keys split": (2, 70, 5000, 1, 1, 128),
 }
 CAUSAL: dict[str, Any] = {"is_causal": True}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -42,8 +50,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "causal": CAUSAL,
     "window": {"local_window_size": (70, 30)},
     "traced window": {"local_window_size": (40, 0), "traced": frozenset({"window"}), "is_causal": True},
-    "scale": {"scale": -0.5, "magnitude": 3.0},
-    "no scale": {"scale": 0.0},
+    "scale": {"scale": -0.5, "magnitude": 3.0, "traced": frozenset({"scale"})},
+    "no scale": {"scale": 0.0, "traced": frozenset({"scale"})},
     "bias": {"bias": (True, True, True, True)},
     "bias of all": {"bias": (False, True, True, True), "is_causal": True},
     "bias of keys": {"bias": (True, False, False, True), "bias_dtype": "float32"},
@@ -68,9 +76,10 @@ def _case(shape: str, options: str) -> Case:
 
 
 def _with_lengths(case: Case) -> Case:
-    """Lengths over half of each array, one past it and one of zero, and NaN in the padding."""
+    """Lengths over half of each array, one past it and one of zero, and so on, and NaN in the padding."""
     B, T, S, *_ = case.shape
-    lengths = [(n // 2 + 1, n + 3, 0)[:B] for n in (T, S)]
+    lengths = [(n // 2 + 1, n + 3, 0) * B for n in (T, S)]
+    lengths = [some[:B] for some in lengths]
     return Case(
         **{**case.__dict__, "query_seq_lengths": lengths[0], "key_value_seq_lengths": lengths[1], "poison": True}
     )
@@ -84,14 +93,15 @@ def test_shapes(shape: str, options: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", ["odd", "wide"])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_options(options: str) -> None:
-    check_case(_case("odd", options), mosaic_attention)
+def test_options(shape: str, options: str) -> None:
+    check_case(_case(shape, options), mosaic_attention)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", ["odd", "short", "wide"])
-@pytest.mark.parametrize("options", ["plain", "causal", "window", "mask", "bias", "dropout"])
+@pytest.mark.parametrize("shape", ["odd", "short", "wide", "many items", "one row, keys split", "rows, keys split"])
+@pytest.mark.parametrize("options", ["plain", "causal", "window", "mask", "bias", "bias of keys", "dropout", "scale"])
 def test_lengths_with_poisoned_padding(shape: str, options: str) -> None:
     check_case(_with_lengths(_case(shape, options)), mosaic_attention)
 
@@ -103,13 +113,21 @@ def _arrays(B: int, T: int, S: int, N: int, K: int, H: int, dtype: Any = jnp.bfl
 
 
 @pytest.mark.gpu
-def test_two_runs_are_bitwise_equal() -> None:
+@pytest.mark.parametrize("shape", ["many items", "one row, keys split", "rows, keys split"])
+@pytest.mark.parametrize("options", ["bias", "bias of all", "mask", "mask of keys", "sparse mask", "traced window"])
+def test_masks_and_biases_over_items_and_parts(shape: str, options: str) -> None:
+    check_case(_case(shape, options), mosaic_attention)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 1000, 1000, 8, 2, 64), (1, 3, 20000, 8, 2, 128), (40, 200, 200, 8, 8, 64)])
+def test_two_runs_are_bitwise_equal(shape: tuple[int, ...]) -> None:
     def call(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
         attention = functools.partial(mosaic_attention, is_causal=True)
         out, pullback = jax.vjp(attention, query, key, value)
         return out, pullback(out)
 
-    arrays = _arrays(2, 1000, 1000, 8, 2, 64)
+    arrays = _arrays(*shape)
     first, second = (jax.tree.map(np.asarray, jax.jit(call)(*arrays)) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
@@ -123,6 +141,91 @@ def test_vmap_over_some_operands() -> None:
     np.testing.assert_array_equal(jax.jit(run)(queries).astype(jnp.float32), jnp.stack(expected).astype(jnp.float32))
 
 
+def _close(actual: Any, expected: Any) -> None:
+    """Up to the rounding of 16-bit results and weights."""
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, e = (np.asarray(x, np.float64) for x in (a, e))
+        np.testing.assert_allclose(a, e, atol=0.02 * np.abs(e).max(), rtol=0)
+
+
+def _vmapped(implementation: str, in_axes: Any, kind: str) -> Any:
+    """Gradients of a `vmap` in which operands with `None` in `in_axes` are shared: their sums, or one for each."""
+
+    def loss(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array, scale: jax.Array) -> jax.Array:
+        out = flash_attention(query, key, value, bias, scale=scale, is_causal=True, implementation=implementation)
+        return (out.astype(jnp.float32) ** 2).sum()
+
+    gradients = functools.partial(jax.grad, argnums=range(5))
+    if kind == "gradient of vmap":
+        return gradients(lambda *args: jax.vmap(loss, in_axes)(*args).sum())
+    return jax.vmap(gradients(loss), in_axes)
+
+
+VMAPS = {
+    "shared keys": (0, None, None, None, None),
+    "shared query": (None, 0, 0, None, None),
+    "shared value": (None, 0, None, None, None),
+    "shared scale": (0, 0, None, 0, None),
+    "shared bias": (0, 0, 0, None, 0),
+    "all but scale": (None, None, None, None, 0),
+}
+
+
+def _vmap_arguments(in_axes: Any) -> list[jax.Array]:
+    query, key, value = _arrays(2, 100, 150, 4, 2, 64)
+    bias = jax.random.normal(jax.random.key(1), (1, 4, 1, 150))
+    arguments = (query, key, value, bias, jnp.float32(0.1))
+    return [jnp.stack([x, x * 2, -x]) if axis == 0 else x for x, axis in zip(arguments, in_axes, strict=True)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_axes", VMAPS.values(), ids=VMAPS)
+@pytest.mark.parametrize("kind", ["gradient of vmap", "vmap of gradient"])
+def test_gradients_of_shared_operands(in_axes: Any, kind: str) -> None:
+    arguments = _vmap_arguments(in_axes)
+    actual, expected = (jax.jit(_vmapped(x, in_axes, kind))(*arguments) for x in ("mosaic_gpu", "xla"))
+    _close(actual, expected)
+
+
+@pytest.mark.gpu
+def test_jacobian_batches_the_cotangents_alone() -> None:
+    query, key, value = _arrays(1, 3, 70, 2, 1, 64)
+
+    def jacobian(implementation: str) -> Any:
+        return jax.jacrev(lambda *x: flash_attention(*x, implementation=implementation)[0, :, 0, :2], argnums=(0, 1, 2))
+
+    _close(*(jax.jit(jacobian(x))(query, key, value) for x in ("mosaic_gpu", "xla")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_out", [False, True])
+def test_cotangent_of_lse(with_out: bool) -> None:
+    arrays = _arrays(2, 100, 150, 4, 2, 64)
+    bias = jax.random.normal(jax.random.key(1), (2, 1, 100, 1))
+
+    def loss(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
+        out, lse = flash_attention_with_lse(query, key, value, bias, is_causal=True)
+        return (lse**2).sum() + ((out.astype(jnp.float32) ** 2).sum() if with_out else 0.0)
+
+    gradients = jax.jit(jax.grad(loss, argnums=range(4)))
+    # In float32, pure JAX.
+    _close(gradients(*arrays, bias), gradients(*(x.astype(jnp.float32) for x in arrays), bias))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("full", list(itertools.product((False, True), repeat=4)), ids=str)
+def test_gradient_of_bias_in_each_shape(full: Any) -> None:
+    check_case(Case(SHAPES["odd"], dtype="bfloat16", bias=full, mask=(True, False, False, True)), mosaic_attention)
+
+
+@pytest.mark.gpu
+def test_two_runs_of_the_gradient_of_bias_are_bitwise_equal() -> None:
+    query, key, value = _arrays(30, 200, 200, 4, 4, 32)
+    bias = jax.random.normal(jax.random.key(1), (1, 4, 200, 200))
+    run = jax.jit(jax.grad(lambda b: mosaic_attention(query, key, value, b).astype(jnp.float32).sum()))
+    np.testing.assert_array_equal(run(bias), run(bias))
+
+
 @pytest.mark.gpu
 def test_default_takes_the_kernel_on_hopper() -> None:
     text = jax.jit(flash_attention).lower(*_arrays(1, 128, 128, 2, 2, 64)).as_text()
@@ -132,6 +235,47 @@ def test_default_takes_the_kernel_on_hopper() -> None:
 # ---- without a GPU
 
 
+def _blocks(T: int, S: int, heads: int, H: int, *, chip: Chip = Chip(), **settings: Any) -> Blocks:  # noqa: B008
+    defaults: dict[str, Any] = {"score_bytes": 0, "has_dropout": False, "out_bytes": 2}
+    return forward_blocks(Sizes((1,), T, S, heads, 1, H, H), **(defaults | settings), chip=chip)
+
+
+@pytest.mark.parametrize("H", [16, 64, 128, 256])
+@pytest.mark.parametrize("T", [1, 64, 65, 4096])
+@pytest.mark.parametrize("settings", [{}, {"score_bytes": 2}, {"has_dropout": True}, {"out_bytes": 4}])
+def test_blocks_for_every_kind_of_call(H: int, T: int, settings: dict[str, Any]) -> None:
+    blocks = _blocks(T, 4096, 8, H, **settings)
+    assert shared_bytes(blocks, H, settings.get("score_bytes", 0), settings.get("out_bytes", 2)) < 227 * 1024
+    assert blocks.rows == 64 or T > 64
+
+
+def test_a_chip_that_nobody_measured_has_the_default_blocks() -> None:
+    assert _blocks(512, 512, 8, 64, chip=Chip("9.9", 132)) == _blocks(512, 512, 8, 64)
+
+
+def test_keys_are_split_only_where_multiprocessors_would_idle() -> None:
+    assert _blocks(1, 32768, 8, 128).parts * 8 > 0.8 * Chip().cores
+    assert _blocks(1, 32768, 1024, 128).parts == 1
+    assert _blocks(1, 512, 1, 128).parts == 1
+    assert _blocks(1, 32768, 8, 128, chip=Chip(cores=16)).parts == 2
+
+
+@needs_backend
+@pytest.mark.parametrize(("items", "workers", "parts"), [(1, 1, 1), (300, 132, 1), (264, 132, 2), (7, 132, 3)])
+def test_every_item_has_one_worker(items: int, workers: int, parts: int) -> None:
+    from jax_native_flash_attn._mosaic_work import Work
+
+    work = Work((items,), 1, parts, 1, min(workers, items * parts))
+    rounds, rest = divmod(work.items, work.workers)
+    taken = []
+    for worker in range(work.workers):
+        seen: list[int] = []
+        mine = rounds + int(work.place(rounds, worker) < rest)
+        seen += [k * work.workers + int(work.place(k, worker)) for k in range(mine)]
+        taken += seen
+    assert sorted(taken) == list(range(work.items))
+
+
 def _lowered(implementation: str | None, *platforms: str, arrays: Any = None, **options: Any) -> str:
     attention = jax.jit(functools.partial(flash_attention, implementation=implementation, **options))
     return attention.trace(*(arrays or _arrays(1, 128, 128, 2, 2, 64))).lower(lowering_platforms=platforms).as_text()
@@ -139,8 +283,84 @@ def _lowered(implementation: str | None, *platforms: str, arrays: Any = None, **
 
 @needs_backend
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"local_window_size": (5, 5)}, {"return_residual": True}])
-def test_lowers_for_cuda_without_a_gpu(options: dict[str, Any]) -> None:
-    assert "mosaic_gpu" in _lowered("mosaic_gpu", "cuda", **options)
+@pytest.mark.parametrize("shape", ["tile", "many items", "one row, keys split"])
+def test_lowers_for_cuda_without_a_gpu(shape: str, options: dict[str, Any]) -> None:
+    B, T, S, K, G, H = SHAPES[shape]
+    assert "mosaic_gpu" in _lowered("mosaic_gpu", "cuda", arrays=_arrays(B, T, S, K * G, K, H), **options)
+
+
+@needs_backend
+@pytest.mark.parametrize("H", [64, 256])
+@pytest.mark.parametrize("which", ["bias", "mask", "both"])
+def test_bias_and_mask_lower_for_cuda_without_a_gpu(H: int, which: str) -> None:
+    bias = None if which == "mask" else jnp.zeros((1, 2, 200, 300), jnp.bfloat16)
+    mask = None if which == "bias" else jnp.ones((2, 1, 1, 300), bool)
+
+    def call(*arrays: jax.Array) -> jax.Array:
+        return flash_attention(*arrays, bias, mask, implementation="mosaic_gpu")
+
+    traced = jax.jit(call).trace(*_arrays(2, 200, 300, 2, 1, H))
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.fixture
+def no_pure_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("took the pure JAX kernels")
+
+    for name in ("forward", "cotangent"):
+        monkeypatch.setattr(_kernels, name, refuse)
+
+
+GRADIENTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": CAUSAL,
+    "window": {"local_window_size": (70, 30)},
+    "lengths": {"key_value_seq_lengths": jax.ShapeDtypeStruct((2,), jnp.int32)},
+    "bias": {"bias": jax.ShapeDtypeStruct((1, 4, 130, 150), jnp.float32)},
+    "bias of keys": {"bias": jax.ShapeDtypeStruct((2, 1, 1, 150), jnp.bfloat16)},
+    "bias of rows": {"bias": jax.ShapeDtypeStruct((2, 4, 130, 1), jnp.bfloat16)},
+    "mask": {"mask": jax.ShapeDtypeStruct((1, 4, 130, 150), bool)},
+    "bias and mask": {
+        "bias": jax.ShapeDtypeStruct((2, 4, 130, 150), jnp.bfloat16),
+        "mask": jax.ShapeDtypeStruct((2, 1, 130, 150), bool),
+    },
+    "scale": {"scale": jax.ShapeDtypeStruct((), jnp.float32)},
+    "dropout": {"dropout_rate": 0.1},
+}
+
+
+@needs_backend
+@pytest.mark.usefixtures("no_pure_jax")
+@pytest.mark.parametrize("head_dim", [16, 80, 128, 144, 256])
+@pytest.mark.parametrize("options", GRADIENTS)
+def test_gradients_lower_for_cuda_without_a_gpu(options: str, head_dim: int) -> None:
+    if head_dim not in (128, 256) and options not in ("plain", "bias and mask"):
+        pytest.skip("two calls for each head dimension")
+    traced = {name: x for name, x in GRADIENTS[options].items() if isinstance(x, jax.ShapeDtypeStruct)}
+    static = {name: x for name, x in GRADIENTS[options].items() if name not in traced}
+
+    def gradients(operands: Any) -> Any:
+        varying = {name: x for name, x in operands.items() if x.dtype not in (jnp.int32, bool)}
+        rng = jax.random.key(0) if "dropout_rate" in static else None
+        loss = lambda v: mosaic_attention(**{**operands, **v}, dropout_rng=rng, **static).astype(jnp.float32).sum()  # noqa: E731
+        return jax.grad(loss)(varying)
+
+    query, key, value = (
+        jax.ShapeDtypeStruct((2, n, h, head_dim), jnp.bfloat16) for n, h in ((130, 4), (150, 2), (150, 2))
+    )
+    operands = {"query": query, "key": key, "value": value, **traced}
+    text = jax.jit(gradients).trace(operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+
+
+@needs_backend
+@pytest.mark.usefixtures("no_pure_jax")
+@pytest.mark.parametrize("in_axes", VMAPS.values(), ids=VMAPS)
+@pytest.mark.parametrize("kind", ["gradient of vmap", "vmap of gradient"])
+def test_gradients_of_shared_operands_lower_for_cuda(in_axes: Any, kind: str) -> None:
+    run = jax.jit(_vmapped("mosaic_gpu", in_axes, kind))
+    assert "mosaic_gpu" in run.trace(*_vmap_arguments(in_axes)).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @needs_backend

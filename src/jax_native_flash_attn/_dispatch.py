@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from . import _bounds, _kernels
 from ._logits import Config, Inputs, Tiles
+from ._mosaic_blocks import Chip
 from ._numerics import accumulation_dtype
 from ._tiles import Target
 
@@ -28,7 +29,7 @@ def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, 
     if _takes_mosaic_gpu(config, inputs, target):
         from . import _mosaic_call
 
-        return _mosaic_call.forward(config, inputs, out_dtype)
+        return _mosaic_call.forward(config, inputs, out_dtype, _chip())
     out, *lse = _bounds.forward(config, inputs, target)
     return (out.astype(out_dtype), *lse)
 
@@ -44,12 +45,11 @@ def cotangent(
     *,
     differentiable: bool,
 ) -> dict[str, jax.Array]:
-    """As `_kernels.cotangent`. Where the Mosaic GPU kernels lack a feature, pure JAX's take over, asked for or not."""
+    """As `_kernels.cotangent`. What is differentiated again takes the pure JAX kernels, asked for others or not."""
     if not differentiable and _takes_mosaic_gpu(config, inputs, target):
-        from . import _mosaic_call
+        from . import _mosaic_cotangent
 
-        if _mosaic_call.why_not_cotangent(inputs, cotangents, wanted) is None:
-            return _mosaic_call.cotangent(config, inputs, out, lse, cotangents, wanted)
+        return _mosaic_cotangent.cotangent(config, inputs, out, lse, cotangents, wanted)
     tiles = Tiles(
         config,
         inputs,
@@ -117,6 +117,22 @@ def _why_not_device(*, is_asked: bool) -> str | None:
         return None if is_asked else "there is no GPU here"
     others = {x for x in found if int(x.split(".")[0]) != _COMPUTE_CAPABILITY}
     return f"it needs compute capability {_COMPUTE_CAPABILITY}.x, got {', '.join(sorted(others))}" if others else None
+
+
+def _chip() -> Chip:
+    """The GPUs of this process; a common one if there is none. Of several kinds, the least."""
+    found, cores = _compute_capabilities(), _core_counts()
+    default = Chip()
+    return Chip(min(found, default=default.capability), min(cores, default=default.cores))
+
+
+@functools.cache
+def _core_counts() -> frozenset[int]:
+    try:
+        devices: Any = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return frozenset()
+    return frozenset(getattr(device, "core_count", Chip().cores) for device in devices)
 
 
 @functools.cache

@@ -42,6 +42,16 @@ def launch(
     )
 
 
+def load(ref: Any, *, layout: Any, optimized: bool = False) -> jax.Array:
+    """All of a reference, in registers; `optimized` makes a slow way an error."""
+    return plgpu.load(ref, *_WHOLE, layout=layout, optimized=optimized)
+
+
+# An index that means everything, where the installed version wants one.
+_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+_WHOLE = ((),) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()
+
+
 def swizzle_bytes(columns: int, dtype: Any, block: int = 0) -> int | None:
     """The widest swizzle for rows of so many columns, in blocks of `block` of them; None if there is none."""
     row = math.gcd(columns, block) * np.dtype(dtype).itemsize

@@ -1,12 +1,20 @@
 """Block shapes of the Mosaic GPU kernels: one table per chip generation, filled by `benchmarks/tune_mosaic.py`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
-from ._tiles import Sizes
+from ._tiles import Sizes, static_size
 
 _SHARED_MEMORY = 227 * 1024  # bytes that one block may use on Hopper
-_RESERVED = 4 * 1024  # for barriers and the compiler
+_RESERVED = 4 * 1024  # for barriers, vectors along the keys and the compiler
+
+
+class Chip(NamedTuple):
+    """What of a GPU decides: compute capability and number of multiprocessors. By default an H100 or H200."""
+
+    capability: str = "9.0"
+    cores: int = 132
 
 
 @dataclass(frozen=True)
@@ -19,6 +27,9 @@ class Blocks:
       stages: tiles of keys and values in shared memory at once.
       warpgroups: how many compute, each with its own rows; one more loads.
       weights_in_shared: whether the softmax weights reach the second product through shared memory, not registers.
+      persistent: whether a block goes through several items of work, so that loads of the next overlap the last.
+      takes_turns: whether the warpgroups issue their products in turn, so that they do not all compute softmax at once.
+      parts: of the keys; each is an item of its own, and the results are merged.
     """
 
     block_q: int
@@ -26,6 +37,9 @@ class Blocks:
     stages: int
     warpgroups: int
     weights_in_shared: bool = False
+    persistent: bool = False
+    takes_turns: bool = False
+    parts: int = 1
 
     @property
     def rows(self) -> int:
@@ -34,44 +48,140 @@ class Blocks:
     @property
     def registers(self) -> tuple[int, int]:
         """Per thread: of the compute warpgroups, and of the one that loads."""
-        return {1: (240, 24), 2: (240, 24), 3: (160, 24)}[self.warpgroups]
+        return {1: (240, 24), 2: (240, 24), 3: (160, 24), 4: (112, 24)}[self.warpgroups]
 
 
-def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool) -> Blocks:
-    """Block shape of the forward kernel; `score_bytes` are those of one score of bias and mask in shared memory."""
-    if sizes.T <= 64:
-        blocks = Blocks(64, 128 if sizes.H <= 128 else 64, 3 if sizes.H <= 128 else 2, 1)
-    elif sizes.H <= 128:
-        blocks = Blocks(64, 128, 2, 2)
-    else:
-        blocks = Blocks(64, 64, 2, 2, weights_in_shared=True)
+_FEW_ROWS, _PLAIN = "few rows", "plain"
+_SCORES, _SHORT_SCORES = "bias or mask over T and S", "likewise, with short T"
+
+# Of the forward kernel. By compute capability, then kind of call and largest head dimension: shapes in order of
+# preference; the first whose buffers fit is taken.
+_FORWARD: dict[str, dict[tuple[str, int], tuple[Blocks, ...]]] = {
+    "9.0": {
+        (_FEW_ROWS, 128): (Blocks(64, 128, 3, 1), Blocks(64, 64, 3, 1), Blocks(64, 64, 2, 1)),
+        (_FEW_ROWS, 256): (Blocks(64, 64, 2, 1),),
+        (_PLAIN, 128): (Blocks(64, 128, 2, 2, persistent=True), Blocks(64, 128, 2, 2)),
+        (_PLAIN, 256): (Blocks(64, 64, 2, 2, weights_in_shared=True),),
+        (_SHORT_SCORES, 64): (
+            Blocks(64, 64, 3, 3, persistent=True, takes_turns=True),
+            Blocks(64, 64, 2, 3, persistent=True, takes_turns=True),
+            Blocks(64, 64, 2, 2, persistent=True, takes_turns=True),
+        ),
+        (_SCORES, 128): (
+            Blocks(64, 128, 2, 2, persistent=True, takes_turns=True),
+            Blocks(64, 128, 2, 2, takes_turns=True),
+            Blocks(64, 64, 2, 2, persistent=True, takes_turns=True),
+            Blocks(64, 64, 2, 2, takes_turns=True),
+            Blocks(64, 64, 2, 1),
+        ),
+        (_SCORES, 256): (
+            Blocks(64, 64, 2, 2, weights_in_shared=True),
+            Blocks(64, 64, 2, 2),
+            Blocks(64, 64, 2, 1),
+            Blocks(64, 64, 1, 1),
+        ),
+    },
+}
+_DEFAULT = "9.0"  # for a chip that nobody has measured
+_FEW, _SHORT = 64, 1024  # query rows
+_LEAST_TILES = 8  # of a part: its beginning and its end cost about two
+_MERGE_TILES = 3  # what merging costs, in tiles
+
+
+def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool, out_bytes: int, chip: Chip) -> Blocks:
+    """Block shape of the forward kernel.
+
+    Args:
+      sizes: axis sizes of the call.
+      score_bytes: of one score of bias and mask in shared memory.
+      has_dropout: whether there is dropout.
+      out_bytes: of one element of the output.
+      chip: what it runs on.
+    """
+    table = _FORWARD.get(chip.capability, _FORWARD[_DEFAULT])
+    kinds = [_FEW_ROWS] if sizes.T <= _FEW else [_SHORT_SCORES, _SCORES] if score_bytes else [_PLAIN]
+    if sizes.T > _SHORT and _SHORT_SCORES in kinds:
+        kinds.remove(_SHORT_SCORES)
+    rows = [(kinds.index(kind), limit, kind) for kind, limit in table if kind in kinds and limit >= sizes.H]
+    _, head_dim, kind = min(rows)
+    candidates = table[kind, head_dim]
     if has_dropout:
         # The random bits need as many registers as the scores.
-        blocks = replace(blocks, block_kv=64)
-    smaller: tuple[dict[str, Any], ...] = (
-        {},
-        {"weights_in_shared": False},
-        {"block_kv": 64},
-        {"weights_in_shared": False, "block_kv": 64},
-        {"weights_in_shared": False, "block_kv": 64, "warpgroups": 1},
+        candidates = tuple(replace(x, block_kv=64) for x in candidates)
+    room = _SHARED_MEMORY - _RESERVED
+    fits = [x for x in candidates if shared_bytes(x, sizes.H, score_bytes, out_bytes) <= room]
+    blocks = fits[0] if fits else candidates[-1]
+    items = max(1, static_size(sizes.batch)) * sizes.N * -(-sizes.T // blocks.rows)
+    return replace(blocks, parts=_parts(items, -(-sizes.S // blocks.block_kv), chip.cores))
+
+
+def _parts(items: int, tiles: int, cores: int) -> int:
+    """Parts of the keys that keep all multiprocessors busy, where there are fewer items than those."""
+
+    def duration(parts: int) -> int:
+        """In tiles."""
+        rounds = -(-items * parts // cores)
+        return rounds * (-(-tiles // parts) + 2) + (_MERGE_TILES if parts > 1 else 0)
+
+    # At most four rounds: partial results then take a few MiB, whatever the lengths.
+    return min(range(1, max(1, min(tiles // _LEAST_TILES, 4 * cores // items)) + 1), key=duration)
+
+
+def dquery_blocks(sizes: Sizes, score_bytes: int, *, with_scale: bool) -> Blocks:
+    """Block shape of the kernel for the gradient of query (and of scale: its sum takes shared memory too)."""
+    return _first_that_fits(
+        lambda x: (
+            2 * sizes.H * (2 * x.rows + (2 * x.stages - 1) * x.block_kv)
+            + (x.stages - 1) * x.rows * x.block_kv * score_bytes
+            + 4096 * with_scale
+        ),
+        *(Blocks(64, 64, stages, warpgroups) for warpgroups in (_warpgroups(sizes, sizes.T), 1) for stages in (3, 2)),
     )
-    candidates = [replace(blocks, **changes) for changes in smaller]
-    fits = [x for x in candidates if shared_bytes(x, sizes.H, score_bytes) <= _SHARED_MEMORY - _RESERVED]
-    return fits[0] if fits else candidates[-1]
 
 
-def dquery_blocks(sizes: Sizes) -> Blocks:
-    """Block shape of the kernel for the gradient of query."""
-    return Blocks(64, 64, 3, 1 if sizes.T <= 64 else 2)
-
-
-def dkey_dvalue_blocks(sizes: Sizes) -> Blocks:
+def dkey_dvalue_blocks(sizes: Sizes, score_bytes: int, *, needs_dlogits: bool) -> Blocks:
     """Of the kernel for the gradients of key and value: there block_kv keys belong to one warpgroup."""
-    return Blocks(64, 64, 3, 1 if sizes.S <= 64 else 2)
+    return _first_that_fits(
+        lambda x: (
+            2 * sizes.H * ((1 + needs_dlogits) * x.warpgroups * x.block_kv + 2 * x.stages * x.block_q)
+            + x.stages * x.warpgroups * x.block_kv * x.block_q * score_bytes
+        ),
+        *(
+            Blocks(block_q, 64, stages, 1 if sizes.S <= 64 else 2)
+            for block_q, stages in ((64, 3 if sizes.H <= 64 else 2), (64, 2), (32, 3), (32, 2), (32, 1))
+        ),
+    )
 
 
-def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int) -> int:
-    """Shared memory of the forward kernel, but for barriers."""
+def dbias_blocks(sizes: Sizes, score_bytes: int) -> Blocks:
+    """Of the kernel for the gradient of bias."""
+    return _first_that_fits(
+        lambda x: x.stages * (4 * sizes.H * (x.rows + x.block_kv) + x.rows * x.block_kv * score_bytes),
+        *(
+            Blocks(64, block_kv, stages, warpgroups)
+            for warpgroups in (1 if sizes.T <= 64 else 2, 1)
+            for block_kv in (128, 64)
+            for stages in (3, 2)
+        ),
+        Blocks(64, 64, 1, 1),
+    )
+
+
+def _warpgroups(sizes: Sizes, rows: int) -> int:
+    """How many compute; a third one has to do with 160 registers per thread."""
+    if rows <= 64:
+        return 1
+    return 3 if sizes.H <= 64 and rows >= 384 else 2
+
+
+def _first_that_fits(shared_bytes: Callable[[Blocks], int], *candidates: Blocks) -> Blocks:
+    """By the bytes of matrices; vectors and barriers take less than 3 KiB more."""
+    return next(x for x in candidates if shared_bytes(x) <= _SHARED_MEMORY - 3 * 1024)
+
+
+def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int, out_bytes: int = 2) -> int:
+    """Shared memory of the forward kernel, but for barriers and vectors along the keys."""
     tile = 2 * 2 * blocks.block_kv * head_dim + blocks.rows * blocks.block_kv * score_bytes
     weights = 2 * blocks.rows * blocks.block_kv if blocks.weights_in_shared else 0
-    return 2 * blocks.rows * head_dim + blocks.stages * tile + 4 * blocks.rows + weights
+    out = out_bytes * blocks.rows * head_dim if blocks.persistent else 0
+    return 2 * blocks.rows * head_dim + blocks.stages * tile + 4 * blocks.rows + weights + out

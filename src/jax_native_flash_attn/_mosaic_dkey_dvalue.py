@@ -8,53 +8,69 @@ the left operand of the next product (notation as in `_mosaic_dquery.py`):
     load     | Q0 dO0 lse0 delta0 Q1 ... into a ring of `stages` slots
     compute  | S0 dP0 | P0 dS0 | dV += P0 dO0  dK += dS0 Q0 | S1 dP1 | ...
 
-Two compute warpgroups, each with its own keys, fill each other's gaps. The query heads of a group follow one another,
-so that their sum is made in registers, in the same order every time.
+Two compute warpgroups, each with its own keys, fill each other's gaps. What shares the keys of a block (the query heads
+of a group, the batch rows of a batch that shares its keys) follows one after the other, so that their sum is made in
+registers, in the same order every time.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._logits import Config, Inputs
-from ._mosaic import COLUMN, heads_per_group, launch, matrix_buffer, pad_axis, pl, plgpu, round_up, unravel
+from ._mosaic import (
+    COLUMN,
+    broadcast_index,
+    heads_per_group,
+    launch,
+    load,
+    matrix_buffer,
+    pl,
+    plgpu,
+    round_up,
+    swizzle_bytes,
+    unravel,
+)
+from ._mosaic_backward import Backward, logits_cotangent, row_slice, softmax_weights, zeros
 from ._mosaic_blocks import Blocks
-from ._mosaic_logits import TileLogits, prepare, query_slice
+from ._mosaic_logits import TileLogits, prepare, query_slice, score_buffers, score_slice
 from ._mosaic_masks import Intervals, query_ranges
-from ._numerics import LOG2E
 
 _CACHE_BYTES = 24e6
 
 
-def dkey_dvalue(
-    config: Config, inputs: Inputs, blocks: Blocks, dout: jax.Array, lse: jax.Array, delta: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Each (batch..., S, K, H) in key's dtype; arguments as of `dquery`.
+def dkey_dvalue(call: Backward, blocks: Blocks, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Of 'key' and 'value' those that are `wanted`, (batch..., S, K, H), with the same batch axes in both.
 
-    Of `blocks`, block_kv are the keys of one compute warpgroup, and block_q the query rows of one tile.
+    Axes of size 1 in `wanted` are summed over; keys and values must have size 1 in them. Of `blocks`, block_kv are the
+    keys of one compute warpgroup, and block_q the query rows of one tile.
     """
-    z, dtype = inputs.sizes, inputs.query.dtype
-    padded_T, padded_S = round_up(z.T, 8), round_up(z.S, 8)
+    config, inputs, z, dtype = call.config, call.inputs, call.sizes, call.inputs.query.dtype
     compute, stages, block_q, block_kv = blocks.warpgroups, blocks.stages, blocks.block_q, blocks.block_kv
-    block_keys = compute * block_kv
-    kv_heads = (*z.batch, z.K)
+    block_keys, shape = compute * block_kv, (block_kv, block_q)
+    batch = next(iter(wanted.values())).shape[:-3]
+    summed = tuple(n if m == 1 else 1 for n, m in zip(z.batch, batch, strict=True))
+    kv_heads, members = (
+        (*batch, z.K),
+        (*summed, z.G),
+    )  # a block belongs to one of the former, and visits all of the latter
     num_heads, num_blocks = math.prod(kv_heads), -(-z.S // block_keys)
-    group = heads_per_group(num_heads, 4 * z.T * z.H * z.G, _CACHE_BYTES)
+    group = heads_per_group(num_heads, 4 * z.T * z.H * math.prod(members), _CACHE_BYTES)
     # Vectors of masks are read tile by tile: to a whole number of tiles.
-    arrays = prepare(config, inputs, block_q, block_kv * compute).arrays
+    operands = prepare(config, inputs, block_q, block_keys, transposes_mask=True)
+    arrays = operands.arrays | call.arrays(block_q)
     arrays.pop("ranges", None)
-    arrays |= {
-        "dout": pad_axis(dout, -3, padded_T),
-        # Whole tiles: TMA clips matrices at the end of an axis, but not vectors.
-        "lse": pad_axis(lse * LOG2E, -1, round_up(z.T, block_q)),
-        "delta": pad_axis(delta, -1, round_up(z.T, block_q)),
-        **query_ranges(config.band, inputs.mask, z.T, z.S, block_q, block_keys),
-    }
-    keys_like = matrix_buffer(compute, block_kv, z.H, dtype=dtype)
-    rows_like = matrix_buffer(stages, block_q, z.H, dtype=dtype)
+    arrays |= query_ranges(inputs.mask, z.T, z.S, block_q, block_keys, summed)
+    swizzle = swizzle_bytes(z.H, dtype, block_q)
+    keys_like = matrix_buffer(compute, block_kv, z.H, dtype=dtype, swizzle=swizzle)
+    rows_like = matrix_buffer(stages, block_q, z.H, dtype=dtype, swizzle=swizzle)
+    scores = score_buffers(operands, (stages, compute), block_q, block_kv)
+    needs_dlogits = "key" in wanted
+    loads = ("key", "value") if needs_dlogits else ("key",)
+    scale_is_summed = any(n > 1 and m > 1 for n, m in zip(inputs.scale.shape, summed, strict=True))
     scratch = {
         "key": keys_like,  # and, at the end, its gradient; so value
         "value": keys_like,
@@ -62,41 +78,49 @@ def dkey_dvalue(
         "dout": rows_like,
         "lse": plgpu.SMEM((stages, block_q), jnp.float32),
         "delta": plgpu.SMEM((stages, block_q), jnp.float32),
+        **dict(zip(operands.tiled, scores, strict=True)),
         # Completed by TMA: the data are there.
-        "keys ready": plgpu.Barrier(num_barriers=compute, num_arrivals=2),
-        "rows ready": plgpu.Barrier(num_barriers=stages, num_arrivals=4),
+        "keys ready": plgpu.Barrier(num_barriers=compute, num_arrivals=len(loads)),
+        "rows ready": plgpu.Barrier(num_barriers=stages, num_arrivals=4 + compute * len(scores)),
         # Completed by all compute warpgroups: the slot may be loaded again.
         "rows free": plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
     }
+    if not needs_dlogits:
+        del scratch["value"]
 
     def kernel(*args: Any) -> None:
         refs = dict(zip(arrays, args, strict=False))
-        dkey_ref, dvalue_ref = args[len(arrays) : len(arrays) + 2]
-        local = dict(zip(scratch, args[len(arrays) + 2 :], strict=True))
-        *batch, kv_head = unravel(lax.axis_index("group") * group + lax.axis_index("member"), kv_heads)
+        outs = dict(zip(wanted, args[len(arrays) : len(arrays) + len(wanted)], strict=True))
+        local = dict(zip(scratch, args[len(arrays) + len(wanted) :], strict=True))
+        *kv_batch, kv_head = unravel(lax.axis_index("group") * group + lax.axis_index("member"), kv_heads)
         block = lax.axis_index("block")
         intervals = Intervals(config.band, z.T, z.S, block_kv, refs)
-        first, stop = intervals.query_tiles((*batch, kv_head * z.G), block, block_q, block_keys)
-        per_head = jnp.maximum(stop - first, 0)
+        first, stop = intervals.query_tiles(kv_batch, block, block_q, block_keys)
+        per_member = jnp.maximum(stop - first, 0)
+        num_steps = per_member * math.prod(members)
         wg = lax.axis_index("wg")
+
+        def head_of(member: Any) -> tuple:
+            *index, g = unravel(member, members)
+            return (*(i if n > 1 else b for i, n, b in zip(index, summed, kv_batch, strict=True)), kv_head * z.G + g)
 
         def position(i: Any) -> tuple[tuple, Any, Any]:
             """Query head, first row, and slot of step i."""
-            member = lax.div(i, jnp.maximum(per_head, 1))
-            return (
-                (*batch, kv_head * z.G + member),
-                (first + i - member * per_head) * block_q,
-                lax.rem(i, jnp.int32(stages)),
-            )
+            member = lax.div(i, jnp.maximum(per_member, 1))
+            return head_of(member), (first + i - member * per_member) * block_q, lax.rem(i, jnp.int32(stages))
+
+        def keys_of(ref: Any, w: Any, index: tuple) -> Any:
+            keys = pl.ds(block * block_keys + w * block_kv, block_kv)
+            return ref.at[(*broadcast_index(index, ref.shape[:-3]), keys, kv_head if ref.shape[-2] > 1 else 0)]
 
         @pl.when(wg == compute)
         def _load() -> None:
             plgpu.set_max_registers(blocks.registers[1], action="decrease")
             for w in range(compute):
-                for name in ("key", "value"):
-                    ref, start = refs[name], block * block_keys + w * block_kv
-                    keys = ref.at[(*batch, pl.ds(start, block_kv), kv_head)]
-                    plgpu.copy_gmem_to_smem(keys, local[name].at[w], local["keys ready"].at[w])
+                for name in loads:
+                    plgpu.copy_gmem_to_smem(
+                        keys_of(refs[name], w, kv_batch), local[name].at[w], local["keys ready"].at[w]
+                    )
 
             def load_tile(i: Any, carry: None) -> None:
                 head, row, slot = position(i)
@@ -105,79 +129,99 @@ def dkey_dvalue(
                 for name in ("query", "dout"):
                     plgpu.copy_gmem_to_smem(query_slice(refs[name], head, row, block_q), local[name].at[slot], ready)
                 for name in ("lse", "delta"):
-                    plgpu.copy_gmem_to_smem(refs[name].at[(*head, pl.ds(row, block_q))], local[name].at[slot], ready)
+                    plgpu.copy_gmem_to_smem(row_slice(refs[name], head, row, block_q), local[name].at[slot], ready)
+                for name in operands.tiled:
+                    for w in range(compute):
+                        tile, is_transposed = block * compute + w, name in operands.transposed
+                        score = score_slice(refs[name], head, row, block_q, tile, block_kv, transposed=is_transposed)
+                        plgpu.copy_gmem_to_smem(score, local[name].at[slot, w], ready)
 
-            lax.fori_loop(0, per_head * z.G, load_tile, None)
+            lax.fori_loop(0, num_steps, load_tile, None)
 
         @pl.when(wg < compute)
         def _compute() -> None:
             plgpu.set_max_registers(blocks.registers[0], action="increase")
             tile = block * compute + wg  # of this warpgroup's keys
-            key, value = local["key"].at[wg], local["value"].at[wg]
-            shape = (block_kv, block_q)
-
-            def zeros(*shape: int) -> jax.Array:
-                return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+            key = local["key"].at[wg]
+            buffers = {name: local[name] for name in operands.tiled}
 
             def logits_of(head: tuple, scale: Any = None) -> TileLogits:
-                return TileLogits(config, z, refs, {}, intervals, head, block_q, block_kv, transposed=True, scale=scale)
+                return TileLogits(
+                    config,
+                    z,
+                    refs,
+                    buffers,
+                    intervals,
+                    head,
+                    *shape[::-1],
+                    row_in_block=wg,
+                    transposed=True,
+                    scale=scale,
+                )
 
-            scale = logits_of((*batch, kv_head)).scale
+            scale = logits_of(head_of(jnp.int32(0))).scale
             plgpu.barrier_wait(local["keys ready"].at[wg])
 
             def step(i: Any, carry: tuple) -> tuple:
                 head, row, slot = position(i)
-                logits = logits_of(head, scale)
+                logits = logits_of(head, None if scale_is_summed else scale)
                 query, cotangent = local["query"].at[slot], local["dout"].at[slot]
                 masked = intervals.is_query_edge(head, row, block, block_q, block_keys)
                 rows = logits.rows(row, late=True)
-                scores = logits.scores(rows, tile)
+                vectors = None if operands.tiled else logits.scores(rows, tile)
                 plgpu.barrier_wait(local["rows ready"].at[slot])
+                scores = logits.scores(rows, tile, slot) if vectors is None else vectors
+
+                def of_rows(name: str) -> jax.Array:
+                    """Read late: a vector along the columns takes 16 registers, and these are all in use."""
+                    return load(local[name].at[slot], layout=COLUMN)
 
                 def scores_and_dweights(state: tuple) -> None:
                     plgpu.wgmma(state[0], key, query.transpose((1, 0)))
-                    plgpu.wgmma(state[1], value, cotangent.transpose((1, 0)))
+                    if needs_dlogits:
+                        plgpu.wgmma(state[1], local["value"].at[wg], cotangent.transpose((1, 0)))
 
-                row_lse, row_delta = (
-                    logits.of_rows(plgpu.load(local[name].at[slot], layout=COLUMN, optimized=False))
-                    for name in ("lse", "delta")
-                )
                 initial = plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))
                 s, dp = pl.run_state(scores_and_dweights)(initial)
-                x, factor = logits(s, scores, rows, tile, logits.scale * LOG2E, masked)
-                weights = jnp.exp2((x if factor is None else x * factor) - row_lse)
-                if config.dropout is not None:
-                    dp = logits.drop(dp, row, tile) * logits.rescaling
-                ds = weights * (dp - row_delta)
-                ds = logits.through_mask(ds, rows, masked)
-                p, ds = (logits.drop(weights, row, tile) * logits.rescaling).astype(dtype), ds.astype(dtype)
-                dkey, dvalue, p, ds = lax.optimization_barrier((*carry, p, ds))
+                weights = softmax_weights(logits, s, scores, rows, tile, of_rows("lse"), masked)
+                left: dict[str, jax.Array] = {}
+                if "key" in wanted:
+                    ds = logits_cotangent(logits, weights, dp, rows, tile, of_rows("delta"))
+                    ds = logits.through_mask(ds, rows, tile, masked)
+                    left["key"] = (ds * logits.scale if scale_is_summed else ds).astype(dtype)
+                if "value" in wanted:
+                    left["value"] = (logits.drop(weights, row, tile) * logits.rescaling).astype(dtype)
+                *carry, left = lax.optimization_barrier((*carry, left))
 
                 def gradients(state: tuple) -> None:
-                    plgpu.wgmma(state[1], p, cotangent)
-                    plgpu.wgmma(state[0], ds, query)
+                    for ref, name in reversed(list(zip(state, wanted, strict=True))):
+                        plgpu.wgmma(ref, left[name], query if name == "key" else cotangent)
 
-                carry = pl.run_state(gradients)((plgpu.ACC.init(dkey), plgpu.ACC.init(dvalue)))
+                carry = pl.run_state(gradients)(tuple(plgpu.ACC.init(x) for x in carry))
                 plgpu.barrier_arrive(local["rows free"].at[slot])
                 return tuple(carry)
 
-            accumulators = (zeros(block_kv, z.H), zeros(block_kv, z.H))
-            dkey, dvalue = lax.fori_loop(0, per_head * z.G, step, accumulators)
-            key[...] = (dkey * scale).astype(dtype)
-            value[...] = dvalue.astype(dtype)
-            plgpu.commit_smem()
-            at = (*batch, pl.ds(tile * block_kv, block_kv), kv_head)
-            plgpu.copy_smem_to_gmem(key, dkey_ref.at[at])
-            plgpu.copy_smem_to_gmem(value, dvalue_ref.at[at])
+            sums = lax.fori_loop(0, num_steps, step, tuple(zeros(block_kv, z.H) for _ in wanted))
+            for name, x in zip(wanted, sums, strict=True):
+                x = x * scale if name == "key" and not scale_is_summed else x
+                if wanted[name].dtype != dtype:
+                    keys_of(outs[name], wg, kv_batch)[...] = x
+                    continue
+                # A pass for the value alone has no buffer for it.
+                buffer = local[name if needs_dlogits else "key"].at[wg]
+                buffer[...] = x.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(buffer, keys_of(outs[name], wg, kv_batch))
             plgpu.wait_smem_to_gmem(0)
 
-    result = jax.ShapeDtypeStruct((*z.batch, padded_S, z.K, z.H), dtype)
-    gradients = launch(
+    # TMA leaves out what lies past the end, other stores do not.
+    is_wide = any(x.dtype != dtype for x in wanted.values())
+    padded_S = num_blocks * block_keys if is_wide else round_up(z.S, 8)
+    results = launch(
         kernel,
-        out_types=[result, result],
+        out_types=[jax.ShapeDtypeStruct((*batch, padded_S, z.K, z.H), x.dtype) for x in wanted.values()],
         scratch=tuple(scratch.values()),
         grid={"group": num_heads // group, "block": num_blocks, "member": group},
         warpgroups=compute + 1,
     )(*arrays.values())
-    dkey, dvalue = (x[..., : z.S, :, :] for x in gradients)
-    return dkey, dvalue
+    return {name: x[..., : z.S, :, :] for name, x in zip(wanted, results, strict=True)}

@@ -19,59 +19,75 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._logits import Config, Inputs
-from ._mosaic import ROW, heads_per_group, launch, matrix_buffer, pad_axis, pl, plgpu, round_up, unravel
+from ._mosaic import (
+    ROW,
+    broadcast_index,
+    heads_per_group,
+    launch,
+    load,
+    matrix_buffer,
+    pl,
+    plgpu,
+    round_up,
+    unravel,
+)
+from ._mosaic_backward import Backward, logits_cotangent, row_slice, softmax_weights, zeros
 from ._mosaic_blocks import Blocks
-from ._mosaic_logits import TileLogits, key_slice, prepare, query_slice
+from ._mosaic_logits import TileLogits, clean_padding, key_slice, prepare, query_slice, score_buffers, score_slice
 from ._mosaic_masks import Intervals
-from ._numerics import LOG2E
+from ._mosaic_overlap import before_wait, fold_columns
 
 _CACHE_BYTES = 24e6
+_MAX_PIPELINED = 192  # head dimension
 
 
-def dquery(
-    config: Config, inputs: Inputs, blocks: Blocks, dout: jax.Array, lse: jax.Array, delta: jax.Array
-) -> jax.Array:
-    """(batch..., T, N, H) in query's dtype.
-
-    Args:
-      dout: (batch..., T, N, H) in query's dtype.
-      lse: (batch..., N, T) log-sum-exp of the logits.
-      delta: (batch..., N, T), dout . out less the cotangent of lse.
+def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) -> tuple[jax.Array, ...]:
+    """The gradient of query, (batch..., T, N, H) in `out_dtype` (query's, or float32), and, if `with_scale`,
+    that of scale for each row, (batch..., N, T) in float32.
     """
-    z, dtype = inputs.sizes, inputs.query.dtype
+    config, inputs, z, dtype = call.config, call.inputs, call.sizes, call.inputs.query.dtype
     padded_T = round_up(z.T, 8)
     compute, stages, shape = blocks.warpgroups, blocks.stages, (blocks.block_q, blocks.block_kv)
+    value_stages = stages - 1  # a tile of values is free after its step, one of keys a step later
     heads = (*z.batch, z.N)
     num_heads, num_blocks = math.prod(heads), -(-z.T // blocks.rows)
     group = heads_per_group(num_heads, 4 * z.S * z.H / z.G, _CACHE_BYTES)
-    full_rows = num_blocks * blocks.rows
-    arrays = {
-        **prepare(config, inputs, blocks.rows, blocks.block_kv).arrays,
-        "dout": pad_axis(dout, -3, padded_T),
-        "lse": pad_axis(lse * LOG2E, -1, full_rows),
-        "delta": pad_axis(delta, -1, full_rows),
-    }
-    rows_like = matrix_buffer(compute, blocks.block_q, z.H, dtype=dtype)
-    keys_like = matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype)
+    operands = prepare(config, inputs, blocks.rows, blocks.block_kv)
+    arrays = operands.arrays | call.arrays(blocks.rows, drops_dead_rows=True)
+    rows_like = (compute, blocks.block_q, z.H)
+    # The gradient leaves through shared memory that held the query (16 bit), or query and dout (float32).
+    is_wide = jnp.dtype(out_dtype) != dtype
+    loaded = (matrix_buffer(*rows_like, dtype=dtype), matrix_buffer(*rows_like, dtype=dtype))
+    shared = plgpu.RefUnion(loaded, *([(matrix_buffer(*rows_like, dtype=out_dtype),)] if is_wide else []))
+    scores = score_buffers(operands, (value_stages,), blocks.rows, blocks.block_kv)
     scratch = {
-        "query": rows_like,  # and, at the end, its gradient
-        "dout": rows_like,
-        "key": keys_like,
-        "value": keys_like,
-        # Completed by TMA: the data are there.
+        "query, dout, result": shared,
+        "key": matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype),
+        "value": matrix_buffer(value_stages, blocks.block_kv, z.H, dtype=dtype),
+        "dscale": plgpu.SMEM((compute, blocks.block_q), jnp.float32),
+        **dict(zip(operands.tiled, scores, strict=True)),
+        # Completed by TMA: the data are there. Bias and mask come with the values.
         "rows ready": plgpu.Barrier(num_barriers=compute, num_arrivals=2),
         "key ready": plgpu.Barrier(num_barriers=stages),
-        "value ready": plgpu.Barrier(num_barriers=stages),
+        "value ready": plgpu.Barrier(num_barriers=value_stages, num_arrivals=1 + len(scores)),
         # Completed by all compute warpgroups: the slot may be loaded again.
         "key free": plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
-        "value free": plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
+        "value free": plgpu.Barrier(num_barriers=value_stages, num_arrivals=compute),
+        # Completed by all compute warpgroups: nobody reads query or dout any more.
+        "all done": plgpu.Barrier(num_arrivals=compute),
+        # Completed by compute warpgroup 0: the padding in a tile of keys and values is clean.
+        "padding clean": plgpu.Barrier(),
     }
+    out_types = [jax.ShapeDtypeStruct((*z.batch, padded_T, z.N, z.H), out_dtype)]
+    if with_scale:
+        out_types.append(jax.ShapeDtypeStruct((*heads, num_blocks * blocks.rows), jnp.float32))
 
     def kernel(*args: Any) -> None:
         refs = dict(zip(arrays, args, strict=False))
-        out = args[len(arrays)]
-        local = dict(zip(scratch, args[len(arrays) + 1 :], strict=True))
+        outs = args[len(arrays) : len(arrays) + len(out_types)]
+        local = dict(zip(scratch, args[len(arrays) + len(out_types) :], strict=True))
+        (local["query"], local["dout"]), *wide = local["query, dout, result"]
+        result_smem = wide[0][0] if is_wide else local["query"]
         head = unravel(lax.axis_index("group") * group + lax.axis_index("member"), heads)
         block = (num_blocks - 1) - lax.axis_index("block")
         intervals = Intervals(config.band, z.T, z.S, blocks.block_kv, refs)
@@ -79,8 +95,8 @@ def dquery(
         num_tiles = ranges.stop - ranges.first
         wg = lax.axis_index("wg")
 
-        def slot_of(i: Any) -> Any:
-            return lax.rem(i, jnp.int32(stages))
+        def slot_of(i: Any, slots: int = stages) -> Any:
+            return lax.rem(i, jnp.int32(slots))
 
         def tile_of(i: Any) -> Any:
             return ranges.stop - 1 - i
@@ -94,12 +110,16 @@ def dquery(
                     plgpu.copy_gmem_to_smem(rows, local[name].at[w], local["rows ready"].at[w])
 
             def load_tile(i: Any, carry: None) -> None:
-                slot = slot_of(i)
-                for name in ("key", "value"):
+                for name, slots in (("key", stages), ("value", value_stages)):
+                    slot = slot_of(i, slots)
                     free, ready = local[f"{name} free"].at[slot], local[f"{name} ready"].at[slot]
-                    pl.when(i >= stages)(lambda free=free: plgpu.barrier_wait(free))
+                    pl.when(i >= slots)(lambda free=free: plgpu.barrier_wait(free))
                     keys = key_slice(refs[name], head, z.G, tile_of(i), blocks.block_kv)
                     plgpu.copy_gmem_to_smem(keys, local[name].at[slot], ready)
+                slot = slot_of(i, value_stages)
+                for name in operands.tiled:
+                    score = score_slice(refs[name], head, block * blocks.rows, blocks.rows, tile_of(i), blocks.block_kv)
+                    plgpu.copy_gmem_to_smem(score, local[name].at[slot], local["value ready"].at[slot])
 
             lax.fori_loop(0, num_tiles, load_tile, None)
 
@@ -107,77 +127,127 @@ def dquery(
         def _compute() -> None:
             plgpu.set_max_registers(blocks.registers[0], action="increase")
             row = block * blocks.rows + wg * blocks.block_q
-            logits = TileLogits(config, z, refs, {}, intervals, head, *shape)
+            buffers = {name: local[name] for name in operands.tiled}
+            logits = TileLogits(config, z, refs, buffers, intervals, head, *shape, row_in_block=wg * blocks.block_q)
             rows = logits.rows(row)
-            at_rows = (*head, pl.ds(row, blocks.block_q))
             row_lse, row_delta = (
-                plgpu.load(refs[name].at[at_rows], layout=ROW, optimized=False) for name in ("lse", "delta")
+                load(row_slice(refs[name], head, row, blocks.block_q), layout=ROW) for name in ("lse", "delta")
             )
             query, cotangent = local["query"].at[wg], local["dout"].at[wg]
             has_edges = intervals.has_left_edge or intervals.has_right_edge
 
-            def is_edge(i: Any) -> Any:
-                if not intervals.has_left_edge and intervals.right_tiles(blocks.rows) <= 1:
-                    return False
+            def is_outside(i: Any) -> Any:
+                """Of the tiles that all rows attend."""
                 return (tile_of(i) < ranges.full_first) | (tile_of(i) >= ranges.full_stop)
 
-            def dscores(s: Any, dp: Any, scores: Any, i: Any, masked: Any) -> Any:
-                x, factor = logits(s, scores, rows, tile_of(i), logits.scale * LOG2E, masked)
-                exponent = (x if factor is None else x * factor) - logits.of_rows(row_lse)
-                dp = logits.drop(dp, row, tile_of(i)) * logits.rescaling
-                ds = jnp.exp2(exponent) * (dp - logits.of_rows(row_delta))
-                return logits.through_mask(ds, rows, masked).astype(dtype)
+            def is_edge(i: Any) -> Any:
+                """Whether a tile behind the first needs a mask."""
+                if not intervals.has_left_edge and intervals.right_tiles(blocks.rows) <= 1:
+                    return False  # the first tile was the only one
+                return is_outside(i)
 
-            def issue(s_ref: Any, dp_ref: Any, slot: Any) -> None:
+            def dlogits(s: Any, dp: Any, scores: Any, i: Any, masked: Any) -> Any:
+                weights = softmax_weights(logits, s, scores, rows, tile_of(i), row_lse, masked)
+                ds = logits_cotangent(logits, weights, dp, rows, tile_of(i), row_delta)
+                before_wait(fold_columns(ds, jnp.add))
+                return ds.astype(dtype)
+
+            def wait_for_tile(i: Any) -> None:
+                """Keys and values of tile i; NaN in padding, which only edge tiles hold, would survive a dz of zero."""
+                plgpu.barrier_wait(local["key ready"].at[slot_of(i)])
+                plgpu.barrier_wait(local["value ready"].at[slot_of(i, value_stages)])
+                if "length" not in refs:
+                    return
+                length = refs["length"]
+                length = length[broadcast_index(head[:-1], length.shape)]
+
+                @pl.when((tile_of(i) + 1) * blocks.block_kv > length)
+                def _clean() -> None:
+                    @pl.when(wg == 0)
+                    def _first() -> None:
+                        clean_padding(local["key"].at[slot_of(i)], tile_of(i), length)
+                        clean_padding(local["value"].at[slot_of(i, value_stages)], tile_of(i), length)
+                        plgpu.commit_smem()
+                        plgpu.barrier_arrive(local["padding clean"])
+
+                    plgpu.barrier_wait(local["padding clean"])
+
+            def issue(s_ref: Any, dp_ref: Any, slot: Any, value_slot: Any) -> None:
                 plgpu.wgmma(s_ref, query, local["key"].at[slot].transpose((1, 0)))
-                plgpu.wgmma(dp_ref, cotangent, local["value"].at[slot].transpose((1, 0)))
+                plgpu.wgmma(dp_ref, cotangent, local["value"].at[value_slot].transpose((1, 0)))
 
-            def zeros(*shape: int) -> jax.Array:
-                return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+            def pipelined() -> jax.Array:
+                wait_for_tile(jnp.int32(0))
+                products: Any = pl.run_state(lambda state: issue(state[0], state[1], 0, 0))
+                s, dp = products((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
+                ds = dlogits(s, dp, logits.scores(rows, tile_of(0), 0), 0, has_edges)
+                plgpu.barrier_arrive(local["value free"].at[0])
+
+                def step(i: Any, carry: tuple) -> tuple:
+                    acc, ds = lax.optimization_barrier(carry)
+                    slot, value_slot, previous = slot_of(i), slot_of(i, value_stages), slot_of(i - 1)
+                    wait_for_tile(i)
+
+                    def products(state: tuple) -> None:
+                        acc_ref, s_ref, dp_ref, ds_ref = state
+                        issue(s_ref, dp_ref, slot, value_slot)
+                        plgpu.wgmma(acc_ref, ds, local["key"].at[previous])
+                        scores = logits.scores(rows, tile_of(i), value_slot)
+                        s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+                        dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
+                        ds_ref[...] = dlogits(s, dp, scores, i, is_edge(i))
+                        plgpu.barrier_arrive(local["value free"].at[value_slot])
+
+                    # Leaving `run_state` waits for the product with the previous keys.
+                    initial = plgpu.ACC.init(acc), plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))
+                    acc, _, _, ds = pl.run_state(products)((*initial, zeros(*shape).astype(dtype)))
+                    plgpu.barrier_arrive(local["key free"].at[previous])
+                    return acc, ds
+
+                acc, ds = lax.optimization_barrier(lax.fori_loop(1, num_tiles, step, (zeros(blocks.block_q, z.H), ds)))
+                last = local["key"].at[slot_of(num_tiles - 1)]
+                return pl.run_state(lambda ref: plgpu.wgmma(ref, ds, last))(plgpu.ACC.init(acc))
+
+            def one_by_one() -> jax.Array:
+                """For head dimensions that leave no registers for two tiles at once."""
+
+                def step(i: Any, acc: jax.Array) -> jax.Array:
+                    slot, value_slot = slot_of(i), slot_of(i, value_stages)
+                    wait_for_tile(i)
+                    products: Any = pl.run_state(lambda state: issue(state[0], state[1], slot, value_slot))
+                    s, dp = products((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
+                    masked = has_edges and is_outside(i)
+                    ds = dlogits(s, dp, logits.scores(rows, tile_of(i), value_slot), i, masked)
+                    plgpu.barrier_arrive(local["value free"].at[value_slot])
+                    acc, ds = lax.optimization_barrier((acc, ds))
+                    key = local["key"].at[slot]
+                    acc = pl.run_state(lambda ref: plgpu.wgmma(ref, ds, key))(plgpu.ACC.init(acc))
+                    plgpu.barrier_arrive(local["key free"].at[slot])
+                    return acc
+
+                return lax.fori_loop(0, num_tiles, step, zeros(blocks.block_q, z.H))
 
             plgpu.barrier_wait(local["rows ready"].at[wg])
-            plgpu.barrier_wait(local["key ready"].at[0])
-            plgpu.barrier_wait(local["value ready"].at[0])
-            first: Any = pl.run_state(lambda state: issue(state[0], state[1], 0))
-            s, dp = first((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
-            plgpu.barrier_arrive(local["value free"].at[0])
-            ds = dscores(s, dp, logits.scores(rows, tile_of(0)), jnp.int32(0), has_edges)
-
-            def step(i: Any, carry: tuple) -> tuple:
-                acc, ds = lax.optimization_barrier(carry)
-                slot, previous = slot_of(i), slot_of(i - 1)
-                plgpu.barrier_wait(local["key ready"].at[slot])
-                plgpu.barrier_wait(local["value ready"].at[slot])
-
-                def products(state: tuple) -> None:
-                    acc_ref, s_ref, dp_ref, ds_ref = state
-                    issue(s_ref, dp_ref, slot)
-                    plgpu.wgmma(acc_ref, ds, local["key"].at[previous])
-                    scores = logits.scores(rows, tile_of(i))
-                    s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-                    dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
-                    ds_ref[...] = dscores(s, dp, scores, i, is_edge(i))
-                    plgpu.barrier_arrive(local["value free"].at[slot])
-
-                # Leaving `run_state` waits for the product with the previous keys.
-                initial = plgpu.ACC.init(acc), plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))
-                acc, _, _, ds = pl.run_state(products)((*initial, zeros(*shape).astype(dtype)))
-                plgpu.barrier_arrive(local["key free"].at[previous])
-                return acc, ds
-
-            acc, ds = lax.optimization_barrier(lax.fori_loop(1, num_tiles, step, (zeros(blocks.block_q, z.H), ds)))
-            last = local["key"].at[slot_of(num_tiles - 1)]
-            acc = pl.run_state(lambda ref: plgpu.wgmma(ref, ds, last))(plgpu.ACC.init(acc))
-            query[...] = (acc * logits.scale).astype(dtype)
+            acc = pipelined() if z.H <= _MAX_PIPELINED else one_by_one()
+            if with_scale:
+                # sum_s dz_ts q_t . k_s = q_t . sum_s dz_ts k_s
+                rows_of_query = load(query, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                local["dscale"][wg] = (acc * rows_of_query).sum(axis=1)
+            if is_wide:
+                plgpu.barrier_arrive(local["all done"])
+                plgpu.barrier_wait(local["all done"])
+            result_smem[wg] = (acc * logits.scale).astype(out_dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(query, query_slice(out, head, row, blocks.block_q))
+            plgpu.copy_smem_to_gmem(result_smem.at[wg], query_slice(outs[0], head, row, blocks.block_q))
+            if with_scale:
+                plgpu.copy_smem_to_gmem(local["dscale"].at[wg], row_slice(outs[1], head, row, blocks.block_q))
             plgpu.wait_smem_to_gmem(0)
 
-    (result,) = launch(
+    result, *dscale = launch(
         kernel,
-        out_types=[jax.ShapeDtypeStruct((*z.batch, padded_T, z.N, z.H), dtype)],
+        out_types=out_types,
         scratch=tuple(scratch.values()),
         grid={"group": num_heads // group, "block": num_blocks, "member": group},
         warpgroups=compute + 1,
     )(*arrays.values())
-    return result[..., : z.T, :, :]
+    return (result[..., : z.T, :, :], *(x[..., : z.T] for x in dscale))

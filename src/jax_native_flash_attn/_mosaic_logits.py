@@ -8,6 +8,7 @@ through shared memory; with one of them they are a vector, read into registers d
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from ._mosaic import (
     ROW,
     broadcast_index,
     iota,
+    load,
     matrix_buffer,
     pad_axis,
     pl,
@@ -30,23 +32,32 @@ from ._mosaic import (
     swizzle_bytes,
 )
 from ._mosaic_masks import Intervals, interval_operands
-from ._numerics import LOG2E, bias_floor, lowest
+from ._mosaic_overlap import widened
+from ._numerics import LN2, LOG2E, bias_floor, lowest
 from ._tiles import Sizes
 
 _SCORES = ("bias", "allowed")
-# Added to the logits of keys that a mask of keys excludes: below any bias (`bias_floor`), and their sum is finite.
-MASKED = lowest(jnp.float32) / 2
+# Added to the logits of keys that a mask of keys excludes, and in place of those of scores that a mask excludes: below
+# any bias (`bias_floor`), and finite in base 2, the former also with a bias.
+MASKED, OUTSIDE = 0.4 * lowest(jnp.float32), 0.6 * lowest(jnp.float32)
+# A row whose largest logit, in base 2, is below has had no key so far.
+NO_KEY = 0.5 * lowest(jnp.float32)
 
 
 @dataclass(frozen=True)
 class Operands:
-    """Arrays of a call by name; `tiled` names the score-like ones that need a buffer in shared memory."""
+    """Arrays of a call by name; `tiled` and `columns` name score-like ones: matrices, and vectors along the keys."""
 
     arrays: dict[str, jax.Array]
     tiled: tuple[str, ...]
+    transposed: tuple[str, ...]  # of those, the ones that are (..., S, T)
+    columns: tuple[str, ...]
 
 
-def prepare(config: Config, inputs: Inputs, block_rows: int, block_kv: int) -> Operands:
+def prepare(
+    config: Config, inputs: Inputs, block_rows: int, block_kv: int, *, transposes_mask: bool = False
+) -> Operands:
+    """`transposes_mask`: the mask's tiles are read transposed, which cannot be done with bytes: it is copied so."""
     z, mask = inputs.sizes, inputs.mask
     T, S = round_up(z.T, 8), round_up(z.S, 8)
     arrays = {
@@ -56,7 +67,7 @@ def prepare(config: Config, inputs: Inputs, block_rows: int, block_kv: int) -> O
         "scale": inputs.scale,
         **interval_operands(mask, z.T, z.S, block_rows, block_kv),
     }
-    tiled = []
+    tiled, columns = [], []
     for name, x in (("bias", inputs.bias), ("allowed", mask.allowed)):
         if x is None:
             continue
@@ -68,30 +79,39 @@ def prepare(config: Config, inputs: Inputs, block_rows: int, block_kv: int) -> O
             x = jnp.broadcast_to(x, (*x.shape[:-1], z.S))
             x = pad_axis(x[..., 0, :], -1, round_up(z.S, block_kv))
             name = f"{name}_columns"
+            columns.append(name)
         elif x.shape[-1] == 1:
             x = pad_axis(x[..., 0], -1, round_up(z.T, block_rows))
             name = f"{name}_rows"
         else:
-            aligned = z.S if swizzle_bytes(z.S, x.dtype) else round_up(z.S, 64)
-            x = pad_axis(pad_axis(x, -2, T), -1, aligned)
+            if transposes_mask and name == "allowed":
+                x = jnp.swapaxes(x, -1, -2)
+            *_, rows, width = x.shape
+            aligned = width if swizzle_bytes(width, x.dtype) else round_up(width, 64)
+            x = pad_axis(pad_axis(x, -2, round_up(rows, 8)), -1, aligned)
             tiled.append(name)
         arrays[name] = x
     if mask.key_value_length is not None:
         arrays["length"] = mask.key_value_length
     if config.dropout is not None and inputs.dropout_key is not None and inputs.head_index is not None:
         arrays |= {"dropout_key": inputs.dropout_key, "head_index": inputs.head_index}
-    return Operands(arrays, tuple(tiled))
+    return Operands(arrays, tuple(tiled), ("allowed",) if transposes_mask else (), tuple(columns))
 
 
-def score_buffers(operands: Operands, stages: int, block_rows: int, block_kv: int) -> list[Any]:
+def score_buffers(operands: Operands, slots: tuple[int, ...], block_rows: int, block_kv: int) -> list[Any]:
     """Shared memory for the tiles of bias and mask."""
-    arrays = [operands.arrays[name] for name in operands.tiled]
-    return [
-        matrix_buffer(
-            stages, block_rows, block_kv, dtype=x.dtype, swizzle=swizzle_bytes(x.shape[-1], x.dtype, block_kv)
-        )
-        for x in arrays
-    ]
+
+    def buffer(name: str) -> Any:
+        x, tile = operands.arrays[name], (block_rows, block_kv)
+        tile = tile[::-1] if name in operands.transposed else tile
+        return matrix_buffer(*slots, *tile, dtype=x.dtype, swizzle=swizzle_bytes(x.shape[-1], x.dtype, tile[-1]))
+
+    return [buffer(name) for name in operands.tiled]
+
+
+def column_buffers(operands: Operands, stages: int, block_kv: int) -> list[Any]:
+    """Shared memory for parts of the vectors along the keys; where there is none, they are read from global memory."""
+    return [plgpu.SMEM((stages, block_kv), operands.arrays[name].dtype) for name in operands.columns]
 
 
 def clean_padding(buffer: Any, tile: Any, length: Any) -> None:
@@ -100,7 +120,7 @@ def clean_padding(buffer: Any, tile: Any, length: Any) -> None:
     shape = (64, head_dim)
     for part in range(count // 64):
         some = buffer.at[pl.ds(part * 64, 64)]
-        x = plgpu.load(some, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+        x = load(some, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
         position = iota(shape, 0) + (tile * count + part * 64)
         is_number = jnp.abs(x) <= float(jnp.finfo(jnp.float32).max)
         some[...] = jnp.where((position < length) | is_number, x, 0.0).astype(buffer.dtype)
@@ -135,7 +155,8 @@ class TileLogits:
         transposed: bool = False,
         scale: Any = None,
     ):
-        """`row_in_block` is where this warpgroup's rows start in the buffers, `head` the index (batch..., N).
+        """`row_in_block` is where this warpgroup's rows start in the buffers (or, transposed, the number of its tile),
+        `head` the index (batch..., N).
 
         `scale` is read here unless it was read before.
         """
@@ -166,18 +187,26 @@ class TileLogits:
     def _vector(self, name: str, start: Any, count: int, layout: Any) -> jax.Array:
         ref = self.refs[name]
         index = (*broadcast_index(self.head, ref.shape[:-1]), pl.ds(start, count))
-        return plgpu.load(ref.at[index], layout=layout, optimized=False)
+        return load(ref.at[index], layout=layout)
 
     def _score(self, name: str, rows: RowVectors, tile: Any, slot: Any) -> jax.Array:
         """A tile of bias or mask, in registers."""
         if name in rows.scores:
             return self.of_rows(rows.scores[name])
-        if f"{name}_columns" in self.refs:
-            x = self._vector(f"{name}_columns", tile * self.block_kv, self.block_kv, self.kv_layout)
+        columns = f"{name}_columns"
+        if columns in self.buffers:
+            x = load(self.buffers[columns].at[slot], layout=self.kv_layout)
             return spread(x, self.shape, 1 - self.q_axis)
-        buffer = self.buffers[name].at[slot, pl.ds(self.row_in_block, self.block_q)]
+        if columns in self.refs:
+            x = self._vector(columns, tile * self.block_kv, self.block_kv, self.kv_layout)
+            return spread(x, self.shape, 1 - self.q_axis)
+        if self.q_axis == 1:  # a tile of its own for each warpgroup; `prepare` has transposed the mask
+            buffer = self.buffers[name].at[slot, self.row_in_block]
+            buffer = buffer if name == "allowed" else buffer.T
+        else:
+            buffer = self.buffers[name].at[slot, pl.ds(self.row_in_block, self.block_q)]
         # There is no conflict-free way from one byte per element in shared memory to this layout.
-        return plgpu.load(buffer, layout=plgpu.Layout.WGMMA, optimized=name != "allowed")
+        return load(buffer, layout=plgpu.Layout.WGMMA, optimized=name != "allowed")
 
     def scores(self, rows: RowVectors, tile: Any, slot: Any = None) -> dict[str, jax.Array]:
         """Bias and mask of a tile, read while the products are still being computed."""
@@ -192,50 +221,81 @@ class TileLogits:
         tile: Any,
         multiplier: Any,
         masked: Any,
-    ) -> tuple[Any, Any]:
-        """(x, factor): the base-2 logits are x * factor; factor is None for 1.
+        then: Callable[[Any, Any], Any] | None = None,
+    ) -> Any:
+        """`then(x, factor)`, or the pair itself: the base-2 logits are x * factor; factor is None for 1.
 
-        `multiplier` is that of the products, in base 2. `masked` is True, False, or a scalar known at run time. (One
-        loop whose step branches is faster than a loop for each kind of tile: the compiler keeps the products of several
-        loops from overlapping with other work.)
+        `multiplier` is that of the products, in base 2. `masked` is True, False, or a scalar known at run time; `then`
+        is part of what is chosen by it. (One loop whose step branches is faster than a loop for each kind of tile: the
+        compiler keeps the products of several loops from overlapping with other work.)
         """
-        if masked is False and not scores:
-            return products, multiplier
-        logits = products * multiplier
-        if "bias" in scores:
-            logits = logits + jnp.maximum(scores["bias"].astype(jnp.float32), bias_floor(jnp.float32)) * LOG2E
         is_additive = "allowed_columns" in self.refs
         in_mask = scores.get("allowed")
 
-        def full(logits: jax.Array) -> jax.Array:
+        def full(products: jax.Array) -> tuple[Any, Any]:
             """In a tile that all rows' intervals cover, which has no dead row."""
-            if in_mask is None:
-                return logits
-            return logits + in_mask if is_additive else jnp.where(in_mask != 0, logits, lowest(jnp.float32))
+            if not scores:
+                return products, multiplier
+            # In base e: what is added needs no scaling, and base 2 comes with the subtraction of the maximum.
+            x = products * (multiplier * LN2)
+            addends = [self._clipped(scores["bias"])] if "bias" in scores else []
+            addends += [scores["allowed"]] if is_additive else []
+            if addends:
+                x = x + functools.reduce(jnp.add, addends)
+            return (x if is_additive or in_mask is None else jnp.where(in_mask != 0, x, OUTSIDE)), LOG2E
 
-        def edge(logits: jax.Array) -> jax.Array:
-            column = tile * self.block_kv
+        def edge(products: jax.Array) -> tuple[Any, Any]:
+            x, factor = full(products)
+            x = x * self._apart(factor)
             pair = rows.pair()
-            allowed = self.intervals.allowed(pair, rows.row, column, self.shape, self.q_axis)
+            allowed = self.intervals.allowed(pair, rows.row, tile * self.block_kv, self.shape, self.q_axis)
             dead = self.intervals.dead(pair, self.shape, self.q_axis)
             if in_mask is not None:
                 in_mask_here = in_mask == 0 if is_additive else in_mask != 0
                 allowed = allowed & (in_mask_here if dead is None else in_mask_here | dead)
             if dead is not None:
-                logits = jnp.where(dead, 0.0, logits)
-            return jnp.where(allowed, logits, lowest(jnp.float32))
+                x = jnp.where(dead, 0.0, x)
+            return jnp.where(allowed, x, lowest(jnp.float32)), None
 
         if isinstance(masked, bool):
-            return (edge if masked else full)(logits), None
-        return lax.cond(masked, edge, full, logits), None
+            pair = edge(products) if masked else full(products)
+            return pair if then is None else then(*pair)
+        if then is None:
+            # Both of one kind: scaled.
+            scaled = lambda pair: pair[0] if pair[1] is None else pair[0] * pair[1]  # noqa: E731
+            return lax.cond(masked, lambda p: scaled(edge(p)), lambda p: scaled(full(p)), products), None
+        # The barrier keeps what both kinds of tile do last in the branch, where it is fused with what comes before.
+        return lax.cond(masked, lambda p: lax.optimization_barrier(then(*edge(p))), lambda p: then(*full(p)), products)
 
-    def through_mask(self, x: jax.Array, rows: RowVectors, masked: Any) -> jax.Array:
-        """Cotangents of logits: zero in dead rows, whose logits are constant. (Masked ones have no weight anyway.)"""
+    def _apart(self, factor: Any) -> jax.Array:
+        """The same numbers, one for each row; to the compiler, others.
+
+        It would take a product that both kinds of tile compute out of the branch, and out of a fused multiply-add.
+        """
+        rows = plgpu.layout_cast(jnp.full((self.block_q,), factor, jnp.float32), self.q_layout)
+        return self.of_rows(lax.optimization_barrier(rows))
+
+    def _clipped(self, bias: jax.Array) -> jax.Array:
+        """In float32. A bfloat16 bias is clipped before, two elements at a time."""
+        floor = bias_floor(jnp.float32)
+        if bias.dtype == jnp.bfloat16:
+            return widened(jnp.maximum(bias, jnp.bfloat16(floor)))
+        return jnp.maximum(bias.astype(jnp.float32), floor)
+
+    def through_mask(self, x: jax.Array, rows: RowVectors, tile: Any, masked: Any) -> jax.Array:
+        """Cotangents of logits: zero in dead rows, whose logits are constant.
+
+        Masked ones have no weight, and so are zero but for NaN in padding (0 * NaN).
+        """
         if "key_start" not in self.refs:
             return x
 
         def edge(x: jax.Array) -> jax.Array:
-            dead = self.intervals.dead(rows.pair(), self.shape, self.q_axis)
+            pair = rows.pair()
+            dead = self.intervals.dead(pair, self.shape, self.q_axis)
+            if "length" in self.refs:
+                column = tile * self.block_kv
+                x = jnp.where(self.intervals.allowed(pair, rows.row, column, self.shape, self.q_axis), x, 0.0)
             return x if dead is None else jnp.where(dead, 0.0, x)
 
         if isinstance(masked, bool):
@@ -267,9 +327,17 @@ class TileLogits:
         return 1.0 if self.config.dropout is None else self.config.dropout.rescaling
 
 
-def score_slice(ref: Any, head: tuple, row: Any, rows: int, tile: Any, columns: int) -> Any:
+def score_slice(
+    ref: Any, head: tuple, row: Any, rows: int, tile: Any, columns: int, *, transposed: bool = False
+) -> Any:
     """A tile of a score-like array in global memory."""
-    return ref.at[(*broadcast_index(head, ref.shape[:-2]), pl.ds(row, rows), pl.ds(tile * columns, columns))]
+    index = pl.ds(row, rows), pl.ds(tile * columns, columns)
+    return ref.at[(*broadcast_index(head, ref.shape[:-2]), *(index[::-1] if transposed else index))]
+
+
+def column_slice(ref: Any, head: tuple, tile: Any, columns: int) -> Any:
+    """Part of a vector along the keys in global memory."""
+    return ref.at[(*broadcast_index(head, ref.shape[:-1]), pl.ds(tile * columns, columns))]
 
 
 def query_slice(ref: Any, head: tuple, row: Any, rows: int) -> Any:

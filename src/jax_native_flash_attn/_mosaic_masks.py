@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from ._masks import Band, MaskOperands
-from ._mosaic import broadcast_index, iota, pad_axis, pl, plgpu, round_up, spread
+from ._mosaic import broadcast_index, iota, load, pad_axis, pl, round_up, spread
 from ._tiles import ColumnRange
 
 _DEAD = -1  # the key_start of a row without any key: it attends all of them, with logits of 0
@@ -54,11 +54,14 @@ def interval_operands(mask: MaskOperands, T: int, S: int, block_rows: int, block
     return {"key_start": start, "key_stop": jnp.broadcast_to(stop, start.shape), "ranges": ranges}
 
 
-def query_ranges(band: Band, mask: MaskOperands, T: int, S: int, block_q: int, block_keys: int) -> dict[str, jax.Array]:
+def query_ranges(
+    mask: MaskOperands, T: int, S: int, block_q: int, block_keys: int, summed: tuple[int, ...]
+) -> dict[str, jax.Array]:
     """Of traced intervals: which query tiles a block of keys meets, and which of them need a mask.
 
-    'query_ranges', (..., N or 1, key blocks, 2), has the first and the end of the query tiles of a block;
-    'query_bounds', (..., N or 1, query tiles, 2), the keys that all rows of a tile attend.
+    'query_ranges', (batch..., key blocks, 2), has the first and the end of the query tiles of a block, in any head and
+    anywhere along a batch axis that is not of size 1 in `summed`; 'query_bounds', (batch..., N or 1, query tiles, 2),
+    has the keys that all rows of a tile attend.
     """
     if mask.key_start is None or mask.key_stop is None:
         return {}
@@ -69,8 +72,10 @@ def query_ranges(band: Band, mask: MaskOperands, T: int, S: int, block_q: int, b
     first_key = jnp.arange(0, S, block_keys, dtype=jnp.int32).reshape((1,) * (start.ndim - 1) + (-1, 1))
     attends = (starts.min(-1)[..., None, :] < first_key + block_keys) & (stops.max(-1)[..., None, :] > first_key)
     tile = jnp.arange(padded // block_q, dtype=jnp.int32).reshape((1,) * start.ndim + (-1,))
-    first = jnp.where(attends, tile, padded // block_q).min(-1)
-    end = jnp.where(attends, tile + 1, 0).max(-1)
+    first = jnp.where(attends, tile, padded // block_q).min((-1, -3))
+    end = jnp.where(attends, tile + 1, 0).max((-1, -3))
+    axes = tuple(i for i, n in enumerate(summed) if n > 1)
+    first, end = first.min(axes, keepdims=True), end.max(axes, keepdims=True)
     low, high = starts.max(-1), stops.min(-1)
     if mask.dead is not None:
         # A tile with a dead row always needs the mask, which knows of it.
@@ -107,6 +112,10 @@ class Intervals:
         return int(np.maximum(end - full_stop, 0).max())
 
     @property
+    def is_traced(self) -> bool:
+        return "ranges" in self.refs
+
+    @property
     def has_left_edge(self) -> bool:
         """Whether tiles before the full ones can need a mask."""
         return "ranges" in self.refs or self.band.lower is not None
@@ -129,11 +138,11 @@ class Intervals:
         stops = (jnp.int32(S),) * 2 if upper is None else (clip(row + upper + 1), clip(last + upper + 1))
         return tile_ranges(starts[0], starts[1], stops[0], stops[1], self.block_kv, S)
 
-    def query_tiles(self, head: tuple, block: Any, block_q: int, block_keys: int) -> tuple[Any, Any]:
+    def query_tiles(self, batch: Any, block: Any, block_q: int, block_keys: int) -> tuple[Any, Any]:
         """First and end of the query tiles with a row that attends a block of keys."""
         if "query_ranges" in self.refs:
             ref = self.refs["query_ranges"]
-            index = broadcast_index(head, ref.shape[:-2])
+            index = broadcast_index(batch, ref.shape[:-2])
             return ref[(*index, block, 0)], ref[(*index, block, 1)]
         key, count = jnp.int32(block * block_keys), -(-self.T // block_q)
         last = jnp.minimum(key + block_keys, self.S) - 1
@@ -165,7 +174,7 @@ class Intervals:
             return None
         start, stop = self.refs["key_start"], self.refs["key_stop"]
         index = (*broadcast_index(head, start.shape[:-1]), pl.ds(row, count))
-        start, stop = (plgpu.load(ref.at[index], layout=layout, optimized=False) for ref in (start, stop))
+        start, stop = (load(ref.at[index], layout=layout) for ref in (start, stop))
         return start, stop
 
     def allowed(self, rows: tuple[jax.Array, jax.Array] | None, row: Any, column: Any, shape: Any, q_axis: int) -> Any:

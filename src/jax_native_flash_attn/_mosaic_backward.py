@@ -1,0 +1,88 @@
+"""What the backward kernels share: their operands beside `Inputs`, and the cotangent of a tile's logits.
+
+Notation of `_kernels.py`: z the logits, p = exp(z - lse) the weights, c = keep / (1 - rate) the dropout factor, and
+
+    delta_t = do_t . out_t - dl_t        dz_ts = p_ts (c_ts do_t . v_s - delta_t)
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._logits import Config, Inputs
+from ._mosaic import broadcast_index, pad_axis, pl, plgpu, round_up
+from ._mosaic_logits import RowVectors, TileLogits
+from ._numerics import LOG2E
+from ._tiles import Sizes
+
+_NO_WEIGHT = 1e30
+
+
+@dataclass(frozen=True)
+class Backward:
+    """One call of the backward; any batch axis of any array may have size 1 and then broadcasts.
+
+    Attributes:
+      sizes: with the batch axes that all arrays broadcast to.
+      dout: (batch..., T, N, H) in query's dtype.
+      lse, delta: (batch..., N, T) in float32.
+    """
+
+    config: Config
+    inputs: Inputs
+    sizes: Sizes
+    dout: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+
+    def arrays(self, block_rows: int, *, drops_dead_rows: bool = False) -> dict[str, jax.Array]:
+        """By name, as the kernels read them: lse in base 2, vectors to whole blocks (TMA clips matrices only).
+
+        Rows past the last get an lse for which all weights are zero: they must not be infinite, whatever the bias.
+        So do dead rows, whose logits are constant, for kernels that want dz alone (values get a gradient from them).
+        """
+        dead = self.inputs.mask.dead if drops_dead_rows else None
+        lse = self.lse * LOG2E if dead is None else jnp.where(dead, _NO_WEIGHT, self.lse * LOG2E)
+        T, padded = self.sizes.T, round_up(self.sizes.T, block_rows)
+        return {
+            "dout": pad_axis(self.dout, -3, round_up(T, 8)),
+            "lse": pad_axis(lse, -1, padded, _NO_WEIGHT),
+            "delta": pad_axis(self.delta, -1, padded),
+        }
+
+
+def row_slice(ref: Any, head: tuple, row: Any, count: int) -> Any:
+    """Of lse or delta."""
+    return ref.at[(*broadcast_index(head, ref.shape[:-1]), pl.ds(row, count))]
+
+
+def zeros(*shape: int) -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def softmax_weights(
+    logits: TileLogits,
+    products: jax.Array,
+    scores: dict[str, jax.Array],
+    rows: RowVectors,
+    tile: Any,
+    row_lse: jax.Array,
+    masked: Any,
+) -> jax.Array:
+    """p of a tile before dropout, from its products q . k."""
+    x, factor = logits(products, scores, rows, tile, logits.scale * LOG2E, masked)
+    return jnp.exp2((x if factor is None else x * factor) - logits.of_rows(row_lse))
+
+
+def logits_cotangent(
+    logits: TileLogits, weights: jax.Array, dweights: jax.Array, rows: RowVectors, tile: Any, row_delta: jax.Array
+) -> jax.Array:
+    """dz of a tile, from p and its products do . v.
+
+    It is still to go `through_mask` where there are dead rows or NaN in padding.
+    """
+    if logits.config.dropout is not None:
+        dweights = logits.drop(dweights, rows.row, tile) * logits.rescaling
+    return weights * (dweights - logits.of_rows(row_delta))

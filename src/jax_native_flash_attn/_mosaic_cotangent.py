@@ -1,0 +1,96 @@
+"""From the operands of a cotangent to the Mosaic GPU kernels that compute it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._logits import Config, Inputs
+from ._mosaic_backward import Backward
+from ._mosaic_blocks import dbias_blocks, dkey_dvalue_blocks, dquery_blocks
+from ._mosaic_dbias import dbias
+from ._mosaic_dkey_dvalue import dkey_dvalue
+from ._mosaic_dquery import dquery
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+
+
+def cotangent(
+    config: Config, inputs: Inputs, out: jax.Array, lse: jax.Array, cotangents: Mapping[str, jax.Array], wanted: Shapes
+) -> dict[str, jax.Array]:
+    """As `_kernels.cotangent`."""
+    call = _backward(config, inputs, out, lse, cotangents)
+    z, score_bytes = call.sizes, _score_bytes(inputs)
+    results: dict[str, jax.Array] = {}
+    if "query" in wanted or "scale" in wanted:
+        is_summed = "query" in wanted and wanted["query"].shape[:-3] != z.batch
+        out_dtype = jnp.float32 if is_summed else inputs.query.dtype
+        with_scale = "scale" in wanted
+        blocks = dquery_blocks(z, score_bytes, with_scale=with_scale)
+        results["query"], *dscale = dquery(call, blocks, out_dtype, with_scale=with_scale)
+        if dscale:
+            results["scale"] = dscale[0].sum((-1, -2))
+    for shapes in _passes(call, wanted):
+        blocks = dkey_dvalue_blocks(z, score_bytes, needs_dlogits="key" in shapes)
+        results |= dkey_dvalue(call, blocks, shapes)
+    if "bias" in wanted:
+        results["bias"] = _dbias(call, cotangents.get("lse"), wanted["bias"])
+    return {name: _sum_to(results[name], like) for name, like in wanted.items()}
+
+
+def _backward(
+    config: Config, inputs: Inputs, out: jax.Array, lse: jax.Array, cotangents: Mapping[str, jax.Array]
+) -> Backward:
+    z, dtype = inputs.sizes, inputs.query.dtype
+    if "out" in cotangents:
+        dout = cotangents["out"]
+        delta = jnp.swapaxes((dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1), -1, -2)
+    else:
+        dout, delta = jnp.zeros(out.shape, dtype), jnp.zeros(lse.shape, jnp.float32)
+    if "lse" in cotangents:
+        delta = delta - cotangents["lse"].astype(jnp.float32)
+    batch = jnp.broadcast_shapes(z.batch, dout.shape[:-3], delta.shape[:-2], lse.shape[:-2])
+    return Backward(config, inputs, replace(z, batch=batch), dout.astype(dtype), lse.astype(jnp.float32), delta)
+
+
+def _score_bytes(inputs: Inputs) -> int:
+    """Of one score of the bias and mask that come tile by tile."""
+    scores = [x for x in (inputs.bias, inputs.mask.allowed) if x is not None and 1 not in x.shape[-2:]]
+    return sum(1 if x.dtype == bool else min(4, np.dtype(x.dtype).itemsize) for x in scores)
+
+
+def _passes(call: Backward, wanted: Shapes) -> list[Shapes]:
+    """The gradients of keys and values that are computed together: at 128 columns both fill a warpgroup's registers."""
+    shapes = {name: _kernel_result(call, wanted[name]) for name in ("key", "value") if name in wanted}
+    same_batch = len({x.shape for x in shapes.values()}) == 1
+    return [shapes] if same_batch and call.sizes.H <= 128 else [{name: x} for name, x in shapes.items()]
+
+
+def _kernel_result(call: Backward, wanted: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """A kernel sums over the batch axes that both keys and values lack; the others are left, unrounded."""
+    keys = zip(call.inputs.key.shape, call.inputs.value.shape, wanted.shape, call.sizes.batch, strict=False)
+    batch = tuple(1 if k == v == w == 1 else n for k, v, w, n in keys)
+    if batch == wanted.shape[:-3]:
+        return wanted
+    return jax.ShapeDtypeStruct((*batch, *wanted.shape[-3:]), jnp.float32)
+
+
+def _dbias(call: Backward, dlse: jax.Array | None, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    z = call.sizes
+    if wanted.shape[-1] > 1:
+        return dbias(call, dbias_blocks(z, _score_bytes(call.inputs)), wanted)
+    # A bias of rows changes no weight, since they add up to 1, but shifts the log-sum-exp: sum_s dz_ts = dl_t.
+    rows = jnp.zeros(call.delta.shape, jnp.float32) if dlse is None else dlse.astype(jnp.float32)
+    mask = call.inputs.mask
+    if mask.key_start is not None and mask.key_stop is not None:
+        rows = jnp.where(mask.key_start < mask.key_stop, rows, 0.0)  # padded rows have no key
+    if mask.dead is not None:
+        rows = jnp.where(mask.dead, 0.0, rows)
+    return jnp.broadcast_to(rows, (*z.batch, z.N, z.T))[..., None]
+
+
+def _sum_to(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    axes = tuple(i for i, (n, m) in enumerate(zip(x.shape, like.shape, strict=True)) if n != m)
+    return (x.sum(axes, keepdims=True) if axes else x).astype(like.dtype)
