@@ -42,6 +42,12 @@ def launch(
     )
 
 
+def load(ref: Any, *, layout: Any, optimized: bool = True) -> jax.Array:
+    """From shared or global memory into registers; `optimized` makes it an error if that takes conflicting accesses."""
+    index = {"idx": ()} if "idx" in inspect.signature(plgpu.load).parameters else {}
+    return plgpu.load(ref, **index, layout=layout, optimized=optimized)
+
+
 def swizzle_bytes(columns: int, dtype: Any, block: int = 0) -> int | None:
     """The widest swizzle for rows of so many columns, in blocks of `block` of them; None if there is none."""
     row = math.gcd(columns, block) * np.dtype(dtype).itemsize

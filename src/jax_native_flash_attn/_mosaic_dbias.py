@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._mosaic import ROW, launch, matrix_buffer, pl, plgpu, unravel
+from ._mosaic import ROW, launch, load, matrix_buffer, pl, plgpu, unravel
 from ._mosaic_backward import Backward, logits_cotangent, row_slice, softmax_weights, zeros
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import TileLogits, key_slice, prepare, query_slice, score_buffers, score_slice
@@ -132,7 +132,7 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
 
                     scores = logits.scores(rows, tile, slot)
                     row_lse, row_delta = (
-                        plgpu.load(local[name].at[slot, wg], layout=ROW, optimized=False) for name in ("lse", "delta")
+                        load(local[name].at[slot, wg], layout=ROW, optimized=False) for name in ("lse", "delta")
                     )
                     s, dp = pl.run_state(products)((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
                     weights = softmax_weights(logits, s, scores, rows, tile, row_lse, masked)

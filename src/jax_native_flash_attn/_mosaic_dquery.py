@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._mosaic import ROW, broadcast_index, heads_per_group, launch, matrix_buffer, pl, plgpu, round_up, unravel
+from ._mosaic import ROW, broadcast_index, heads_per_group, launch, load, matrix_buffer, pl, plgpu, round_up, unravel
 from ._mosaic_backward import Backward, logits_cotangent, row_slice, softmax_weights, zeros
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import TileLogits, clean_padding, key_slice, prepare, query_slice, score_buffers, score_slice
@@ -120,7 +120,7 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
             logits = TileLogits(config, z, refs, buffers, intervals, head, *shape, row_in_block=wg * blocks.block_q)
             rows = logits.rows(row)
             row_lse, row_delta = (
-                plgpu.load(row_slice(refs[name], head, row, blocks.block_q), layout=ROW, optimized=False)
+                load(row_slice(refs[name], head, row, blocks.block_q), layout=ROW, optimized=False)
                 for name in ("lse", "delta")
             )
             query, cotangent = local["query"].at[wg], local["dout"].at[wg]
@@ -221,7 +221,7 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
             acc = pipelined() if z.H <= _MAX_PIPELINED else one_by_one()
             if with_scale:
                 # sum_s dz_ts q_t . k_s = q_t . sum_s dz_ts k_s
-                rows_of_query = plgpu.load(query, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+                rows_of_query = load(query, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
                 local["dscale"][wg] = (acc * rows_of_query).sum(axis=1)
             if is_wide:
                 plgpu.barrier_arrive(local["all done"])

@@ -21,6 +21,7 @@ from ._mosaic import (
     ROW,
     broadcast_index,
     iota,
+    load,
     matrix_buffer,
     pad_axis,
     pl,
@@ -107,7 +108,7 @@ def clean_padding(buffer: Any, tile: Any, length: Any) -> None:
     shape = (64, head_dim)
     for part in range(count // 64):
         some = buffer.at[pl.ds(part * 64, 64)]
-        x = plgpu.load(some, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+        x = load(some, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
         position = iota(shape, 0) + (tile * count + part * 64)
         is_number = jnp.abs(x) <= float(jnp.finfo(jnp.float32).max)
         some[...] = jnp.where((position < length) | is_number, x, 0.0).astype(buffer.dtype)
@@ -174,7 +175,7 @@ class TileLogits:
     def _vector(self, name: str, start: Any, count: int, layout: Any) -> jax.Array:
         ref = self.refs[name]
         index = (*broadcast_index(self.head, ref.shape[:-1]), pl.ds(start, count))
-        return plgpu.load(ref.at[index], layout=layout, optimized=False)
+        return load(ref.at[index], layout=layout, optimized=False)
 
     def _score(self, name: str, rows: RowVectors, tile: Any, slot: Any) -> jax.Array:
         """A tile of bias or mask, in registers."""
@@ -189,7 +190,7 @@ class TileLogits:
         else:
             buffer = self.buffers[name].at[slot, pl.ds(self.row_in_block, self.block_q)]
         # There is no conflict-free way from one byte per element in shared memory to this layout.
-        return plgpu.load(buffer, layout=plgpu.Layout.WGMMA, optimized=name != "allowed")
+        return load(buffer, layout=plgpu.Layout.WGMMA, optimized=name != "allowed")
 
     def scores(self, rows: RowVectors, tile: Any, slot: Any = None) -> dict[str, jax.Array]:
         """Bias and mask of a tile, read while the products are still being computed."""

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from ._masks import Band, MaskOperands
-from ._mosaic import broadcast_index, iota, pad_axis, pl, plgpu, round_up, spread
+from ._mosaic import broadcast_index, iota, load, pad_axis, pl, round_up, spread
 from ._tiles import ColumnRange
 
 _DEAD = -1  # the key_start of a row without any key: it attends all of them, with logits of 0
@@ -170,7 +170,7 @@ class Intervals:
             return None
         start, stop = self.refs["key_start"], self.refs["key_stop"]
         index = (*broadcast_index(head, start.shape[:-1]), pl.ds(row, count))
-        start, stop = (plgpu.load(ref.at[index], layout=layout, optimized=False) for ref in (start, stop))
+        start, stop = (load(ref.at[index], layout=layout, optimized=False) for ref in (start, stop))
         return start, stop
 
     def allowed(self, rows: tuple[jax.Array, jax.Array] | None, row: Any, column: Any, shape: Any, q_axis: int) -> Any:
