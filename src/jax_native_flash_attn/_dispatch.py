@@ -104,7 +104,7 @@ def _why_not_backend() -> str | None:
     if jax.__version_info__[:2] < _JAX_WITH_BACKEND:
         return f"it needs JAX {'.'.join(map(str, _JAX_WITH_BACKEND))}, this is {jax.__version__}"
     try:
-        from . import _mosaic  # noqa: F401
+        from . import _mosaic_call, _mosaic_cotangent  # noqa: F401
     except ImportError as error:
         return f"Pallas' Mosaic GPU backend cannot be imported: {error}"
     return None

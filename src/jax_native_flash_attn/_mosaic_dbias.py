@@ -27,7 +27,10 @@ _LONG_RUN = 32  # visits beside which the beginning and the end of a block do no
 
 
 def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-    """In float32, of a bias (batch..., N or 1, T or 1, S); axes of size 1, but for the last, are summed over."""
+    """Of a bias (batch..., N or 1, T or 1, S); axes of size 1, but for the last, are summed over.
+
+    In float32 where XLA has something left to add up, else in the dtype that is wanted.
+    """
     config, inputs, z, dtype = call.config, call.inputs, call.sizes, call.inputs.query.dtype
     compute, stages, shape = blocks.warpgroups, blocks.stages, (blocks.block_q, blocks.block_kv)
     row_blocks, key_blocks = -(-z.T // blocks.rows), -(-z.S // blocks.block_kv)
@@ -56,6 +59,8 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
         # Completed by all compute warpgroups: the slot may be loaded again.
         "free": plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
     }
+    sums_rows = wanted.shape[-2] == 1
+    out_dtype = jnp.float32 if parts > 1 or sums_rows else wanted.dtype
     rows_of_result = owned[-1] * blocks.rows
 
     def kernel(*args: Any) -> None:
@@ -142,7 +147,9 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
                 def write(total: jax.Array) -> jax.Array:
                     *own_head, own_block = own
                     at = (*own_head, pl.ds(own_block * blocks.rows + wg * blocks.block_q, blocks.block_q))
-                    out.at[(lax.axis_index("part"), *at, pl.ds(tile * blocks.block_kv, blocks.block_kv))][...] = total
+                    out.at[(lax.axis_index("part"), *at, pl.ds(tile * blocks.block_kv, blocks.block_kv))][...] = (
+                        total.astype(out_dtype)
+                    )
                     return zeros(*shape)
 
                 total, count = lax.cond(attends, add, lambda total, count: (total, count), *carry)
@@ -153,14 +160,12 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
 
     (result,) = launch(
         kernel,
-        out_types=[
-            jax.ShapeDtypeStruct((parts, *owned[:-1], rows_of_result, key_blocks * blocks.block_kv), jnp.float32)
-        ],
+        out_types=[jax.ShapeDtypeStruct((parts, *owned[:-1], rows_of_result, key_blocks * blocks.block_kv), out_dtype)],
         scratch=tuple(scratch.values()),
         grid={"part": parts, "own": math.prod(owned[:-1]), "rows": owned[-1], "run": -(-key_blocks // run)},
         warpgroups=compute + 1,
     )(*arrays.values())
     result = result.sum(0)
-    if wanted.shape[-2] == 1:
+    if sums_rows:
         return result.sum(-2, keepdims=True)[..., : z.S]
     return result[..., : z.T, : z.S]

@@ -92,7 +92,8 @@ def dkey_dvalue(call: Backward, blocks: Blocks, wanted: Mapping[str, jax.ShapeDt
         refs = dict(zip(arrays, args, strict=False))
         outs = dict(zip(wanted, args[len(arrays) : len(arrays) + len(wanted)], strict=True))
         local = dict(zip(scratch, args[len(arrays) + len(wanted) :], strict=True))
-        *kv_batch, kv_head = unravel(lax.axis_index("group") * group + lax.axis_index("member"), kv_heads)
+        *batch_index, kv_head = unravel(lax.axis_index("group") * group + lax.axis_index("member"), kv_heads)
+        kv_batch = tuple(batch_index)
         block = lax.axis_index("block")
         intervals = Intervals(config.band, z.T, z.S, block_kv, refs)
         first, stop = intervals.query_tiles(kv_batch, block, block_q, block_keys)
@@ -191,15 +192,15 @@ def dkey_dvalue(call: Backward, blocks: Blocks, wanted: Mapping[str, jax.ShapeDt
                     left["key"] = (ds * logits.scale if scale_is_summed else ds).astype(dtype)
                 if "value" in wanted:
                     left["value"] = (logits.drop(weights, row, tile) * logits.rescaling).astype(dtype)
-                *carry, left = lax.optimization_barrier((*carry, left))
+                carry, left = lax.optimization_barrier((carry, left))
 
                 def gradients(state: tuple) -> None:
                     for ref, name in reversed(list(zip(state, wanted, strict=True))):
                         plgpu.wgmma(ref, left[name], query if name == "key" else cotangent)
 
-                carry = pl.run_state(gradients)(tuple(plgpu.ACC.init(x) for x in carry))
+                sums = pl.run_state(gradients)(tuple(plgpu.ACC.init(x) for x in carry))
                 plgpu.barrier_arrive(local["rows free"].at[slot])
-                return tuple(carry)
+                return tuple(sums)
 
             sums = lax.fori_loop(0, num_steps, step, tuple(zeros(block_kv, z.H) for _ in wanted))
             for name, x in zip(wanted, sums, strict=True):

@@ -202,7 +202,8 @@ class TileLogits:
             return spread(x, self.shape, 1 - self.q_axis)
         if self.q_axis == 1:  # a tile of its own for each warpgroup; `prepare` has transposed the mask
             buffer = self.buffers[name].at[slot, self.row_in_block]
-            buffer = buffer if name == "allowed" else buffer.T
+            if name != "allowed":
+                return plgpu.layout_cast(load(buffer.T, layout=plgpu.Layout.WGMMA_TRANSPOSED), plgpu.Layout.WGMMA)
         else:
             buffer = self.buffers[name].at[slot, pl.ds(self.row_in_block, self.block_q)]
         # There is no conflict-free way from one byte per element in shared memory to this layout.
