@@ -16,11 +16,11 @@ from jax_native_flash_attn._logits import Tiles
 from tests.cases import FAST_COMPILATION, Case, cases, check_case
 
 
-def _einsum(self: Tiles, subscripts: str, *operands: jax.Array) -> jax.Array:
+def _einsum(self: Tiles, subscripts: str, *operands: jax.Array, dtype: Any = None) -> jax.Array:
     """As `Tiles.einsum`; XLA:CPU cannot run every product of 16-bit floats."""
     return jnp.einsum(
         subscripts,
-        *(x.astype(self.product).astype(self.accumulate) for x in operands),
+        *(x.astype(dtype or self.product).astype(self.accumulate) for x in operands),
         precision=self.config.precision,
     )
 

@@ -23,6 +23,7 @@ OPTIONS = {
         key_value_seq_lengths=(20, 3, 1),
         poison=True,
     ),
+    "lengths": Case(SHAPES["many scores"], key_value_seq_lengths=(20, 3, 1)),
     "dropout": Case(SHAPES["many scores"], dropout_rate=0.3),
 }
 

@@ -211,9 +211,11 @@ def cotangent(
         result: jax.Array, rows: jax.Array, weights: jax.Array, at: RowTile, columns: ColumnTile
     ) -> jax.Array:
         """weights^T @ rows onto a result; rows are transposed if the result is."""
+        dtype = tiles.transposed_product
         if tiles.transposes_weights:
-            return nest.add_key(result, tiles.einsum("...rs,...rh->...sh", weights, rows), at, columns)
-        return nest.add_key_transposed(result, tiles.einsum("...hr,...rs->...hs", rows, weights), at, columns)
+            return nest.add_key(result, tiles.einsum("...rs,...rh->...sh", weights, rows, dtype=dtype), at, columns)
+        product = tiles.einsum("...hr,...rs->...hs", rows, weights, dtype=dtype)
+        return nest.add_key_transposed(result, product, at, columns)
 
     def row_tile(at: RowTile, results: dict[str, jax.Array]) -> dict[str, jax.Array]:
         query, row_lse = tiles.query(at), tiles.row_lse(lse, at)
@@ -237,7 +239,7 @@ def cotangent(
         key_operands = {"key": scaled_query, "value": dout}
         if not tiles.transposes_weights:
             key_operands = {name: jnp.swapaxes(x, -1, -2) for name, x in key_operands.items()}
-        key_operands = {name: x.astype(tiles.product) for name, x in key_operands.items()}
+        key_operands = {name: x.astype(tiles.transposed_product) for name, x in key_operands.items()}
 
         def key_tile(
             columns: ColumnTile,

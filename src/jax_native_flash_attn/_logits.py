@@ -138,6 +138,8 @@ class Tiles:
         self.accumulate = accumulation_dtype(inputs.query.dtype)
         self.platform = target.platform
         self.product = product_dtype(inputs.query.dtype, target.platform)
+        # XLA:CPU (0.12 and before) fails at run time on a bfloat16 product into which it folded a transpose.
+        self.transposed_product = self.accumulate if target.platform == "cpu" else self.product
         mask = inputs.mask
         forms = Forms(
             self.sizes,
@@ -216,11 +218,11 @@ class Tiles:
     def zeros(self, *shape: int) -> jax.Array:
         return jnp.zeros(shape, self.accumulate)
 
-    def einsum(self, subscripts: str, *operands: jax.Array) -> jax.Array:
-        """Product of tiles in product dtype, accumulated in accumulation dtype."""
+    def einsum(self, subscripts: str, *operands: jax.Array, dtype: Any = None) -> jax.Array:
+        """Product of tiles in `dtype`, by default that of products, accumulated in accumulation dtype."""
         return jnp.einsum(
             subscripts,
-            *(x.astype(self.product) for x in operands),
+            *(x.astype(dtype or self.product) for x in operands),
             precision=self.config.precision,
             preferred_element_type=self.accumulate,
         )
