@@ -138,8 +138,10 @@ class Tiles:
         self.accumulate = accumulation_dtype(inputs.query.dtype)
         self.platform = target.platform
         self.product = product_dtype(inputs.query.dtype, target.platform)
-        # XLA:CPU (0.12 and before) fails at run time on a bfloat16 product into which it folded a transpose.
+        # XLA:CPU (0.12 and before) fails at run time on a bfloat16 product into which it folded a transpose. Reverse
+        # mode through a kernel makes such products of all.
         self.transposed_product = self.accumulate if target.platform == "cpu" else self.product
+        self.product = self.transposed_product if differentiable else self.product
         mask = inputs.mask
         forms = Forms(
             self.sizes,
