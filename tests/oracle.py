@@ -318,7 +318,7 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> 
     error alone is no fair bound. This is first-order error propagation through the formulas of value
     and gradient: products of inputs, probabilities, their cotangents and those of logits round to
     `dtype`, all else to the wider dtype. Independent roundings add as root of squares; that of a
-    row's delta = dout . out is common to the row and adds coherently.
+    row's delta = dout . out is common to the row and adds coherently. The gradient of scale stays wide.
     `bias` is for a bias of full shape, and `bias_row` its coherent part: reduce_bias_noise takes
     them to the shape of the bias.
     """
@@ -355,9 +355,13 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> 
     summing = 1.0 + math.sqrt(value.shape[-1] / 6)
     dprobs_size = summing * root("btnd,bsnd->bnts", dout, value) + np.abs(dprobs)
     delta_size = summing * rows(root("btnd,btnd->btn", dout, out)) + np.abs(delta)
-    own = probs * (low * np.abs(dprobs) + wide * dprobs_size) * factor + low * np.abs(dlogits)
-    own = own + (probs_wide + probs * lse_noise) * np.abs(dprobs * factor - delta)
-    own = np.where(live, own, 0.0)
+
+    def own_noise(rounding):
+        noise = probs * (rounding * np.abs(dprobs) + wide * dprobs_size) * factor + rounding * np.abs(dlogits)
+        noise = noise + (probs_wide + probs * lse_noise) * np.abs(dprobs * factor - delta)
+        return np.where(live, noise, 0.0)
+
+    own = own_noise(low)
     common = np.where(live, wide * delta_size, 0.0)  # times probs, the same sign along a row
 
     def column(own_size, common_size):
@@ -365,7 +369,8 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> 
 
     common_probs = common * probs
     lse_rows = lse_noise[..., 0].transpose(0, 2, 1)[..., None]  # (B, T, N, 1)
-    scale_own = root("bnts,bnts->", own, plain)
+    # Dense multiplies the cotangents of logits with the products before any of them is rounded to `dtype`.
+    scale_own = root("bnts,bnts->", own_noise(wide), plain)
     scale_common = root("bnt->", (common_probs * plain).sum(axis=-1))
     dquery_own = root("bnts,bsnh->btnh", own, key)
     dquery_common = np.abs(_einsum("bnts,bsnh->btnh", common_probs, key))
@@ -381,7 +386,7 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> 
         "key": per_head(dkey_noise + low * np.abs(x.dkey)),
         # 1 / (1 - rate), and 1 / S of rows without a key, are rounded once for all rows.
         "value": per_head(dvalue_noise + (low + 2 * wide) * np.abs(x.dvalue)),
-        "scale": scale_own + scale_common + low * np.abs(x.dscale),
+        "scale": scale_own + scale_common + wide * np.abs(x.dscale),
         "bias": own,
         "bias_row": common_probs,
     }

@@ -57,6 +57,7 @@ def cotangent(
         further={**cotangents, "lse": lse},
         differentiable=differentiable,
         summed_over_batch="bias" in wanted and math.prod(wanted["bias"].shape[-2:]) > 1,
+        rounds_weights="scale" not in wanted,
     )
     return _kernels.cotangent(tiles, out, lse, cotangents, wanted)
 

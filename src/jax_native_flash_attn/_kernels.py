@@ -45,6 +45,14 @@ class OnlineSoftmax(NamedTuple):
     max_so_far: jax.Array
 
 
+class CotangentState(NamedTuple):
+    """What the tiles of some rows add to: the gradient of query, without scale; sums for that of scale; the results."""
+
+    dquery: jax.Array | None
+    moments: tuple[jax.Array, ...]
+    results: dict[str, jax.Array]
+
+
 def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, ...]:
     """out (batch..., T, N, D) and, if needed, lse (batch..., N, T), in accumulation dtype.
 
@@ -197,7 +205,12 @@ def cotangent(
     """
     nest, sizes = tiles.nest, tiles.sizes
     needs_logits = any(name in results for name in ("query", "key", "scale", "bias"))
-    needs_query = any(name in results for name in ("query", "scale"))
+    # dscale = sum_t q_t . (sum_s dz_ts k_s) is at hand, but where products round their operands it is noise: terms of
+    # both signs cancel, and what rounding did to out is, in delta, the same for a whole row. There, with x = q_t . k_s,
+    #     dscale = sum_ts dz_ts (x_ts - m_t) + sum_t dl_t m_t  where  m_t = sum_s p_ts x_ts;
+    # the same, as the dz of a row add up to dl_t; and the error of delta, times p_ts, drops out.
+    uses_moments = "scale" in results and tiles.rounds_operands
+    needs_query = "query" in results or ("scale" in results and not uses_moments)
     has_out = "out" in cotangents
     # Where all keys of a row are in one tile, delta can be had from the weights instead of from out.
     has_whole_rows = has_out and "lse" not in cotangents and nest.visits_one_key_tile and tiles.transposes_weights
@@ -228,9 +241,10 @@ def cotangent(
             dout = dout.astype(tiles.accumulate)
         if has_out and not has_whole_rows:
             delta += (dout * nest.query_slice(out, at).astype(tiles.accumulate)).sum(-1, keepdims=True)
+        dlse = tiles.zeros(*rows, 1)
         if "lse" in cotangents:
-            dlse = tiles.rows(cotangents["lse"], at)
-            delta -= nest.owned_rows(dlse, at).astype(tiles.accumulate)
+            dlse += nest.owned_rows(tiles.rows(cotangents["lse"], at), at).astype(tiles.accumulate)
+            delta -= dlse
         live_dout, delta = tiles.live_rows(dout, at), tiles.live_rows(delta, at)
         row_lse, delta = tiles.joined(row_lse), tiles.joined(delta)
         has_cotangents = (live_dout != 0).any() | (delta != 0).any() if tiles.passes_weights else False
@@ -241,12 +255,8 @@ def cotangent(
             key_operands = {name: jnp.swapaxes(x, -1, -2) for name, x in key_operands.items()}
         key_operands = {name: x.astype(tiles.transposed_product) for name, x in key_operands.items()}
 
-        def key_tile(
-            columns: ColumnTile,
-            mask: TileMask | None,
-            state: tuple[jax.Array | None, dict[str, jax.Array]],
-        ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
-            dquery, results = state[0], dict(state[1])
+        def key_tile(columns: ColumnTile, mask: TileMask | None, state: CotangentState) -> CotangentState:
+            dquery, moments, results = state.dquery, state.moments, dict(state.results)
             keep = tiles.keep(at, columns)
             keep = None if keep is None else tiles.joined(keep)
             key = tiles.key(at, columns, mask)
@@ -261,7 +271,7 @@ def cotangent(
                 dropped = tiles.split(tiles.drop(weights, keep))
                 results["value"] = add_key_product(results["value"], key_operands["value"], dropped, at, columns)
             if not needs_logits:
-                return dquery, results
+                return CotangentState(dquery, moments, results)
 
             def logits_cotangent(weights: jax.Array) -> jax.Array:
                 dlogits = -delta
@@ -280,6 +290,10 @@ def cotangent(
             else:
                 dlogits = logits_cotangent(weights)
             dlogits = tiles.split(dlogits)
+            if moments:
+                dz, scores = dlogits.astype(tiles.accumulate), tiles.scores(query, key)
+                terms = dz * scores, dz, tiles.through_mask(tiles.split(weights), mask) * scores
+                moments = tuple(sum_ + x.sum(-1, keepdims=True) for sum_, x in zip(moments, terms, strict=True))
             if "key" in results:
                 results["key"] = add_key_product(results["key"], key_operands["key"], dlogits, at, columns)
             if "bias" in results:
@@ -288,14 +302,21 @@ def cotangent(
                 results["bias"] = nest.write_score(results["bias"], dbias, at, columns, add=add)
             if dquery is not None:
                 dquery += tiles.einsum("...rs,...sh->...rh", dlogits, key)
-            return dquery, results
+            return CotangentState(dquery, moments, results)
 
         dquery = tiles.zeros(*rows, sizes.H) if needs_query else None
-        dquery, results = nest.columns(at, key_tile, (dquery, results))
+        moments = (tiles.zeros(*rows, 1),) * 3 if uses_moments else ()
+        dquery, moments, results = nest.columns(at, key_tile, CotangentState(dquery, moments, results))
         if dquery is not None and "query" in results:
             results["query"] = nest.write_query(results["query"], dquery * tiles.scale(at), at, add=True)
-        if dquery is not None and "scale" in results:
-            dscale = (dquery * query.astype(tiles.accumulate)).sum((-1, -2))
+        if "scale" in results:
+            if moments:
+                dz_scores, dz, mean = moments
+                terms = dz_scores - (dz - dlse) * mean
+            else:
+                assert dquery is not None
+                terms = dquery * query.astype(tiles.accumulate)
+            dscale = terms.sum((-1, -2))
             results["scale"] = nest.add_batch(results["scale"], dscale, at)
         return results
 

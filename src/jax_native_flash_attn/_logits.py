@@ -124,6 +124,7 @@ class Tiles:
         differentiable: bool = False,
         is_bounded: bool = False,
         summed_over_batch: bool = False,
+        rounds_weights: bool = True,
     ):
         """Args, beside the call's:
 
@@ -131,6 +132,7 @@ class Tiles:
         differentiable: see `Nest`.
         is_bounded: whether bounds of the logits are known (see `_bounds.py`).
         summed_over_batch: whether a result of T * S elements is summed over batch rows.
+        rounds_weights: whether weights and their cotangents may be kept in the dtype of products.
         """
         self.config, self.inputs = config, inputs
         sizes = inputs.sizes
@@ -142,6 +144,11 @@ class Tiles:
         # mode through a kernel makes such products of all.
         self.transposed_product = self.accumulate if target.platform == "cpu" else self.product
         self.product = self.transposed_product if differentiable else self.product
+        # By default, accelerators round float32 too.
+        self.rounds_operands = self.product != self.accumulate or target.platform != "cpu"
+        # float16 has too few exponents for a cotangent.
+        rounds_weights &= self.product == jnp.bfloat16
+        self.stored_dtype = self.product if rounds_weights else self.accumulate
         mask = inputs.mask
         forms = Forms(
             self.sizes,
@@ -243,12 +250,9 @@ class Tiles:
         """A tile of weights or their cotangents, in the form in which it is written once for all that read it.
 
         XLA fuses what makes it into the product that it is made of, if that ends where several read it; the barrier
-        keeps it from undoing the rounding, and from making it again for each. (float16 has too few exponents.)
+        keeps it from undoing the rounding, and from making it again for each.
         """
-        if not self.fuses_tiles:
-            return x
-        dtype = self.product if self.product == jnp.bfloat16 else self.accumulate
-        return jax.lax.optimization_barrier(x.astype(dtype))
+        return jax.lax.optimization_barrier(x.astype(self.stored_dtype)) if self.fuses_tiles else x
 
     def query(self, at: RowTile) -> jax.Array:
         query = self.inputs.query
@@ -291,8 +295,12 @@ class Tiles:
         early = self.product == self.accumulate
         if early:
             query = query.astype(self.product) * multiplier
-        scores = self.einsum("...rh,...sh->...rs", query, key)
+        scores = self.scores(query, key)
         return scores if early else scores * multiplier
+
+    def scores(self, query: jax.Array, key: jax.Array) -> jax.Array:
+        """query @ key, which XLA finds to be a part of `products` where that multiplies its result."""
+        return self.einsum("...rh,...sh->...rs", query, key)
 
     def weighted(self, weights: jax.Array, value: jax.Array) -> jax.Array:
         """weights @ value: (lead..., rows, s), (lead..., s, D) -> (lead..., rows, D)"""
