@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from . import _arguments as arguments
 from ._derivatives import flash_attention_core
 from ._dropout import Dropout, head_indices, make_dropout, threefry_words
-from ._logits import Config, Inputs
 from ._masks import make_mask
 from ._numerics import DEAD_ROW_LSE, accumulation_dtype
+from ._operands import Config, Inputs
 from ._sharding import over_explicit_axes
 
 

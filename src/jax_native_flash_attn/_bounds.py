@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _kernels
-from ._logits import Config, Inputs, Tiles
+from ._logits import Tiles
+from ._operands import Config, Inputs
 from ._tiles import Target
 
 _LARGEST_BOUND = 35.0

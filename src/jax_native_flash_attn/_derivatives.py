@@ -23,8 +23,8 @@ from jax.interpreters import ad, batching, mlir
 
 from . import _dispatch, _sharding
 from ._linear import DirectionalDerivative, FirstDerivative, Flags, Leaves, LinearKernel, Slot, operand_shapes, pick
-from ._logits import FLOAT_FIELDS, Config, Inputs, field_names
 from ._numerics import accumulation_dtype
+from ._operands import FLOAT_FIELDS, Config, Inputs, field_names
 from ._tiles import Target
 
 

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from . import _bounds, _kernels
-from ._logits import Config, Inputs, Tiles
+from ._logits import Tiles
 from ._mosaic_blocks import Chip
 from ._numerics import accumulation_dtype
+from ._operands import Config, Inputs
 from ._tiles import Target
 
 _JAX_WITH_BACKEND = (0, 10)

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from . import _dispatch, _kernels
-from ._logits import Config, Tiles, field_names
+from ._logits import Tiles
+from ._operands import Config, field_names
 from ._tiles import Target
 
 Leaves = tuple[jax.Array, ...]

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from ._logits import Config
 from ._mosaic import ROW, broadcast_index, columns_of, pl, plgpu
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import NO_KEY, TileLogits, clean_padding, query_slice
 from ._mosaic_masks import Intervals
 from ._mosaic_overlap import THREAD_COLUMNS, before_wait, fold_columns
 from ._numerics import LN2, LOG2E, lowest
+from ._operands import Config
 from ._tiles import ColumnRange, Sizes
 
 _LOWEST = lowest(jnp.float32)

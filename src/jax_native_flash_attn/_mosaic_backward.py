@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._logits import Config, Inputs
 from ._mosaic import broadcast_index, pad_axis, pl, plgpu, round_up
 from ._mosaic_logits import RowVectors, TileLogits
 from ._numerics import LOG2E
+from ._operands import Config, Inputs
 from ._tiles import Sizes
 
 _NO_WEIGHT = 1e30

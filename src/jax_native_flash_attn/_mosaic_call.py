@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._logits import Config, Inputs
 from ._masks import Band
 from ._mosaic_blocks import Chip, forward_blocks
 from ._mosaic_forward import forward as forward_kernel
+from ._operands import Config, Inputs
 
 _FEW_ROWS = 64  # of one warpgroup
 

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._logits import Config, Inputs
 from ._mosaic_backward import Backward
 from ._mosaic_blocks import dbias_blocks, dkey_dvalue_blocks, dquery_blocks
 from ._mosaic_dbias import dbias
 from ._mosaic_dkey_dvalue import dkey_dvalue
 from ._mosaic_dquery import dquery
+from ._operands import Config, Inputs
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 

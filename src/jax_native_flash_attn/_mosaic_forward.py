@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._logits import Config, Inputs
 from ._mosaic import heads_per_group, launch, matrix_buffer, pl, plgpu, round_up, swizzle_bytes
 from ._mosaic_attend import Item, Kernel, attend
 from ._mosaic_blocks import Blocks
@@ -41,6 +40,7 @@ from ._mosaic_logits import (
 )
 from ._mosaic_masks import Intervals
 from ._mosaic_work import part_of, plan
+from ._operands import Config, Inputs
 
 _CACHE_BYTES = 24e6  # of keys and values that blocks which run at once should share: half of Hopper's L2 cache
 

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._logits import Config, Inputs
 from ._mosaic import (
     COLUMN,
     ROW,
@@ -34,6 +33,7 @@ from ._mosaic import (
 from ._mosaic_masks import Intervals, interval_operands
 from ._mosaic_overlap import widened
 from ._numerics import LN2, LOG2E, bias_floor, lowest
+from ._operands import Config, Inputs
 from ._tiles import Sizes
 
 _SCORES = ("bias", "allowed")

@@ -26,7 +26,7 @@ from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from ._logits import LAYOUTS
+from ._operands import LAYOUTS
 from ._tiles import Target
 
 Layouts = tuple[tuple[str, ...], tuple[str, ...]]
