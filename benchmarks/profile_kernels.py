@@ -8,6 +8,7 @@ import collections
 import glob
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -26,10 +27,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--least", type=float, default=0.02, help="leave out kernels below this part of the total")
     options = parser.parse_args(argv)
     print(header())
-    for shape in options.shapes:
-        for mode in (m for m in options.mode if m in shape.modes):
-            for name in options.implementations:
-                _print_kernels(f"{shape.name} {mode} {name}", compile_call(name, shape, mode), shape, options.least)
+    calls = [
+        (name, shape, mode)
+        for shape in options.shapes
+        for mode in options.mode
+        if mode in shape.modes
+        for name in options.implementations
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        executables = list(pool.map(lambda call: compile_call(*call), calls))
+    for (name, shape, mode), executable in zip(calls, executables, strict=True):
+        _print_kernels(f"{shape.name} {mode} {name}", executable, shape, options.least)
 
 
 def _print_kernels(title: str, executable: Any, shape: AttentionShape, least: float) -> None:

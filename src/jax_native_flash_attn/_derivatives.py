@@ -61,24 +61,30 @@ def _forward_abstract_eval(*leaves: Any, config: Config, structure: Any, **unuse
     results = [_sharding.result_aval(leaves, (*z.batch, z.T, z.N, z.D), out_dtype)]
     if config.needs_lse:
         results.append(_sharding.result_aval(leaves, (*z.batch, z.N, z.T), dtype))
+    if config.adds_rounded:
+        results.append(_sharding.result_aval(leaves, (*z.batch, z.T, z.N, z.D), inputs.query.dtype))
     return results
 
 
 def _forward_jvp(primals: Any, tangents: Any, *, config: Config, structure: Any, **unused: Any) -> tuple:
-    num_results = 2 if config.needs_lse else 1
-    query_dtype = jax.tree.unflatten(structure, primals).query.dtype
-    rounded_to = query_dtype if config.rounds_out else accumulation_dtype(query_dtype)
-    config = replace(config, needs_lse=True, rounds_out=False)
-    out, lse = _apply_forward(*primals, config=config, structure=structure)
-    # Named, so that a `jax.checkpoint` policy can save both and not run the forward kernel again.
-    out, lse = checkpoint_name(out, "flash_attention_out"), checkpoint_name(lse, "flash_attention_lse")
+    asked, query_dtype = config, jax.tree.unflatten(structure, primals).query.dtype
+    # A kernel writes both for less than it takes to read the one and write the other.
+    wants_rounded = asked.rounds_out or asked.adds_rounded
+    adds_rounded = wants_rounded and query_dtype != accumulation_dtype(query_dtype)
+    config = replace(config, needs_lse=True, rounds_out=False, adds_rounded=adds_rounded)
+    # Named, so that a `jax.checkpoint` policy can save them and not run the forward kernel again.
+    named = zip(("out", "lse", "out"), _apply_forward(*primals, config=config, structure=structure), strict=False)
+    out, lse, *rounded = (checkpoint_name(x, f"flash_attention_{name}") for name, x in named)
+    rounded = rounded[0] if rounded else out
     names = field_names(structure)
     varying = [i for i, t in enumerate(tangents) if names[i] in FLOAT_FIELDS and not _is_zero(t)]
     residuals = (*primals, out, lse)
-    slots = (Slot(len(primals)), Slot(len(primals) + 1))
-    kernel = FirstDerivative(config, structure, tuple(map(Slot, varying)), slots[:num_results])
+    slots = (Slot(len(primals)), Slot(len(primals) + 1))[: 2 if asked.needs_lse else 1]
+    kernel = FirstDerivative(config, structure, tuple(map(Slot, varying)), slots)
     dout, *dlse = _apply_linear(*residuals, *(tangents[i] for i in varying), kernel=kernel)
-    return [out.astype(rounded_to), lse][:num_results], [dout.astype(rounded_to), *dlse]
+    results = [rounded if asked.rounds_out else out, *[lse][: len(dlse)], *([rounded] if asked.adds_rounded else [])]
+    dresults = [dout, *dlse, *([dout] if asked.adds_rounded else [])]
+    return results, [dx.astype(x.dtype) for dx, x in zip(dresults, results, strict=True)]
 
 
 def _forward_transpose(cotangents: Any, *leaves: Any, config: Config, structure: Any, **unused: Any) -> list:
@@ -89,13 +95,16 @@ def _forward_transpose(cotangents: Any, *leaves: Any, config: Config, structure:
         raise NotImplementedError(f"flash_attention is linear in value alone, not in {', '.join(undefined)}")
     position = names.index("value")
     value = leaves[position].aval
-    if type(cotangents[0]) is ad.Zero:
+    of_out = (cotangents[0], cotangents[-1]) if config.adds_rounded else (cotangents[0],)
+    of_out = [x for x in of_out if type(x) is not ad.Zero]
+    if not of_out:
         return [None] * len(leaves)
     known = [jnp.zeros(value.shape, value.dtype) if i == position else x for i, x in enumerate(leaves)]
-    config = replace(config, needs_lse=True, rounds_out=False)
+    config = replace(config, needs_lse=True, rounds_out=False, adds_rounded=False)
     out, lse = _apply_forward(*known, config=config, structure=structure)
     kernel = FirstDerivative(config, structure, (Slot(position),), (Slot(len(leaves)),), flipped=True)
-    (dvalue,) = _apply_linear(*known, out, lse, cotangents[0].astype(out.dtype), kernel=kernel)
+    dout = sum(x.astype(out.dtype) for x in of_out)
+    (dvalue,) = _apply_linear(*known, out, lse, dout, kernel=kernel)
     return [dvalue if i == position else None for i in range(len(leaves))]
 
 
@@ -105,7 +114,8 @@ def _forward_batch(args: Any, dims: Any, *, config: Config, structure: Any, **un
 
 
 def _forward_layouts(*, config: Config, structure: Any) -> _sharding.Layouts:
-    return field_names(structure), ("out", "lse") if config.needs_lse else ("out",)
+    results = ("out", *(["lse"] if config.needs_lse else []), *(["out"] if config.adds_rounded else []))
+    return field_names(structure), results
 
 
 # ---- derivatives

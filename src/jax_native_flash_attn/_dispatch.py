@@ -24,15 +24,15 @@ _COMPUTE_CAPABILITY = 9  # Hopper: wgmma exists on no other
 
 
 def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, ...]:
-    """out and, if needed, lse; out in query's dtype or in accumulation dtype, as `config` says."""
-    dtype = inputs.query.dtype
-    out_dtype = dtype if config.rounds_out else accumulation_dtype(dtype)
+    """out and, if needed, lse; out in query's dtype, in accumulation dtype, or both, as `config` says."""
     if _takes_mosaic_gpu(config, inputs, target):
         from . import _mosaic_call
 
-        return _mosaic_call.forward(config, inputs, out_dtype, _chip())
+        return _mosaic_call.forward(config, inputs, _chip())
     out, *lse = _bounds.forward(config, inputs, target)
-    return (out.astype(out_dtype), *lse)
+    dtype = inputs.query.dtype
+    out_dtype = dtype if config.rounds_out else accumulation_dtype(dtype)
+    return (out.astype(out_dtype), *lse, *([out.astype(dtype)] if config.adds_rounded else []))
 
 
 def cotangent(

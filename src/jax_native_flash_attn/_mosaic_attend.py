@@ -11,7 +11,7 @@ from jax import lax
 
 from ._mosaic import ROW, broadcast_index, columns_of, pl, plgpu
 from ._mosaic_blocks import Blocks
-from ._mosaic_logits import NO_KEY, TileLogits, clean_padding, query_slice
+from ._mosaic_logits import NO_KEY, TileLogits, clean_padding, from_base_2, query_slice, to_base_2
 from ._mosaic_masks import Intervals
 from ._mosaic_overlap import THREAD_COLUMNS, before_wait, fold_columns
 from ._numerics import LN2, LOG2E, lowest
@@ -45,9 +45,8 @@ class Kernel:
     """What all items of a call share, as the kernel sees it.
 
     Attributes:
-      refs: the operands by name, `outs` the results: out, and lse if it is needed.
+      refs: the operands by name, `outs` the results that are wanted: out, unrounded, lse.
       local: shared memory and barriers by name.
-      out_aliases_key: whether the output leaves through memory that held query and keys.
     """
 
     config: Config
@@ -58,7 +57,6 @@ class Kernel:
     outs: dict[str, Any]
     local: dict[str, Any]
     streamed: tuple[str, ...]
-    out_aliases_key: bool
 
     def slot(self, n: Any) -> Any:
         """Where a worker's n-th tile lies in the ring."""
@@ -78,7 +76,7 @@ def attend(kernel: Kernel, item: Item, wg: Any, scale: Any) -> None:
     count, head, block, part, ranges, is_empty = item
     compute, shape, slot_of = blocks.warpgroups, (blocks.block_q, blocks.block_kv), kernel.slot
     dtype = refs["query"].dtype
-    key_smem, value_smem, out_smem = local["key"], local["value"], local["out"]
+    key_smem, value_smem = local["key"], local["value"]
     takes_turns = blocks.takes_turns and compute > 1
     num_tiles = ranges.stop - ranges.first
     row = block * blocks.rows + wg * blocks.block_q
@@ -101,8 +99,15 @@ def attend(kernel: Kernel, item: Item, wg: Any, scale: Any) -> None:
 
         def exponents(x: Any, factor: Any) -> tuple[Any, Any]:
             largest = fold_columns(x, jnp.maximum).max(axis=1)
-            new_top = jnp.maximum(top, largest if factor is None else largest * factor)
-            return (x if factor is None else x * factor) - columns_of(new_top, shape), new_top
+            if factor is None:
+                new_top = jnp.maximum(top, largest)
+                return x - columns_of(new_top, shape), new_top
+            if logits.has_scores:
+                factor = to_base_2(largest)
+                new_top = jnp.maximum(top, largest * factor)
+                return x * columns_of(factor, shape) - columns_of(new_top, shape), new_top
+            new_top = jnp.maximum(top, largest * factor)
+            return x * factor - columns_of(new_top, shape), new_top
 
         exponent, new_top = logits(products, scores, rows, tile_of(i), magnitude, masked, exponents)
         weights = jnp.exp2(exponent)
@@ -214,21 +219,23 @@ def attend(kernel: Kernel, item: Item, wg: Any, scale: Any) -> None:
 
     total = total.sum(axis=1)
     out = acc * columns_of(logits.rescaling / total, acc.shape)
-    lse = (top + jnp.log2(total)) * LN2
+    lse = (from_base_2(top) if logits.has_scores else top * LN2) + jnp.log2(total) * LN2
     if blocks.parts > 1:
         lse = jnp.where((top > NO_KEY) & jnp.logical_not(is_empty), lse, _LOWEST)
     elif intervals.is_traced:
         # Rows past the query's length have no key: their weights are those of masked logits.
         out = jnp.where(columns_of(top, acc.shape) > NO_KEY, out, 0.0)
         lse = jnp.where(top > NO_KEY, lse, 0.0)
-    if kernel.out_aliases_key:
-        plgpu.barrier_arrive(local["all done"])
-        plgpu.barrier_wait(local["all done"])
+    if "unrounded" in kernel.outs:
+        query_slice(kernel.outs["unrounded"], (part, *head), row, blocks.block_q)[...] = out
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left
-    out_smem[wg] = out.astype(out_smem.dtype)
+    if "out" in kernel.outs:
+        local["out"][wg] = out.astype(dtype)
     if "lse" in kernel.outs:
         local["lse"][wg] = lse
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out_smem.at[wg], query_slice(kernel.outs["out"], (part, *head), row, blocks.block_q))
+    if "out" in kernel.outs:
+        rows_of_out = query_slice(kernel.outs["out"], (part, *head), row, blocks.block_q)
+        plgpu.copy_smem_to_gmem(local["out"].at[wg], rows_of_out)
     if "lse" in kernel.outs:
         plgpu.copy_smem_to_gmem(local["lse"].at[wg], kernel.outs["lse"].at[(part, *head, pl.ds(row, blocks.block_q))])

@@ -38,13 +38,17 @@ class Backward:
     delta: jax.Array
 
     def arrays(self, block_rows: int, *, drops_dead_rows: bool = False) -> dict[str, jax.Array]:
-        """By name, as the kernels read them: lse in base 2, vectors to whole blocks (TMA clips matrices only).
+        """By name, as the kernels read them: vectors to whole blocks (TMA clips matrices only).
+
+        lse is in base 2, but with bias or mask in base e, as are the logits that it is subtracted from.
 
         Rows past the last get an lse for which all weights are zero: they must not be infinite, whatever the bias.
         So do dead rows, whose logits are constant, for kernels that want dz alone (values get a gradient from them).
         """
         dead = self.inputs.mask.dead if drops_dead_rows else None
-        lse = self.lse * LOG2E if dead is None else jnp.where(dead, _NO_WEIGHT, self.lse * LOG2E)
+        has_scores = self.inputs.bias is not None or self.inputs.mask.allowed is not None
+        lse = self.lse if has_scores else self.lse * LOG2E
+        lse = lse if dead is None else jnp.where(dead, _NO_WEIGHT, lse)
         T, padded = self.sizes.T, round_up(self.sizes.T, block_rows)
         return {
             "dout": pad_axis(self.dout, -3, round_up(T, 8)),
@@ -73,6 +77,9 @@ def softmax_weights(
 ) -> jax.Array:
     """p of a tile before dropout, from its products q . k."""
     x, factor = logits(products, scores, rows, tile, logits.scale * LOG2E, masked)
+    if logits.has_scores:
+        # Subtracted before it is scaled: exact, however large (`to_base_2`).
+        return jnp.exp2((x - logits.of_rows(row_lse)) * factor)
     return jnp.exp2((x if factor is None else x * factor) - logits.of_rows(row_lse))
 
 

@@ -88,14 +88,13 @@ _LEAST_TILES = 8  # of a part: its beginning and its end cost about two
 _MERGE_TILES = 3  # what merging costs, in tiles
 
 
-def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool, out_bytes: int, chip: Chip) -> Blocks:
+def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool, chip: Chip) -> Blocks:
     """Block shape of the forward kernel.
 
     Args:
       sizes: axis sizes of the call.
       score_bytes: of one score of bias and mask in shared memory.
       has_dropout: whether there is dropout.
-      out_bytes: of one element of the output.
       chip: what it runs on.
     """
     table = _FORWARD.get(chip.capability, _FORWARD[_DEFAULT])
@@ -109,7 +108,7 @@ def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool, out_byt
         # The random bits need as many registers as the scores.
         candidates = tuple(replace(x, block_kv=64) for x in candidates)
     room = _SHARED_MEMORY - _RESERVED
-    fits = [x for x in candidates if shared_bytes(x, sizes.H, score_bytes, out_bytes) <= room]
+    fits = [x for x in candidates if shared_bytes(x, sizes.H, score_bytes) <= room]
     blocks = fits[0] if fits else candidates[-1]
     items = max(1, static_size(sizes.batch)) * sizes.N * -(-sizes.T // blocks.rows)
     return replace(blocks, parts=_parts(items, -(-sizes.S // blocks.block_kv), chip.cores))
@@ -135,7 +134,12 @@ def dquery_blocks(sizes: Sizes, score_bytes: int, *, with_scale: bool) -> Blocks
             + (x.stages - 1) * x.rows * x.block_kv * score_bytes
             + 4096 * with_scale
         ),
-        *(Blocks(64, 64, stages, warpgroups) for warpgroups in (_warpgroups(sizes, sizes.T), 1) for stages in (3, 2)),
+        # Moments for the gradient of scale take registers that three warpgroups do not have.
+        *(
+            Blocks(64, 64, stages, min(warpgroups, 3 - with_scale))
+            for warpgroups in (_warpgroups(sizes, sizes.T), 1)
+            for stages in (3, 2)
+        ),
     )
 
 
@@ -179,9 +183,9 @@ def _first_that_fits(shared_bytes: Callable[[Blocks], int], *candidates: Blocks)
     return next(x for x in candidates if shared_bytes(x) <= _SHARED_MEMORY - 3 * 1024)
 
 
-def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int, out_bytes: int = 2) -> int:
+def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int) -> int:
     """Shared memory of the forward kernel, but for barriers and vectors along the keys."""
     tile = 2 * 2 * blocks.block_kv * head_dim + blocks.rows * blocks.block_kv * score_bytes
     weights = 2 * blocks.rows * blocks.block_kv if blocks.weights_in_shared else 0
-    out = out_bytes * blocks.rows * head_dim if blocks.persistent else 0
+    out = 2 * blocks.rows * head_dim if blocks.persistent else 0
     return 2 * blocks.rows * head_dim + blocks.stages * tile + 4 * blocks.rows + weights + out

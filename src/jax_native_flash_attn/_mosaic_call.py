@@ -1,7 +1,6 @@
 """From a primitive's operands to a Mosaic GPU kernel: block shapes, and rows that share a key/value head."""
 
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +14,23 @@ from ._operands import Config, Inputs
 _FEW_ROWS = 64  # of one warpgroup
 
 
-def forward(config: Config, inputs: Inputs, out_dtype: Any, chip: Chip | None = None) -> tuple[jax.Array, ...]:
-    """As `_kernels.forward`, with out in `out_dtype`, on `chip` (None: a common one)."""
+def forward(config: Config, inputs: Inputs, chip: Chip | None = None) -> tuple[jax.Array, ...]:
+    """As `_dispatch.forward`, on `chip` (None: a common one)."""
     z, chip = inputs.sizes, chip or Chip()
     if z.G > 1 and z.T * z.G <= _FEW_ROWS and config.dropout is None:
         packed_config, packed = _pack_groups(config, inputs)
-        out, *lse = forward(packed_config, packed, out_dtype, chip)
-        out = jnp.swapaxes(out.reshape(*z.batch, z.T, z.G, z.K, z.D), -2, -3).reshape(*z.batch, z.T, z.N, z.D)
-        lse = (jnp.swapaxes(x.reshape(*z.batch, z.K, z.T, z.G), -1, -2).reshape(*z.batch, z.N, z.T) for x in lse)
-        return (out, *lse)
+        results = list(forward(packed_config, packed, chip))
+        for i, x in enumerate(results):
+            if config.needs_lse and i == 1:
+                x = jnp.swapaxes(x.reshape(*z.batch, z.K, z.T, z.G), -1, -2).reshape(*z.batch, z.N, z.T)
+            else:
+                x = jnp.swapaxes(x.reshape(*z.batch, z.T, z.G, z.K, z.D), -2, -3).reshape(*z.batch, z.T, z.N, z.D)
+            results[i] = x
+        return tuple(results)
     scores = [x for x in (inputs.bias, inputs.mask.allowed) if x is not None and 1 not in x.shape[-2:]]
     score_bytes = sum(1 if x.dtype == bool else min(4, np.dtype(x.dtype).itemsize) for x in scores)
-    has_dropout, out_bytes = config.dropout is not None, np.dtype(out_dtype).itemsize
-    blocks = forward_blocks(z, score_bytes, has_dropout=has_dropout, out_bytes=out_bytes, chip=chip)
-    return forward_kernel(config, inputs, blocks, out_dtype, chip.cores)
+    blocks = forward_blocks(z, score_bytes, has_dropout=config.dropout is not None, chip=chip)
+    return forward_kernel(config, inputs, blocks, chip.cores)
 
 
 def _pack_groups(config: Config, inputs: Inputs) -> tuple[Config, Inputs]:

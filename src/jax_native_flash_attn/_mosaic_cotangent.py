@@ -29,9 +29,12 @@ def cotangent(
         out_dtype = jnp.float32 if is_summed else inputs.query.dtype
         with_scale = "scale" in wanted
         blocks = dquery_blocks(z, score_bytes, with_scale=with_scale)
-        results["query"], *dscale = dquery(call, blocks, out_dtype, with_scale=with_scale)
-        if dscale:
-            results["scale"] = dscale[0].sum((-1, -2))
+        results["query"], *moments = dquery(call, blocks, out_dtype, with_scale=with_scale)
+        if moments:
+            dz_x, dz, mean = moments
+            # The dz of a row add up to the cotangent of its lse, but for the error of delta, which so drops out.
+            excess = dz - cotangents["lse"].astype(jnp.float32) if "lse" in cotangents else dz
+            results["scale"] = (dz_x - excess * mean).sum((-1, -2))
     for shapes in _passes(call, wanted):
         blocks = dkey_dvalue_blocks(z, score_bytes, needs_dlogits="key" in shapes)
         results |= dkey_dvalue(call, blocks, shapes)

@@ -10,6 +10,10 @@ With P the softmax weights, recomputed from the log-sum-exp, and S, dP, dS tiles
              |        |     | (tensor cores)   dS1     | (tensor cores)   dS2     |
 
 The three products of a step are issued at once and finish in order: dS1 is computed beside the last of them.
+
+The gradient of scale, sum_ts dS_ts x_ts with x = Q K^T, has terms of both signs that cancel. So dS is not rounded for
+it, and comes without the error of delta, which is the same for a whole row (`_kernels.py`, `cotangent`): the kernel
+leaves three sums, the *moments* of each row.
 """
 
 import math
@@ -35,15 +39,18 @@ from ._mosaic_backward import Backward, logits_cotangent, row_slice, softmax_wei
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import TileLogits, clean_padding, key_slice, prepare, query_slice, score_buffers, score_slice
 from ._mosaic_masks import Intervals
-from ._mosaic_overlap import before_wait, fold_columns
+from ._mosaic_overlap import THREAD_COLUMNS, before_wait, fold_columns
 
 _CACHE_BYTES = 24e6
 _MAX_PIPELINED = 192  # head dimension
 
 
+MOMENTS = ("dz x", "dz", "p x")  # summed over the keys
+
+
 def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) -> tuple[jax.Array, ...]:
-    """The gradient of query, (batch..., T, N, H) in `out_dtype` (query's, or float32), and, if `with_scale`,
-    that of scale for each row, (batch..., N, T) in float32.
+    """The gradient of query, (batch..., T, N, H) in `out_dtype` (query's, or float32), and, if `with_scale`, the
+    `MOMENTS` of each row, (batch..., N, T) in float32.
     """
     config, inputs, z, dtype = call.config, call.inputs, call.sizes, call.inputs.query.dtype
     padded_T = round_up(z.T, 8)
@@ -64,7 +71,7 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
         "query, dout, result": shared,
         "key": matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype),
         "value": matrix_buffer(value_stages, blocks.block_kv, z.H, dtype=dtype),
-        "dscale": plgpu.SMEM((compute, blocks.block_q), jnp.float32),
+        **({"moments": plgpu.SMEM((len(MOMENTS), compute, blocks.block_q), jnp.float32)} if with_scale else {}),
         **dict(zip(operands.tiled, scores, strict=True)),
         # Completed by TMA: the data are there. Bias and mask come with the values.
         "rows ready": plgpu.Barrier(num_barriers=compute, num_arrivals=2),
@@ -80,7 +87,8 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
     }
     out_types = [jax.ShapeDtypeStruct((*z.batch, padded_T, z.N, z.H), out_dtype)]
     if with_scale:
-        out_types.append(jax.ShapeDtypeStruct((*heads, num_blocks * blocks.rows), jnp.float32))
+        row_type = jax.ShapeDtypeStruct((*heads, num_blocks * blocks.rows), jnp.float32)
+        out_types += [row_type] * len(MOMENTS)
 
     def kernel(*args: Any) -> None:
         refs = dict(zip(arrays, args, strict=False))
@@ -146,11 +154,17 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
                     return False  # the first tile was the only one
                 return is_outside(i)
 
-            def dlogits(s: Any, dp: Any, scores: Any, i: Any, masked: Any) -> Any:
+            no_moments = (zeros(blocks.block_q, THREAD_COLUMNS),) * (len(MOMENTS) if with_scale else 0)
+
+            def dlogits(s: Any, dp: Any, scores: Any, i: Any, masked: Any, moments: tuple) -> tuple[Any, tuple]:
+                """dS in the dtype of products, and the moments with those of this tile, within each thread."""
                 weights = softmax_weights(logits, s, scores, rows, tile_of(i), row_lse, masked)
                 ds = logits_cotangent(logits, weights, dp, rows, tile_of(i), row_delta)
                 before_wait(fold_columns(ds, jnp.add))
-                return ds.astype(dtype)
+                if with_scale:
+                    terms = ds * s, ds, weights * s
+                    moments = tuple(x + fold_columns(y, jnp.add) for x, y in zip(moments, terms, strict=True))
+                return ds.astype(dtype), moments
 
             def wait_for_tile(i: Any) -> None:
                 """Keys and values of tile i; NaN in padding, which only edge tiles hold, would survive a dz of zero."""
@@ -176,78 +190,81 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
                 plgpu.wgmma(s_ref, query, local["key"].at[slot].transpose((1, 0)))
                 plgpu.wgmma(dp_ref, cotangent, local["value"].at[value_slot].transpose((1, 0)))
 
-            def pipelined() -> jax.Array:
+            def pipelined() -> tuple[jax.Array, tuple]:
                 wait_for_tile(jnp.int32(0))
                 products: Any = pl.run_state(lambda state: issue(state[0], state[1], 0, 0))
                 s, dp = products((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
-                ds = dlogits(s, dp, logits.scores(rows, tile_of(0), 0), 0, has_edges)
+                ds, moments = dlogits(s, dp, logits.scores(rows, tile_of(0), 0), 0, has_edges, no_moments)
                 plgpu.barrier_arrive(local["value free"].at[0])
 
                 def step(i: Any, carry: tuple) -> tuple:
-                    acc, ds = lax.optimization_barrier(carry)
+                    acc, ds, moments = lax.optimization_barrier(carry)
                     slot, value_slot, previous = slot_of(i), slot_of(i, value_stages), slot_of(i - 1)
                     wait_for_tile(i)
 
                     def products(state: tuple) -> None:
-                        acc_ref, s_ref, dp_ref, ds_ref = state
+                        acc_ref, s_ref, dp_ref, ds_ref, *moment_refs = state
                         issue(s_ref, dp_ref, slot, value_slot)
                         plgpu.wgmma(acc_ref, ds, local["key"].at[previous])
                         scores = logits.scores(rows, tile_of(i), value_slot)
                         s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
                         dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
-                        ds_ref[...] = dlogits(s, dp, scores, i, is_edge(i))
+                        so_far = tuple(ref[...] for ref in moment_refs)
+                        ds_ref[...], so_far = dlogits(s, dp, scores, i, is_edge(i), so_far)
+                        for ref, x in zip(moment_refs, so_far, strict=True):
+                            ref[...] = x
                         plgpu.barrier_arrive(local["value free"].at[value_slot])
 
                     # Leaving `run_state` waits for the product with the previous keys.
                     initial = plgpu.ACC.init(acc), plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))
-                    acc, _, _, ds = pl.run_state(products)((*initial, zeros(*shape).astype(dtype)))
+                    acc, _, _, ds, *moments = pl.run_state(products)((*initial, zeros(*shape).astype(dtype), *moments))
                     plgpu.barrier_arrive(local["key free"].at[previous])
-                    return acc, ds
+                    return acc, ds, tuple(moments)
 
-                acc, ds = lax.optimization_barrier(lax.fori_loop(1, num_tiles, step, (zeros(blocks.block_q, z.H), ds)))
+                carry = zeros(blocks.block_q, z.H), ds, moments
+                acc, ds, moments = lax.optimization_barrier(lax.fori_loop(1, num_tiles, step, carry))
                 last = local["key"].at[slot_of(num_tiles - 1)]
-                return pl.run_state(lambda ref: plgpu.wgmma(ref, ds, last))(plgpu.ACC.init(acc))
+                return pl.run_state(lambda ref: plgpu.wgmma(ref, ds, last))(plgpu.ACC.init(acc)), moments
 
-            def one_by_one() -> jax.Array:
+            def one_by_one() -> tuple[jax.Array, tuple]:
                 """For head dimensions that leave no registers for two tiles at once."""
 
-                def step(i: Any, acc: jax.Array) -> jax.Array:
+                def step(i: Any, carry: tuple) -> tuple:
+                    acc, moments = carry
                     slot, value_slot = slot_of(i), slot_of(i, value_stages)
                     wait_for_tile(i)
                     products: Any = pl.run_state(lambda state: issue(state[0], state[1], slot, value_slot))
                     s, dp = products((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
                     masked = has_edges and is_outside(i)
-                    ds = dlogits(s, dp, logits.scores(rows, tile_of(i), value_slot), i, masked)
+                    ds, moments = dlogits(s, dp, logits.scores(rows, tile_of(i), value_slot), i, masked, moments)
                     plgpu.barrier_arrive(local["value free"].at[value_slot])
                     acc, ds = lax.optimization_barrier((acc, ds))
                     key = local["key"].at[slot]
                     acc = pl.run_state(lambda ref: plgpu.wgmma(ref, ds, key))(plgpu.ACC.init(acc))
                     plgpu.barrier_arrive(local["key free"].at[slot])
-                    return acc
+                    return acc, moments
 
-                return lax.fori_loop(0, num_tiles, step, zeros(blocks.block_q, z.H))
+                return lax.fori_loop(0, num_tiles, step, (zeros(blocks.block_q, z.H), no_moments))
 
             plgpu.barrier_wait(local["rows ready"].at[wg])
-            acc = pipelined() if z.H <= _MAX_PIPELINED else one_by_one()
-            if with_scale:
-                # sum_s dz_ts q_t . k_s = q_t . sum_s dz_ts k_s
-                rows_of_query = load(query, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-                local["dscale"][wg] = (acc * rows_of_query).sum(axis=1)
+            acc, moments = pipelined() if z.H <= _MAX_PIPELINED else one_by_one()
+            for i, x in enumerate(moments):
+                local["moments"][i, wg] = x.sum(axis=1)
             if is_wide:
                 plgpu.barrier_arrive(local["all done"])
                 plgpu.barrier_wait(local["all done"])
             result_smem[wg] = (acc * logits.scale).astype(out_dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(result_smem.at[wg], query_slice(outs[0], head, row, blocks.block_q))
-            if with_scale:
-                plgpu.copy_smem_to_gmem(local["dscale"].at[wg], row_slice(outs[1], head, row, blocks.block_q))
+            for i, out in enumerate(outs[1:]):
+                plgpu.copy_smem_to_gmem(local["moments"].at[i, wg], row_slice(out, head, row, blocks.block_q))
             plgpu.wait_smem_to_gmem(0)
 
-    result, *dscale = launch(
+    result, *moments = launch(
         kernel,
         out_types=out_types,
         scratch=tuple(scratch.values()),
         grid={"group": num_heads // group, "block": num_blocks, "member": group},
         warpgroups=compute + 1,
     )(*arrays.values())
-    return (result[..., : z.T, :, :], *(x[..., : z.T] for x in dscale))
+    return (result[..., : z.T, :, :], *(x[..., : z.T] for x in moments))

@@ -19,6 +19,7 @@ other masks decide at run time.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -45,17 +46,20 @@ from ._operands import Config, Inputs
 _CACHE_BYTES = 24e6  # of keys and values that blocks which run at once should share: half of Hopper's L2 cache
 
 
-def forward(config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any, cores: int) -> tuple[jax.Array, ...]:
-    """out (batch..., T, N, D) in `out_dtype` and, if needed, lse (batch..., N, T) in float32.
-
-    `out_dtype` is query's, or float32 for derivatives, which need the output unrounded. `cores` is the number of
-    multiprocessors.
-    """
+def forward(config: Config, inputs: Inputs, blocks: Blocks, cores: int) -> tuple[jax.Array, ...]:
+    """As `_dispatch.forward`, on so many multiprocessors."""
+    wanted = (
+        "out" if config.rounds_out else "unrounded",
+        *(["lse"] if config.needs_lse else []),
+        *(["out"] if config.adds_rounded else []),
+    )
     if blocks.parts == 1:
-        out, *lse = _partial_forward(config, inputs, blocks, out_dtype, cores)
-        return (out[0], *(x[0] for x in lse))
-    out, lse = _merge(*_partial_forward(config, inputs, blocks, jnp.float32, cores))
-    return (out.astype(out_dtype), lse) if config.needs_lse else (out.astype(out_dtype),)
+        results = _partial_forward(config, inputs, blocks, wanted, cores)
+        return tuple(results[name][0] for name in wanted)
+    parts = _partial_forward(config, inputs, blocks, ("unrounded", "lse"), cores)
+    out, lse = _merge(parts["unrounded"], parts["lse"])
+    results = {"unrounded": out, "lse": lse, "out": out.astype(inputs.query.dtype)}
+    return tuple(results[name] for name in wanted)
 
 
 def _merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -71,11 +75,13 @@ def _merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _partial_forward(
-    config: Config, inputs: Inputs, blocks: Blocks, out_dtype: Any, cores: int
-) -> tuple[jax.Array, ...]:
-    """out (parts, batch..., T, N, D) and, if needed, lse (parts, batch..., N, T), over each part of the tiles."""
+    config: Config, inputs: Inputs, blocks: Blocks, wanted: Sequence[str], cores: int
+) -> dict[str, jax.Array]:
+    """Results by name, over each part of the tiles, which are a further axis in front.
+
+    'out', in query's dtype, and 'unrounded' are (batch..., T, N, D), 'lse' is (batch..., N, T).
+    """
     z, dtype = inputs.sizes, inputs.query.dtype
-    padded_T = round_up(z.T, 8)
     compute, stages = blocks.warpgroups, blocks.stages
     operands = prepare(config, inputs, blocks.rows, blocks.block_kv)
     heads = (*z.batch, z.N)
@@ -89,32 +95,30 @@ def _partial_forward(
         is_uneven=config.band.upper is not None and config.band.lower is None,
         batch_fastest="bias" in operands.tiled and operands.arrays["bias"].shape[:-3] != z.batch,
     )
-    needs_lse = config.needs_lse or blocks.parts > 1
     # Both operands of the second product have one swizzle.
     weights, swizzle = (compute, blocks.block_q, blocks.block_kv), swizzle_bytes(z.H, dtype, blocks.block_kv)
     takes_turns = blocks.takes_turns and compute > 1
 
-    out_types = [jax.ShapeDtypeStruct((blocks.parts, *z.batch, padded_T, z.N, z.H), out_dtype)]
-    if needs_lse:
-        # Whole blocks: TMA clips matrices at the end of an axis, but not vectors.
-        out_types.append(jax.ShapeDtypeStruct((blocks.parts, *heads, num_blocks * blocks.rows), jnp.float32))
+    # Of matrices TMA leaves out what lies past the end; vectors, and what is stored from registers, are whole blocks.
+    parts, all_rows = blocks.parts, num_blocks * blocks.rows
+    out_types = {
+        "out": jax.ShapeDtypeStruct((parts, *z.batch, round_up(z.T, 8), z.N, z.H), dtype),
+        "unrounded": jax.ShapeDtypeStruct((parts, *z.batch, all_rows, z.N, z.H), jnp.float32),
+        "lse": jax.ShapeDtypeStruct((parts, *heads, all_rows), jnp.float32),
+    }
+    out_types = {name: x for name, x in out_types.items() if name in wanted}
     rows_like = (compute, blocks.block_q, z.H)
-    loaded = (matrix_buffer(*rows_like, dtype=dtype), matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype))
-    out_buffer = matrix_buffer(*rows_like, dtype=out_dtype)
-    if work.is_single:
-        # The output leaves through memory that held the query (16 bit), or query and keys (float32).
-        is_wide = jnp.dtype(out_dtype) != dtype
-        buffers = {"query, key, out": plgpu.RefUnion(loaded, *([(out_buffer,)] if is_wide else []))}
-    else:
-        is_wide = False
-        buffers = {"query": loaded[0], "key": loaded[1], "out": out_buffer}
+    # Without a next item, the output leaves through memory that held the query.
+    has_out_buffer = "out" in wanted and not work.is_single
     scores = [
         *score_buffers(operands, (stages,), blocks.rows, blocks.block_kv),
         *column_buffers(operands, stages, blocks.block_kv),
     ]
     streamed = (*operands.tiled, *operands.columns)  # what comes with the keys
     scratch = {
-        **buffers,
+        "query": matrix_buffer(*rows_like, dtype=dtype),
+        **({"out": matrix_buffer(*rows_like, dtype=dtype)} if has_out_buffer else {}),
+        "key": matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype),
         "value": matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype),
         "lse": plgpu.SMEM((compute, blocks.block_q), jnp.float32),
         **({"weights": matrix_buffer(*weights, dtype=dtype, swizzle=swizzle)} if blocks.weights_in_shared else {}),
@@ -128,8 +132,6 @@ def _partial_forward(
         # Completed by all compute warpgroups: the slot may be loaded again.
         "key free": plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
         "value free": plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
-        # Completed by all compute warpgroups: nobody reads query or keys any more.
-        "all done": plgpu.Barrier(num_arrivals=compute),
         # Completed by the compute warpgroup before: it has issued its products, the next one may.
         "turn": plgpu.Barrier(num_barriers=compute),
         # Completed by compute warpgroup 0: the padding in the values of a slot is clean.
@@ -139,15 +141,13 @@ def _partial_forward(
     def kernel(*args: Any) -> None:
         num_inputs, num_outs = len(operands.arrays), len(out_types)
         refs = dict(zip(operands.arrays, args, strict=False))
-        outs: dict[str, Any] = dict(zip(("out", "lse"), args[num_inputs : num_inputs + num_outs], strict=False))
+        outs = dict(zip(out_types, args[num_inputs : num_inputs + num_outs], strict=True))
         local = dict(zip(scratch, args[num_inputs + num_outs :], strict=True))
-        if work.is_single:
-            (query, key), *wide = local["query, key, out"]
-            local |= {"query": query, "key": key, "out": wide[0][0] if is_wide else query}
+        local.setdefault("out", local["query"])
         intervals = Intervals(config.band, z.T, z.S, blocks.block_kv, refs)
         wg = lax.axis_index("wg")
 
-        shared = Kernel(config, z, blocks, intervals, refs, outs, local, streamed, is_wide)
+        shared = Kernel(config, z, blocks, intervals, refs, outs, local, streamed)
 
         def for_each_item(body: Any) -> None:
             """`body(k, item)` for the k-th item of this worker."""
@@ -206,10 +206,10 @@ def _partial_forward(
 
     results = launch(
         kernel,
-        out_types=out_types,
+        out_types=tuple(out_types.values()),
         scratch=tuple(scratch.values()),
         grid={"worker": work.workers},
         warpgroups=compute + 1,
     )(*operands.arrays.values())
-    out, *lse = results
-    return (out[..., : z.T, :, :], *(x[..., : z.T] for x in lse))
+    named = dict(zip(out_types, results, strict=True))
+    return {name: x[..., : z.T] if name == "lse" else x[..., : z.T, :, :] for name, x in named.items()}

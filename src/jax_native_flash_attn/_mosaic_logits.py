@@ -32,16 +32,20 @@ from ._mosaic import (
 )
 from ._mosaic_masks import Intervals, interval_operands
 from ._mosaic_overlap import widened
-from ._numerics import LN2, LOG2E, bias_floor, lowest
+from ._numerics import LN2, LOG2E, lowest
 from ._operands import Config, Inputs
 from ._tiles import Sizes
 
 _SCORES = ("bias", "allowed")
-# Added to the logits of keys that a mask of keys excludes, and in place of those of scores that a mask excludes: below
-# any bias (`bias_floor`), and finite in base 2, the former also with a bias.
-MASKED, OUTSIDE = 0.4 * lowest(jnp.float32), 0.6 * lowest(jnp.float32)
+# Biases are clipped at the first. The second is added to the logits of keys that a mask of keys excludes, the third
+# stands in place of those of scores that a mask excludes. Finite in base 2, the second also with a bias.
+_FLOOR, _MASKED, _OUTSIDE = -(2.0**124), -(2.0**125), -(2.0**126)
 # A row whose largest logit, in base 2, is below has had no key so far.
-NO_KEY = 0.5 * lowest(jnp.float32)
+NO_KEY = -1.5 * 2.0**125
+# From here on logits are multiplied by 2, which is exact, in place of LOG2E: x * LOG2E is rounded for the maximum, and
+# not in the multiply-add that subtracts it; exp2 of that error, which is 8 and more here, would overflow in a row of
+# which only masked keys were seen. Such logits are multiples of 16: a difference is 0, or decides in either base.
+_EXTREME = 2.0**27
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def prepare(
         if x is None:
             continue
         if name == "allowed":
-            x = jnp.where(x, 0.0, MASKED) if x.shape[-2] == 1 else x.astype(jnp.int8)
+            x = jnp.where(x, 0.0, _MASKED) if x.shape[-2] == 1 else x.astype(jnp.int8)
         elif x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
             x = x.astype(jnp.float32)
         if x.shape[-2] == 1:
@@ -126,6 +130,15 @@ def clean_padding(buffer: Any, tile: Any, length: Any) -> None:
         some[...] = jnp.where((position < length) | is_number, x, 0.0).astype(buffer.dtype)
 
 
+def to_base_2(largest: jax.Array) -> jax.Array:
+    """What takes a row's logits from base e to base 2, or so: see `_EXTREME`."""
+    return jnp.where(jnp.abs(largest) < _EXTREME, LOG2E, 2.0)
+
+
+def from_base_2(x: jax.Array) -> jax.Array:
+    return x * jnp.where(jnp.abs(x) < 1.7 * _EXTREME, LN2, 0.5)
+
+
 class RowVectors(NamedTuple):
     """What the masks and scores of a tile say for each query row, in registers."""
 
@@ -169,6 +182,7 @@ class TileLogits:
         self.scale = ref[broadcast_index(head[:-1], ref.shape)] if scale is None else scale
         self.has_bias = any(name.startswith("bias") for name in refs)
         self.has_mask = any(name.startswith("allowed") for name in refs)
+        self.has_scores = self.has_bias or self.has_mask
 
     def rows(self, row: Any, *, late: bool = False) -> RowVectors:
         """Of the rows from `row` on; `late` loads intervals only in tiles that need a mask."""
@@ -226,6 +240,9 @@ class TileLogits:
     ) -> Any:
         """`then(x, factor)`, or the pair itself: the base-2 logits are x * factor; factor is None for 1.
 
+        With bias or mask, x is in base e and factor LOG2E: what is added then needs no scaling, and base 2 comes with
+        the subtraction of the maximum (see `to_base_2`).
+
         `multiplier` is that of the products, in base 2. `masked` is True, False, or a scalar known at run time; `then`
         is part of what is chosen by it. (One loop whose step branches is faster than a loop for each kind of tile: the
         compiler keeps the products of several loops from overlapping with other work.)
@@ -237,17 +254,18 @@ class TileLogits:
             """In a tile that all rows' intervals cover, which has no dead row."""
             if not scores:
                 return products, multiplier
-            # In base e: what is added needs no scaling, and base 2 comes with the subtraction of the maximum.
             x = products * (multiplier * LN2)
             addends = [self._clipped(scores["bias"])] if "bias" in scores else []
             addends += [scores["allowed"]] if is_additive else []
             if addends:
                 x = x + functools.reduce(jnp.add, addends)
-            return (x if is_additive or in_mask is None else jnp.where(in_mask != 0, x, OUTSIDE)), LOG2E
+            return (x if is_additive or in_mask is None else jnp.where(in_mask != 0, x, _OUTSIDE)), LOG2E
 
         def edge(products: jax.Array) -> tuple[Any, Any]:
             x, factor = full(products)
-            x = x * self._apart(factor)
+            outside = _OUTSIDE
+            if not scores:
+                x, factor, outside = x * self._apart(factor), None, lowest(jnp.float32)
             pair = rows.pair()
             allowed = self.intervals.allowed(pair, rows.row, tile * self.block_kv, self.shape, self.q_axis)
             dead = self.intervals.dead(pair, self.shape, self.q_axis)
@@ -256,11 +274,13 @@ class TileLogits:
                 allowed = allowed & (in_mask_here if dead is None else in_mask_here | dead)
             if dead is not None:
                 x = jnp.where(dead, 0.0, x)
-            return jnp.where(allowed, x, lowest(jnp.float32)), None
+            return jnp.where(allowed, x, outside), factor
 
         if isinstance(masked, bool):
             pair = edge(products) if masked else full(products)
             return pair if then is None else then(*pair)
+        if then is None and scores:
+            return lax.cond(masked, lambda p: edge(p)[0], lambda p: full(p)[0], products), LOG2E
         if then is None:
             # Both of one kind: scaled.
             scaled = lambda pair: pair[0] if pair[1] is None else pair[0] * pair[1]  # noqa: E731
@@ -278,10 +298,9 @@ class TileLogits:
 
     def _clipped(self, bias: jax.Array) -> jax.Array:
         """In float32. A bfloat16 bias is clipped before, two elements at a time."""
-        floor = bias_floor(jnp.float32)
         if bias.dtype == jnp.bfloat16:
-            return widened(jnp.maximum(bias, jnp.bfloat16(floor)))
-        return jnp.maximum(bias.astype(jnp.float32), floor)
+            return widened(jnp.maximum(bias, jnp.bfloat16(_FLOOR)))
+        return jnp.maximum(bias.astype(jnp.float32), _FLOOR)
 
     def through_mask(self, x: jax.Array, rows: RowVectors, tile: Any, masked: Any) -> jax.Array:
         """Cotangents of logits: zero in dead rows, whose logits are constant.
