@@ -27,7 +27,9 @@ class Backward:
     Attributes:
       sizes: with the batch axes that all arrays broadcast to.
       dout: (batch..., T, N, H) in query's dtype.
-      lse, delta: (batch..., N, T) in float32.
+      lse: (batch..., N, T) in float32.
+      delta: likewise, perhaps longer; None until the dquery kernel has computed it from `out`.
+      out: (batch..., T, N, H) in float32.
     """
 
     config: Config
@@ -35,7 +37,8 @@ class Backward:
     sizes: Sizes
     dout: jax.Array
     lse: jax.Array
-    delta: jax.Array
+    delta: jax.Array | None
+    out: jax.Array
 
     def arrays(self, block_rows: int, *, drops_dead_rows: bool = False) -> dict[str, jax.Array]:
         """By name, as the kernels read them: vectors to whole blocks (TMA clips matrices only).
@@ -50,11 +53,10 @@ class Backward:
         lse = self.lse if has_scores else self.lse * LOG2E
         lse = lse if dead is None else jnp.where(dead, _NO_WEIGHT, lse)
         T, padded = self.sizes.T, round_up(self.sizes.T, block_rows)
-        return {
-            "dout": pad_axis(self.dout, -3, round_up(T, 8)),
-            "lse": pad_axis(lse, -1, padded, _NO_WEIGHT),
-            "delta": pad_axis(self.delta, -1, padded),
-        }
+        arrays = {"dout": pad_axis(self.dout, -3, round_up(T, 8)), "lse": pad_axis(lse, -1, padded, _NO_WEIGHT)}
+        if self.delta is None:
+            return arrays | {"out": self.out}
+        return arrays | {"delta": pad_axis(self.delta, -1, max(padded, self.delta.shape[-1]))}
 
 
 def row_slice(ref: Any, head: tuple, row: Any, count: int) -> Any:

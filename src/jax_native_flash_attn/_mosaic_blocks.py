@@ -60,6 +60,7 @@ _FORWARD: dict[str, dict[tuple[str, int], tuple[Blocks, ...]]] = {
     "9.0": {
         (_FEW_ROWS, 128): (Blocks(64, 128, 3, 1), Blocks(64, 64, 3, 1), Blocks(64, 64, 2, 1)),
         (_FEW_ROWS, 256): (Blocks(64, 64, 2, 1),),
+        (_PLAIN, 64): (Blocks(64, 128, 3, 2, persistent=True),),
         (_PLAIN, 128): (Blocks(64, 128, 2, 2, persistent=True), Blocks(64, 128, 2, 2)),
         (_PLAIN, 256): (Blocks(64, 64, 2, 2, weights_in_shared=True),),
         (_SHORT_SCORES, 64): (
@@ -172,10 +173,10 @@ def dbias_blocks(sizes: Sizes, score_bytes: int) -> Blocks:
 
 
 def _warpgroups(sizes: Sizes, rows: int) -> int:
-    """How many compute; a third one has to do with 160 registers per thread."""
+    """How many compute; a third one has to do with 160 registers per thread, and saves less than rows that are none."""
     if rows <= 64:
         return 1
-    return 3 if sizes.H <= 64 and rows >= 384 else 2
+    return 3 if sizes.H <= 64 and rows >= 384 and -rows % 192 <= -rows % 128 + rows / 16 else 2
 
 
 def _first_that_fits(shared_bytes: Callable[[Blocks], int], *candidates: Blocks) -> Blocks:
