@@ -27,9 +27,7 @@ class Backward:
     Attributes:
       sizes: with the batch axes that all arrays broadcast to.
       dout: (batch..., T, N, H) in query's dtype.
-      lse: (batch..., N, T) in float32.
-      delta: likewise, perhaps longer; None until the dquery kernel has computed it from `out`.
-      out: (batch..., T, N, H) in float32.
+      lse, delta: (batch..., N, T) in float32.
     """
 
     config: Config
@@ -37,8 +35,7 @@ class Backward:
     sizes: Sizes
     dout: jax.Array
     lse: jax.Array
-    delta: jax.Array | None
-    out: jax.Array
+    delta: jax.Array
 
     def arrays(self, block_rows: int, *, drops_dead_rows: bool = False) -> dict[str, jax.Array]:
         """By name, as the kernels read them: vectors to whole blocks (TMA clips matrices only).
@@ -53,10 +50,11 @@ class Backward:
         lse = self.lse if has_scores else self.lse * LOG2E
         lse = lse if dead is None else jnp.where(dead, _NO_WEIGHT, lse)
         T, padded = self.sizes.T, round_up(self.sizes.T, block_rows)
-        arrays = {"dout": pad_axis(self.dout, -3, round_up(T, 8)), "lse": pad_axis(lse, -1, padded, _NO_WEIGHT)}
-        if self.delta is None:
-            return arrays | {"out": self.out}
-        return arrays | {"delta": pad_axis(self.delta, -1, max(padded, self.delta.shape[-1]))}
+        return {
+            "dout": pad_axis(self.dout, -3, round_up(T, 8)),
+            "lse": pad_axis(lse, -1, padded, _NO_WEIGHT),
+            "delta": pad_axis(self.delta, -1, padded),
+        }
 
 
 def row_slice(ref: Any, head: tuple, row: Any, count: int) -> Any:
@@ -78,11 +76,15 @@ def softmax_weights(
     masked: Any,
 ) -> jax.Array:
     """p of a tile before dropout, from its products q . k."""
-    x, factor = logits(products, scores, rows, tile, logits.scale * LOG2E, masked)
-    if logits.has_scores:
-        # Subtracted before it is scaled: exact, however large (`to_base_2`).
-        return jnp.exp2((x - logits.of_rows(row_lse)) * factor)
-    return jnp.exp2((x if factor is None else x * factor) - logits.of_rows(row_lse))
+    lse = logits.of_rows(row_lse)
+
+    def exponents(x: jax.Array, factor: Any) -> jax.Array:
+        if logits.has_scores:
+            # Subtracted before it is scaled: exact, however large (`to_base_2`).
+            return (x - lse) * factor
+        return (x if factor is None else x * factor) - lse
+
+    return jnp.exp2(logits(products, scores, rows, tile, logits.scale * LOG2E, masked, exponents))
 
 
 def logits_cotangent(

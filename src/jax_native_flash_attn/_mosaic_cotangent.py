@@ -11,11 +11,10 @@ from ._mosaic_backward import Backward
 from ._mosaic_blocks import dbias_blocks, dkey_dvalue_blocks, dquery_blocks
 from ._mosaic_dbias import dbias
 from ._mosaic_dkey_dvalue import dkey_dvalue
-from ._mosaic_dquery import MOMENTS, dquery
+from ._mosaic_dquery import dquery
 from ._operands import Config, Inputs
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
-_MAX_WITH_DELTA = 192  # head dimension; above, the dquery kernel's shared memory is full
 
 
 def cotangent(
@@ -30,15 +29,9 @@ def cotangent(
         out_dtype = jnp.float32 if is_summed else inputs.query.dtype
         with_scale = "scale" in wanted
         blocks = dquery_blocks(z, score_bytes, with_scale=with_scale)
-        if z.T % blocks.rows == 0 and z.H <= _MAX_WITH_DELTA and set(cotangents) == {"out"}:
-            # Beside other blocks' products, where XLA would take a kernel of its own. What is loaded into registers
-            # must not end within a block, since TMA does not clip it.
-            call = replace(call, delta=None)
-        found = dquery(call, blocks, out_dtype, with_scale=with_scale)
-        results["query"] = found["query"]
-        call = replace(call, delta=found.get("delta", call.delta))
-        if with_scale:
-            dz_x, dz, mean = (found[name] for name in MOMENTS)
+        results["query"], *moments = dquery(call, blocks, out_dtype, with_scale=with_scale)
+        if moments:
+            dz_x, dz, mean = moments
             # The dz of a row add up to the cotangent of its lse, but for the error of delta, which so drops out.
             excess = dz - cotangents["lse"].astype(jnp.float32) if "lse" in cotangents else dz
             results["scale"] = (dz_x - excess * mean).sum((-1, -2))
@@ -62,8 +55,7 @@ def _backward(
     if "lse" in cotangents:
         delta = delta - cotangents["lse"].astype(jnp.float32)
     batch = jnp.broadcast_shapes(z.batch, dout.shape[:-3], delta.shape[:-2], lse.shape[:-2])
-    dout, lse, out = dout.astype(dtype), lse.astype(jnp.float32), out.astype(jnp.float32)
-    return Backward(config, inputs, replace(z, batch=batch), dout, lse, delta, out)
+    return Backward(config, inputs, replace(z, batch=batch), dout.astype(dtype), lse.astype(jnp.float32), delta)
 
 
 def _score_bytes(inputs: Inputs) -> int:
@@ -93,7 +85,7 @@ def _dbias(call: Backward, dlse: jax.Array | None, wanted: jax.ShapeDtypeStruct)
     if wanted.shape[-1] > 1:
         return dbias(call, dbias_blocks(z, _score_bytes(call.inputs)), wanted)
     # A bias of rows changes no weight, since they add up to 1, but shifts the log-sum-exp: sum_s dz_ts = dl_t.
-    rows = jnp.zeros(call.lse.shape, jnp.float32) if dlse is None else dlse.astype(jnp.float32)
+    rows = jnp.zeros(call.delta.shape, jnp.float32) if dlse is None else dlse.astype(jnp.float32)
     mask = call.inputs.mask
     if mask.key_start is not None and mask.key_stop is not None:
         rows = jnp.where(mask.key_start < mask.key_stop, rows, 0.0)  # padded rows have no key

@@ -48,11 +48,9 @@ _MAX_PIPELINED = 192  # head dimension
 MOMENTS = ("dz x", "dz", "p x")  # summed over the keys
 
 
-def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) -> dict[str, jax.Array]:
-    """Results by name: 'query', its gradient, (batch..., T, N, H) in `out_dtype` (query's, or float32), and vectors.
-
-    Those are (batch..., N, T) in float32: 'delta' if `call` has none, T then being a whole number of blocks, and if
-    `with_scale` the `MOMENTS`.
+def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) -> tuple[jax.Array, ...]:
+    """The gradient of query, (batch..., T, N, H) in `out_dtype` (query's, or float32), and, if `with_scale`, the
+    `MOMENTS` of each row, (batch..., N, T) in float32.
     """
     config, inputs, z, dtype = call.config, call.inputs, call.sizes, call.inputs.query.dtype
     padded_T = round_up(z.T, 8)
@@ -69,12 +67,11 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
     loaded = (matrix_buffer(*rows_like, dtype=dtype), matrix_buffer(*rows_like, dtype=dtype))
     shared = plgpu.RefUnion(loaded, *([(matrix_buffer(*rows_like, dtype=out_dtype),)] if is_wide else []))
     scores = score_buffers(operands, (value_stages,), blocks.rows, blocks.block_kv)
-    vectors = (*(("delta",) if call.delta is None else ()), *(MOMENTS if with_scale else ()))
     scratch = {
         "query, dout, result": shared,
         "key": matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype),
         "value": matrix_buffer(value_stages, blocks.block_kv, z.H, dtype=dtype),
-        **{name: plgpu.SMEM((compute, blocks.block_q), jnp.float32) for name in vectors},
+        **({"moments": plgpu.SMEM((len(MOMENTS), compute, blocks.block_q), jnp.float32)} if with_scale else {}),
         **dict(zip(operands.tiled, scores, strict=True)),
         # Completed by TMA: the data are there. Bias and mask come with the values.
         "rows ready": plgpu.Barrier(num_barriers=compute, num_arrivals=2),
@@ -88,12 +85,14 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
         # Completed by compute warpgroup 0: the padding in a tile of keys and values is clean.
         "padding clean": plgpu.Barrier(),
     }
-    row_type = jax.ShapeDtypeStruct((*heads, num_blocks * blocks.rows), jnp.float32)
-    out_types = [jax.ShapeDtypeStruct((*z.batch, padded_T, z.N, z.H), out_dtype), *(row_type for _ in vectors)]
+    out_types = [jax.ShapeDtypeStruct((*z.batch, padded_T, z.N, z.H), out_dtype)]
+    if with_scale:
+        row_type = jax.ShapeDtypeStruct((*heads, num_blocks * blocks.rows), jnp.float32)
+        out_types += [row_type] * len(MOMENTS)
 
     def kernel(*args: Any) -> None:
         refs = dict(zip(arrays, args, strict=False))
-        dquery_ref, *vector_refs = args[len(arrays) : len(arrays) + len(out_types)]
+        outs = args[len(arrays) : len(arrays) + len(out_types)]
         local = dict(zip(scratch, args[len(arrays) + len(out_types) :], strict=True))
         (local["query"], local["dout"]), *wide = local["query, dout, result"]
         result_smem = wide[0][0] if is_wide else local["query"]
@@ -139,15 +138,10 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
             buffers = {name: local[name] for name in operands.tiled}
             logits = TileLogits(config, z, refs, buffers, intervals, head, *shape, row_in_block=wg * blocks.block_q)
             rows = logits.rows(row)
+            row_lse, row_delta = (
+                load(row_slice(refs[name], head, row, blocks.block_q), layout=ROW) for name in ("lse", "delta")
+            )
             query, cotangent = local["query"].at[wg], local["dout"].at[wg]
-            row_lse = load(row_slice(refs["lse"], head, row, blocks.block_q), layout=ROW)
-            if call.delta is None:
-                out = load(query_slice(refs["out"], head, row, blocks.block_q), layout=plgpu.Layout.WGMMA)
-                plgpu.barrier_wait(local["rows ready"].at[wg])
-                row_delta = (out * load(cotangent, layout=plgpu.Layout.WGMMA).astype(jnp.float32)).sum(axis=1)
-            else:
-                row_delta = load(row_slice(refs["delta"], head, row, blocks.block_q), layout=ROW)
-                plgpu.barrier_wait(local["rows ready"].at[wg])
             has_edges = intervals.has_left_edge or intervals.has_right_edge
 
             def is_outside(i: Any) -> Any:
@@ -252,25 +246,25 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
 
                 return lax.fori_loop(0, num_tiles, step, (zeros(blocks.block_q, z.H), no_moments))
 
+            plgpu.barrier_wait(local["rows ready"].at[wg])
             acc, moments = pipelined() if z.H <= _MAX_PIPELINED else one_by_one()
-            sums = {"delta": row_delta} | {name: x.sum(axis=1) for name, x in zip(MOMENTS, moments, strict=False)}
-            for name in vectors:
-                local[name][wg] = sums[name]
+            for i, x in enumerate(moments):
+                local["moments"][i, wg] = x.sum(axis=1)
             if is_wide:
                 plgpu.barrier_arrive(local["all done"])
                 plgpu.barrier_wait(local["all done"])
             result_smem[wg] = (acc * logits.scale).astype(out_dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(result_smem.at[wg], query_slice(dquery_ref, head, row, blocks.block_q))
-            for name, ref in zip(vectors, vector_refs, strict=True):
-                plgpu.copy_smem_to_gmem(local[name].at[wg], row_slice(ref, head, row, blocks.block_q))
+            plgpu.copy_smem_to_gmem(result_smem.at[wg], query_slice(outs[0], head, row, blocks.block_q))
+            for i, out in enumerate(outs[1:]):
+                plgpu.copy_smem_to_gmem(local["moments"].at[i, wg], row_slice(out, head, row, blocks.block_q))
             plgpu.wait_smem_to_gmem(0)
 
-    result, *rest = launch(
+    result, *moments = launch(
         kernel,
         out_types=out_types,
         scratch=tuple(scratch.values()),
         grid={"group": num_heads // group, "block": num_blocks, "member": group},
         warpgroups=compute + 1,
     )(*arrays.values())
-    return {"query": result[..., : z.T, :, :], **{name: x[..., : z.T] for name, x in zip(vectors, rest, strict=True)}}
+    return (result[..., : z.T, :, :], *(x[..., : z.T] for x in moments))

@@ -20,6 +20,7 @@ from ._mosaic import (
     COLUMN,
     ROW,
     broadcast_index,
+    columns_of,
     iota,
     load,
     matrix_buffer,
@@ -236,9 +237,9 @@ class TileLogits:
         tile: Any,
         multiplier: Any,
         masked: Any,
-        then: Callable[[Any, Any], Any] | None = None,
+        then: Callable[[Any, Any], Any],
     ) -> Any:
-        """`then(x, factor)`, or the pair itself: the base-2 logits are x * factor; factor is None for 1.
+        """`then(x, factor)`, where the base-2 logits are x * factor; factor is None for 1.
 
         With bias or mask, x is in base e and factor LOG2E: what is added then needs no scaling, and base 2 comes with
         the subtraction of the maximum (see `to_base_2`).
@@ -277,24 +278,17 @@ class TileLogits:
             return jnp.where(allowed, x, outside), factor
 
         if isinstance(masked, bool):
-            pair = edge(products) if masked else full(products)
-            return pair if then is None else then(*pair)
-        if then is None and scores:
-            return lax.cond(masked, lambda p: edge(p)[0], lambda p: full(p)[0], products), LOG2E
-        if then is None:
-            # Both of one kind: scaled.
-            scaled = lambda pair: pair[0] if pair[1] is None else pair[0] * pair[1]  # noqa: E731
-            return lax.cond(masked, lambda p: scaled(edge(p)), lambda p: scaled(full(p)), products), None
+            return then(*(edge(products) if masked else full(products)))
         # The barrier keeps what both kinds of tile do last in the branch, where it is fused with what comes before.
         return lax.cond(masked, lambda p: lax.optimization_barrier(then(*edge(p))), lambda p: then(*full(p)), products)
 
     def _apart(self, factor: Any) -> jax.Array:
-        """The same numbers, one for each row; to the compiler, others.
+        """The same numbers, one for each row of the tile; to the compiler, others.
 
         It would take a product that both kinds of tile compute out of the branch, and out of a fused multiply-add.
         """
-        rows = plgpu.layout_cast(jnp.full((self.block_q,), factor, jnp.float32), self.q_layout)
-        return self.of_rows(lax.optimization_barrier(rows))
+        rows = plgpu.layout_cast(jnp.full((self.shape[0],), factor, jnp.float32), ROW)
+        return columns_of(lax.optimization_barrier(rows), self.shape)
 
     def _clipped(self, bias: jax.Array) -> jax.Array:
         """In float32. A bfloat16 bias is clipped before, two elements at a time."""
