@@ -11,8 +11,9 @@ from jax import lax
 
 from ._mosaic import ROW, broadcast_index, columns_of, pl, plgpu
 from ._mosaic_blocks import Blocks
-from ._mosaic_logits import NO_KEY, TileLogits, clean_padding, from_base_2, query_slice, to_base_2
+from ._mosaic_logits import NO_KEY, TileLogits, from_base_2, to_base_2
 from ._mosaic_masks import Intervals
+from ._mosaic_operands import clean_padding, query_slice
 from ._mosaic_overlap import THREAD_COLUMNS, before_wait, fold_columns
 from ._numerics import LN2, LOG2E, lowest
 from ._operands import Config

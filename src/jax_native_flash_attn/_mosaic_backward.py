@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ._mosaic import broadcast_index, pad_axis, pl, plgpu, round_up
-from ._mosaic_logits import RowVectors, TileLogits
+from ._mosaic_logits import RowVectors, TileLogits, to_base_2
 from ._numerics import LOG2E
 from ._operands import Config, Inputs
 from ._tiles import Sizes
@@ -76,11 +76,18 @@ def softmax_weights(
     masked: Any,
 ) -> jax.Array:
     """p of a tile before dropout, from its products q . k."""
+    row_factor = None
+    if logits.has_scores and not logits.is_transposed:
+        row_factor = logits.of_rows(to_base_2(row_lse))
+        row_lse = row_lse * to_base_2(row_lse)
     lse = logits.of_rows(row_lse)
 
     def exponents(x: jax.Array, factor: Any) -> jax.Array:
+        if row_factor is not None:
+            return x * row_factor - lse
         if logits.has_scores:
-            # Subtracted before it is scaled: exact, however large (`to_base_2`).
+            # Subtracted before it is scaled, which is as exact (`to_base_2`): a factor for each row would take as many
+            # registers as lse, which are many where rows of queries lie along the columns.
             return (x - lse) * factor
         return (x if factor is None else x * factor) - lse
 

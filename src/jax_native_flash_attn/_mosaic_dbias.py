@@ -19,8 +19,9 @@ from jax import lax
 from ._mosaic import ROW, launch, load, matrix_buffer, pl, plgpu, unravel
 from ._mosaic_backward import Backward, logits_cotangent, row_slice, softmax_weights, zeros
 from ._mosaic_blocks import Blocks
-from ._mosaic_logits import TileLogits, key_slice, prepare, query_slice, score_buffers, score_slice
+from ._mosaic_logits import TileLogits
 from ._mosaic_masks import Intervals
+from ._mosaic_operands import key_slice, prepare, query_slice, score_buffers, score_slice
 
 _ENOUGH_BLOCKS = 264  # two for each of Hopper's 132 multiprocessors
 _LONG_RUN = 32  # visits beside which the beginning and the end of a block do not matter

@@ -36,8 +36,9 @@ from ._mosaic import (
 )
 from ._mosaic_backward import Backward, logits_cotangent, row_slice, softmax_weights, zeros
 from ._mosaic_blocks import Blocks
-from ._mosaic_logits import TileLogits, prepare, query_slice, score_buffers, score_slice
+from ._mosaic_logits import TileLogits
 from ._mosaic_masks import Intervals, query_ranges
+from ._mosaic_operands import prepare, query_slice, score_buffers, score_slice
 
 _CACHE_BYTES = 24e6
 

@@ -37,8 +37,9 @@ from ._mosaic import (
 )
 from ._mosaic_backward import Backward, logits_cotangent, row_slice, softmax_weights, zeros
 from ._mosaic_blocks import Blocks
-from ._mosaic_logits import TileLogits, clean_padding, key_slice, prepare, query_slice, score_buffers, score_slice
+from ._mosaic_logits import TileLogits
 from ._mosaic_masks import Intervals
+from ._mosaic_operands import clean_padding, key_slice, prepare, query_slice, score_buffers, score_slice
 from ._mosaic_overlap import THREAD_COLUMNS, before_wait, fold_columns
 
 _CACHE_BYTES = 24e6

@@ -29,17 +29,9 @@ from jax import lax
 from ._mosaic import heads_per_group, launch, matrix_buffer, pl, plgpu, round_up, swizzle_bytes
 from ._mosaic_attend import Item, Kernel, attend
 from ._mosaic_blocks import Blocks
-from ._mosaic_logits import (
-    NO_KEY,
-    column_buffers,
-    column_slice,
-    key_slice,
-    prepare,
-    query_slice,
-    score_buffers,
-    score_slice,
-)
+from ._mosaic_logits import NO_KEY
 from ._mosaic_masks import Intervals
+from ._mosaic_operands import column_buffers, column_slice, key_slice, prepare, query_slice, score_buffers, score_slice
 from ._mosaic_work import part_of, plan
 from ._operands import Config, Inputs
 

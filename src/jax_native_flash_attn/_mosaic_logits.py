@@ -1,46 +1,24 @@
-"""What the Mosaic GPU kernels read of one tile beside query, key and value: scale, bias, masks and dropout.
-
-`prepare` lays the operands out for TMA (nothing is copied where lengths are multiples of 8 and rows of 32 bytes), and
-`TileLogits` turns a tile's products into base-2 logits, with the meaning of `Tiles.logits` in `_logits.py`.
-
-Bias and boolean mask keep the axes in which they broadcast. With both T and S they come tile by tile with the keys,
-through shared memory; with one of them they are a vector, read into registers directly.
-"""
+"""Base-2 logits of a tile from its products: scale, bias, masks and dropout, with the meaning of `Tiles.logits`."""
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._mosaic import (
-    COLUMN,
-    ROW,
-    broadcast_index,
-    columns_of,
-    iota,
-    load,
-    matrix_buffer,
-    pad_axis,
-    pl,
-    plgpu,
-    round_up,
-    spread,
-    swizzle_bytes,
-)
-from ._mosaic_masks import Intervals, interval_operands
+from ._mosaic import COLUMN, ROW, broadcast_index, columns_of, iota, load, pl, plgpu, spread
+from ._mosaic_masks import Intervals
 from ._mosaic_overlap import widened
 from ._numerics import LN2, LOG2E, lowest
-from ._operands import Config, Inputs
+from ._operands import Config
 from ._tiles import Sizes
 
 _SCORES = ("bias", "allowed")
-# Biases are clipped at the first. The second is added to the logits of keys that a mask of keys excludes, the third
-# stands in place of those of scores that a mask excludes. Finite in base 2, the second also with a bias.
-_FLOOR, _MASKED, _OUTSIDE = -(2.0**124), -(2.0**125), -(2.0**126)
+# Biases are clipped at the first; `MASKED` is below, also with a bias; the second stands in place of logits that a mask
+# of rows and keys excludes. All are finite in base 2.
+_FLOOR, _OUTSIDE = -(2.0**124), -(2.0**126)
 # A row whose largest logit, in base 2, is below has had no key so far.
 NO_KEY = -1.5 * 2.0**125
 # From here on logits are multiplied by 2, which is exact, in place of LOG2E: x * LOG2E is rounded for the maximum, and
@@ -49,94 +27,13 @@ NO_KEY = -1.5 * 2.0**125
 _EXTREME = 2.0**27
 
 
-@dataclass(frozen=True)
-class Operands:
-    """Arrays of a call by name; `tiled` and `columns` name score-like ones: matrices, and vectors along the keys."""
-
-    arrays: dict[str, jax.Array]
-    tiled: tuple[str, ...]
-    transposed: tuple[str, ...]  # of those, the ones that are (..., S, T)
-    columns: tuple[str, ...]
-
-
-def prepare(
-    config: Config, inputs: Inputs, block_rows: int, block_kv: int, *, transposes_mask: bool = False
-) -> Operands:
-    """`transposes_mask`: the mask's tiles are read transposed, which cannot be done with bytes: it is copied so."""
-    z, mask = inputs.sizes, inputs.mask
-    T, S = round_up(z.T, 8), round_up(z.S, 8)
-    arrays = {
-        "query": pad_axis(inputs.query, -3, T),
-        "key": pad_axis(inputs.key, -3, S),
-        "value": pad_axis(inputs.value, -3, S),
-        "scale": inputs.scale,
-        **interval_operands(mask, z.T, z.S, block_rows, block_kv),
-    }
-    tiled, columns = [], []
-    for name, x in (("bias", inputs.bias), ("allowed", mask.allowed)):
-        if x is None:
-            continue
-        if name == "allowed":
-            x = jnp.where(x, 0.0, _MASKED) if x.shape[-2] == 1 else x.astype(jnp.int8)
-        elif x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-            x = x.astype(jnp.float32)
-        if x.shape[-2] == 1:
-            x = jnp.broadcast_to(x, (*x.shape[:-1], z.S))
-            x = pad_axis(x[..., 0, :], -1, round_up(z.S, block_kv))
-            name = f"{name}_columns"
-            columns.append(name)
-        elif x.shape[-1] == 1:
-            x = pad_axis(x[..., 0], -1, round_up(z.T, block_rows))
-            name = f"{name}_rows"
-        else:
-            if transposes_mask and name == "allowed":
-                x = jnp.swapaxes(x, -1, -2)
-            *_, rows, width = x.shape
-            aligned = width if swizzle_bytes(width, x.dtype) else round_up(width, 64)
-            x = pad_axis(pad_axis(x, -2, round_up(rows, 8)), -1, aligned)
-            tiled.append(name)
-        arrays[name] = x
-    if mask.key_value_length is not None:
-        arrays["length"] = mask.key_value_length
-    if config.dropout is not None and inputs.dropout_key is not None and inputs.head_index is not None:
-        arrays |= {"dropout_key": inputs.dropout_key, "head_index": inputs.head_index}
-    return Operands(arrays, tuple(tiled), ("allowed",) if transposes_mask else (), tuple(columns))
-
-
-def score_buffers(operands: Operands, slots: tuple[int, ...], block_rows: int, block_kv: int) -> list[Any]:
-    """Shared memory for the tiles of bias and mask."""
-
-    def buffer(name: str) -> Any:
-        x, tile = operands.arrays[name], (block_rows, block_kv)
-        tile = tile[::-1] if name in operands.transposed else tile
-        return matrix_buffer(*slots, *tile, dtype=x.dtype, swizzle=swizzle_bytes(x.shape[-1], x.dtype, tile[-1]))
-
-    return [buffer(name) for name in operands.tiled]
-
-
-def column_buffers(operands: Operands, stages: int, block_kv: int) -> list[Any]:
-    """Shared memory for parts of the vectors along the keys; where there is none, they are read from global memory."""
-    return [plgpu.SMEM((stages, block_kv), operands.arrays[name].dtype) for name in operands.columns]
-
-
-def clean_padding(buffer: Any, tile: Any, length: Any) -> None:
-    """Zero the NaN and inf of keys or values in shared memory from `length` on: 0 * NaN is NaN."""
-    count, head_dim = buffer.shape
-    shape = (64, head_dim)
-    for part in range(count // 64):
-        some = buffer.at[pl.ds(part * 64, 64)]
-        x = load(some, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-        position = iota(shape, 0) + (tile * count + part * 64)
-        is_number = jnp.abs(x) <= float(jnp.finfo(jnp.float32).max)
-        some[...] = jnp.where((position < length) | is_number, x, 0.0).astype(buffer.dtype)
-
-
 def to_base_2(largest: jax.Array) -> jax.Array:
     """What takes a row's logits from base e to base 2, or so: see `_EXTREME`."""
     return jnp.where(jnp.abs(largest) < _EXTREME, LOG2E, 2.0)
 
 
 def from_base_2(x: jax.Array) -> jax.Array:
+    """The logit of which this is the product with `to_base_2`."""
     return x * jnp.where(jnp.abs(x) < 1.7 * _EXTREME, LN2, 0.5)
 
 
@@ -176,7 +73,7 @@ class TileLogits:
         """
         self.config, self.sizes, self.refs, self.buffers, self.intervals = config, sizes, refs, buffers, intervals
         self.head, self.row_in_block, self.block_q, self.block_kv = head, row_in_block, block_q, block_kv
-        self.q_axis = 1 if transposed else 0
+        self.is_transposed, self.q_axis = transposed, int(transposed)
         self.shape = (block_kv, block_q) if transposed else (block_q, block_kv)
         self.q_layout, self.kv_layout = (COLUMN, ROW) if transposed else (ROW, COLUMN)
         ref = refs["scale"]
@@ -339,27 +236,3 @@ class TileLogits:
     @property
     def rescaling(self) -> float:
         return 1.0 if self.config.dropout is None else self.config.dropout.rescaling
-
-
-def score_slice(
-    ref: Any, head: tuple, row: Any, rows: int, tile: Any, columns: int, *, transposed: bool = False
-) -> Any:
-    """A tile of a score-like array in global memory."""
-    index = pl.ds(row, rows), pl.ds(tile * columns, columns)
-    return ref.at[(*broadcast_index(head, ref.shape[:-2]), *(index[::-1] if transposed else index))]
-
-
-def column_slice(ref: Any, head: tuple, tile: Any, columns: int) -> Any:
-    """Part of a vector along the keys in global memory."""
-    return ref.at[(*broadcast_index(head, ref.shape[:-1]), pl.ds(tile * columns, columns))]
-
-
-def query_slice(ref: Any, head: tuple, row: Any, rows: int) -> Any:
-    *batch, n = head
-    return ref.at[(*broadcast_index(batch, ref.shape[:-3]), pl.ds(row, rows), n)]
-
-
-def key_slice(ref: Any, head: tuple, group: int, tile: Any, columns: int) -> Any:
-    *batch, n = head
-    kv_head = lax.div(n, jnp.int32(group)) if ref.shape[-2] > 1 else 0
-    return ref.at[(*broadcast_index(batch, ref.shape[:-3]), pl.ds(tile * columns, columns), kv_head)]
