@@ -103,12 +103,14 @@ class Tiles:
         self.cleans_keys = not (forms.is_active and forms.is_forward)
         # Nothing but the forward kernel makes 'out', and that writes every element once.
         self.out_dtype = inputs.query.dtype if forms.is_active and config.rounds_out else self.accumulate
-        # Where a head has few scores, transposing them takes less than transposing its query and keys.
-        self.transposes_weights = target.platform == "cpu" and self.nest.has_few_scores
+        # Transposing few scores takes less than transposing query and keys.
+        self.transposes_weights = target.platform == "cpu" and self.sizes.has_few_scores
         # Logits are in units of 1 / `unit`: base 2 where many exponentials make that faster than XLA's exp, which takes
         # fewer kernels and is what a fused softmax needs.
         many = not (tile.fuses_softmax or self.transposes_weights)
         use_base_2 = target.platform == "cpu" and self.accumulate == jnp.float32 and many
+        # There, a row of weights is also less to divide by its sum than a row of out.
+        self.normalizes |= self.transposes_weights and self.nest.visits_one_key_tile
         self.unit, self.exp = (LOG2E, exp2_polynomial) if use_base_2 else (1.0, jnp.exp)
         # Of a column of rows: XLA would repeat the polynomial for every element that the result is broadcast to.
         self.exp_of_rows = jnp.exp2 if use_base_2 else jnp.exp

@@ -24,6 +24,12 @@ class Sizes:
     def N(self) -> int:
         return self.K * self.G
 
+    @property
+    def has_few_scores(self) -> bool:
+        """Whether all scores of a head are fewer than the elements of its query and keys."""
+        rows = self.G * self.T
+        return rows * self.S < (rows + self.S) * self.H
+
 
 @dataclass(frozen=True)
 class TileShape:
@@ -175,6 +181,9 @@ def choose_tile(
         if not (is_asked or skips or converts) and heads * sizes.T * sizes.S <= most_scores:
             batch, block_q, block_kv = sizes.batch, sizes.T, sizes.S
         return TileShape(batch, sizes.K, block_q, block_kv, merges_lead=True, joins_heads=True)
+    if has_16_bits and sizes.has_few_scores and not is_asked:
+        # Results of 16 bits would be collected, or read, in 32 bits as a whole: more than what a tile saves.
+        return TileShape(sizes.batch, sizes.K, sizes.T, sizes.S, merges_lead=True)
     per_head = max(1, sizes.G * block_q * block_kv)
     if is_plain and block_q == sizes.T and block_kv == sizes.S and per_head <= 1 << 16:
         return replace(_with_heads(sizes, block_q, block_kv, _CPU_FUSED // per_head), fuses_softmax=True)
