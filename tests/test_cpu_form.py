@@ -1,8 +1,11 @@
 """The forms that the kernels take on a CPU by size and processor, each against the float64 oracle."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jax_native_flash_attn import _numerics
+from jax_native_flash_attn import _numerics, flash_attention
 from tests.cases import FAST_COMPILATION, Case, check_case
 
 # (B, T, S, K, G, H): of many and of few scores for their size, and one that several tiles cover.
@@ -41,3 +44,43 @@ def test_bfloat16_products_and_shapes(
     blocks = {"block_q": 48, "block_kv": 48} if shape == "several tiles" else {}
     changes = {"shape": SHAPES[shape], "dtype": "bfloat16", "key_value_seq_lengths": lengths, **blocks}
     check_case(Case(**{**case.__dict__, **changes}), compiler_options=FAST_COMPILATION)
+
+
+# One or few query rows against many keys: products for all heads at once, in one tile or (block_kv) in several.
+DECODING = {
+    "plain": {},
+    "tiles": {"block_kv": 256},
+    "lengths": {"key_value_seq_lengths": (1100, 7), "traced": frozenset({"lengths"})},
+    "lengths, tiles": {"key_value_seq_lengths": (1100, 300), "block_kv": 256},
+    "padding": {"key_value_seq_lengths": (900, 7), "poison": True},
+    "mask": {"mask": (True, True, False, True), "mask_density": 0.3},
+    "no keys": {"mask": (True, True, False, True), "mask_density": 0.0},
+    "bias": {"bias": (False, True, True, True)},
+    "dropout": {"dropout_rate": 0.3},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("options", DECODING)
+def test_decoding(options: str, dtype: str) -> None:
+    check_case(Case((2, 1, 1100, 2, 2, 8), dtype, **DECODING[options]), compiler_options=FAST_COMPILATION)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1100, 2, 2, 8), (1, 1, 1100, 1, 4, 8), (3, 1, 1100, 3, 1, 8)])
+def test_decoding_shapes(shape: tuple[int, ...]) -> None:
+    check_case(Case(shape, key_value_seq_lengths=(1100, 900, 5)[: shape[0]]), compiler_options=FAST_COMPILATION)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_decoding_keeps_heads_apart(bad: float) -> None:
+    rng = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((1, 1, 4, 8), (1, 1100, 4, 8), (1, 1100, 4, 8))
+    )
+    for name, x in (("key", key), ("value", value)):
+        operands = {"query": query, "key": key, "value": value, name: x.at[0, 50, 1, 2].set(bad)}
+        out = jax.jit(flash_attention)(*operands.values())
+        expected = jax.nn.dot_product_attention(*operands.values())
+        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)  # NaN in the same places
+        assert np.isfinite(out[:, :, [0, 2, 3]]).all()

@@ -49,12 +49,6 @@ class TileAccess:
     sizes: Sizes
     tile: TileShape
 
-    @property
-    def has_few_scores(self) -> bool:
-        """Whether transposing all scores of a head takes less than transposing its query and keys."""
-        rows, z = self.sizes.G * self.sizes.T, self.sizes
-        return rows * z.S < (rows + z.S) * z.H
-
     # ---- axes inside a tile
 
     @property

@@ -27,8 +27,6 @@ _ROUNDING = 1.001  # of norms and products
 def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, ...]:
     """As `_kernels.forward`."""
     tiles = Tiles(config, inputs, target)
-    if not tiles.may_be_bounded:
-        return _kernels.forward(tiles)
     bounded = Tiles(config, inputs, target, is_bounded=True)
     bounds = _bounds(inputs, bounded)
     return lax.cond(

@@ -148,19 +148,16 @@ def _linear_jvp(primals: Any, tangents: Any, *, kernel: LinearKernel, **unused: 
     results = _apply_linear(*primals, kernel=kernel)
     residuals, _ = _split(primals, kernel)
     dresiduals, dlinear = _split(tangents, kernel)
-    terms = []
-    flags = tuple(not _is_zero(t) for t in dlinear)
-    if any(flags):
-        linear_part = kernel.select(flags, (True,) * len(kernel.outputs))
-        terms.append(_apply_linear(*residuals, *pick(dlinear, flags), kernel=linear_part))
-    flags = tuple(not _is_zero(t) for t in dresiduals)
-    if any(flags):
-        # A residual's tangent has the residual's own shape, with nothing broadcast.
+    flags = tuple(not _is_zero(t) for t in tangents)
+    if any(not _is_zero(t) for t in dresiduals):
+        # A tangent has the primal's own shape, with nothing broadcast.
         depth = len(kernel.outputs[0].batched)
-        slots = tuple(Slot(i, _added_flags(residuals[i], primals, depth)) for i, flag in enumerate(flags) if flag)
+        slots = tuple(Slot(i, _added_flags(primals[i], primals, depth)) for i, flag in enumerate(flags) if flag)
         derivative = DirectionalDerivative(kernel, slots)
-        terms.append(_apply_linear(*primals, *pick(dresiduals, flags), kernel=derivative))
-    return results, [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)]
+        return results, _apply_linear(*primals, *pick(tuple(tangents), flags), kernel=derivative)
+    flags = flags[len(residuals) :]
+    linear_part = kernel.select(flags, (True,) * len(kernel.outputs))
+    return results, _apply_linear(*residuals, *pick(dlinear, flags), kernel=linear_part)
 
 
 def _added_flags(x: Any, operands: Any, depth: int) -> Flags:

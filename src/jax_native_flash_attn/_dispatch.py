@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from . import _bounds, _kernels
 from ._logits import Tiles
@@ -29,10 +30,22 @@ def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, 
         from . import _mosaic_call
 
         return _mosaic_call.forward(config, inputs, _chip())
-    out, *lse = _bounds.forward(config, inputs, target)
+    out, *lse = _pure_jax_forward(config, inputs, target)
     dtype = inputs.query.dtype
     out_dtype = dtype if config.rounds_out else accumulation_dtype(dtype)
     return (out.astype(out_dtype), *lse, *([out.astype(dtype)] if config.adds_rounded else []))
+
+
+def _pure_jax_forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, ...]:
+    tiles = Tiles(config, inputs, target)
+    if tiles.may_be_bounded:
+        return _bounds.forward(config, inputs, target)
+    joined = Tiles(config, inputs, target, joins_heads=True)
+    if not joined.nest.tile.joins_heads:
+        return _kernels.forward(tiles)
+    # There 0 * inf, which is NaN, reaches all heads, also from padding.
+    results = _kernels.forward(joined)
+    return lax.cond(jnp.isfinite(results[0]).all(), lambda: results, lambda: _kernels.forward(tiles))
 
 
 def cotangent(

@@ -128,9 +128,10 @@ class FirstDerivative:
 
 @dataclass(frozen=True)
 class DirectionalDerivative:
-    """Derivative of another kernel with respect to some of its residuals; flipped, the transpose of that.
+    """Derivative of another kernel with respect to some of its operands; flipped, the transpose of that.
 
-    Its residuals are the inner kernel's residuals, then the inner kernel's linear operands.
+    Its residuals are the inner kernel's residuals, then the inner kernel's linear operands. (With respect to the latter
+    alone it would be the inner kernel; with respect to both, one kernel shares what the two have in common.)
     """
 
     inner: LinearKernel
@@ -152,17 +153,17 @@ class DirectionalDerivative:
 
     def apply(self, residuals: Leaves, linear: Leaves, target: Target, differentiable: bool) -> Leaves:
         num_residuals = len(self.inner.residual_names)
-        inner_residuals, inner_linear = residuals[:num_residuals], residuals[num_residuals:]
         likes = [slot.like for slot in self.tangents]
         shapes = [x.shape for x in operand_shapes(self.tangents, residuals, linear)]
         # `vmap` may have left either a residual or its tangent with an axis of size 1.
         full = [jnp.broadcast_shapes(residuals[i].shape, shape) for i, shape in zip(likes, shapes, strict=True)]
 
         def inner(*varying: jax.Array) -> Leaves:
-            leaves = list(inner_residuals)
+            leaves = list(residuals)
             for i, x in zip(likes, varying, strict=True):
                 leaves[i] = x
-            return self.inner.apply(tuple(leaves), inner_linear, target, differentiable or self.flipped)
+            inner_residuals, linear = tuple(leaves[:num_residuals]), tuple(leaves[num_residuals:])
+            return self.inner.apply(inner_residuals, linear, target, differentiable or self.flipped)
 
         primals = tuple(jnp.broadcast_to(residuals[i], shape) for i, shape in zip(likes, full, strict=True))
         if not self.flipped:

@@ -35,6 +35,7 @@ class Tiles:
         further: Mapping[str, Any] | None = None,
         differentiable: bool = False,
         is_bounded: bool = False,
+        joins_heads: bool = False,
         summed_over_batch: bool = False,
         rounds_weights: bool = True,
     ):
@@ -43,6 +44,7 @@ class Tiles:
         further: other operands of the kernel; None for the forward kernel.
         differentiable: see `Nest`.
         is_bounded: whether bounds of the logits are known (see `_bounds.py`).
+        joins_heads: whether products may be for all heads at once; what is not finite, even padding, then reaches all.
         summed_over_batch: whether a result of T * S elements is summed over batch rows.
         rounds_weights: whether weights and their cotangents may be kept in the dtype of products.
         """
@@ -84,8 +86,10 @@ class Tiles:
             band_width=config.band.width if mask.key_start is None else None,
             key_stop=int(config.band.intervals(sizes.T, sizes.S)[1].max()) if mask.key_start is None else sizes.S,
             is_plain=is_plain,
+            joins_heads=joins_heads,
             is_derivative=further is not None or config.needs_lse,
             has_16_bits=self.product.itemsize == 2,
+            converts=self.product != inputs.query.dtype,
             all_heads=differentiable or target.is_sharded,
             form=forms.tile_form(mask),
         )
@@ -99,12 +103,14 @@ class Tiles:
         self.cleans_keys = not (forms.is_active and forms.is_forward)
         # Nothing but the forward kernel makes 'out', and that writes every element once.
         self.out_dtype = inputs.query.dtype if forms.is_active and config.rounds_out else self.accumulate
-        # Where a head has few scores, transposing them takes less than transposing its query and keys.
-        self.transposes_weights = target.platform == "cpu" and self.nest.has_few_scores
+        # Transposing few scores takes less than transposing query and keys.
+        self.transposes_weights = target.platform == "cpu" and self.sizes.has_few_scores
         # Logits are in units of 1 / `unit`: base 2 where many exponentials make that faster than XLA's exp, which takes
         # fewer kernels and is what a fused softmax needs.
         many = not (tile.fuses_softmax or self.transposes_weights)
         use_base_2 = target.platform == "cpu" and self.accumulate == jnp.float32 and many
+        # There, a row of weights is also less to divide by its sum than a row of out.
+        self.normalizes |= self.transposes_weights and self.nest.visits_one_key_tile
         self.unit, self.exp = (LOG2E, exp2_polynomial) if use_base_2 else (1.0, jnp.exp)
         # Of a column of rows: XLA would repeat the polynomial for every element that the result is broadcast to.
         self.exp_of_rows = jnp.exp2 if use_base_2 else jnp.exp
@@ -178,23 +184,16 @@ class Tiles:
 
     def _without_padding(self, x: jax.Array, at: RowTile, columns: ColumnTile, mask: TileMask | None) -> jax.Array:
         """NaN or inf in padding would survive a weight of zero (0 * NaN). Full tiles hold no padding."""
-        length = self.inputs.mask.key_value_length
-        if self.fuses_tiles:
-            # Before the axes move: XLA then reads full tiles and this one in the same layout, and copies neither.
-            x = self.nest.key_window(x, at, columns)
-            if self.fixes_layouts:
-                x = in_row_major_layout(x)
-            if mask is not None and length is not None:
-                position = self.nest.column_positions(columns).reshape((1,) * (x.ndim - 3) + (-1, 1, 1))
-                padded = position >= self.nest.slice(length, at.batch, self.nest.tile.batch)[..., None, None, None]
-                x = jnp.where(padded & ~jnp.isfinite(x), 0, x)
-            return self.nest.key_rows(x)
-        if mask is None or length is None:
-            return self.nest.key_slice(x, at, columns)
-        x = self.nest.key_slice(x, at, columns)
-        position = self.nest.column_positions(columns).reshape((1,) * (x.ndim - 2) + (-1, 1))
-        padded = position >= self.nest.batch_slice(length, at)
-        return jnp.where(padded & ~jnp.isfinite(x), 0, x)
+        length, z = self.inputs.mask.key_value_length, self.nest.tile
+        # Before the axes move: XLA:GPU then reads full tiles and this one in the same layout, and copies neither.
+        x = self.nest.key_window(x, at, columns)
+        if self.fuses_tiles and self.fixes_layouts:
+            x = in_row_major_layout(x)
+        if mask is not None and length is not None and not z.joins_heads:
+            position = self.nest.column_positions(columns).reshape((1,) * (x.ndim - 3) + (-1, 1, 1))
+            padded = position >= self.nest.slice(length, at.batch, z.batch)[..., None, None, None]
+            x = jnp.where(padded & ~jnp.isfinite(x), 0, x)
+        return x.reshape(-1, z.block_kv, z.heads * x.shape[-1]) if z.joins_heads else self.nest.key_rows(x)
 
     def scale(self, at: RowTile) -> jax.Array:
         """(lead..., 1, 1), to multiply a tile."""
@@ -212,10 +211,21 @@ class Tiles:
 
     def scores(self, query: jax.Array, key: jax.Array) -> jax.Array:
         """query @ key, which XLA finds to be a part of `products` where that multiplies its result."""
-        return self.einsum("...rh,...sh->...rs", query, key)
+        if not self.nest.tile.joins_heads:
+            return self.einsum("...rh,...sh->...rs", query, key)
+        # Each row, with zeros in place of the other heads, times the keys of all heads.
+        query = query.reshape(-1, self.sizes.K, *query.shape[-2:])
+        own = jnp.eye(self.sizes.K, dtype=bool)[:, None, :, None]
+        rows = jnp.where(own, query[..., None, :], 0).reshape(query.shape[0], -1, key.shape[-1])
+        return self.einsum("brh,bsh->brs", rows, key).reshape(*self.nest.row_shape, -1)
 
     def weighted(self, weights: jax.Array, value: jax.Array) -> jax.Array:
         """weights @ value: (lead..., rows, s), (lead..., s, D) -> (lead..., rows, D)"""
+        if self.nest.tile.joins_heads:
+            K, D = self.sizes.K, self.sizes.D
+            product = self.einsum("brs,bsd->brd", weights.reshape(value.shape[0], -1, weights.shape[-1]), value)
+            own = jnp.einsum("bkrkd->bkrd", product.reshape(value.shape[0], K, -1, K, D))
+            return own.reshape(*self.nest.row_shape, D)
         if not self.sums_values:
             return self.einsum("...rs,...sd->...rd", weights, value)
         value = value.astype(self.accumulate)

@@ -24,6 +24,12 @@ class Sizes:
     def N(self) -> int:
         return self.K * self.G
 
+    @property
+    def has_few_scores(self) -> bool:
+        """Whether all scores of a head are fewer than the elements of its query and keys."""
+        rows = self.G * self.T
+        return rows * self.S < (rows + self.S) * self.H
+
 
 @dataclass(frozen=True)
 class TileShape:
@@ -31,7 +37,8 @@ class TileShape:
 
     `follows_band`: a row of tiles is one tile, which starts at the first key of its first row; otherwise tiles start at
     multiples of their size. `fuses_softmax`: XLA:CPU makes one kernel of a plain softmax and its products.
-    `merges_lead`: batch rows and heads are one axis inside a tile.
+    `merges_lead`: batch rows and heads are one axis inside a tile. `joins_heads`: keys and values are read as they lie,
+    (S, K * H), in products for all heads at once.
     """
 
     batch: tuple[Any, ...]
@@ -41,6 +48,7 @@ class TileShape:
     follows_band: bool = False
     fuses_softmax: bool = False
     merges_lead: bool = False
+    joins_heads: bool = False
 
 
 class Target(NamedTuple):
@@ -85,6 +93,8 @@ _CPU_OPERANDS = {"forward": 1 << 18, "derivative": 1 << 19}
 # ... of query and key of a whole problem in one tile, without loops, slices and writes into a larger array
 _CPU_WHOLE = {"forward": 1 << 18, "forward, 16 bit": 1 << 21, "derivative": 1 << 22}
 _CPU_KEYS = 1 << 19  # ... of the keys, where few rows make reading them what costs
+# Query rows of all heads, up to which multiplying each with the keys of all heads takes less than copying keys by head.
+_CPU_JOINED_ROWS = {"32 bit": 16, "16 bit": 64}
 _CPU_REVERSE = 1 << 22  # ... in reverse mode through a kernel
 ACCELERATOR_SCORES = 1 << 28  # ... of float32 scores: 1 GiB for each temporary
 _ACCELERATOR_KEYS = 1 << 28  # ... of the keys, where few rows make reading them what costs
@@ -105,8 +115,10 @@ def choose_tile(
     band_width: int | None,
     key_stop: int,
     is_plain: bool,
+    joins_heads: bool,
     is_derivative: bool,
     has_16_bits: bool,
+    converts: bool,
     all_heads: bool,
     form: AcceleratorForm,
 ) -> TileShape:
@@ -121,8 +133,10 @@ def choose_tile(
       band_width: keys of a row, where nothing but a narrow static band bounds them.
       key_stop: no row attends keys from here on.
       is_plain: whether only softmax(scale * query @ key) @ value is asked for, without log-sum-exp.
+      joins_heads: whether the kernel can take products for all heads at once.
       is_derivative: whether the kernel is a derivative, or makes what one needs: XLA then shares work between the two.
       has_16_bits: whether products take 16-bit operands.
+      converts: whether products take operands of another dtype than the call's.
       all_heads: ask for all batch rows and heads at once (reverse mode through a kernel: slicing one head out of an
         array would make its transpose touch the whole array for every tile).
       form: what else decides on an accelerator.
@@ -151,12 +165,25 @@ def choose_tile(
         whole_rows = max(1, _CPU_REVERSE // heads) // max(1, sizes.S)
         if not is_banded and whole_rows >= min(128, sizes.T):
             rows, columns = min(2048, 1 << (whole_rows.bit_length() - 1)), sizes.S
+    is_asked = block_q is not None or block_kv is not None
     block_q = balanced_block(sizes.T, block_q or rows)
     block_kv = balanced_block(num_keys, block_kv or columns)
     if all_heads:
         return TileShape(sizes.batch, sizes.K, block_q, block_kv)
     if is_decoding:
-        return _with_heads(sizes, block_q, block_kv, _CPU_KEYS // (block_kv * sizes.H))
+        most_rows = _CPU_JOINED_ROWS["16 bit" if has_16_bits else "32 bit"]
+        if not joins_heads or most_rows < sizes.T * sizes.N:
+            return _with_heads(sizes, block_q, block_kv, _CPU_KEYS // (block_kv * sizes.H))
+        batch = (1,) * len(sizes.batch)
+        # Slices of keys and values are copies (before JAX 0.12, of 16 bits, XLA converts all of an array first).
+        skips = is_banded and not has_16_bits and 4 * block_kv < sizes.S
+        most_scores = 4 * _CPU_WHOLE_SCORES if has_16_bits else _CPU_WHOLE_SCORES
+        if not (is_asked or skips or converts) and heads * sizes.T * sizes.S <= most_scores:
+            batch, block_q, block_kv = sizes.batch, sizes.T, sizes.S
+        return TileShape(batch, sizes.K, block_q, block_kv, merges_lead=True, joins_heads=True)
+    if has_16_bits and sizes.has_few_scores and not is_asked:
+        # Results of 16 bits would be collected, or read, in 32 bits as a whole: more than what a tile saves.
+        return TileShape(sizes.batch, sizes.K, sizes.T, sizes.S, merges_lead=True)
     per_head = max(1, sizes.G * block_q * block_kv)
     if is_plain and block_q == sizes.T and block_kv == sizes.S and per_head <= 1 << 16:
         return replace(_with_heads(sizes, block_q, block_kv, _CPU_FUSED // per_head), fuses_softmax=True)
