@@ -7,7 +7,7 @@
 Columns: median milliseconds of interleaved calls, TFLOP/s (4BNTSH operations, less what causal masks, windows and
 lengths leave out; 3.5 times that with gradients) and their fraction of a large bfloat16 product's in the same run, the
 temporary memory that the compiler reserves, and the largest error against float64 as a fraction of a result's largest
-element; last, ours against the best peer that was measured. A peer that refuses or fails is printed as such.
+element; last, ours against the best peer whose result is right. A peer that refuses or fails is printed as such.
 
 Every shape is compiled in a process of its own, all at the same time, and then they measure one after the other. Short
 calls are repeated within one program, so that starting them from Python does not count.

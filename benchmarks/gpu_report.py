@@ -12,6 +12,7 @@ from attention_shapes import FORWARD, MODES
 
 _OURS = "flash"
 _MARGIN = 1.005  # a median is not known better than this
+_WRONG = 0.1  # an error of this part of the largest element is no rounding: whoever makes it is no peer
 
 
 def is_ours(implementation: str) -> bool:
@@ -19,8 +20,9 @@ def is_ours(implementation: str) -> bool:
 
 
 def compared(case: dict[str, Any]) -> tuple[str | None, float | None]:
-    """The best peer that was measured, and our time as a fraction of its."""
-    seconds = {name: cell["seconds"] for name, cell in case["cells"].items() if "seconds" in cell}
+    """The best peer that was measured and is right, and our time as a fraction of its."""
+    cells = case["cells"].items()
+    seconds = {name: cell["seconds"] for name, cell in cells if "seconds" in cell and cell["error"] < _WRONG}
     peers = {name: value for name, value in seconds.items() if not is_ours(name)}
     ours = [value for name, value in seconds.items() if is_ours(name)]
     if not peers:
@@ -76,7 +78,7 @@ def write_plot(path: Path, report: dict[str, Any]) -> None:
         for index, name in enumerate(implementations):
             for place, case in enumerate(cases):
                 cell, (best, _) = case["cells"].get(name, {}), compared(case)
-                if "seconds" not in cell or best is None:
+                if "seconds" not in cell or best is None or cell["error"] >= _WRONG:
                     continue
                 ratio = cell["seconds"] / case["cells"][best]["seconds"]
                 x = place + (index - (len(implementations) - 1) / 2) * width

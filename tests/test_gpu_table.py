@@ -26,6 +26,12 @@ def test_ours_is_compared_with_the_best_peer() -> None:
     assert compared(_case(jax__nn=2e-3)) == ("jax:nn", None)
 
 
+def test_a_peer_with_a_wrong_result_is_none() -> None:
+    case = _case(flash=2e-3, cudnn=1e-3, triton=4e-3)
+    case["cells"]["cudnn"]["error"] = 1.0
+    assert compared(case) == ("triton", 0.5)
+
+
 def test_verdicts_and_reasons_are_in_the_table() -> None:
     met, missed = _case(flash=1e-3, peer=1e-3), _case(flash=2e-3, peer=1e-3)
     missed["cells"]["other"] = {"reason": "ValueError: no"}
