@@ -11,9 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from . import _bounds, _kernels
+from . import _forward, _kernels
 from ._logits import Tiles
 from ._mosaic_blocks import Chip
 from ._numerics import accumulation_dtype
@@ -32,20 +31,8 @@ def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, 
         from . import _mosaic_call
 
         return _mosaic_call.forward(config, inputs, out_dtype, _chip())
-    out, *lse = _pure_jax_forward(config, inputs, target)
+    out, *lse = _forward.forward(config, inputs, target)
     return (out.astype(out_dtype), *lse)
-
-
-def _pure_jax_forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, ...]:
-    tiles = Tiles(config, inputs, target)
-    if tiles.may_be_bounded:
-        return _bounds.forward(config, inputs, target)
-    joined = Tiles(config, inputs, target, joins_heads=True)
-    if not joined.nest.tile.joins_heads:
-        return _kernels.forward(tiles)
-    # There 0 * inf, which is NaN, reaches all heads, also from padding.
-    results = _kernels.forward(joined)
-    return lax.cond(jnp.isfinite(results[0]).all(), lambda: results, lambda: _kernels.forward(tiles))
 
 
 def cotangent(
