@@ -5,15 +5,13 @@ for one kind of GPU alone (an export for several platforms) takes the pure JAX k
 """
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from . import _forward, _kernels
-from ._logits import Tiles
+from . import _xla
 from ._mosaic_blocks import Chip
 from ._numerics import accumulation_dtype
 from ._operands import Config, Inputs
@@ -31,7 +29,7 @@ def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, 
         from . import _mosaic_call
 
         return _mosaic_call.forward(config, inputs, out_dtype, _chip())
-    out, *lse = _forward.forward(config, inputs, target)
+    out, *lse = _xla.forward(config, inputs, target)
     return (out.astype(out_dtype), *lse)
 
 
@@ -51,16 +49,7 @@ def cotangent(
         from . import _mosaic_cotangent
 
         return _mosaic_cotangent.cotangent(config, inputs, out, lse, cotangents, wanted)
-    tiles = Tiles(
-        config,
-        inputs,
-        target,
-        further={**cotangents, "lse": lse},
-        differentiable=differentiable,
-        summed_over_batch="bias" in wanted and math.prod(wanted["bias"].shape[-2:]) > 1,
-        rounds_weights="scale" not in wanted,
-    )
-    return _kernels.cotangent(tiles, out, lse, cotangents, wanted)
+    return _xla.cotangent(config, inputs, out, lse, cotangents, wanted, target, differentiable=differentiable)
 
 
 def _takes_mosaic_gpu(config: Config, inputs: Inputs, target: Target) -> bool:

@@ -44,7 +44,7 @@ class Tiles:
 
         further: other operands of the kernel; None for the forward kernel.
         differentiable: see `Nest`.
-        is_bounded: whether bounds of the logits are known (see `_forward.py`).
+        is_bounded: whether bounds of the logits are known (see `_xla.py`).
         joins_heads: whether products may be for all heads at once; what is not finite, even padding, then reaches all.
         has_documents: whether a boolean mask over rows and keys leaves little, in blocks.
         summed_over_batch: whether a result of T * S elements is summed over batch rows.
