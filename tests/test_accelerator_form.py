@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from jax_native_flash_attn import _bounds, _forms, _kernels, _tiles, flash_attention
+from jax_native_flash_attn import _forms, _kernels, _tiles, _xla, flash_attention
 from jax_native_flash_attn._logits import Tiles
 from tests.cases import FAST_COMPILATION, Case, cases, check_case
 
@@ -92,7 +92,7 @@ def test_bounds_are_decided_at_run_time(scale: float, is_bounded: bool, monkeypa
         jax.debug.callback(lambda: taken.append(bounds is not None))
         return forward(tiles, bounds)
 
-    monkeypatch.setattr(_bounds._kernels, "forward", watched)
+    monkeypatch.setattr(_xla._kernels, "forward", watched)
     jax.clear_caches()
     jax.block_until_ready(flash_attention(*_arrays(scale)))
     jax.effects_barrier()

@@ -7,6 +7,7 @@ import pytest
 
 from jax_native_flash_attn import _numerics, flash_attention
 from tests.cases import FAST_COMPILATION, Case, check_case
+from tests.oracle import enable_x64, float64_oracle
 
 # (B, T, S, K, G, H): of many and of few scores for their size, and one that several tiles cover.
 SHAPES = {
@@ -84,3 +85,18 @@ def test_decoding_keeps_heads_apart(bad: float) -> None:
         expected = jax.nn.dot_product_attention(*operands.values())
         np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)  # NaN in the same places
         assert np.isfinite(out[:, :, [0, 2, 3]]).all()
+
+
+@pytest.mark.parametrize("documents", [1, 8])
+@pytest.mark.parametrize("has_dead_rows", [False, True])
+def test_mask_of_documents(documents: int, has_dead_rows: bool) -> None:
+    """Few and many occupied tiles take different forms, decided at run time."""
+    L = 1024
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.standard_normal((1, L, 1, 8)), jnp.float32) for _ in range(3))
+    document = np.arange(L) * documents // L
+    mask = (document[:, None] == document) & ~(has_dead_rows & (np.arange(L) == 5))[:, None]
+    out = flash_attention(query, key, value, mask=mask[None, None])
+    with enable_x64():
+        expected, _ = float64_oracle(query, key, value, mask=mask[None, None])
+    np.testing.assert_allclose(out, expected, rtol=0, atol=4 * np.finfo(np.float32).eps)

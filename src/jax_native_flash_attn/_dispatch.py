@@ -5,16 +5,13 @@ for one kind of GPU alone (an export for several platforms) takes the pure JAX k
 """
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from . import _bounds, _kernels
-from ._logits import Tiles
+from . import _xla
 from ._mosaic_blocks import Chip
 from ._numerics import accumulation_dtype
 from ._operands import Config, Inputs
@@ -30,22 +27,10 @@ def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, 
         from . import _mosaic_call
 
         return _mosaic_call.forward(config, inputs, _chip())
-    out, *lse = _pure_jax_forward(config, inputs, target)
+    out, *lse = _xla.forward(config, inputs, target)
     dtype = inputs.query.dtype
     out_dtype = dtype if config.rounds_out else accumulation_dtype(dtype)
     return (out.astype(out_dtype), *lse, *([out.astype(dtype)] if config.adds_rounded else []))
-
-
-def _pure_jax_forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, ...]:
-    tiles = Tiles(config, inputs, target)
-    if tiles.may_be_bounded:
-        return _bounds.forward(config, inputs, target)
-    joined = Tiles(config, inputs, target, joins_heads=True)
-    if not joined.nest.tile.joins_heads:
-        return _kernels.forward(tiles)
-    # There 0 * inf, which is NaN, reaches all heads, also from padding.
-    results = _kernels.forward(joined)
-    return lax.cond(jnp.isfinite(results[0]).all(), lambda: results, lambda: _kernels.forward(tiles))
 
 
 def cotangent(
@@ -64,16 +49,7 @@ def cotangent(
         from . import _mosaic_cotangent
 
         return _mosaic_cotangent.cotangent(config, inputs, out, lse, cotangents, wanted)
-    tiles = Tiles(
-        config,
-        inputs,
-        target,
-        further={**cotangents, "lse": lse},
-        differentiable=differentiable,
-        summed_over_batch="bias" in wanted and math.prod(wanted["bias"].shape[-2:]) > 1,
-        rounds_weights="scale" not in wanted,
-    )
-    return _kernels.cotangent(tiles, out, lse, cotangents, wanted)
+    return _xla.cotangent(config, inputs, out, lse, cotangents, wanted, target, differentiable=differentiable)
 
 
 def _takes_mosaic_gpu(config: Config, inputs: Inputs, target: Target) -> bool:

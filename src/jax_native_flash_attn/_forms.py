@@ -22,7 +22,7 @@ class Forms:
 
     is_forward: of the forward kernel, not of a derivative.
     is_elementwise: a bias, boolean mask or dropout changes single scores; XLA fuses none of them into a product.
-    is_bounded: bounds of the logits are known (`_bounds.py`).
+    is_bounded: bounds of the logits are known (`_xla.py`).
     summed_over_batch: a result of T * S elements is summed over batch rows.
     """
 

@@ -57,7 +57,7 @@ def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, .
     """out (batch..., T, N, D) and, if needed, lse (batch..., N, T), in accumulation dtype.
 
     (The derivatives need out unrounded: delta is a difference of nearly equal sums.)
-    `bounds`: what is subtracted from the logits in place of the largest so far; see `_bounds.py`.
+    `bounds`: what is subtracted from the logits in place of the largest so far; see `_xla.py`.
     """
     nest, sizes = tiles.nest, tiles.sizes
 

@@ -36,6 +36,7 @@ class Tiles:
         differentiable: bool = False,
         is_bounded: bool = False,
         joins_heads: bool = False,
+        has_documents: bool = False,
         summed_over_batch: bool = False,
         rounds_weights: bool = True,
     ):
@@ -43,8 +44,9 @@ class Tiles:
 
         further: other operands of the kernel; None for the forward kernel.
         differentiable: see `Nest`.
-        is_bounded: whether bounds of the logits are known (see `_bounds.py`).
+        is_bounded: whether bounds of the logits are known (see `_xla.py`).
         joins_heads: whether products may be for all heads at once; what is not finite, even padding, then reaches all.
+        has_documents: whether a boolean mask over rows and keys leaves little, in blocks.
         summed_over_batch: whether a result of T * S elements is summed over batch rows.
         rounds_weights: whether weights and their cotangents may be kept in the dtype of products.
         """
@@ -82,7 +84,7 @@ class Tiles:
             block_q=config.block_q,
             block_kv=config.block_kv,
             is_banded=is_banded,
-            is_masked=mask.allowed is not None and 1 not in mask.allowed.shape[-2:],
+            has_documents=has_documents and mask.allowed is not None and 1 not in mask.allowed.shape[-2:],
             band_width=config.band.width if mask.key_start is None else None,
             key_stop=int(config.band.intervals(sizes.T, sizes.S)[1].max()) if mask.key_start is None else sizes.S,
             is_plain=is_plain,

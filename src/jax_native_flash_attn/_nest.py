@@ -168,6 +168,12 @@ class Nest(TileAccess):
         by_columns = _any_in_blocks(self.mask.allowed, self.tile.block_kv, self.sizes.S)
         return _any_in_blocks(by_columns, self.tile.block_q, self.sizes.T)
 
+    @property
+    def occupied_share(self) -> jax.Array:
+        """The share of tiles that are visited for the boolean mask; dead rows attend all keys."""
+        share = self._occupied.mean(dtype=jnp.float32)
+        return share if self.mask.dead is None else jnp.where(self.mask.dead.any(), 1, share)
+
     def _is_occupied(self, at: RowTile, j: Index) -> jax.Array:
         sizes = (1, 1, *self.tile.batch, self.tile.heads * self.sizes.G)
         return self.slice(self._occupied, (at.number, j, *at.batch, at.head * self.sizes.G), sizes).any()

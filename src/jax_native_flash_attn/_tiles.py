@@ -111,7 +111,7 @@ def choose_tile(
     block_q: int | None,
     block_kv: int | None,
     is_banded: bool,
-    is_masked: bool,
+    has_documents: bool,
     band_width: int | None,
     key_stop: int,
     is_plain: bool,
@@ -129,7 +129,7 @@ def choose_tile(
       platform: 'cpu' or anything else.
       block_q, block_kv: what the caller asked for, or None.
       is_banded: whether rows attend an interval of the keys only; smaller tiles then skip more.
-      is_masked: whether a boolean mask may leave tiles of rows and keys empty (documents); smaller ones skip yet more.
+      has_documents: whether a boolean mask leaves few blocks of rows and keys; yet smaller tiles skip yet more.
       band_width: keys of a row, where nothing but a narrow static band bounds them.
       key_stop: no row attends keys from here on.
       is_plain: whether only softmax(scale * query @ key) @ value is asked for, without log-sum-exp.
@@ -153,7 +153,7 @@ def choose_tile(
     if not all_heads:
         # Threads split one matrix product, not a batch of them: one head at a time, in large tiles, square if possible.
         side = 512 if is_banded and min(sizes.T * sizes.G, num_keys) < 4096 else 1024
-        if is_masked and min(sizes.T, num_keys) <= 2048:
+        if has_documents and min(sizes.T, num_keys) <= 2048:
             side = 256
         columns = min(4096, max(side, side**2 // (sizes.T * sizes.G)))
         rows = max(1, min(4096, max(side, side**2 // num_keys)) // sizes.G)

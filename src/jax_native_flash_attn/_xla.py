@@ -1,0 +1,89 @@
+"""The forward and cotangent kernels in pure JAX: which of several equal forms of them runs.
+
+Bounds of the logits (accelerators). A softmax may subtract anything from its logits. Subtracting the largest one costs
+passes over the logits, which XLA has to write for it. A bound needs none: by Cauchy and Schwarz
+|scale * q_t . k_s| <= |scale| |q_t| max_s |k_s| =: b_t, and exp(z_ts - b_t) is rounded to bfloat16 inside the product
+that makes z, never written in float32, and the same whatever tile comes first: nothing is corrected.
+
+It is as exact as long as nothing underflows: z_ts >= -b_t, so that the largest weight of a row is at least exp(-2 b_t),
+and float32 and bfloat16 have normal numbers down to exp(-87). What lies 2^-24 below the largest weight counts for
+nothing, and log(2^24) < 17: hence 2 b_t <= 70.
+
+Products for all heads at once (CPU, few rows). Keys and values are read as they lie, but 0 * inf, which is NaN, reaches
+all heads, even from padding.
+
+Documents (CPU). A boolean mask that allows blocks along the diagonal wants tiles as small as those; any other wants
+large tiles, in which products are twice as fast.
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import _kernels
+from ._logits import Tiles
+from ._operands import Config, Inputs
+from ._tiles import Target
+
+_LARGEST_BOUND = 35.0
+_ROUNDING = 1.001  # of norms and products
+_FEW_TILES = 0.3  # of small tiles with an allowed key: then they win
+
+
+def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, ...]:
+    """As `_kernels.forward`."""
+    tiles = Tiles(config, inputs, target)
+    if tiles.may_be_bounded:
+        bounded = Tiles(config, inputs, target, is_bounded=True)
+        bounds = _bounds(inputs, bounded)
+        is_bounded = (bounds <= _LARGEST_BOUND).all()
+        return lax.cond(is_bounded, lambda: _kernels.forward(bounded, bounds), lambda: _kernels.forward(tiles))
+    joined = Tiles(config, inputs, target, joins_heads=True)
+    if joined.nest.tile.joins_heads:
+        results = _kernels.forward(joined)
+        return lax.cond(jnp.isfinite(results[0]).all(), lambda: results, lambda: _kernels.forward(tiles))
+    small = Tiles(config, inputs, target, has_documents=True)
+    if small.nest.tile != tiles.nest.tile:
+        has_documents = small.nest.occupied_share <= _FEW_TILES
+        return lax.cond(has_documents, lambda: _kernels.forward(small), lambda: _kernels.forward(tiles))
+    return _kernels.forward(tiles)
+
+
+def cotangent(
+    config: Config,
+    inputs: Inputs,
+    out: jax.Array,
+    lse: jax.Array,
+    cotangents: Mapping[str, jax.Array],
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    target: Target,
+    *,
+    differentiable: bool,
+) -> dict[str, jax.Array]:
+    """As `_kernels.cotangent`. `differentiable`: see `Nest`."""
+    tiles = Tiles(
+        config,
+        inputs,
+        target,
+        further={**cotangents, "lse": lse},
+        differentiable=differentiable,
+        summed_over_batch="bias" in wanted and math.prod(wanted["bias"].shape[-2:]) > 1,
+        rounds_weights="scale" not in wanted,
+    )
+    return _kernels.cotangent(tiles, out, lse, cotangents, wanted)
+
+
+def _bounds(inputs: Inputs, tiles: Tiles) -> jax.Array:
+    """Of the absolute logits of each row, (batch..., N, T), in accumulation dtype; not finite if the inputs are not."""
+    z, dtype = tiles.sizes, tiles.accumulate
+    query, key = (jnp.square(x.astype(dtype)).sum(-1) for x in (inputs.query, inputs.key))
+    if inputs.mask.key_value_length is not None:
+        positions = jnp.arange(z.S, dtype=jnp.int32).reshape((1,) * (key.ndim - 2) + (-1, 1))
+        key = jnp.where(positions < inputs.mask.key_value_length[..., None, None], key, 0)
+    query, key = jnp.moveaxis(query, -1, -2), key.max(-2)[..., None]  # (batch..., N, T), (batch..., K, 1)
+    key = jnp.repeat(key, z.G, -2)
+    scale = jnp.abs(inputs.scale)[..., None, None]
+    return jnp.broadcast_to(jnp.sqrt(query * key) * scale * _ROUNDING, (*z.batch, z.N, z.T))
