@@ -95,16 +95,13 @@ def _forward_transpose(cotangents: Any, *leaves: Any, config: Config, structure:
         raise NotImplementedError(f"flash_attention is linear in value alone, not in {', '.join(undefined)}")
     position = names.index("value")
     value = leaves[position].aval
-    of_out = (cotangents[0], cotangents[-1]) if config.adds_rounded else (cotangents[0],)
-    of_out = [x for x in of_out if type(x) is not ad.Zero]
-    if not of_out:
+    if type(cotangents[0]) is ad.Zero:
         return [None] * len(leaves)
     known = [jnp.zeros(value.shape, value.dtype) if i == position else x for i, x in enumerate(leaves)]
-    config = replace(config, needs_lse=True, rounds_out=False, adds_rounded=False)
+    config = replace(config, needs_lse=True, rounds_out=False)
     out, lse = _apply_forward(*known, config=config, structure=structure)
     kernel = FirstDerivative(config, structure, (Slot(position),), (Slot(len(leaves)),), flipped=True)
-    dout = sum(x.astype(out.dtype) for x in of_out)
-    (dvalue,) = _apply_linear(*known, out, lse, dout, kernel=kernel)
+    (dvalue,) = _apply_linear(*known, out, lse, cotangents[0].astype(out.dtype), kernel=kernel)
     return [dvalue if i == position else None for i in range(len(leaves))]
 
 
