@@ -72,6 +72,25 @@ def test_decoding_shapes(shape: tuple[int, ...]) -> None:
     check_case(Case(shape, key_value_seq_lengths=(1100, 900, 5)[: shape[0]]), compiler_options=FAST_COMPILATION)
 
 
+@pytest.mark.parametrize("mapped", ["query", "key", "value", "key and value", "all"])
+@pytest.mark.parametrize("B", [1, 2])
+@pytest.mark.parametrize("K", [1, 2])
+@pytest.mark.parametrize("has_lengths", [False, True])
+def test_decoding_under_vmap(mapped: str, B: int, K: int, has_lengths: bool) -> None:
+    rng = np.random.default_rng(0)
+    lengths = jnp.full(B, 900, jnp.int32) if has_lengths else None
+    axes = tuple(0 if name in mapped or mapped == "all" else None for name in ("query", "key", "value"))
+    operands = [
+        jnp.asarray(rng.standard_normal((*([3] if axis == 0 else []), *shape)), jnp.float32)
+        for axis, shape in zip(axes, ((B, 1, 4, 8), (B, 1100, K, 8), (B, 1100, K, 8)), strict=True)
+    ]
+    out, expected = (
+        jax.vmap(lambda *x, f=f: f(*x, key_value_seq_lengths=lengths), axes)(*operands)
+        for f in (flash_attention, jax.nn.dot_product_attention)
+    )
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_decoding_keeps_heads_apart(bad: float) -> None:
     rng = np.random.default_rng(0)

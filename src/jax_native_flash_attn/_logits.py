@@ -88,7 +88,8 @@ class Tiles:
             band_width=config.band.width if mask.key_start is None else None,
             key_stop=int(config.band.intervals(sizes.T, sizes.S)[1].max()) if mask.key_start is None else sizes.S,
             is_plain=is_plain,
-            joins_heads=joins_heads,
+            # A cache that `vmap` shares would be copied for each of its rows.
+            joins_heads=joins_heads and all(x.shape[:-3] == self.sizes.batch for x in (inputs.key, inputs.value)),
             is_derivative=further is not None or config.needs_lse,
             has_16_bits=self.product.itemsize == 2,
             converts=self.product != inputs.query.dtype,
@@ -216,7 +217,8 @@ class Tiles:
         if not self.nest.tile.joins_heads:
             return self.einsum("...rh,...sh->...rs", query, key)
         # Each row, with zeros in place of the other heads, times the keys of all heads.
-        query = query.reshape(-1, self.sizes.K, *query.shape[-2:])
+        query = jnp.broadcast_to(query, (*self.nest.row_shape, query.shape[-1]))
+        query = query.reshape(key.shape[0], self.sizes.K, -1, query.shape[-1])
         own = jnp.eye(self.sizes.K, dtype=bool)[:, None, :, None]
         rows = jnp.where(own, query[..., None, :], 0).reshape(query.shape[0], -1, key.shape[-1])
         return self.einsum("brh,bsh->brs", rows, key).reshape(*self.nest.row_shape, -1)
