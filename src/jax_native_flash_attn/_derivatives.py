@@ -68,7 +68,7 @@ def _forward_abstract_eval(*leaves: Any, config: Config, structure: Any, **unuse
 
 def _forward_jvp(primals: Any, tangents: Any, *, config: Config, structure: Any, **unused: Any) -> tuple:
     asked, query_dtype = config, jax.tree.unflatten(structure, primals).query.dtype
-    # A kernel writes both for less than it takes to read the one and write the other.
+    # Both from one kernel, so that what follows need not read the unrounded one.
     wants_rounded = asked.rounds_out or asked.adds_rounded
     adds_rounded = wants_rounded and query_dtype != accumulation_dtype(query_dtype)
     config = replace(config, needs_lse=True, rounds_out=False, adds_rounded=adds_rounded)

@@ -5,13 +5,15 @@ for one kind of GPU alone (an export for several platforms) takes the pure JAX k
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from . import _xla
+from . import _kernels, _xla
+from ._logits import Tiles
 from ._mosaic_blocks import Chip
 from ._numerics import accumulation_dtype
 from ._operands import Config, Inputs
@@ -49,7 +51,16 @@ def cotangent(
         from . import _mosaic_cotangent
 
         return _mosaic_cotangent.cotangent(config, inputs, out, lse, cotangents, wanted)
-    return _xla.cotangent(config, inputs, out, lse, cotangents, wanted, target, differentiable=differentiable)
+    tiles = Tiles(
+        config,
+        inputs,
+        target,
+        further={**cotangents, "lse": lse},
+        differentiable=differentiable,
+        summed_over_batch="bias" in wanted and math.prod(wanted["bias"].shape[-2:]) > 1,
+        rounds_weights="scale" not in wanted,
+    )
+    return _kernels.cotangent(tiles, out, lse, cotangents, wanted)
 
 
 def _takes_mosaic_gpu(config: Config, inputs: Inputs, target: Target) -> bool:

@@ -208,7 +208,8 @@ def cotangent(
     # dscale = sum_t q_t . (sum_s dz_ts k_s) is at hand, but where products round their operands it is noise: terms of
     # both signs cancel, and what rounding did to out is, in delta, the same for a whole row. There, with x = q_t . k_s,
     #     dscale = sum_ts dz_ts (x_ts - m_t) + sum_t dl_t m_t  where  m_t = sum_s p_ts x_ts;
-    # the same, as the dz of a row add up to dl_t; and the error of delta, times p_ts, drops out.
+    # the same, as the dz of a row add up to dl_t (a dead row has neither, since its lse is a constant to the caller);
+    # and the error of delta, times p_ts, drops out.
     uses_moments = "scale" in results and tiles.rounds_operands
     needs_query = "query" in results or ("scale" in results and not uses_moments)
     has_out = "out" in cotangents
@@ -292,7 +293,7 @@ def cotangent(
             dlogits = tiles.split(dlogits)
             if moments:
                 dz, scores = dlogits.astype(tiles.accumulate), tiles.scores(query, key)
-                terms = dz * scores, dz, tiles.through_mask(tiles.split(weights), mask) * scores
+                terms = dz * scores, dz, tiles.split(weights) * scores
                 moments = tuple(sum_ + x.sum(-1, keepdims=True) for sum_, x in zip(moments, terms, strict=True))
             if "key" in results:
                 results["key"] = add_key_product(results["key"], key_operands["key"], dlogits, at, columns)

@@ -162,8 +162,8 @@ class DirectionalDerivative:
             leaves = list(residuals)
             for i, x in zip(likes, varying, strict=True):
                 leaves[i] = x
-            inner_residuals, linear = tuple(leaves[:num_residuals]), tuple(leaves[num_residuals:])
-            return self.inner.apply(inner_residuals, linear, target, differentiable or self.flipped)
+            inner_residuals, inner_linear = tuple(leaves[:num_residuals]), tuple(leaves[num_residuals:])
+            return self.inner.apply(inner_residuals, inner_linear, target, differentiable or self.flipped)
 
         primals = tuple(jnp.broadcast_to(residuals[i], shape) for i, shape in zip(likes, full, strict=True))
         if not self.flipped:

@@ -1,4 +1,4 @@
-"""The forward and cotangent kernels in pure JAX: which of several equal forms of them runs.
+"""The forward kernel in pure JAX: which of several equal forms of it runs.
 
 Bounds of the logits (accelerators). A softmax may subtract anything from its logits. Subtracting the largest one costs
 passes over the logits, which XLA has to write for it. A bound needs none: by Cauchy and Schwarz
@@ -15,9 +15,6 @@ all heads, even from padding.
 Documents (CPU). A boolean mask that allows blocks along the diagonal wants tiles as small as those; any other wants
 large tiles, in which products are twice as fast.
 """
-
-import math
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -50,30 +47,6 @@ def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, 
         has_documents = small.nest.occupied_share <= _FEW_TILES
         return lax.cond(has_documents, lambda: _kernels.forward(small), lambda: _kernels.forward(tiles))
     return _kernels.forward(tiles)
-
-
-def cotangent(
-    config: Config,
-    inputs: Inputs,
-    out: jax.Array,
-    lse: jax.Array,
-    cotangents: Mapping[str, jax.Array],
-    wanted: Mapping[str, jax.ShapeDtypeStruct],
-    target: Target,
-    *,
-    differentiable: bool,
-) -> dict[str, jax.Array]:
-    """As `_kernels.cotangent`. `differentiable`: see `Nest`."""
-    tiles = Tiles(
-        config,
-        inputs,
-        target,
-        further={**cotangents, "lse": lse},
-        differentiable=differentiable,
-        summed_over_batch="bias" in wanted and math.prod(wanted["bias"].shape[-2:]) > 1,
-        rounds_weights="scale" not in wanted,
-    )
-    return _kernels.cotangent(tiles, out, lse, cotangents, wanted)
 
 
 def _bounds(inputs: Inputs, tiles: Tiles) -> jax.Array:
