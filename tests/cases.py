@@ -313,8 +313,6 @@ def check_case(
     arrays = inputs.query, inputs.key, inputs.value
     masks, dout = inputs.masks, inputs.dout
     full_bias = np.broadcast_to(0.0 if inputs.bias is None else inputs.bias, (B, N, T, S))
-    if np.ndim(masks.factor) == 0:
-        masks = dataclasses.replace(masks, factor=np.ones((B, N, T, S)))
     bias64, scale64 = full_bias.astype(np.float64), np.float64(scale)
     query64, key64, value64, dout64 = (x.astype(np.float64) for x in (*arrays, dout))
     if case.dtype == "float64":

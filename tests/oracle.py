@@ -270,10 +270,10 @@ def _sum_heads(x: np.ndarray, num_kv_heads: int) -> np.ndarray:
 
 
 def dense_numpy(query, key, value, bias, scale, masks: Masking, dout) -> Dense:
-    """Of 4-D NumPy arrays without NaN, a bias of full shape, and a full factor; in the dtype of the arrays."""
+    """Of 4-D NumPy arrays without NaN and a bias of full shape; in the dtype of the arrays."""
     G = query.shape[2] // key.shape[2]
     key, value = np.repeat(key, G, axis=2), np.repeat(value, G, axis=2)
-    allowed, factor = masks.allowed, masks.factor.astype(query.dtype)
+    allowed, factor = masks.allowed, np.asarray(masks.factor, query.dtype)
     query_valid = masks.query_valid[:, :, None, None]
     dout = np.where(query_valid, dout, 0)
     live = allowed.any(axis=-1, keepdims=True)

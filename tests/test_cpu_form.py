@@ -10,7 +10,14 @@ import pytest
 
 from jax_native_flash_attn import _numerics, flash_attention, flash_attention_with_lse
 from tests.cases import FAST_COMPILATION, Case, check_case
-from tests.oracle import assert_as_accurate_as_dense, dense_same_dtype, enable_x64, float64_oracle, masking
+from tests.oracle import (
+    assert_as_accurate_as_dense,
+    dense_same_dtype,
+    enable_x64,
+    float64_oracle,
+    masking,
+    noise_floor,
+)
 
 # (B, T, S, K, G, H): of many and of few scores for their size, and one that several tiles cover.
 SHAPES = {
@@ -76,6 +83,16 @@ def test_decoding_shapes(shape: tuple[int, ...]) -> None:
     check_case(Case(shape, key_value_seq_lengths=(1100, 900, 5)[: shape[0]]), compiler_options=FAST_COMPILATION)
 
 
+def check_out(name: str, out: Any, dense: Any, *operands: Any, at: Any = ..., **options: Any) -> None:
+    """Asserts that `out[at]` is as accurate as `dense[at]`."""
+    with enable_x64():
+        expected, _ = float64_oracle(*operands, **options)
+    query, key, value = (np.asarray(x, np.float64) for x in operands)
+    masks, scale = masking(query, key, **options), 1 / np.sqrt(query.shape[-1])
+    floors = noise_floor(query, key, value, np.zeros(masks.allowed.shape), scale, masks, np.zeros(out.shape), out.dtype)
+    assert_as_accurate_as_dense(name, out[at], dense[at], np.asarray(expected)[at], floors["out"][at])
+
+
 @pytest.mark.parametrize("mapped", ["query", "key", "value", "key and value", "all"])
 @pytest.mark.parametrize("B", [1, 2])
 @pytest.mark.parametrize("K", [1, 2])
@@ -86,17 +103,16 @@ def test_decoding_under_vmap(mapped: str, B: int, K: int, has_lengths: bool) -> 
     axes = tuple(0 if name in mapped or mapped == "all" else None for name in ("query", "key", "value"))
     operands = [
         jnp.asarray(rng.standard_normal((*([3] if axis == 0 else []), *shape)), jnp.float32)
-        for axis, shape in zip(axes, ((B, 1, 4, 8), (B, 1100, K, 8), (B, 1100, K, 8)), strict=True)
+        for axis, shape in zip(axes, ((B, 1, 4, 32), (B, 1100, K, 32), (B, 1100, K, 32)), strict=True)
     ]
     out, dense = (
         jax.vmap(lambda *x, f=f: f(*x, key_value_seq_lengths=lengths), axes)(*operands)
         for f in (flash_attention, jax.nn.dot_product_attention)
     )
-    for i in range(3):
-        row = [x if axis is None else x[i] for x, axis in zip(operands, axes, strict=True)]
-        with enable_x64():
-            expected, _ = float64_oracle(*row, key_value_seq_lengths=lengths)
-        assert_as_accurate_as_dense(f"row {i}", out[i], dense[i], expected)
+    rows = [jnp.broadcast_to(x, (3, *x.shape[-4:])) for x in operands]
+    out, dense, *rows = (x.reshape(3 * B, *x.shape[2:]) for x in (out, dense, *rows))
+    lengths = None if lengths is None else jnp.tile(lengths, 3)
+    check_out("out", out, dense, *rows, key_value_seq_lengths=lengths)
 
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
@@ -104,17 +120,15 @@ def test_decoding_keeps_heads_apart(bad: float) -> None:
     rng = np.random.default_rng(0)
     query, key, value = (
         jnp.asarray(rng.standard_normal(shape), jnp.float32)
-        for shape in ((1, 1, 4, 8), (1, 1100, 4, 8), (1, 1100, 4, 8))
+        for shape in ((1, 4, 4, 32), (1, 1100, 4, 32), (1, 1100, 4, 32))
     )
+    others = np.s_[:, :, np.array([0, 2, 3])]
     for name, x in (("key", key), ("value", value)):
         operands = {"query": query, "key": key, "value": value, name: x.at[0, 50, 1, 2].set(bad)}
         out = jax.jit(flash_attention)(*operands.values())
         dense = jax.nn.dot_product_attention(*operands.values())
         np.testing.assert_array_equal(np.isfinite(out), np.isfinite(dense))
-        with enable_x64():
-            expected, _ = float64_oracle(*operands.values())
-        others = np.s_[:, :, np.array([0, 2, 3])]
-        assert_as_accurate_as_dense(name, out[others], dense[others], np.asarray(expected)[others])
+        check_out(name, out, dense, query, key, value, at=others)
 
 
 @pytest.mark.parametrize("documents", [1, 8])
@@ -127,10 +141,8 @@ def test_mask_of_documents(documents: int, has_dead_rows: bool) -> None:
     document = np.arange(L) * documents // L
     mask = (document[:, None] == document) & ~(has_dead_rows & (np.arange(L) == 5))[:, None]
     out = flash_attention(query, key, value, mask=mask[None, None])
-    with enable_x64():
-        expected, _ = float64_oracle(query, key, value, mask=mask[None, None])
     dense = jax.nn.dot_product_attention(query, key, value, mask=mask[None, None])
-    assert_as_accurate_as_dense("out", out, dense, expected)
+    check_out("out", out, dense, query, key, value, mask=mask[None, None])
 
 
 def test_bfloat16_gradient_of_scale_through_out_and_lse(monkeypatch: pytest.MonkeyPatch) -> None:
