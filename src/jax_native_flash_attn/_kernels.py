@@ -78,7 +78,7 @@ def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, .
             logits = tiles.logits(query, key, at, columns, mask)
             if bounds is not None:
                 assert state is not None
-                weights = tiles.split(tiles.stored(tiles.exp(tiles.joined(logits) - tiles.joined(state.max_so_far))))
+                weights = tiles.split(tiles.stored(jnp.exp(tiles.joined(logits) - tiles.joined(state.max_so_far))))
                 return OnlineSoftmax(
                     state.numerator + tiles.weighted(weights, value),
                     state.denominator + weights.astype(tiles.accumulate).sum(-1, keepdims=True),
@@ -87,14 +87,14 @@ def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, .
             new_max = logits.max(-1, keepdims=True)
             if state is not None:
                 new_max = jnp.maximum(state.max_so_far, new_max)
-            weights = tiles.exp(logits - new_max)
+            weights = jnp.exp(logits - new_max)
             denominator = weights.sum(-1, keepdims=True)
             if tiles.normalizes:
                 weights /= denominator
             dropped = tiles.drop(weights, tiles.keep(at, columns))
             numerator = tiles.weighted(dropped, value)
             if state is not None:
-                correction = tiles.exp_of_rows(state.max_so_far - new_max)
+                correction = jnp.exp(state.max_so_far - new_max)
                 numerator += state.numerator * correction
                 denominator += state.denominator * correction
             # To full size, where only a batched dropout key, say, has an axis that `vmap` added.
@@ -114,7 +114,7 @@ def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, .
         out = state.numerator if tiles.normalizes else state.numerator / denominator
         written = (nest.write_query(results[0], out, at, add=False),)
         if tiles.config.needs_lse:
-            lse = state.max_so_far / tiles.unit + jnp.log(denominator)
+            lse = state.max_so_far + jnp.log(denominator)
             written += (nest.write_row(results[1], lse[..., 0], at, add=False),)
         return written
 
@@ -138,7 +138,7 @@ def tangent(
     nest, sizes = tiles.nest, tiles.sizes
 
     def row_tile(at: RowTile, results: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        query, row_lse = tiles.query(at), tiles.row_lse(lse, at)
+        query, row_lse = tiles.query(at), tiles.rows(lse, at)
 
         def logits_tangent(key: jax.Array, columns: ColumnTile, mask: TileMask | None) -> jax.Array | None:
             """dz; None if no tangent reaches the logits."""
@@ -152,7 +152,7 @@ def tangent(
             if "scale" in tangents:
                 dscale = nest.batch_slice(tangents["scale"], at)
                 terms.append(tiles.products(query, key, dscale))
-            products = sum(terms[1:], terms[0]) / tiles.unit if terms else None
+            products = sum(terms[1:], terms[0]) if terms else None
             bias = tiles.bias(tangents["bias"], at, columns) if "bias" in tangents else None
             return None if products is None and bias is None else tiles.logits_tangent(products, bias, mask)
 
@@ -162,7 +162,7 @@ def tangent(
             dout, dlse = state
             keep = tiles.keep(at, columns)
             key = tiles.key(at, columns, mask)
-            weights = tiles.exp(tiles.logits(query, key, at, columns, mask) - row_lse)
+            weights = jnp.exp(tiles.logits(query, key, at, columns, mask) - row_lse)
             dlogits = logits_tangent(key, columns, mask)
             if dlogits is not None:
                 dweights = weights * dlogits
@@ -232,7 +232,7 @@ def cotangent(
         return nest.add_key_transposed(result, product, at, columns)
 
     def row_tile(at: RowTile, results: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        query, row_lse = tiles.query(at), tiles.row_lse(lse, at)
+        query, row_lse = tiles.query(at), tiles.rows(lse, at)
         rows = nest.row_shape
         # Rows that the tile before owns get cotangents of zero, and so contribute nothing anywhere.
         delta = tiles.zeros(*rows, 1)
@@ -263,10 +263,10 @@ def cotangent(
             key = tiles.key(at, columns, mask)
             logits = tiles.joined(tiles.logits(query, key, at, columns, mask))
             if tiles.makes_softmax_again:
-                weights = tiles.exp(logits - logits.max(-1, keepdims=True))
+                weights = jnp.exp(logits - logits.max(-1, keepdims=True))
                 weights /= weights.sum(-1, keepdims=True)
             else:
-                weights = tiles.exp(logits - row_lse)
+                weights = jnp.exp(logits - row_lse)
             weights = tiles.stored(weights)
             if "value" in results and has_out:
                 dropped = tiles.split(tiles.drop(weights, keep))

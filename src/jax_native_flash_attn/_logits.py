@@ -10,15 +10,7 @@ import jax.numpy as jnp
 from ._access import ColumnTile, RowTile
 from ._forms import Forms
 from ._nest import Nest, TileMask
-from ._numerics import (
-    LOG2E,
-    accumulation_dtype,
-    bias_floor,
-    exp2_polynomial,
-    in_row_major_layout,
-    lowest,
-    product_dtype,
-)
+from ._numerics import accumulation_dtype, bias_floor, in_row_major_layout, lowest, product_dtype
 from ._operands import Config, Inputs, batch_of
 from ._tiles import Target, choose_tile
 
@@ -108,15 +100,8 @@ class Tiles:
         self.out_dtype = inputs.query.dtype if forms.is_active and config.rounds_out else self.accumulate
         # Transposing few scores takes less than transposing query and keys.
         self.transposes_weights = target.platform == "cpu" and self.sizes.has_few_scores
-        # Logits are in units of 1 / `unit`: base 2 where many exponentials make that faster than XLA's exp, which takes
-        # fewer kernels and is what a fused softmax needs.
-        many = not (tile.fuses_softmax or self.transposes_weights)
-        use_base_2 = target.platform == "cpu" and self.accumulate == jnp.float32 and many
         # There, a row of weights is also less to divide by its sum than a row of out.
         self.normalizes |= self.transposes_weights and self.nest.visits_one_key_tile
-        self.unit, self.exp = (LOG2E, exp2_polynomial) if use_base_2 else (1.0, jnp.exp)
-        # Of a column of rows: XLA would repeat the polynomial for every element that the result is broadcast to.
-        self.exp_of_rows = jnp.exp2 if use_base_2 else jnp.exp
 
     def zeros_for(self, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
         """Where a kernel collects a result: in accumulation dtype if an element gets more than one contribution.
@@ -203,8 +188,7 @@ class Tiles:
         return self.nest.batch_slice(self.inputs.scale, at)
 
     def products(self, query: jax.Array, key: jax.Array, multiplier: jax.Array) -> jax.Array:
-        """multiplier * query @ key, in units: (lead..., rows, H), (lead..., s, H) -> (lead..., rows, s)."""
-        multiplier = multiplier * self.unit
+        """multiplier * query @ key: (lead..., rows, H), (lead..., s, H) -> (lead..., rows, s)."""
         # The multiplier goes to the smaller operand, unless that would round it to 16 bits.
         early = self.product == self.accumulate
         if early:
@@ -243,13 +227,13 @@ class Tiles:
     def logits(
         self, query: jax.Array, key: jax.Array, at: RowTile, columns: ColumnTile, mask: TileMask | None
     ) -> jax.Array:
-        """Logits of one tile in units, (lead..., rows, block_kv)."""
+        """Logits of one tile, (lead..., rows, block_kv)."""
         logits = self.products(query, key, self.scale(at))
         if self.inputs.bias is None and mask is None:
             return logits
         if self.inputs.bias is not None:
             bias = self.bias(self.inputs.bias, at, columns)
-            logits += jnp.maximum(bias, bias_floor(self.accumulate)) * self.unit
+            logits += jnp.maximum(bias, bias_floor(self.accumulate))
         if mask is not None and mask.dead is not None:
             logits = jnp.where(mask.dead, 0, logits)
         if mask is not None:
@@ -257,7 +241,7 @@ class Tiles:
         return logits
 
     def logits_tangent(self, products: jax.Array | None, bias: jax.Array | None, mask: TileMask | None) -> jax.Array:
-        """Tangent of the (natural) logits, from those of the products, as rows, and of the bias tile."""
+        """Tangent of the logits, from those of the products, as rows, and of the bias tile."""
         if bias is None:
             assert products is not None
             return self.through_mask(products, mask)
@@ -280,10 +264,6 @@ class Tiles:
         if dead is None or not self.fuses_tiles:
             return x
         return jnp.where(self.nest.row_slice(dead, at)[..., None], 0, x)
-
-    def row_lse(self, lse: jax.Array, at: RowTile) -> jax.Array:
-        """Log-sum-exp of the rows, in units, as (lead..., rows, 1)."""
-        return self.rows(lse, at) * self.unit
 
     def rows(self, x: jax.Array, at: RowTile) -> jax.Array:
         """(batch..., N, T), broadcast in no axis but the batch's -> (lead..., rows, 1)"""

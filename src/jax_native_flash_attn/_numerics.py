@@ -1,4 +1,4 @@
-"""Constants and elementary functions of the softmax, in base 2 (natural logarithms only at the boundary)."""
+"""Dtypes, constants and layouts that all kernels share."""
 
 import functools
 import math
@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
@@ -52,25 +51,3 @@ def bias_floor(dtype: DTypeLike) -> float:
 def in_row_major_layout(x: jax.Array) -> jax.Array:
     """Keep XLA from choosing another layout inside a loop, and copying all of the array for it beforehand."""
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-
-
-@jax.custom_jvp
-def exp2_polynomial(x: jax.Array) -> jax.Array:
-    """2**x of float32 x <= 1, several times faster than XLA:CPU's own; exactly 0 from -127 down.
-
-    Range reduction to [0, 1) and a minimax polynomial of degree 5, relative error 1.5e-7.
-    """
-    x = jnp.maximum(x, np.float32(-127.0))
-    whole = jnp.floor(x)
-    fraction = x - whole
-    result = jnp.full_like(x, 1.8775767e-3)
-    for c in (8.9893397e-3, 5.5826318e-2, 2.4015361e-1, 6.9315308e-1, 9.9999994e-1):
-        result = result * fraction + np.float32(c)
-    return result * lax.bitcast_convert_type((whole.astype(jnp.int32) + 127) << 23, jnp.float32)
-
-
-@exp2_polynomial.defjvp
-def _exp2_polynomial_jvp(primals, tangents):  # pyright: ignore[reportUnusedFunction]
-    (x,), (dx,) = primals, tangents
-    y = exp2_polynomial(x)
-    return y, y * (dx * np.float32(LN2))

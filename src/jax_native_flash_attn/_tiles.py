@@ -84,12 +84,12 @@ class AcceleratorForm:
 
 
 # Elements (query rows x keys, over all heads, unless said) of a tile ...
-_CPU_SHARED = {"forward": 1 << 18, "derivative": 1 << 20}  # ... that several heads share where one has fewer
+_CPU_SHARED = 1 << 20  # ... that several heads share where one has fewer
 _CPU_WHOLE_SCORES = 1 << 20  # ... of a whole problem
 _CPU_FUSED = 1 << 22  # ... of a plain softmax that XLA fuses with its products; its scratch then is 16 MiB
 _CPU_BAND = 1 << 19  # ... of a band
 # ... of query and key in such a tile, which then stay in a core's cache
-_CPU_OPERANDS = {"forward": 1 << 18, "derivative": 1 << 19}
+_CPU_OPERANDS = 1 << 19
 # ... of query and key of a whole problem in one tile, without loops, slices and writes into a larger array
 _CPU_WHOLE = {"forward": 1 << 18, "forward, 16 bit": 1 << 21, "derivative": 1 << 22}
 _CPU_KEYS = 1 << 19  # ... of the keys, where few rows make reading them what costs
@@ -152,7 +152,7 @@ def choose_tile(
         return replace(tile, batch=sizes.batch) if all_heads else tile
     if not all_heads:
         # Threads split one matrix product, not a batch of them: one head at a time, in large tiles, square if possible.
-        side = 512 if is_banded and min(sizes.T * sizes.G, num_keys) < 4096 else 1024
+        side = 512 if is_banded else 1024
         if has_documents and min(sizes.T, num_keys) <= 2048:
             side = 256
         columns = min(4096, max(side, side**2 // (sizes.T * sizes.G)))
@@ -189,7 +189,7 @@ def choose_tile(
         return replace(_with_heads(sizes, block_q, block_kv, _CPU_FUSED // per_head), fuses_softmax=True)
     operands = max(1, (sizes.G * block_q + block_kv) * sizes.H)
     kind = "derivative" if is_derivative else "forward"
-    limit = min(_CPU_SHARED[kind] // per_head, _CPU_OPERANDS[kind] // operands)
+    limit = min(_CPU_SHARED // per_head, _CPU_OPERANDS // operands)
     whole = _CPU_WHOLE["forward, 16 bit" if has_16_bits and not is_derivative else kind]
     if heads // sizes.G * operands <= whole and heads // sizes.G * per_head <= _CPU_WHOLE_SCORES:
         limit = heads
