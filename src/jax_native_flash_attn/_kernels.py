@@ -78,7 +78,7 @@ def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, .
             logits = tiles.logits(query, key, at, columns, mask)
             if bounds is not None:
                 assert state is not None
-                weights = tiles.split(tiles.stored(jnp.exp(tiles.joined(logits) - tiles.joined(state.max_so_far))))
+                weights = tiles.split(tiles.stored(tiles.exp(tiles.joined(logits) - tiles.joined(state.max_so_far))))
                 return OnlineSoftmax(
                     state.numerator + tiles.weighted(weights, value),
                     state.denominator + weights.astype(tiles.accumulate).sum(-1, keepdims=True),
@@ -87,7 +87,7 @@ def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, .
             new_max = logits.max(-1, keepdims=True)
             if state is not None:
                 new_max = jnp.maximum(state.max_so_far, new_max)
-            weights = jnp.exp(logits - new_max)
+            weights = tiles.exp(logits - new_max)
             denominator = weights.sum(-1, keepdims=True)
             if tiles.normalizes:
                 weights /= denominator
@@ -162,7 +162,7 @@ def tangent(
             dout, dlse = state
             keep = tiles.keep(at, columns)
             key = tiles.key(at, columns, mask)
-            weights = jnp.exp(tiles.logits(query, key, at, columns, mask) - row_lse)
+            weights = tiles.exp(tiles.logits(query, key, at, columns, mask) - row_lse)
             dlogits = logits_tangent(key, columns, mask)
             if dlogits is not None:
                 dweights = weights * dlogits
@@ -263,10 +263,10 @@ def cotangent(
             key = tiles.key(at, columns, mask)
             logits = tiles.joined(tiles.logits(query, key, at, columns, mask))
             if tiles.makes_softmax_again:
-                weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+                weights = tiles.exp(logits - logits.max(-1, keepdims=True))
                 weights /= weights.sum(-1, keepdims=True)
             else:
-                weights = jnp.exp(logits - row_lse)
+                weights = tiles.exp(logits - row_lse)
             weights = tiles.stored(weights)
             if "value" in results and has_out:
                 dropped = tiles.split(tiles.drop(weights, keep))

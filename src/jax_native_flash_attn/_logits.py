@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ._access import ColumnTile, RowTile
 from ._forms import Forms
 from ._nest import Nest, TileMask
-from ._numerics import accumulation_dtype, bias_floor, in_row_major_layout, lowest, product_dtype
+from ._numerics import accumulation_dtype, bias_floor, exp_polynomial, in_row_major_layout, lowest, product_dtype
 from ._operands import Config, Inputs, batch_of
 from ._tiles import Target, choose_tile
 
@@ -102,6 +102,10 @@ class Tiles:
         self.transposes_weights = target.platform == "cpu" and self.sizes.has_few_scores
         # There, a row of weights is also less to divide by its sum than a row of out.
         self.normalizes |= self.transposes_weights and self.nest.visits_one_key_tile
+        # XLA:CPU makes a softmax of its own beside a product, but not of one head in a loop.
+        is_loop = len(self.nest.row_shape) == 1 and not self.nest.visits_one_key_tile
+        takes_polynomial = is_loop and target.platform == "cpu" and self.accumulate == jnp.float32
+        self.exp = exp_polynomial if takes_polynomial else jnp.exp
 
     def zeros_for(self, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
         """Where a kernel collects a result: in accumulation dtype if an element gets more than one contribution.

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
@@ -51,3 +52,25 @@ def bias_floor(dtype: DTypeLike) -> float:
 def in_row_major_layout(x: jax.Array) -> jax.Array:
     """Keep XLA from choosing another layout inside a loop, and copying all of the array for it beforehand."""
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+@jax.custom_jvp
+def exp_polynomial(x: jax.Array) -> jax.Array:
+    """exp(x) of float32 x <= 1, in a loop of XLA:CPU's twice as fast as its own; exactly 0 from -88 down.
+
+    Range reduction to powers of two and a minimax polynomial of degree 5, relative error 1.5e-7.
+    """
+    x = jnp.maximum(x * np.float32(LOG2E), np.float32(-127.0))
+    whole = jnp.floor(x)
+    fraction = x - whole
+    result = jnp.full_like(x, 1.8775767e-3)
+    for c in (8.9893397e-3, 5.5826318e-2, 2.4015361e-1, 6.9315308e-1, 9.9999994e-1):
+        result = result * fraction + np.float32(c)
+    return result * lax.bitcast_convert_type((whole.astype(jnp.int32) + 127) << 23, jnp.float32)
+
+
+@exp_polynomial.defjvp
+def _exp_polynomial_jvp(primals, tangents):  # pyright: ignore[reportUnusedFunction]
+    (x,), (dx,) = primals, tangents
+    y = exp_polynomial(x)
+    return y, y * dx

@@ -151,12 +151,16 @@ def choose_tile(
         tile = _accelerator_tile(sizes, block_q, block_kv, num_keys, is_banded, form)
         return replace(tile, batch=sizes.batch) if all_heads else tile
     if not all_heads:
-        # Threads split one matrix product, not a batch of them: one head at a time, in large tiles, square if possible.
-        side = 512 if is_banded else 1024
+        # Large products are the fastest: one head at a time, square if possible. Where rows attend a band of the keys,
+        # smaller tiles skip more; of four heads, their products are as fast.
+        is_small = is_banded and sizes.N >= 4 and min(sizes.T, num_keys) < 8192
+        side = 512 if is_small else 1024
         if has_documents and min(sizes.T, num_keys) <= 2048:
             side = 256
         columns = min(4096, max(side, side**2 // (sizes.T * sizes.G)))
         rows = max(1, min(4096, max(side, side**2 // num_keys)) // sizes.G)
+        if is_small:
+            rows = max(rows, min(side, _CPU_SHARED // (side * sizes.G)))
         if is_decoding:
             columns = min(4096, max(1024, _CPU_KEYS // (sizes.K * sizes.H)))
     else:
