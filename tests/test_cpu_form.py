@@ -131,6 +131,28 @@ def test_decoding_keeps_heads_apart(bad: float) -> None:
         check_out(name, out, dense, query, key, value, at=others)
 
 
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("masks", ["causal", "window", "lengths", "mask", "mask and causal"])
+def test_masked_keys_may_be_anything(masks: str, bad: float) -> None:
+    """A short masked call is one kernel of XLA's, unless that makes something that is not finite."""
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.standard_normal((2, 96, 2, 8)), jnp.float32) for _ in range(3))
+    options = {
+        "causal": {"is_causal": True},
+        "window": {"local_window_size": (20, 3)},
+        "lengths": {"key_value_seq_lengths": jnp.array([90, 70])},
+        "mask": {"mask": jnp.asarray(rng.random((2, 1, 96, 96)) < 0.5)},
+        "mask and causal": {"mask": jnp.asarray(rng.random((2, 1, 96, 96)) < 0.5), "is_causal": True},
+    }[masks]
+    allowed = np.broadcast_to(masking(query, key, **options).allowed, (2, 2, 96, 96))[:, 0, :, 92]
+    with_bad = key.at[:, 92].set(bad)
+    out = flash_attention(query, with_bad, value, **options)
+    dense = jax.nn.dot_product_attention(query, key, value, **options)
+    check_out("out", out, dense, query, key, value, at=~allowed, **options)
+    if np.isnan(bad):
+        assert np.isnan(out[allowed]).all()
+
+
 @pytest.mark.parametrize("documents", [1, 8])
 @pytest.mark.parametrize("has_dead_rows", [False, True])
 def test_mask_of_documents(documents: int, has_dead_rows: bool) -> None:

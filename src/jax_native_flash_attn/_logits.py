@@ -9,8 +9,17 @@ import jax.numpy as jnp
 
 from ._access import ColumnTile, RowTile
 from ._forms import Forms
+from ._masks import Band
 from ._nest import Nest, TileMask
-from ._numerics import accumulation_dtype, bias_floor, exp_polynomial, in_row_major_layout, lowest, product_dtype
+from ._numerics import (
+    CPU_FUSES_SOFTMAX,
+    accumulation_dtype,
+    bias_floor,
+    exp_polynomial,
+    in_row_major_layout,
+    lowest,
+    product_dtype,
+)
 from ._operands import Config, Inputs, batch_of
 from ._tiles import Target, choose_tile
 
@@ -27,7 +36,7 @@ class Tiles:
         further: Mapping[str, Any] | None = None,
         differentiable: bool = False,
         is_bounded: bool = False,
-        joins_heads: bool = False,
+        assumes_finite: bool = False,
         has_documents: bool = False,
         summed_over_batch: bool = False,
         rounds_weights: bool = True,
@@ -37,7 +46,7 @@ class Tiles:
         further: other operands of the kernel; None for the forward kernel.
         differentiable: see `Nest`.
         is_bounded: whether bounds of the logits are known (see `_xla.py`).
-        joins_heads: whether products may be for all heads at once; what is not finite, even padding, then reaches all.
+        assumes_finite: whether what is not finite may reach results that it should not, even from padding.
         has_documents: whether a boolean mask over rows and keys leaves little, in blocks.
         summed_over_batch: whether a result of T * S elements is summed over batch rows.
         rounds_weights: whether weights and their cotangents may be kept in the dtype of products.
@@ -69,7 +78,8 @@ class Tiles:
             summed_over_batch=summed_over_batch,
         )
         is_banded = forms.is_banded(config.band, mask)
-        is_plain = not (is_banded or config.needs_lse or config.dropout) and inputs.bias is None
+        is_masked = config.band != Band() or mask.key_start is not None or mask.allowed is not None
+        fuses_softmax = CPU_FUSES_SOFTMAX and (assumes_finite or not is_masked)
         tile = choose_tile(
             self.sizes,
             target.platform,
@@ -79,9 +89,9 @@ class Tiles:
             has_documents=has_documents and mask.allowed is not None and 1 not in mask.allowed.shape[-2:],
             band_width=config.band.width if mask.key_start is None else None,
             key_stop=int(config.band.intervals(sizes.T, sizes.S)[1].max()) if mask.key_start is None else sizes.S,
-            is_plain=is_plain,
+            fuses_softmax=fuses_softmax and not (config.needs_lse or config.dropout) and inputs.bias is None,
             # A cache that `vmap` shares would be copied for each of its rows.
-            joins_heads=joins_heads and all(x.shape[:-3] == self.sizes.batch for x in (inputs.key, inputs.value)),
+            joins_heads=assumes_finite and all(x.shape[:-3] == self.sizes.batch for x in (inputs.key, inputs.value)),
             is_derivative=further is not None or config.needs_lse,
             has_16_bits=self.product.itemsize == 2,
             converts=self.product != inputs.query.dtype,
@@ -238,11 +248,14 @@ class Tiles:
         if self.inputs.bias is not None:
             bias = self.bias(self.inputs.bias, at, columns)
             logits += jnp.maximum(bias, bias_floor(self.accumulate))
-        if mask is not None and mask.dead is not None:
+        if mask is None:
+            return logits
+        if self.nest.tile.fuses_softmax:
+            # A minimum is fused where a choice is not, but hands NaN on. All keys of a dead row get equal logits.
+            return jnp.minimum(logits, jnp.where(mask.live, jnp.inf, lowest(self.accumulate)))
+        if mask.dead is not None:
             logits = jnp.where(mask.dead, 0, logits)
-        if mask is not None:
-            logits = jnp.where(mask.allowed, logits, lowest(self.accumulate))
-        return logits
+        return jnp.where(mask.allowed, logits, lowest(self.accumulate))
 
     def logits_tangent(self, products: jax.Array | None, bias: jax.Array | None, mask: TileMask | None) -> jax.Array:
         """Tangent of the logits, from those of the products, as rows, and of the bias tile."""
@@ -256,8 +269,7 @@ class Tiles:
         """Derivative of the masking in `logits`, which is its own transpose; (lead..., rows, block_kv)."""
         if mask is None:
             return x
-        live = mask.allowed if mask.dead is None else mask.allowed & ~mask.dead
-        return jnp.where(live, x, 0)
+        return jnp.where(mask.live, x, 0)
 
     def live_rows(self, x: jax.Array, at: RowTile) -> jax.Array:
         """Zero the dead rows of a tile, (lead..., rows, any), where `through_mask` does not.

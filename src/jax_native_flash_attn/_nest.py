@@ -28,6 +28,11 @@ class TileMask(NamedTuple):
     allowed: jax.Array
     dead: jax.Array | None
 
+    @property
+    def live(self) -> jax.Array:
+        """What is allowed of the rows that are not dead."""
+        return self.allowed if self.dead is None else self.allowed & ~self.dead
+
 
 @dataclass(frozen=True)
 class Nest(TileAccess):

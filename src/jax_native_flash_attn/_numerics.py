@@ -14,6 +14,9 @@ from jax.typing import DTypeLike
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
+# Whether XLA:CPU makes one kernel of a softmax between two products.
+CPU_FUSES_SOFTMAX = jax.__version_info__ >= (0, 10)
+
 # `jax.nn` gives a row without keys this log-sum-exp, whatever the dtype.
 DEAD_ROW_LSE = -0.7 * float(np.finfo(np.float32).max)
 

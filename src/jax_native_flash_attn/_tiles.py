@@ -114,7 +114,7 @@ def choose_tile(
     has_documents: bool,
     band_width: int | None,
     key_stop: int,
-    is_plain: bool,
+    fuses_softmax: bool,
     joins_heads: bool,
     is_derivative: bool,
     has_16_bits: bool,
@@ -132,7 +132,7 @@ def choose_tile(
       has_documents: whether a boolean mask leaves few blocks of rows and keys; yet smaller tiles skip yet more.
       band_width: keys of a row, where nothing but a narrow static band bounds them.
       key_stop: no row attends keys from here on.
-      is_plain: whether only softmax(scale * query @ key) @ value is asked for, without log-sum-exp.
+      fuses_softmax: whether XLA:CPU can make one kernel of the call: a softmax, perhaps masked, between two products.
       joins_heads: whether the kernel can take products for all heads at once.
       is_derivative: whether the kernel is a derivative, or makes what one needs: XLA then shares work between the two.
       has_16_bits: whether products take 16-bit operands.
@@ -189,7 +189,7 @@ def choose_tile(
         # Results of 16 bits would be collected, or read, in 32 bits as a whole: more than what a tile saves.
         return TileShape(sizes.batch, sizes.K, sizes.T, sizes.S, merges_lead=True)
     per_head = max(1, sizes.G * block_q * block_kv)
-    if is_plain and block_q == sizes.T and block_kv == sizes.S and per_head <= 1 << 16:
+    if fuses_softmax and block_q == sizes.T and block_kv == sizes.S and per_head <= 1 << 16:
         return replace(_with_heads(sizes, block_q, block_kv, _CPU_FUSED // per_head), fuses_softmax=True)
     operands = max(1, (sizes.G * block_q + block_kv) * sizes.H)
     kind = "derivative" if is_derivative else "forward"

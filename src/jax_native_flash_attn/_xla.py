@@ -9,8 +9,9 @@ It is as exact as long as nothing underflows: z_ts >= -b_t, so that the largest 
 and float32 and bfloat16 have normal numbers down to exp(-87). What lies 2^-24 below the largest weight counts for
 nothing, and log(2^24) < 17: hence 2 b_t <= 70.
 
-Products for all heads at once (CPU, few rows). Keys and values are read as they lie, but 0 * inf, which is NaN, reaches
-all heads, even from padding.
+Forms that assume that all is finite (CPU); if a result is not, the usual form runs. Products for all heads at once,
+where rows are few: keys and values are read as they lie, but 0 * inf, which is NaN, reaches all heads, even from
+padding. Masks as a minimum, where rows and keys are few: XLA fuses it with softmax and products, but NaN passes it.
 
 Documents (CPU). A boolean mask that allows blocks along the diagonal wants tiles as small as those; any other wants
 large tiles, in which products are twice as fast.
@@ -38,10 +39,11 @@ def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, 
         bounds = _bounds(inputs, bounded)
         is_bounded = (bounds <= _LARGEST_BOUND).all()
         return lax.cond(is_bounded, lambda: _kernels.forward(bounded, bounds), lambda: _kernels.forward(tiles))
-    joined = Tiles(config, inputs, target, joins_heads=True)
-    if joined.nest.tile.joins_heads:
-        results = _kernels.forward(joined)
-        return lax.cond(jnp.isfinite(results[0]).all(), lambda: results, lambda: _kernels.forward(tiles))
+    finite = Tiles(config, inputs, target, assumes_finite=True)
+    if finite.nest.tile != tiles.nest.tile:
+        results = _kernels.forward(finite)
+        is_finite = jnp.isfinite(results[0].sum())  # of a large array faster than isfinite of each
+        return lax.cond(is_finite, lambda: results, lambda: _kernels.forward(tiles))
     small = Tiles(config, inputs, target, has_documents=True)
     if small.nest.tile != tiles.nest.tile:
         has_documents = small.nest.occupied_share <= _FEW_TILES
