@@ -84,6 +84,8 @@ def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, .
                     state.denominator + weights.astype(tiles.accumulate).sum(-1, keepdims=True),
                     state.max_so_far,
                 )
+            if tiles.changes_products(mask):
+                logits = lax.optimization_barrier(logits)
             new_max = logits.max(-1, keepdims=True)
             if state is not None:
                 new_max = jnp.maximum(state.max_so_far, new_max)

@@ -257,6 +257,11 @@ class Tiles:
             logits = jnp.where(mask.dead, 0, logits)
         return jnp.where(mask.allowed, logits, lowest(self.accumulate))
 
+    def changes_products(self, mask: TileMask | None) -> bool:
+        """Whether logits are more than a product, in a loop on CPU: XLA (0.12) would make that for each reader."""
+        is_product = mask is None and self.inputs.bias is None and self.product == self.accumulate
+        return self.platform == "cpu" and not (is_product or self.nest.visits_one_key_tile)
+
     def logits_tangent(self, products: jax.Array | None, bias: jax.Array | None, mask: TileMask | None) -> jax.Array:
         """Tangent of the logits, from those of the products, as rows, and of the bias tile."""
         if bias is None:
