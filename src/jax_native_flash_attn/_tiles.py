@@ -84,7 +84,7 @@ class AcceleratorForm:
 
 
 # Elements (query rows x keys, over all heads, unless said) of a tile ...
-_CPU_SHARED = 1 << 20  # ... that several heads share where one has fewer
+_CPU_SHARED = {"forward": 1 << 20, "derivative": 1 << 21}  # ... that several heads share where one has fewer
 _CPU_WHOLE_SCORES = 1 << 20  # ... of a whole problem
 _CPU_FUSED = 1 << 22  # ... of a plain softmax that XLA fuses with its products; its scratch then is 16 MiB
 _CPU_BAND = 1 << 19  # ... of a band
@@ -150,6 +150,7 @@ def choose_tile(
     if platform != "cpu":
         tile = _accelerator_tile(sizes, block_q, block_kv, num_keys, is_banded, form)
         return replace(tile, batch=sizes.batch) if all_heads else tile
+    kind = "derivative" if is_derivative else "forward"
     if not all_heads:
         # Large products are the fastest: one head at a time, square if possible. Where rows attend a band of the keys,
         # smaller tiles skip more; of four heads, their products are as fast.
@@ -160,7 +161,7 @@ def choose_tile(
         columns = min(4096, max(side, side**2 // (sizes.T * sizes.G)))
         rows = max(1, min(4096, max(side, side**2 // num_keys)) // sizes.G)
         if is_small:
-            rows = max(rows, min(side, _CPU_SHARED // (side * sizes.G)))
+            rows = max(rows, min(side, _CPU_SHARED[kind] // (side * sizes.G)))
         if is_decoding:
             columns = min(4096, max(1024, _CPU_KEYS // (sizes.K * sizes.H)))
     else:
@@ -192,8 +193,7 @@ def choose_tile(
     if fuses_softmax and block_q == sizes.T and block_kv == sizes.S and per_head <= 1 << 16:
         return replace(_with_heads(sizes, block_q, block_kv, _CPU_FUSED // per_head), fuses_softmax=True)
     operands = max(1, (sizes.G * block_q + block_kv) * sizes.H)
-    kind = "derivative" if is_derivative else "forward"
-    limit = min(_CPU_SHARED // per_head, _CPU_OPERANDS // operands)
+    limit = min(_CPU_SHARED[kind] // per_head, _CPU_OPERANDS // operands)
     whole = _CPU_WHOLE["forward, 16 bit" if has_16_bits and not is_derivative else kind]
     if heads // sizes.G * operands <= whole and heads // sizes.G * per_head <= _CPU_WHOLE_SCORES:
         limit = heads
