@@ -87,7 +87,6 @@ class AcceleratorForm:
 _CPU_SHARED = {"forward": 1 << 20, "derivative": 1 << 21}  # ... that several heads share where one has fewer
 _CPU_WHOLE_SCORES = 1 << 20  # ... of a whole problem
 _CPU_FUSED = 1 << 22  # ... of a plain softmax that XLA fuses with its products; its scratch then is 16 MiB
-_CPU_BAND = 1 << 19  # ... of a band
 # ... of query and key in such a tile, which then stay in a core's cache
 _CPU_OPERANDS = 1 << 19
 # ... of query and key of a whole problem in one tile, without loops, slices and writes into a larger array
@@ -246,7 +245,7 @@ def _band_tile(
     if 2 * block_kv > sizes.S:
         return None
     if platform == "cpu" and not all_heads:
-        tile = _with_heads(sizes, block_q, block_kv, _CPU_BAND // (sizes.G * block_q * block_kv))
+        tile = _with_heads(sizes, block_q, block_kv, _CPU_SHARED["forward"] // (sizes.G * block_q * block_kv))
         return replace(tile, follows_band=True)
     limit = _CPU_REVERSE if platform == "cpu" else ACCELERATOR_SCORES
     if static_size(sizes.batch) * sizes.N * block_q * block_kv > limit:
