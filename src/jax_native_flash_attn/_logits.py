@@ -86,6 +86,8 @@ class Tiles:
             block_q=config.block_q,
             block_kv=config.block_kv,
             is_banded=is_banded,
+            is_elementwise=forms.is_elementwise,
+            is_sparse=is_banded or (mask.allowed is not None and mask.allowed.shape[-1] > 1),
             has_documents=has_documents and mask.allowed is not None and 1 not in mask.allowed.shape[-2:],
             band_width=config.band.width if mask.key_start is None else None,
             key_stop=int(config.band.intervals(sizes.T, sizes.S)[1].max()) if mask.key_start is None else sizes.S,

@@ -110,6 +110,8 @@ def choose_tile(
     block_q: int | None,
     block_kv: int | None,
     is_banded: bool,
+    is_sparse: bool,
+    is_elementwise: bool,
     has_documents: bool,
     band_width: int | None,
     key_stop: int,
@@ -128,6 +130,8 @@ def choose_tile(
       platform: 'cpu' or anything else.
       block_q, block_kv: what the caller asked for, or None.
       is_banded: whether rows attend an interval of the keys only; smaller tiles then skip more.
+      is_sparse: whether that, or a boolean mask, may leave tiles empty.
+      is_elementwise: whether a bias, boolean mask or dropout changes single scores.
       has_documents: whether a boolean mask leaves few blocks of rows and keys; yet smaller tiles skip yet more.
       band_width: keys of a row, where nothing but a narrow static band bounds them.
       key_stop: no row attends keys from here on.
@@ -151,9 +155,9 @@ def choose_tile(
         return replace(tile, batch=sizes.batch) if all_heads else tile
     kind = "derivative" if is_derivative else "forward"
     if not all_heads:
-        # Large products are the fastest: one head at a time, square if possible. Where rows attend a band of the keys,
-        # smaller tiles skip more; of four heads, their products are as fast.
-        is_small = is_banded and sizes.N >= 4 and min(sizes.T, num_keys) < 8192
+        # Large products are the fastest: one head at a time, square if possible. Where masks may leave tiles empty,
+        # smaller ones skip more; of four heads, their products are as fast.
+        is_small = is_sparse and sizes.N >= 4 and min(sizes.T, num_keys) < 8192
         side = 512 if is_small else 1024
         if has_documents and min(sizes.T, num_keys) <= 2048:
             side = 256
@@ -161,6 +165,8 @@ def choose_tile(
         rows = max(1, min(4096, max(side, side**2 // num_keys)) // sizes.G)
         if is_small:
             rows = max(rows, min(side, _CPU_SHARED[kind] // (side * sizes.G)))
+        if kind == "forward" and not (is_sparse or is_elementwise):
+            columns = max(columns, 2 * side)
         if is_decoding:
             columns = min(4096, max(1024, _CPU_KEYS // (sizes.K * sizes.H)))
     else:
