@@ -724,7 +724,7 @@ def test_vmap_over_a_batch_costs_what_the_batch_costs(length: int, mode: str):
 
 
 def test_vmap_does_not_copy_a_shared_bias():
-    length, elements = 512, 32
+    length, elements = 512, 64  # enough for a copy to exceed the tiles
     query = jax.ShapeDtypeStruct((elements, 1, length, 2, 8), jnp.float32)
     bias = jax.ShapeDtypeStruct((1, 2, length, length), jnp.float32)
 
