@@ -195,7 +195,8 @@ def choose_tile(
         # Results of 16 bits would be collected, or read, in 32 bits as a whole: more than what a tile saves.
         return TileShape(sizes.batch, sizes.K, sizes.T, sizes.S, merges_lead=True)
     per_head = max(1, sizes.G * block_q * block_kv)
-    if fuses_softmax and block_q == sizes.T and block_kv == sizes.S and per_head <= 1 << 16:
+    is_whole = block_q == sizes.T and block_kv == sizes.S and not sizes.has_few_scores
+    if fuses_softmax and is_whole and per_head <= 1 << 16:
         return replace(_with_heads(sizes, block_q, block_kv, _CPU_FUSED // per_head), fuses_softmax=True)
     operands = max(1, (sizes.G * block_q + block_kv) * sizes.H)
     limit = min(_CPU_SHARED[kind] // per_head, _CPU_OPERANDS // operands)
