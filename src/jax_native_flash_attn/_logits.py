@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from ._access import ColumnTile, RowTile
 from ._forms import Forms
-from ._masks import Band
 from ._nest import Nest, TileMask
 from ._numerics import (
     CPU_FUSES_SOFTMAX,
@@ -78,7 +77,7 @@ class Tiles:
             summed_over_batch=summed_over_batch,
         )
         is_banded = forms.is_banded(config.band, mask)
-        is_masked = config.band != Band() or mask.key_start is not None or mask.allowed is not None
+        is_masked = is_banded or mask.allowed is not None
         fuses_softmax = CPU_FUSES_SOFTMAX and (assumes_finite or not is_masked)
         tile = choose_tile(
             self.sizes,
@@ -86,8 +85,8 @@ class Tiles:
             block_q=config.block_q,
             block_kv=config.block_kv,
             is_banded=is_banded,
+            is_masked=is_masked,
             is_elementwise=forms.is_elementwise,
-            is_sparse=is_banded or (mask.allowed is not None and mask.allowed.shape[-1] > 1),
             has_documents=has_documents and mask.allowed is not None and 1 not in mask.allowed.shape[-2:],
             band_width=config.band.width if mask.key_start is None else None,
             key_stop=int(config.band.intervals(sizes.T, sizes.S)[1].max()) if mask.key_start is None else sizes.S,

@@ -110,7 +110,7 @@ def choose_tile(
     block_q: int | None,
     block_kv: int | None,
     is_banded: bool,
-    is_sparse: bool,
+    is_masked: bool,
     is_elementwise: bool,
     has_documents: bool,
     band_width: int | None,
@@ -130,7 +130,7 @@ def choose_tile(
       platform: 'cpu' or anything else.
       block_q, block_kv: what the caller asked for, or None.
       is_banded: whether rows attend an interval of the keys only; smaller tiles then skip more.
-      is_sparse: whether that, or a boolean mask, may leave tiles empty.
+      is_masked: whether that, or a boolean mask, may leave tiles empty.
       is_elementwise: whether a bias, boolean mask or dropout changes single scores.
       has_documents: whether a boolean mask leaves few blocks of rows and keys; yet smaller tiles skip yet more.
       band_width: keys of a row, where nothing but a narrow static band bounds them.
@@ -157,7 +157,7 @@ def choose_tile(
     if not all_heads:
         # Large products are the fastest: one head at a time, square if possible. Where masks may leave tiles empty,
         # smaller ones skip more; of four heads, their products are as fast.
-        is_small = is_sparse and sizes.N >= 4 and min(sizes.T, num_keys) < 8192
+        is_small = is_masked and sizes.N >= 4 and min(sizes.T, num_keys) < 8192
         side = 512 if is_small else 1024
         if has_documents and min(sizes.T, num_keys) <= 2048:
             side = 256
@@ -165,7 +165,7 @@ def choose_tile(
         rows = max(1, min(4096, max(side, side**2 // num_keys)) // sizes.G)
         if is_small:
             rows = max(rows, min(side, _CPU_SHARED[kind] // (side * sizes.G)))
-        if kind == "forward" and not (is_sparse or is_elementwise):
+        if kind == "forward" and not (is_masked or is_elementwise):
             columns = max(columns, 2 * side)
         if is_decoding:
             columns = min(4096, max(1024, _CPU_KEYS // (sizes.K * sizes.H)))
