@@ -349,10 +349,14 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> 
     probs_wide = probs * wide * (1.0 + logit_size)  # as softmax leaves them
     probs_noise = probs_wide + probs * (low + lse_noise)  # as they enter the product with value
 
+    # Accumulated one by one, n random terms of root square sum r make partial sums of r sqrt(k / n); rounding each errs
+    # by `wide` of it at most, uniformly: sqrt(n / 6) wide r.
+    def accumulating(n):
+        return math.sqrt(n / 6)
+
     # Dense takes delta from the very dprobs that it is subtracted from; where they are equal (a row with one key),
-    # it is exact. A flash backward sums D products twice. Accumulated one by one, n random terms of root square sum r
-    # make partial sums of r sqrt(k / n); rounding each errs by `wide` of it at most, uniformly: sqrt(n / 6) wide r.
-    summing = 1.0 + math.sqrt(value.shape[-1] / 6)
+    # it is exact. A flash backward sums D products twice.
+    summing = 1.0 + accumulating(value.shape[-1])
     dprobs_size = summing * root("btnd,bsnd->bnts", dout, value) + np.abs(dprobs)
     delta_size = summing * rows(root("btnd,btnd->btn", dout, out)) + np.abs(delta)
 
@@ -378,7 +382,9 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> 
         root("bnts,btnh->bsnh", own, query), root("bnts,btnh->bsnh", common_probs, query)
     )
     dvalue_noise = root("bnts,btnd->bsnd", probs_noise * factor, dout)
-    out_noise = root("bnts,bsnd->btnd", probs_noise * factor, value)
+    # Dense may sum the keys in several parts, which is more exact (of few rows, XLA does so in JAX 0.12).
+    summing_keys = accumulating(value.shape[1]) * wide * root("bnts,bsnd->btnd", probs * factor, value)
+    out_noise = np.hypot(root("bnts,bsnd->btnd", probs_noise * factor, value), summing_keys)
     return {
         "out": out_noise + (low + lse_rows) * np.abs(out),
         "lse": 3 * lse_rows[..., 0] + low * np.abs(lse),

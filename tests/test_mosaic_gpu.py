@@ -12,7 +12,7 @@ import pytest
 from jax_native_flash_attn import _dispatch, _kernels, flash_attention, flash_attention_with_lse
 from jax_native_flash_attn._mosaic_blocks import Blocks, Chip, forward_blocks, shared_bytes
 from jax_native_flash_attn._tiles import Sizes
-from tests.cases import Case, check_case
+from tests.cases import Case, check_case, enable_x64
 
 needs_backend = pytest.mark.skipif(_dispatch._why_not_backend() is not None, reason=str(_dispatch._why_not_backend()))
 mosaic_attention = functools.partial(flash_attention, implementation="mosaic_gpu")
@@ -120,6 +120,16 @@ def test_masks_and_biases_over_items_and_parts(shape: str, options: str) -> None
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", ["odd", "prime", "eighty", "narrow", "long", "many items", "rows, keys split"])
+@pytest.mark.parametrize("options", ["plain", "causal", "traced window", "scale", "bias float32", "mask", "dropout"])
+@pytest.mark.parametrize("lengths", [False, True])
+def test_float32(shape: str, options: str, *, lengths: bool) -> None:
+    """Beside dense attention in TensorFloat-32."""
+    case = Case(SHAPES[shape], **{**OPTIONS[options], "dtype": "float32"})
+    check_case(_with_lengths(case) if lengths else case, mosaic_attention, dense_on_cpu=False)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 1000, 1000, 8, 2, 64), (1, 3, 20000, 8, 2, 128), (40, 200, 200, 8, 8, 64)])
 def test_two_runs_are_bitwise_equal(shape: tuple[int, ...]) -> None:
     def call(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
@@ -208,7 +218,7 @@ def test_cotangent_of_lse(with_out: bool) -> None:
         return (lse**2).sum() + ((out.astype(jnp.float32) ** 2).sum() if with_out else 0.0)
 
     gradients = jax.jit(jax.grad(loss, argnums=range(4)))
-    # In float32, pure JAX.
+    # In float32 the gradients are pure JAX's.
     _close(gradients(*arrays, bias), gradients(*(x.astype(jnp.float32) for x in arrays), bias))
 
 
@@ -317,10 +327,14 @@ def _lowered(implementation: str | None, *platforms: str, arrays: Any = None, **
 
 @needs_backend
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"local_window_size": (5, 5)}, {"return_residual": True}])
-@pytest.mark.parametrize("shape", ["tile", "many items", "one row, keys split"])
-def test_lowers_for_cuda_without_a_gpu(shape: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("shape", ["tile", "many items", "one row, keys split", "prime"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_lowers_for_cuda_without_a_gpu(shape: str, options: dict[str, Any], dtype: str) -> None:
     B, T, S, K, G, H = SHAPES[shape]
-    assert "mosaic_gpu" in _lowered("mosaic_gpu", "cuda", arrays=_arrays(B, T, S, K * G, K, H), **options)
+    if T == 1 and dtype == "float32":
+        pytest.skip("a row of float32 takes pure JAX")
+    arrays = _arrays(B, T, S, K * G, K, H, jnp.dtype(dtype))
+    assert "mosaic_gpu" in _lowered("mosaic_gpu", "cuda", arrays=arrays, **options)
 
 
 @needs_backend
@@ -420,18 +434,22 @@ def test_several_platforms_take_pure_jax(monkeypatch: pytest.MonkeyPatch) -> Non
     ("reason", "arrays", "options"),
     [
         ("compiled for cpu", None, {}),
-        ("float32", (1, 128, 128, 2, 2, 64, jnp.float32), {}),
+        ("precision is highest", (1, 128, 128, 2, 2, 64, jnp.float32), {"precision": "highest"}),
+        ("more than 64 query rows", (1, 64, 128, 2, 2, 64, jnp.float32), {}),
+        ("got float64", (1, 128, 128, 2, 2, 64, jnp.float64), {}),
         ("multiples of 16", (1, 128, 128, 2, 2, 40), {}),
         ("block_q", None, {"block_q": 64}),
     ],
 )
 def test_asking_where_it_cannot_run_is_an_error(reason: str, arrays: Any, options: dict[str, Any]) -> None:
     platform = "cpu" if reason == "compiled for cpu" else "cuda"
-    with pytest.raises(NotImplementedError, match=reason):
+    with enable_x64("float64" in reason), pytest.raises(NotImplementedError, match=reason):
         _lowered("mosaic_gpu", platform, arrays=arrays and _arrays(*arrays), **options)
 
 
 def test_unsupported_calls_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "_compute_capabilities", lambda: frozenset({"9.0"}))
     assert "mosaic_gpu" not in _lowered(None, "cuda", arrays=_arrays(1, 128, 128, 2, 2, 40))
-    assert "mosaic_gpu" not in _lowered(None, "cuda", arrays=_arrays(1, 128, 128, 2, 2, 64, jnp.float32))
+    float32 = _arrays(1, 128, 128, 2, 2, 64, jnp.float32)
+    assert "mosaic_gpu" in _lowered(None, "cuda", arrays=float32)
+    assert "mosaic_gpu" not in _lowered(None, "cuda", arrays=float32, precision="high")

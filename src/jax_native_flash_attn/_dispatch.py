@@ -21,10 +21,11 @@ from ._tiles import Target
 
 _JAX_WITH_BACKEND = (0, 10)
 _COMPUTE_CAPABILITY = 9  # Hopper: wgmma exists on no other
+_FEW_ROWS = 64  # with which copies of float32 keys and values would cost more than attention
 
 
 def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, ...]:
-    """out and, if needed, lse; out in query's dtype, in accumulation dtype, or both, as `config` says."""
+    """out and, if needed, lse; out in query's dtype or in accumulation dtype, as `config` says."""
     if _takes_mosaic_gpu(config, inputs, target):
         from . import _mosaic_call
 
@@ -32,7 +33,7 @@ def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, 
     out, *lse = _xla.forward(config, inputs, target)
     dtype = inputs.query.dtype
     out_dtype = dtype if config.rounds_out else accumulation_dtype(dtype)
-    return (out.astype(out_dtype), *lse, *([out.astype(dtype)] if config.adds_rounded else []))
+    return (out.astype(out_dtype), *lse)
 
 
 def cotangent(
@@ -46,8 +47,12 @@ def cotangent(
     *,
     differentiable: bool,
 ) -> dict[str, jax.Array]:
-    """As `_kernels.cotangent`. What is differentiated again takes the pure JAX kernels, asked for others or not."""
-    if not differentiable and _takes_mosaic_gpu(config, inputs, target):
+    """As `_kernels.cotangent`.
+
+    What is differentiated again takes the pure JAX kernels, asked for others or not; and float32, as wgmma transposes
+    no tile of its elements.
+    """
+    if not differentiable and inputs.query.dtype != jnp.float32 and _takes_mosaic_gpu(config, inputs, target):
         from . import _mosaic_cotangent
 
         return _mosaic_cotangent.cotangent(config, inputs, out, lse, cotangents, wanted)
@@ -90,8 +95,13 @@ def _why_not_call(config: Config, inputs: Inputs) -> str | None:
     dtype, H = inputs.query.dtype, inputs.query.shape[-1]
     if not all(isinstance(n, int) for x in jax.tree.leaves(inputs) for n in x.shape):
         return "its shapes are symbolic"
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it takes bfloat16 and float16, got {dtype}"
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"it takes bfloat16, float16 and float32, got {dtype}"
+    if dtype == jnp.float32:
+        if not _allows_tf32(config.precision):
+            return f"it multiplies float32 in TensorFloat-32, and precision is {config.precision}"
+        if H > 128 or inputs.sizes.T <= _FEW_ROWS:
+            return f"of float32 it takes head dimensions up to 128 and more than {_FEW_ROWS} query rows, got {H} and {inputs.sizes.T}"
     if H % 16 or not 16 <= H <= 256 or inputs.sizes.D != H:
         return f"it takes head dimensions that are multiples of 16 up to 256, got {H}"
     if config.block_q is not None or config.block_kv is not None:
@@ -99,6 +109,12 @@ def _why_not_call(config: Config, inputs: Inputs) -> str | None:
     if isinstance(config.precision, jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset):
         return f"precision {config.precision} names an algorithm"
     return None
+
+
+def _allows_tf32(precision: Any) -> bool:
+    """Whether XLA would multiply float32 so: by default, or where a name asks for it."""
+    each = precision if isinstance(precision, tuple) else (precision,)
+    return all(p in (None, jax.lax.Precision.DEFAULT, "default", "fastest", "tensorfloat32") for p in each)
 
 
 @functools.cache

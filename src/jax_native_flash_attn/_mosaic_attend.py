@@ -124,7 +124,7 @@ def attend(kernel: Kernel, item: Item, wg: Any, scale: Any) -> None:
 
     def clean_value(i: Any) -> None:
         """Padding in the values of tile i, which are in shared memory; full tiles hold none."""
-        if length is None:
+        if length is None or dtype == jnp.float32:  # `prepare` has cleaned those
             return
         slot = slot_of(count + i)
 
@@ -137,6 +137,9 @@ def attend(kernel: Kernel, item: Item, wg: Any, scale: Any) -> None:
                 plgpu.barrier_arrive(local["value clean"].at[slot])
 
             plgpu.barrier_wait(local["value clean"].at[slot])
+
+    def value_tile(slot: Any) -> Any:
+        return value_smem.at[slot].transpose((1, 0)) if dtype == jnp.float32 else value_smem.at[slot]
 
     def issue_scores(s_ref: Any, slot: Any) -> None:
         plgpu.wgmma(s_ref, query, key_smem.at[slot].transpose((1, 0)))
@@ -188,7 +191,7 @@ def attend(kernel: Kernel, item: Item, wg: Any, scale: Any) -> None:
         def products_and_softmax(state: tuple) -> None:
             acc_ref, s_ref, p_ref, top_ref, total_ref, correction_ref = state
             issue_scores(s_ref, slot)
-            plgpu.wgmma(acc_ref, local["weights"].at[wg] if blocks.weights_in_shared else p, value_smem.at[previous])
+            plgpu.wgmma(acc_ref, local["weights"].at[wg] if blocks.weights_in_shared else p, value_tile(previous))
             if takes_turns:
                 plgpu.barrier_arrive(local["turn"].at[lax.rem(wg + 1, jnp.int32(compute))])
             scores = logits.scores(rows, tile_of(i), slot)
@@ -215,7 +218,7 @@ def attend(kernel: Kernel, item: Item, wg: Any, scale: Any) -> None:
     plgpu.barrier_wait(local["value ready"].at[last])
     clean_value(num_tiles - 1)
     weights = local["weights"].at[wg] if blocks.weights_in_shared else p
-    acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, value_smem.at[last]))(plgpu.ACC.init(acc))
+    acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, value_tile(last)))(plgpu.ACC.init(acc))
     plgpu.barrier_arrive(local["value free"].at[last])
 
     total = total.sum(axis=1)

@@ -53,6 +53,7 @@ class Blocks:
 
 _FEW_ROWS, _PLAIN = "few rows", "plain"
 _SCORES, _SHORT_SCORES = "bias or mask over T and S", "likewise, with short T"
+_FLOAT32 = "float32"
 
 # Of the forward kernel. By compute capability, then kind of call and largest head dimension: shapes in order of
 # preference; the first whose buffers fit is taken.
@@ -81,6 +82,8 @@ _FORWARD: dict[str, dict[tuple[str, int], tuple[Blocks, ...]]] = {
             Blocks(64, 64, 2, 1),
             Blocks(64, 64, 1, 1),
         ),
+        (_FLOAT32, 64): (Blocks(64, 64, 3, 2, weights_in_shared=True), Blocks(64, 64, 2, 2, weights_in_shared=True)),
+        (_FLOAT32, 128): (Blocks(64, 64, 2, 2, weights_in_shared=True), Blocks(64, 64, 1, 2, weights_in_shared=True)),
     },
 }
 _DEFAULT = "9.0"  # for a chip that nobody has measured
@@ -89,7 +92,7 @@ _LEAST_TILES = 8  # of a part: its beginning and its end cost about two
 _MERGE_TILES = 3  # what merging costs, in tiles
 
 
-def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool, chip: Chip) -> Blocks:
+def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool, chip: Chip, itemsize: int = 2) -> Blocks:
     """Block shape of the forward kernel.
 
     Args:
@@ -97,9 +100,12 @@ def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool, chip: C
       score_bytes: of one score of bias and mask in shared memory.
       has_dropout: whether there is dropout.
       chip: what it runs on.
+      itemsize: bytes of an element of query, 4 for float32.
     """
     table = _FORWARD.get(chip.capability, _FORWARD[_DEFAULT])
     kinds = [_FEW_ROWS] if sizes.T <= _FEW else [_SHORT_SCORES, _SCORES] if score_bytes else [_PLAIN]
+    if itemsize == 4:
+        kinds = [_FLOAT32]
     if sizes.T > _SHORT and _SHORT_SCORES in kinds:
         kinds.remove(_SHORT_SCORES)
     rows = [(kinds.index(kind), limit, kind) for kind, limit in table if kind in kinds and limit >= sizes.H]
@@ -109,7 +115,7 @@ def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool, chip: C
         # The random bits need as many registers as the scores.
         candidates = tuple(replace(x, block_kv=64) for x in candidates)
     room = _SHARED_MEMORY - _RESERVED
-    fits = [x for x in candidates if shared_bytes(x, sizes.H, score_bytes) <= room]
+    fits = [x for x in candidates if shared_bytes(x, sizes.H, score_bytes, itemsize) <= room]
     blocks = fits[0] if fits else candidates[-1]
     items = max(1, static_size(sizes.batch)) * sizes.N * -(-sizes.T // blocks.rows)
     return replace(blocks, parts=_parts(items, -(-sizes.S // blocks.block_kv), chip.cores))
@@ -184,9 +190,10 @@ def _first_that_fits(shared_bytes: Callable[[Blocks], int], *candidates: Blocks)
     return next(x for x in candidates if shared_bytes(x) <= _SHARED_MEMORY - 3 * 1024)
 
 
-def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int) -> int:
+def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int, itemsize: int = 2) -> int:
     """Shared memory of the forward kernel, but for barriers and vectors along the keys."""
-    tile = 2 * 2 * blocks.block_kv * head_dim + blocks.rows * blocks.block_kv * score_bytes
-    weights = 2 * blocks.rows * blocks.block_kv if blocks.weights_in_shared else 0
-    out = 2 * blocks.rows * head_dim if blocks.persistent else 0
-    return 2 * blocks.rows * head_dim + blocks.stages * tile + 4 * blocks.rows + weights + out
+    rows_like = itemsize * blocks.rows * head_dim
+    tile = 2 * itemsize * blocks.block_kv * head_dim + blocks.rows * blocks.block_kv * score_bytes
+    weights = itemsize * blocks.rows * blocks.block_kv if blocks.weights_in_shared else 0
+    out = rows_like if blocks.persistent else 0
+    return rows_like + blocks.stages * tile + 4 * blocks.rows + weights + out

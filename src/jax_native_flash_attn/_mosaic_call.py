@@ -29,7 +29,7 @@ def forward(config: Config, inputs: Inputs, chip: Chip | None = None) -> tuple[j
         return tuple(results)
     scores = [x for x in (inputs.bias, inputs.mask.allowed) if x is not None and 1 not in x.shape[-2:]]
     score_bytes = sum(1 if x.dtype == bool else min(4, np.dtype(x.dtype).itemsize) for x in scores)
-    blocks = forward_blocks(z, score_bytes, has_dropout=config.dropout is not None, chip=chip)
+    blocks = forward_blocks(z, score_bytes, has_dropout=config.dropout is not None, chip=chip, itemsize=inputs.query.dtype.itemsize)
     return forward_kernel(config, inputs, blocks, chip.cores)
 
 

@@ -31,7 +31,7 @@ from ._mosaic_attend import Item, Kernel, attend
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import NO_KEY
 from ._mosaic_masks import Intervals
-from ._mosaic_operands import column_buffers, column_slice, key_slice, prepare, query_slice, score_buffers, score_slice
+from ._mosaic_operands import column_buffers, column_slice, key_slice, prepare, query_slice, score_buffers, score_slice, value_slice
 from ._mosaic_work import part_of, plan
 from ._operands import Config, Inputs
 
@@ -40,18 +40,15 @@ _CACHE_BYTES = 24e6  # of keys and values that blocks which run at once should s
 
 def forward(config: Config, inputs: Inputs, blocks: Blocks, cores: int) -> tuple[jax.Array, ...]:
     """As `_dispatch.forward`, on so many multiprocessors."""
-    wanted = (
-        "out" if config.rounds_out else "unrounded",
-        *(["lse"] if config.needs_lse else []),
-        *(["out"] if config.adds_rounded else []),
-    )
+    name = "out" if config.rounds_out else "unrounded"
+    wanted = (name, "lse") if config.needs_lse else (name,)
     if blocks.parts == 1:
         results = _partial_forward(config, inputs, blocks, wanted, cores)
         return tuple(results[name][0] for name in wanted)
     parts = _partial_forward(config, inputs, blocks, ("unrounded", "lse"), cores)
     out, lse = _merge(parts["unrounded"], parts["lse"])
-    results = {"unrounded": out, "lse": lse, "out": out.astype(inputs.query.dtype)}
-    return tuple(results[name] for name in wanted)
+    out = out.astype(inputs.query.dtype) if config.rounds_out else out
+    return (out, lse)[: len(wanted)]
 
 
 def _merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -82,13 +79,14 @@ def _partial_forward(
         heads,
         num_blocks,
         blocks.parts,
-        heads_per_group(num_heads, 4 * z.S * z.H / z.G, _CACHE_BYTES),
+        heads_per_group(num_heads, 2 * dtype.itemsize * z.S * z.H / z.G, _CACHE_BYTES),
         cores if blocks.persistent else None,
         is_uneven=config.band.upper is not None and config.band.lower is None,
         batch_fastest="bias" in operands.tiled and operands.arrays["bias"].shape[:-3] != z.batch,
     )
+    value_tile = (z.H, blocks.block_kv) if dtype == jnp.float32 else (blocks.block_kv, z.H)
     # Both operands of the second product have one swizzle.
-    weights, swizzle = (compute, blocks.block_q, blocks.block_kv), swizzle_bytes(z.H, dtype, blocks.block_kv)
+    weights, swizzle = (compute, blocks.block_q, blocks.block_kv), swizzle_bytes(value_tile[-1], dtype, blocks.block_kv)
     takes_turns = blocks.takes_turns and compute > 1
 
     # Of matrices TMA leaves out what lies past the end; vectors, and what is stored from registers, are whole blocks.
@@ -111,7 +109,7 @@ def _partial_forward(
         "query": matrix_buffer(*rows_like, dtype=dtype),
         **({"out": matrix_buffer(*rows_like, dtype=dtype)} if has_out_buffer else {}),
         "key": matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype),
-        "value": matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype),
+        "value": matrix_buffer(stages, *value_tile, dtype=dtype),
         "lse": plgpu.SMEM((compute, blocks.block_q), jnp.float32),
         **({"weights": matrix_buffer(*weights, dtype=dtype, swizzle=swizzle)} if blocks.weights_in_shared else {}),
         **dict(zip(streamed, scores, strict=True)),
@@ -180,7 +178,7 @@ def _partial_forward(
                         plgpu.copy_gmem_to_smem(score, local[name].at[slot], local["key ready"].at[slot])
                     pl.when(i == 0)(load_query)
                     pl.when(n >= stages)(lambda: plgpu.barrier_wait(local["value free"].at[slot]))
-                    value = key_slice(refs["value"], head, z.G, tile, blocks.block_kv)
+                    value = value_slice(refs["value"], head, z.G, tile, blocks.block_kv)
                     plgpu.copy_gmem_to_smem(value, local["value"].at[slot], local["value ready"].at[slot])
 
                 lax.fori_loop(0, ranges.stop - ranges.first, load_tile, None)

@@ -1,7 +1,7 @@
 """What the Mosaic GPU kernels read: operands laid out for TMA, tiles of them in global and in shared memory.
 
-Nothing is copied where lengths are multiples of 8 and rows of 32 bytes. Bias and boolean mask keep the axes in which
-they broadcast. With both T and S they come tile by tile with the keys, through shared memory; with one of them they are
+Nothing is copied where lengths are multiples of 8 and rows of 32 bytes, but for float32: see `_tf32_operands`. Bias and
+boolean mask keep the axes in which they broadcast. With both T and S they come tile by tile with the keys, through shared memory; with one of them they are
 a vector.
 """
 
@@ -36,10 +36,13 @@ def prepare(
     """`transposes_mask`: the mask's tiles are read transposed, which cannot be done with bytes: it is copied so."""
     z, mask = inputs.sizes, inputs.mask
     T, S = round_up(z.T, 8), round_up(z.S, 8)
+    is_float32 = inputs.query.dtype == jnp.float32
+    if is_float32:
+        inputs = _tf32_operands(inputs)
     arrays = {
         "query": pad_axis(inputs.query, -3, T),
         "key": pad_axis(inputs.key, -3, S),
-        "value": pad_axis(inputs.value, -3, S),
+        "value": pad_axis(inputs.value, -1, round_up(S, 64)) if is_float32 else pad_axis(inputs.value, -3, S),
         "scale": inputs.scale,
         **interval_operands(mask, z.T, z.S, block_rows, block_kv),
     }
@@ -72,6 +75,19 @@ def prepare(
     if config.dropout is not None and inputs.dropout_key is not None and inputs.head_index is not None:
         arrays |= {"dropout_key": inputs.dropout_key, "head_index": inputs.head_index}
     return Operands(arrays, tuple(tiled), ("allowed",) if transposes_mask else (), tuple(columns))
+
+
+def _tf32_operands(inputs: Inputs) -> Inputs:
+    """Rounded to what the tensor cores multiply (they cut off further bits), with values transposed: (..., K, D, S).
+
+    wgmma transposes tiles of 16-bit elements only.
+    """
+    query, key, value = (lax.reduce_precision(x, 8, 10) for x in (inputs.query, inputs.key, inputs.value))
+    length = inputs.mask.key_value_length
+    if length is not None:
+        position = lax.broadcasted_iota(jnp.int32, (*(1,) * length.ndim, value.shape[-3], 1, 1), length.ndim)
+        value = jnp.where(position < length[..., None, None, None], value, 0.0)  # padding may be NaN
+    return inputs._replace(query=query, key=key, value=jnp.moveaxis(value, -3, -1))
 
 
 def score_buffers(operands: Operands, slots: tuple[int, ...], block_rows: int, block_kv: int) -> list[Any]:
@@ -118,6 +134,15 @@ def column_slice(ref: Any, head: tuple, tile: Any, columns: int) -> Any:
 def query_slice(ref: Any, head: tuple, row: Any, rows: int) -> Any:
     *batch, n = head
     return ref.at[(*broadcast_index(batch, ref.shape[:-3]), pl.ds(row, rows), n)]
+
+
+def value_slice(ref: Any, head: tuple, group: int, tile: Any, columns: int) -> Any:
+    """As `key_slice`; of float32 values, (D, columns)."""
+    if ref.dtype != jnp.float32:
+        return key_slice(ref, head, group, tile, columns)
+    *batch, n = head
+    kv_head = lax.div(n, jnp.int32(group)) if ref.shape[-3] > 1 else 0
+    return ref.at[(*broadcast_index(batch, ref.shape[:-3]), kv_head, pl.ds(0, ref.shape[-2]), pl.ds(tile * columns, columns))]
 
 
 def key_slice(ref: Any, head: tuple, group: int, tile: Any, columns: int) -> Any:
