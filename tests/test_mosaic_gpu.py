@@ -119,9 +119,15 @@ def test_masks_and_biases_over_items_and_parts(shape: str, options: str) -> None
     check_case(_case(shape, options), mosaic_attention)
 
 
+FLOAT32_SHAPES = ["odd", "prime", "eighty", "narrow", "many items", "rows, keys split"]
+FLOAT32_OPTIONS = ["plain", "causal", "traced window", "scale", "bias float32", "mask", "mask of keys", "dropout"]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", ["odd", "prime", "eighty", "narrow", "long", "many items", "rows, keys split"])
-@pytest.mark.parametrize("options", ["plain", "causal", "traced window", "scale", "bias float32", "mask", "dropout"])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [*itertools.product(FLOAT32_SHAPES, ["causal"]), *itertools.product(["prime"], FLOAT32_OPTIONS)],
+)
 @pytest.mark.parametrize("lengths", [False, True])
 def test_float32(shape: str, options: str, *, lengths: bool) -> None:
     """Beside dense attention in TensorFloat-32."""
@@ -453,3 +459,19 @@ def test_unsupported_calls_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     float32 = _arrays(1, 128, 128, 2, 2, 64, jnp.float32)
     assert "mosaic_gpu" in _lowered(None, "cuda", arrays=float32)
     assert "mosaic_gpu" not in _lowered(None, "cuda", arrays=float32, precision="high")
+
+
+@needs_backend
+@pytest.mark.parametrize(
+    ("owned", "visits"), [(144, 256), (288, 256), (48, 384), (1, 10), (1, 1000), (5000, 3), (7, 1)]
+)
+def test_parts_of_the_gradient_of_bias_keep_multiprocessors_busy(owned: int, visits: int) -> None:
+    from jax_native_flash_attn._mosaic_dbias import _visits_of_a_part
+
+    part = _visits_of_a_part(owned, visits)
+    parts = -(-visits // part)
+    assert parts * owned <= 16 * Chip().cores or parts == 1
+    rounds = -(-owned * parts // Chip().cores)
+    ideal = max(1, owned * visits / Chip().cores)
+    if owned * visits >= 32 * Chip().cores:  # else beginnings and ends decide
+        assert rounds * part <= 1.25 * ideal, (rounds, part)

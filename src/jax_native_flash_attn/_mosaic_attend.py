@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from ._mosaic import ROW, broadcast_index, columns_of, pl, plgpu
+from ._mosaic import ROW, broadcast_index, columns_of, load, pl, plgpu
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import NO_KEY, TileLogits, from_base_2, to_base_2
 from ._mosaic_masks import Intervals
 from ._mosaic_operands import clean_padding, query_slice
-from ._mosaic_overlap import THREAD_COLUMNS, before_wait, fold_columns
+from ._mosaic_overlap import THREAD_COLUMNS, before_wait, fold_columns, rounded_to_tf32
 from ._numerics import LN2, LOG2E, lowest
 from ._operands import Config
 from ._tiles import ColumnRange, Sizes
@@ -155,6 +155,10 @@ def attend(kernel: Kernel, item: Item, wg: Any, scale: Any) -> None:
         query[...] = -query[...]
         plgpu.commit_smem()
 
+    if dtype == jnp.float32:
+        query[...] = rounded_to_tf32(load(query, layout=plgpu.Layout.WGMMA))
+        plgpu.commit_smem()
+
     top = plgpu.layout_cast(jnp.full((blocks.block_q,), _LOWEST, jnp.float32), ROW)
     # Each thread sums its own columns; the threads of a row add up at the end.
     total = plgpu.layout_cast(jnp.zeros((blocks.block_q, THREAD_COLUMNS), jnp.float32), plgpu.Layout.WGMMA)
@@ -174,7 +178,7 @@ def attend(kernel: Kernel, item: Item, wg: Any, scale: Any) -> None:
     def put(p: Any) -> Any:
         if not blocks.weights_in_shared:
             return p
-        local["weights"][wg] = p
+        local["weights"][wg] = rounded_to_tf32(p) if dtype == jnp.float32 else p
         plgpu.commit_smem()
         return top
 
@@ -236,10 +240,8 @@ def attend(kernel: Kernel, item: Item, wg: Any, scale: Any) -> None:
     if "out" in kernel.outs:
         local["out"][wg] = out.astype(dtype)
     if "lse" in kernel.outs:
-        local["lse"][wg] = lse
+        kernel.outs["lse"].at[(part, *head, pl.ds(row, blocks.block_q))][...] = lse
     plgpu.commit_smem()
     if "out" in kernel.outs:
         rows_of_out = query_slice(kernel.outs["out"], (part, *head), row, blocks.block_q)
         plgpu.copy_smem_to_gmem(local["out"].at[wg], rows_of_out)
-    if "lse" in kernel.outs:
-        plgpu.copy_smem_to_gmem(local["lse"].at[wg], kernel.outs["lse"].at[(part, *head, pl.ds(row, blocks.block_q))])

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ._tiles import Sizes, static_size
 
 _SHARED_MEMORY = 227 * 1024  # bytes that one block may use on Hopper
-_RESERVED = 4 * 1024  # for barriers, vectors along the keys and the compiler
+_RESERVED = 3 * 1024  # for barriers and the compiler
 
 
 class Chip(NamedTuple):
@@ -92,15 +92,18 @@ _LEAST_TILES = 8  # of a part: its beginning and its end cost about two
 _MERGE_TILES = 3  # what merging costs, in tiles
 
 
-def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool, chip: Chip, itemsize: int = 2) -> Blocks:
+def forward_blocks(
+    sizes: Sizes, score_bytes: int, *, column_bytes: int = 0, has_dropout: bool, itemsize: int = 2, chip: Chip
+) -> Blocks:
     """Block shape of the forward kernel.
 
     Args:
       sizes: axis sizes of the call.
       score_bytes: of one score of bias and mask in shared memory.
+      column_bytes: likewise, of vectors along the keys, for each key.
       has_dropout: whether there is dropout.
-      chip: what it runs on.
       itemsize: bytes of an element of query, 4 for float32.
+      chip: what it runs on.
     """
     table = _FORWARD.get(chip.capability, _FORWARD[_DEFAULT])
     kinds = [_FEW_ROWS] if sizes.T <= _FEW else [_SHORT_SCORES, _SCORES] if score_bytes else [_PLAIN]
@@ -115,7 +118,7 @@ def forward_blocks(sizes: Sizes, score_bytes: int, *, has_dropout: bool, chip: C
         # The random bits need as many registers as the scores.
         candidates = tuple(replace(x, block_kv=64) for x in candidates)
     room = _SHARED_MEMORY - _RESERVED
-    fits = [x for x in candidates if shared_bytes(x, sizes.H, score_bytes, itemsize) <= room]
+    fits = [x for x in candidates if shared_bytes(x, sizes.H, score_bytes, column_bytes, itemsize) <= room]
     blocks = fits[0] if fits else candidates[-1]
     items = max(1, static_size(sizes.batch)) * sizes.N * -(-sizes.T // blocks.rows)
     return replace(blocks, parts=_parts(items, -(-sizes.S // blocks.block_kv), chip.cores))
@@ -164,14 +167,14 @@ def dkey_dvalue_blocks(sizes: Sizes, score_bytes: int, *, needs_dlogits: bool) -
     )
 
 
-def dbias_blocks(sizes: Sizes, score_bytes: int) -> Blocks:
-    """Of the kernel for the gradient of bias."""
+def dbias_blocks(sizes: Sizes, score_bytes: int, *, has_key_mask: bool) -> Blocks:
+    """Of the kernel for the gradient of bias. With a vector along 128 keys, tiles would not fit into the registers."""
     return _first_that_fits(
         lambda x: x.stages * (4 * sizes.H * (x.rows + x.block_kv) + x.rows * x.block_kv * score_bytes),
         *(
             Blocks(64, block_kv, stages, warpgroups)
-            for warpgroups in (1 if sizes.T <= 64 else 2, 1)
-            for block_kv in (128, 64)
+            for warpgroups in (_warpgroups(sizes, sizes.T) if has_key_mask else 1 if sizes.T <= 64 else 2, 1)
+            for block_kv in ((64,) if has_key_mask else (128, 64))
             for stages in (3, 2)
         ),
         Blocks(64, 64, 1, 1),
@@ -190,10 +193,10 @@ def _first_that_fits(shared_bytes: Callable[[Blocks], int], *candidates: Blocks)
     return next(x for x in candidates if shared_bytes(x) <= _SHARED_MEMORY - 3 * 1024)
 
 
-def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int, itemsize: int = 2) -> int:
-    """Shared memory of the forward kernel, but for barriers and vectors along the keys."""
+def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int, column_bytes: int = 0, itemsize: int = 2) -> int:
+    """Shared memory of the forward kernel, but for barriers."""
     rows_like = itemsize * blocks.rows * head_dim
-    tile = 2 * itemsize * blocks.block_kv * head_dim + blocks.rows * blocks.block_kv * score_bytes
+    tile = blocks.block_kv * (2 * itemsize * head_dim + blocks.rows * score_bytes + column_bytes)
     weights = itemsize * blocks.rows * blocks.block_kv if blocks.weights_in_shared else 0
     out = rows_like if blocks.persistent else 0
-    return rows_like + blocks.stages * tile + 4 * blocks.rows + weights + out
+    return rows_like + blocks.stages * tile + weights + out

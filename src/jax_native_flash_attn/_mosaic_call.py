@@ -27,10 +27,23 @@ def forward(config: Config, inputs: Inputs, chip: Chip | None = None) -> tuple[j
                 x = jnp.swapaxes(x.reshape(*z.batch, z.T, z.G, z.K, z.D), -2, -3).reshape(*z.batch, z.T, z.N, z.D)
             results[i] = x
         return tuple(results)
-    scores = [x for x in (inputs.bias, inputs.mask.allowed) if x is not None and 1 not in x.shape[-2:]]
-    score_bytes = sum(1 if x.dtype == bool else min(4, np.dtype(x.dtype).itemsize) for x in scores)
-    blocks = forward_blocks(z, score_bytes, has_dropout=config.dropout is not None, chip=chip, itemsize=inputs.query.dtype.itemsize)
+    scores = [x for x in (inputs.bias, inputs.mask.allowed) if x is not None]
+    # A mask of keys is added, in float32.
+    column_bytes = sum(4 if x.dtype == bool else _bytes(x) for x in scores if x.shape[-2] == 1)
+    blocks = forward_blocks(
+        z,
+        sum(_bytes(x) for x in scores if 1 not in x.shape[-2:]),
+        column_bytes=column_bytes,
+        has_dropout=config.dropout is not None,
+        itemsize=inputs.query.dtype.itemsize,
+        chip=chip,
+    )
     return forward_kernel(config, inputs, blocks, chip.cores)
+
+
+def _bytes(score: jax.Array) -> int:
+    """Of an element in shared memory."""
+    return 1 if score.dtype == bool else min(4, np.dtype(score.dtype).itemsize)
 
 
 def _pack_groups(config: Config, inputs: Inputs) -> tuple[Config, Inputs]:

@@ -83,7 +83,9 @@ def _kernel_result(call: Backward, wanted: jax.ShapeDtypeStruct) -> jax.ShapeDty
 def _dbias(call: Backward, dlse: jax.Array | None, wanted: jax.ShapeDtypeStruct) -> jax.Array:
     z = call.sizes
     if wanted.shape[-1] > 1:
-        return dbias(call, dbias_blocks(z, _score_bytes(call.inputs)), wanted)
+        allowed = call.inputs.mask.allowed
+        has_key_mask = allowed is not None and allowed.shape[-2] == 1
+        return dbias(call, dbias_blocks(z, _score_bytes(call.inputs), has_key_mask=has_key_mask), wanted)
     # A bias of rows changes no weight, since they add up to 1, but shifts the log-sum-exp: sum_s dz_ts = dl_t.
     rows = jnp.zeros(call.delta.shape, jnp.float32) if dlse is None else dlse.astype(jnp.float32)
     mask = call.inputs.mask

@@ -2,8 +2,8 @@
 
 A tile of the bias belongs to one block, which visits, in a fixed order, the tiles of scores onto which it broadcasts
 (other batch rows, heads, rows of queries); the sum of their dz stays in registers. Few tiles would leave processors
-idle: then the visits are divided into `parts` of equal size, which XLA adds up, in order too. Many tiles of few visits
-would be all beginnings and ends: then a block owns a `run` of tiles.
+idle, all of the time or in the last round: then the visits are divided into `parts` of equal size, which XLA adds up,
+in order too. Many tiles of few visits would be all beginnings and ends: then a block owns a `run` of tiles.
 
     load     | Q0 K0 dO0 V0 lse0 delta0 Q1 ... into a ring of `stages` slots
     compute  | S0 dP0 | dS0, sum | S1 dP1 | ...
@@ -18,13 +18,27 @@ from jax import lax
 
 from ._mosaic import ROW, launch, load, matrix_buffer, pl, plgpu, unravel
 from ._mosaic_backward import Backward, logits_cotangent, row_slice, softmax_weights, zeros
-from ._mosaic_blocks import Blocks
+from ._mosaic_blocks import Blocks, Chip
 from ._mosaic_logits import TileLogits
 from ._mosaic_masks import Intervals
 from ._mosaic_operands import key_slice, prepare, query_slice, score_buffers, score_slice
 
-_ENOUGH_BLOCKS = 264  # two for each of Hopper's 132 multiprocessors
+_ENOUGH_BLOCKS = 2 * Chip().cores
+_MOST_PARTS = 16
 _LONG_RUN = 32  # visits beside which the beginning and the end of a block do not matter
+
+
+def _visits_of_a_part(num_owned: int, num_visits: int) -> int:
+    """Such that the rounds of blocks take the least time."""
+
+    def duration(parts: int) -> int:
+        """In visits: beginning and end of a block take about two, adding up a part one."""
+        rounds = -(-num_owned * parts // Chip().cores)
+        return rounds * (-(-num_visits // parts) + 2) + (parts + 2 if parts > 1 else 0)
+
+    # Further parts are for bringing work to idle processors only: their sums take memory.
+    most = max(1, min(num_visits, _MOST_PARTS, 16 * Chip().cores // num_owned))
+    return -(-num_visits // min(range(1, most + 1), key=duration))
 
 
 def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.Array:
@@ -39,7 +53,7 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
     owned = tuple(1 if n == 1 else m for n, m in zip(wanted.shape[:-1], everything, strict=True))
     visited = tuple(m if n == 1 else 1 for n, m in zip(owned, everything, strict=True))
     num_visits, num_owned = math.prod(visited), math.prod(owned) * key_blocks
-    visits = -(-num_visits // max(1, min(num_visits, _ENOUGH_BLOCKS // num_owned)))  # of one part
+    visits = _visits_of_a_part(num_owned, num_visits)
     parts = -(-num_visits // visits)
     run = max(1, min(key_blocks, _LONG_RUN // visits, num_owned // _ENOUGH_BLOCKS))
     operands = prepare(config, inputs, blocks.rows, blocks.block_kv)

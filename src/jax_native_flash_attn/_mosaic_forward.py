@@ -31,7 +31,16 @@ from ._mosaic_attend import Item, Kernel, attend
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import NO_KEY
 from ._mosaic_masks import Intervals
-from ._mosaic_operands import column_buffers, column_slice, key_slice, prepare, query_slice, score_buffers, score_slice, value_slice
+from ._mosaic_operands import (
+    column_buffers,
+    column_slice,
+    key_slice,
+    prepare,
+    query_slice,
+    score_buffers,
+    score_slice,
+    value_slice,
+)
 from ._mosaic_work import part_of, plan
 from ._operands import Config, Inputs
 
@@ -110,7 +119,6 @@ def _partial_forward(
         **({"out": matrix_buffer(*rows_like, dtype=dtype)} if has_out_buffer else {}),
         "key": matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype),
         "value": matrix_buffer(stages, *value_tile, dtype=dtype),
-        "lse": plgpu.SMEM((compute, blocks.block_q), jnp.float32),
         **({"weights": matrix_buffer(*weights, dtype=dtype, swizzle=swizzle)} if blocks.weights_in_shared else {}),
         **dict(zip(streamed, scores, strict=True)),
         # Completed by TMA: the data are there.

@@ -78,16 +78,17 @@ def prepare(
 
 
 def _tf32_operands(inputs: Inputs) -> Inputs:
-    """Rounded to what the tensor cores multiply (they cut off further bits), with values transposed: (..., K, D, S).
+    """Keys and values rounded to what the tensor cores multiply (they cut off further bits); values (..., K, D, S).
 
-    wgmma transposes tiles of 16-bit elements only.
+    wgmma transposes tiles of 16-bit elements only. The kernel rounds queries.
     """
-    query, key, value = (lax.reduce_precision(x, 8, 10) for x in (inputs.query, inputs.key, inputs.value))
+    key, value = (lax.reduce_precision(x, 8, 10) for x in (inputs.key, inputs.value))
     length = inputs.mask.key_value_length
     if length is not None:
         position = lax.broadcasted_iota(jnp.int32, (*(1,) * length.ndim, value.shape[-3], 1, 1), length.ndim)
-        value = jnp.where(position < length[..., None, None, None], value, 0.0)  # padding may be NaN
-    return inputs._replace(query=query, key=key, value=jnp.moveaxis(value, -3, -1))
+        in_length = position < length[..., None, None, None]
+        value = jnp.where(in_length | jnp.isfinite(value), value, 0.0)  # as `clean_padding`
+    return inputs._replace(key=key, value=jnp.moveaxis(value, -3, -1))
 
 
 def score_buffers(operands: Operands, slots: tuple[int, ...], block_rows: int, block_kv: int) -> list[Any]:
@@ -142,7 +143,9 @@ def value_slice(ref: Any, head: tuple, group: int, tile: Any, columns: int) -> A
         return key_slice(ref, head, group, tile, columns)
     *batch, n = head
     kv_head = lax.div(n, jnp.int32(group)) if ref.shape[-3] > 1 else 0
-    return ref.at[(*broadcast_index(batch, ref.shape[:-3]), kv_head, pl.ds(0, ref.shape[-2]), pl.ds(tile * columns, columns))]
+    return ref.at[
+        (*broadcast_index(batch, ref.shape[:-3]), kv_head, pl.ds(0, ref.shape[-2]), pl.ds(tile * columns, columns))
+    ]
 
 
 def key_slice(ref: Any, head: tuple, group: int, tile: Any, columns: int) -> Any:

@@ -76,3 +76,26 @@ def widened(x: jax.Array) -> jax.Array:
         return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
 
     return widen(x)
+
+
+def rounded_to_tf32(x: jax.Array) -> jax.Array:
+    """Float32 to the nearest TensorFloat-32; the tensor cores would cut off the other bits."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA,),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, plgpu.Layout.WGMMA),
+    )
+    def convert(_: Any, array: Any) -> Any:
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        registers = np.empty_like(array.registers)
+        for place, several in np.ndenumerate(array.registers):
+            result = several
+            for i in range(ir.VectorType(several.type).shape[0]):
+                index = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, i)).result
+                number = llvm.extractelement(several, index)
+                bits = llvm.inline_asm(i32, [number], "cvt.rna.tf32.f32 $0, $1;", "=r,f", asm_dialect=0)
+                result = llvm.insertelement(result, llvm.bitcast(f32, bits), index)
+            registers[place] = result
+        return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
+
+    return convert(x)
