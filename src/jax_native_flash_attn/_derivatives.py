@@ -61,22 +61,30 @@ def _forward_abstract_eval(*leaves: Any, config: Config, structure: Any, **unuse
     results = [_sharding.result_aval(leaves, (*z.batch, z.T, z.N, z.D), out_dtype)]
     if config.needs_lse:
         results.append(_sharding.result_aval(leaves, (*z.batch, z.N, z.T), dtype))
+    if config.adds_rounded:
+        results.append(_sharding.result_aval(leaves, (*z.batch, z.T, z.N, z.D), inputs.query.dtype))
     return results
 
 
 def _forward_jvp(primals: Any, tangents: Any, *, config: Config, structure: Any, **unused: Any) -> tuple:
-    asked, config = config, replace(config, needs_lse=True, rounds_out=False)
+    asked, query_dtype = config, jax.tree.unflatten(structure, primals).query.dtype
+    # Both from one kernel, so that what follows need not read the unrounded one.
+    wants_rounded = asked.rounds_out or asked.adds_rounded
+    adds_rounded = wants_rounded and query_dtype != accumulation_dtype(query_dtype)
+    config = replace(config, needs_lse=True, rounds_out=False, adds_rounded=adds_rounded)
     # Named, so that a `jax.checkpoint` policy can save them and not run the forward kernel again.
-    named = zip(("out", "lse"), _apply_forward(*primals, config=config, structure=structure), strict=True)
-    out, lse = (checkpoint_name(x, f"flash_attention_{name}") for name, x in named)
+    named = zip(("out", "lse", "out"), _apply_forward(*primals, config=config, structure=structure), strict=False)
+    out, lse, *rounded = (checkpoint_name(x, f"flash_attention_{name}") for name, x in named)
+    rounded = rounded[0] if rounded else out
     names = field_names(structure)
     varying = [i for i, t in enumerate(tangents) if names[i] in FLOAT_FIELDS and not _is_zero(t)]
     residuals = (*primals, out, lse)
     slots = (Slot(len(primals)), Slot(len(primals) + 1))[: 2 if asked.needs_lse else 1]
     kernel = FirstDerivative(config, structure, tuple(map(Slot, varying)), slots)
     dout, *dlse = _apply_linear(*residuals, *(tangents[i] for i in varying), kernel=kernel)
-    out_dtype = jax.tree.unflatten(structure, primals).query.dtype if asked.rounds_out else out.dtype
-    return [out.astype(out_dtype), *[lse][: len(dlse)]], [dout.astype(out_dtype), *dlse]
+    results = [rounded if asked.rounds_out else out, *[lse][: len(dlse)], *([rounded] if asked.adds_rounded else [])]
+    dresults = [dout, *dlse, *([dout] if asked.adds_rounded else [])]
+    return results, [dx.astype(x.dtype) for dx, x in zip(dresults, results, strict=True)]
 
 
 def _forward_transpose(cotangents: Any, *leaves: Any, config: Config, structure: Any, **unused: Any) -> list:
@@ -103,7 +111,7 @@ def _forward_batch(args: Any, dims: Any, *, config: Config, structure: Any, **un
 
 
 def _forward_layouts(*, config: Config, structure: Any) -> _sharding.Layouts:
-    results = ("out", *(["lse"] if config.needs_lse else []))
+    results = ("out", *(["lse"] if config.needs_lse else []), *(["out"] if config.adds_rounded else []))
     return field_names(structure), results
 
 

@@ -25,7 +25,7 @@ _FEW_ROWS = 64  # with which copies of float32 keys and values would cost more t
 
 
 def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, ...]:
-    """out and, if needed, lse; out in query's dtype or in accumulation dtype, as `config` says."""
+    """out and, if needed, lse; out in query's dtype, in accumulation dtype, or both, as `config` says."""
     if _takes_mosaic_gpu(config, inputs, target):
         from . import _mosaic_call
 
@@ -33,7 +33,7 @@ def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, 
     out, *lse = _xla.forward(config, inputs, target)
     dtype = inputs.query.dtype
     out_dtype = dtype if config.rounds_out else accumulation_dtype(dtype)
-    return (out.astype(out_dtype), *lse)
+    return (out.astype(out_dtype), *lse, *([out.astype(dtype)] if config.adds_rounded else []))
 
 
 def cotangent(
@@ -101,7 +101,10 @@ def _why_not_call(config: Config, inputs: Inputs) -> str | None:
         if not _allows_tf32(config.precision):
             return f"it multiplies float32 in TensorFloat-32, and precision is {config.precision}"
         if H > 128 or inputs.sizes.T <= _FEW_ROWS:
-            return f"of float32 it takes head dimensions up to 128 and more than {_FEW_ROWS} query rows, got {H} and {inputs.sizes.T}"
+            return (
+                f"of float32 it takes head dimensions up to 128 and more than {_FEW_ROWS} query rows, "
+                f"got {H} and {inputs.sizes.T}"
+            )
     if H % 16 or not 16 <= H <= 256 or inputs.sizes.D != H:
         return f"it takes head dimensions that are multiples of 16 up to 256, got {H}"
     if config.block_q is not None or config.block_kv is not None:

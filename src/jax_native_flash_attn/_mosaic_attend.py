@@ -239,9 +239,14 @@ def attend(kernel: Kernel, item: Item, wg: Any, scale: Any) -> None:
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left
     if "out" in kernel.outs:
         local["out"][wg] = out.astype(dtype)
-    if "lse" in kernel.outs:
-        kernel.outs["lse"].at[(part, *head, pl.ds(row, blocks.block_q))][...] = lse
+    rows_of_lse = kernel.outs["lse"].at[(part, *head, pl.ds(row, blocks.block_q))] if "lse" in kernel.outs else None
+    if "lse" in local:
+        local["lse"][wg] = lse
+    elif rows_of_lse is not None:
+        rows_of_lse[...] = lse
     plgpu.commit_smem()
     if "out" in kernel.outs:
         rows_of_out = query_slice(kernel.outs["out"], (part, *head), row, blocks.block_q)
         plgpu.copy_smem_to_gmem(local["out"].at[wg], rows_of_out)
+    if "lse" in local:
+        plgpu.copy_smem_to_gmem(local["lse"].at[wg], rows_of_lse)

@@ -49,15 +49,18 @@ _CACHE_BYTES = 24e6  # of keys and values that blocks which run at once should s
 
 def forward(config: Config, inputs: Inputs, blocks: Blocks, cores: int) -> tuple[jax.Array, ...]:
     """As `_dispatch.forward`, on so many multiprocessors."""
-    name = "out" if config.rounds_out else "unrounded"
-    wanted = (name, "lse") if config.needs_lse else (name,)
+    wanted = (
+        "out" if config.rounds_out else "unrounded",
+        *(["lse"] if config.needs_lse else []),
+        *(["out"] if config.adds_rounded else []),
+    )
     if blocks.parts == 1:
         results = _partial_forward(config, inputs, blocks, wanted, cores)
         return tuple(results[name][0] for name in wanted)
     parts = _partial_forward(config, inputs, blocks, ("unrounded", "lse"), cores)
     out, lse = _merge(parts["unrounded"], parts["lse"])
-    out = out.astype(inputs.query.dtype) if config.rounds_out else out
-    return (out, lse)[: len(wanted)]
+    results = {"unrounded": out, "lse": lse, "out": out.astype(inputs.query.dtype)}
+    return tuple(results[name] for name in wanted)
 
 
 def _merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -109,6 +112,8 @@ def _partial_forward(
     rows_like = (compute, blocks.block_q, z.H)
     # Without a next item, the output leaves through memory that held the query.
     has_out_buffer = "out" in wanted and not work.is_single
+    # Float32 leaves no room for it; through shared memory takes less, for short items up to 5% of a call.
+    has_lse_buffer = "lse" in wanted and dtype != jnp.float32
     scores = [
         *score_buffers(operands, (stages,), blocks.rows, blocks.block_kv),
         *column_buffers(operands, stages, blocks.block_kv),
@@ -119,6 +124,7 @@ def _partial_forward(
         **({"out": matrix_buffer(*rows_like, dtype=dtype)} if has_out_buffer else {}),
         "key": matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype),
         "value": matrix_buffer(stages, *value_tile, dtype=dtype),
+        **({"lse": plgpu.SMEM((compute, blocks.block_q), jnp.float32)} if has_lse_buffer else {}),
         **({"weights": matrix_buffer(*weights, dtype=dtype, swizzle=swizzle)} if blocks.weights_in_shared else {}),
         **dict(zip(streamed, scores, strict=True)),
         # Completed by TMA: the data are there.

@@ -93,7 +93,7 @@ def rounded_to_tf32(x: jax.Array) -> jax.Array:
             for i in range(ir.VectorType(several.type).shape[0]):
                 index = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, i)).result
                 number = llvm.extractelement(several, index)
-                bits = llvm.inline_asm(i32, [number], "cvt.rna.tf32.f32 $0, $1;", "=r,f", asm_dialect=0)
+                bits: Any = llvm.inline_asm(i32, [number], "cvt.rna.tf32.f32 $0, $1;", "=r,f", asm_dialect=0)
                 result = llvm.insertelement(result, llvm.bitcast(f32, bits), index)
             registers[place] = result
         return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)

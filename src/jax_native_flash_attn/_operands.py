@@ -17,7 +17,7 @@ class Config:
     """The static part of a call.
 
     `implementation` is what the caller asked for. `rounds_out` asks for out in query's dtype; derivatives need it
-    unrounded, in accumulation dtype.
+    unrounded, in accumulation dtype, and with `adds_rounded` get it rounded too, behind the other results.
     """
 
     band: Band
@@ -28,6 +28,7 @@ class Config:
     needs_lse: bool
     implementation: str | None = None
     rounds_out: bool = False
+    adds_rounded: bool = False
 
 
 class Inputs(NamedTuple):
