@@ -2,6 +2,7 @@
 
     python benchmarks/tune_mosaic.py gpu-2x8192x16x128-causal gpu-2x8192x16x128 --blocks 64x128x2w2 64x128x2w3p
     python benchmarks/tune_mosaic.py gpu-8x512x16x64=64x128x2w2,jax.nn:cudnn alphafold-384x384x4x64=64x64x3w3p
+    python benchmarks/tune_mosaic.py gpu-f32-2x4096x16x128-causal --blocks 64x64x2w2s 64x64x1w2sp 64x64x1w3s
 
 Each candidate is `block_q x block_kv x stages w warpgroups`, behind it an s for softmax weights in shared memory, a p
 for persistent blocks, a t for products in turn, and `/4` for four parts of the keys; or a peer, as `jax.nn:cudnn` (see
@@ -19,7 +20,7 @@ from typing import Any
 
 import jax
 from attention_reference import largest_error, reference_results, select
-from attention_shapes import FORWARD, find_shape
+from attention_shapes import FORWARD, GPU_SHAPES, AttentionShape, find_shape
 from benchmark_gpu_table import attention, live_fraction, random_inputs
 from processes import run_in_turn, wait_for_turn
 from timing import interleaved_medians, repeated, warm_up
@@ -40,9 +41,15 @@ def parse_blocks(text: str) -> Blocks | None:
     return Blocks(block_q, block_kv, stages, warpgroups, in_shared, persistent, takes_turns, int(match[8] or 1))
 
 
+def _find(name: str) -> AttentionShape:
+    """A row of the GPU table as it is, others in bfloat16."""
+    shape = find_shape(name)
+    return shape if shape in GPU_SHAPES else shape.with_settings("bfloat16")
+
+
 def lowered(name: str, candidate: str, *, needs_lse: bool) -> Any:
     """The lowered program, and how often it computes the call."""
-    shape = find_shape(name).with_settings("bfloat16")
+    shape = _find(name)
     flops = 4 * shape.score_elements * shape.head_dim * live_fraction(shape)
     count = max(1, min(64, round(_SECONDS * _RATE / flops)))
     blocks = parse_blocks(candidate)
@@ -75,7 +82,7 @@ def measure(name: str, candidates: list[str], options: Any) -> None:
             except Exception as error:
                 print(f"{name} {candidate}: {type(error).__name__}: {str(error)[:300]}", flush=True)
     wait_for_turn()
-    shape = find_shape(name).with_settings("bfloat16")
+    shape = _find(name)
     inputs, selection = random_inputs(shape), select(shape, 2**22)
     reference = reference_results(shape, FORWARD, inputs, selection)
     calls, errors, counts = {}, {}, {}
