@@ -199,4 +199,5 @@ def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int, column_bytes: 
     tile = blocks.block_kv * (2 * itemsize * head_dim + blocks.rows * score_bytes + column_bytes)
     weights = itemsize * blocks.rows * blocks.block_kv if blocks.weights_in_shared else 0
     out = rows_like if blocks.persistent else 0
-    return rows_like + blocks.stages * tile + weights + out
+    lse = 4 * blocks.rows if itemsize < 4 else 0
+    return rows_like + blocks.stages * tile + weights + out + lse
