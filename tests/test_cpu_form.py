@@ -1,5 +1,6 @@
 """The forms that the kernels take on a CPU by size and processor, each against the float64 oracle."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,8 +44,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("has_hardware", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "has_hardware"), [*((shape, True) for shape in SHAPES), ("many scores", False)])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_bfloat16_products_and_shapes(
     options: str, shape: str, has_hardware: bool, monkeypatch: pytest.MonkeyPatch
@@ -72,8 +72,13 @@ DECODING = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-@pytest.mark.parametrize("options", DECODING)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        *itertools.product(["float32", "bfloat16"], DECODING),
+        *itertools.product(["float16", "float64"], ["plain", "mask"]),
+    ],
+)
 def test_decoding(options: str, dtype: str) -> None:
     check_case(Case((2, 1, 1100, 2, 2, 8), dtype, **DECODING[options]), compiler_options=FAST_COMPILATION)
 
@@ -94,8 +99,7 @@ def check_out(name: str, out: Any, dense: Any, *operands: Any, at: Any = ..., **
 
 
 @pytest.mark.parametrize("mapped", ["query", "key", "value", "key and value", "all"])
-@pytest.mark.parametrize("B", [1, 2])
-@pytest.mark.parametrize("K", [1, 2])
+@pytest.mark.parametrize(("B", "K"), [(1, 2), (2, 1)])
 @pytest.mark.parametrize("has_lengths", [False, True])
 def test_decoding_under_vmap(mapped: str, B: int, K: int, has_lengths: bool) -> None:
     rng = np.random.default_rng(0)
