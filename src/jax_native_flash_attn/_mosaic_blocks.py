@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ._tiles import Sizes, static_size
 
 _SHARED_MEMORY = 227 * 1024  # bytes that one block may use on Hopper
-_RESERVED = 3 * 1024  # for barriers and the compiler
+_RESERVED = 3 * 1024  # for barriers, the compiler and, in the backward, vectors
 
 
 class Chip(NamedTuple):
@@ -93,7 +93,7 @@ _MERGE_TILES = 3  # what merging costs, in tiles
 
 
 def forward_blocks(
-    sizes: Sizes, score_bytes: int, *, column_bytes: int = 0, has_dropout: bool, itemsize: int = 2, chip: Chip
+    sizes: Sizes, score_bytes: int, *, column_bytes: int, has_dropout: bool, itemsize: int, chip: Chip
 ) -> Blocks:
     """Block shape of the forward kernel.
 
@@ -189,11 +189,11 @@ def _warpgroups(sizes: Sizes, rows: int) -> int:
 
 
 def _first_that_fits(shared_bytes: Callable[[Blocks], int], *candidates: Blocks) -> Blocks:
-    """By the bytes of matrices; vectors and barriers take less than 3 KiB more."""
-    return next(x for x in candidates if shared_bytes(x) <= _SHARED_MEMORY - 3 * 1024)
+    """By the bytes of matrices."""
+    return next(x for x in candidates if shared_bytes(x) <= _SHARED_MEMORY - _RESERVED)
 
 
-def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int, column_bytes: int = 0, itemsize: int = 2) -> int:
+def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int, column_bytes: int, itemsize: int) -> int:
     """Shared memory of the forward kernel, but for barriers."""
     rows_like = itemsize * blocks.rows * head_dim
     tile = blocks.block_kv * (2 * itemsize * head_dim + blocks.rows * score_bytes + column_bytes)

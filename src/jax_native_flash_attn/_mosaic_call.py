@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ._masks import Band
 from ._mosaic_blocks import Chip, forward_blocks
 from ._mosaic_forward import forward as forward_kernel
+from ._mosaic_operands import column_bytes, score_bytes
 from ._operands import Config, Inputs
 
 _FEW_ROWS = 64  # of one warpgroup
@@ -27,23 +27,15 @@ def forward(config: Config, inputs: Inputs, chip: Chip | None = None) -> tuple[j
                 x = jnp.swapaxes(x.reshape(*z.batch, z.T, z.G, z.K, z.D), -2, -3).reshape(*z.batch, z.T, z.N, z.D)
             results[i] = x
         return tuple(results)
-    scores = [x for x in (inputs.bias, inputs.mask.allowed) if x is not None]
-    # A mask of keys is added, in float32.
-    column_bytes = sum(4 if x.dtype == bool else _bytes(x) for x in scores if x.shape[-2] == 1)
     blocks = forward_blocks(
         z,
-        sum(_bytes(x) for x in scores if 1 not in x.shape[-2:]),
-        column_bytes=column_bytes,
+        score_bytes(inputs),
+        column_bytes=column_bytes(inputs),
         has_dropout=config.dropout is not None,
         itemsize=inputs.query.dtype.itemsize,
         chip=chip,
     )
     return forward_kernel(config, inputs, blocks, chip.cores)
-
-
-def _bytes(score: jax.Array) -> int:
-    """Of an element in shared memory."""
-    return 1 if score.dtype == bool else min(4, np.dtype(score.dtype).itemsize)
 
 
 def _pack_groups(config: Config, inputs: Inputs) -> tuple[Config, Inputs]:

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ._mosaic_backward import Backward
 from ._mosaic_blocks import dbias_blocks, dkey_dvalue_blocks, dquery_blocks
 from ._mosaic_dbias import dbias
 from ._mosaic_dkey_dvalue import dkey_dvalue
 from ._mosaic_dquery import dquery
+from ._mosaic_operands import score_bytes
 from ._operands import Config, Inputs
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
@@ -22,13 +22,13 @@ def cotangent(
 ) -> dict[str, jax.Array]:
     """As `_kernels.cotangent`."""
     call = _backward(config, inputs, out, lse, cotangents)
-    z, score_bytes = call.sizes, _score_bytes(inputs)
+    z, tiled_bytes = call.sizes, score_bytes(inputs)
     results: dict[str, jax.Array] = {}
     if "query" in wanted or "scale" in wanted:
         is_summed = "query" in wanted and wanted["query"].shape[:-3] != z.batch
         out_dtype = jnp.float32 if is_summed else inputs.query.dtype
         with_scale = "scale" in wanted
-        blocks = dquery_blocks(z, score_bytes, with_scale=with_scale)
+        blocks = dquery_blocks(z, tiled_bytes, with_scale=with_scale)
         results["query"], *moments = dquery(call, blocks, out_dtype, with_scale=with_scale)
         if moments:
             dz_x, dz, mean = moments
@@ -36,7 +36,7 @@ def cotangent(
             excess = dz - cotangents["lse"].astype(jnp.float32) if "lse" in cotangents else dz
             results["scale"] = (dz_x - excess * mean).sum((-1, -2))
     for shapes in _passes(call, wanted):
-        blocks = dkey_dvalue_blocks(z, score_bytes, needs_dlogits="key" in shapes)
+        blocks = dkey_dvalue_blocks(z, tiled_bytes, needs_dlogits="key" in shapes)
         results |= dkey_dvalue(call, blocks, shapes)
     if "bias" in wanted:
         results["bias"] = _dbias(call, cotangents.get("lse"), wanted["bias"])
@@ -56,12 +56,6 @@ def _backward(
         delta = delta - cotangents["lse"].astype(jnp.float32)
     batch = jnp.broadcast_shapes(z.batch, dout.shape[:-3], delta.shape[:-2], lse.shape[:-2])
     return Backward(config, inputs, replace(z, batch=batch), dout.astype(dtype), lse.astype(jnp.float32), delta)
-
-
-def _score_bytes(inputs: Inputs) -> int:
-    """Of one score of the bias and mask that come tile by tile."""
-    scores = [x for x in (inputs.bias, inputs.mask.allowed) if x is not None and 1 not in x.shape[-2:]]
-    return sum(1 if x.dtype == bool else min(4, np.dtype(x.dtype).itemsize) for x in scores)
 
 
 def _passes(call: Backward, wanted: Shapes) -> list[Shapes]:
@@ -85,7 +79,7 @@ def _dbias(call: Backward, dlse: jax.Array | None, wanted: jax.ShapeDtypeStruct)
     if wanted.shape[-1] > 1:
         allowed = call.inputs.mask.allowed
         has_key_mask = allowed is not None and allowed.shape[-2] == 1
-        return dbias(call, dbias_blocks(z, _score_bytes(call.inputs), has_key_mask=has_key_mask), wanted)
+        return dbias(call, dbias_blocks(z, score_bytes(call.inputs), has_key_mask=has_key_mask), wanted)
     # A bias of rows changes no weight, since they add up to 1, but shifts the log-sum-exp: sum_s dz_ts = dl_t.
     rows = jnp.zeros(call.delta.shape, jnp.float32) if dlse is None else dlse.astype(jnp.float32)
     mask = call.inputs.mask

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ._mosaic import broadcast_index, iota, load, matrix_buffer, pad_axis, pl, plgpu, round_up, swizzle_bytes
@@ -75,6 +76,24 @@ def prepare(
     if config.dropout is not None and inputs.dropout_key is not None and inputs.head_index is not None:
         arrays |= {"dropout_key": inputs.dropout_key, "head_index": inputs.head_index}
     return Operands(arrays, tuple(tiled), ("allowed",) if transposes_mask else (), tuple(columns))
+
+
+def score_bytes(inputs: Inputs) -> int:
+    """Of one score of the bias and mask that come tile by tile, in shared memory."""
+    return sum(1 if x.dtype == bool else _float_bytes(x) for x in _scores(inputs) if 1 not in x.shape[-2:])
+
+
+def column_bytes(inputs: Inputs) -> int:
+    """Likewise, of those that are vectors along the keys; a mask is added, in float32."""
+    return sum(4 if x.dtype == bool else _float_bytes(x) for x in _scores(inputs) if x.shape[-2] == 1)
+
+
+def _scores(inputs: Inputs) -> list[jax.Array]:
+    return [x for x in (inputs.bias, inputs.mask.allowed) if x is not None]
+
+
+def _float_bytes(x: jax.Array) -> int:
+    return min(4, np.dtype(x.dtype).itemsize)
 
 
 def _tf32_operands(inputs: Inputs) -> Inputs:

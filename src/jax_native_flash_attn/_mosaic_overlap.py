@@ -6,6 +6,7 @@ that nothing overlaps any more. `before_wait` ties them: a fence that is execute
 produces last is huge (and then does no harm) is an operation that the wait may not overtake.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,44 +59,45 @@ def before_wait(x: jax.Array) -> None:
 def widened(x: jax.Array) -> jax.Array:
     """bfloat16 to float32, in place of `astype`, for which the compiler takes three instructions for two elements."""
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA,),
-        return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, plgpu.Layout.WGMMA),
-    )
-    def widen(_: Any, array: Any) -> Any:
+    def widen(two: Any) -> Any:
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        pair = ir.VectorType.get((2,), f32)
         number = lambda n: llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, n)).result  # noqa: E731
-        registers = np.empty_like(array.registers)
-        for place, two in np.ndenumerate(array.registers):
-            bits = llvm.bitcast(i32, two)
-            low = llvm.bitcast(f32, llvm.shl(bits, number(16), overflow_flags=llvm.IntegerOverflowFlags.none))
-            high = llvm.bitcast(f32, llvm.and_(bits, number(-(1 << 16))))
-            both = llvm.insertelement(llvm.mlir_undef(pair), low, number(0))
-            registers[place] = llvm.insertelement(both, high, number(1))
-        return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
+        bits = llvm.bitcast(i32, two)
+        low = llvm.bitcast(f32, llvm.shl(bits, number(16), overflow_flags=llvm.IntegerOverflowFlags.none))
+        high = llvm.bitcast(f32, llvm.and_(bits, number(-(1 << 16))))
+        both = llvm.insertelement(llvm.mlir_undef(ir.VectorType.get((2,), f32)), low, number(0))
+        return llvm.insertelement(both, high, number(1))
 
-    return widen(x)
+    return _to_float32(x, widen)
 
 
 def rounded_to_tf32(x: jax.Array) -> jax.Array:
     """Float32 to the nearest TensorFloat-32; the tensor cores would cut off the other bits."""
 
+    def convert(several: Any) -> Any:
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        result = several
+        for i in range(ir.VectorType(several.type).shape[0]):
+            index = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, i)).result
+            number = llvm.extractelement(several, index)
+            bits: Any = llvm.inline_asm(i32, [number], "cvt.rna.tf32.f32 $0, $1;", "=r,f", asm_dialect=0)
+            result = llvm.insertelement(result, llvm.bitcast(f32, bits), index)
+        return result
+
+    return _to_float32(x, convert)
+
+
+def _to_float32(x: jax.Array, convert: Callable[[Any], Any]) -> jax.Array:
+    """A matrix in `Layout.WGMMA`, each of its registers (vectors of some elements) converted."""
+
     @plgpu.inline_mgpu(
         arg_types=(plgpu.Layout.WGMMA,),
         return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, plgpu.Layout.WGMMA),
     )
-    def convert(_: Any, array: Any) -> Any:
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    def emit(_: Any, array: Any) -> Any:
         registers = np.empty_like(array.registers)
-        for place, several in np.ndenumerate(array.registers):
-            result = several
-            for i in range(ir.VectorType(several.type).shape[0]):
-                index = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, i)).result
-                number = llvm.extractelement(several, index)
-                bits: Any = llvm.inline_asm(i32, [number], "cvt.rna.tf32.f32 $0, $1;", "=r,f", asm_dialect=0)
-                result = llvm.insertelement(result, llvm.bitcast(f32, bits), index)
-            registers[place] = result
+        for place, register in np.ndenumerate(array.registers):
+            registers[place] = convert(register)
         return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
 
-    return convert(x)
+    return emit(x)
