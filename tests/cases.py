@@ -12,6 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from jax_native_flash_attn import flash_attention
+from tests.environment import enable_x64, fast_compilation
 from tests.oracle import (
     NOTHING_ALLOWED,
     Accuracy,
@@ -19,7 +20,6 @@ from tests.oracle import (
     dense_float64,
     dense_numpy,
     dense_same_dtype,
-    enable_x64,
     masking,
     noise_floor,
     reduce_bias_noise,
@@ -268,12 +268,12 @@ def run_case(
 
 
 # Compiling is what takes time here, not running. On a GPU it takes longest: the oracle stays on the CPU.
-_FAST = {"xla_backend_optimization_level": 0}
-FAST_COMPILATION = _FAST if jax.default_backend() == "cpu" else {}
+FAST_COMPILATION = fast_compilation()
+_DENSE_COMPILATION = FAST_COMPILATION or {"xla_backend_optimization_level": 0}
 
 
 def _value_and_gradients(dense: Callable[..., Any], cast: Any):
-    @functools.partial(jax.jit, compiler_options=_FAST)
+    @functools.partial(jax.jit, compiler_options=_DENSE_COMPILATION)
     def run(query, key, value, bias, scale, masks, dout):
         arrays = [x.astype(cast) if cast else x for x in (query, key, value)]
         call = functools.partial(dense, masks=masks)

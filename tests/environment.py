@@ -1,7 +1,9 @@
 """JAX's configuration under test, shared by pytest (conftest.py) and run_generated.py."""
 
 import contextlib
+import functools
 import os
+from typing import Any
 
 DEVICE_COUNT = 8
 
@@ -37,3 +39,23 @@ def lenient_promotion():
 
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@functools.cache
+def fast_compilation() -> dict[str, Any]:
+    """Compiler options for programs whose compilation takes longer than their run, on a CPU.
+
+    Without them XLA compiles as it does for users: what judges rounding by the last bits does without.
+    """
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return {}
+    options: dict[str, Any] = {"xla_backend_optimization_level": 0}
+    # An option of JAX before 0.12 alone, which halves the time there.
+    with_fewer_passes = options | {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda x: x, compiler_options=with_fewer_passes).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return options
+    return with_fewer_passes

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse, merge_attention
-from tests.environment import DEVICE_COUNT
+from tests.environment import DEVICE_COUNT, fast_compilation
 
 pytestmark = pytest.mark.skipif(jax.device_count() < DEVICE_COUNT, reason="needs eight devices")
 
@@ -29,7 +29,7 @@ BLOCKS: dict[str, Any] = {"block_q": 8, "block_kv": 8}
 BOTH = P("data", None, "model", None)
 COLLECTIVES = ("all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter")
 OLD_JAX = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 10)
-FAST = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+FAST = fast_compilation()
 
 
 def arrays(N: int = N, K: int = K) -> list[np.ndarray]:

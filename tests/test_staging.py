@@ -17,13 +17,13 @@ import pytest
 from jax import lax
 
 from jax_native_flash_attn import flash_attention
-from tests.environment import enable_x64
+from tests.environment import enable_x64, fast_compilation
 from tests.test_memory import sub_jaxprs
 
 B, T, N, K, H = 2, 24, 4, 2, 8
 BLOCKS: dict[str, Any] = {"block_q": 8, "block_kv": 8}
 # Compiling is what takes time here, not running.
-FAST = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+FAST = fast_compilation()
 
 
 def arrays(seed: int = 0, T: int = T, K: int = K, dtype: Any = np.float32) -> list[np.ndarray]:
