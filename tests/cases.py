@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from jax_native_flash_attn import flash_attention
-from tests.environment import enable_x64, fast_compilation
+from tests.environment import bernoulli, enable_x64, fast_compilation
 from tests.oracle import (
     NOTHING_ALLOWED,
     Accuracy,
@@ -183,7 +183,7 @@ def make_inputs(case: Case) -> Inputs:
     if case.dropout_rate:
         dropout_rng = jax.random.key(case.seed)
         # The contract of dropout: the kept weights are those of this very call.
-        keep = np.asarray(jax.random.bernoulli(dropout_rng, 1 - case.dropout_rate, (B, N, T, S)))
+        keep = np.asarray(bernoulli(dropout_rng, 1 - case.dropout_rate, (B, N, T, S)))
     masks = masking(
         query,
         key,

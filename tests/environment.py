@@ -41,6 +41,13 @@ def lenient_promotion():
         yield
 
 
+def bernoulli(rng: Any, p: float, shape: tuple[int, ...]) -> Any:
+    """`jax.random.bernoulli`, whose compilation otherwise takes a second or two for each shape."""
+    import jax
+
+    return jax.jit(lambda rng: jax.random.bernoulli(rng, p, shape), compiler_options=fast_compilation())(rng)
+
+
 @functools.cache
 def fast_compilation() -> dict[str, Any]:
     """Compiler options for programs whose compilation takes longer than their run, on a CPU.

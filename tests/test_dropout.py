@@ -1,5 +1,6 @@
 """Dropout: the kept weights are those that jax.random.bernoulli keeps, whatever the block sizes."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn import dropout_keep_mask, flash_attention
-from tests.environment import enable_x64
+from tests.environment import bernoulli, enable_x64, fast_compilation
 from tests.oracle import float64_oracle
 
+FAST = fast_compilation()
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 4, 33, 64), (3, 2, 17, 1), (2, 2, 0, 3)]
 
 
@@ -27,9 +29,9 @@ def test_keep_mask_is_bernoulli_bit_for_bit(rate: float, x64: bool):
     with enable_x64(x64):
         for shape in SHAPES:
             rng = jax.random.key(hash(shape) % 1000)
-            keep = dropout_keep_mask(rng, rate, shape)
+            keep = jax.jit(lambda rng: dropout_keep_mask(rng, rate, shape), compiler_options=FAST)(rng)  # noqa: B023
             assert keep.dtype == bool
-            np.testing.assert_array_equal(keep, jax.random.bernoulli(rng, 1 - rate, shape))
+            np.testing.assert_array_equal(keep, bernoulli(rng, 1 - rate, shape))
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
@@ -52,7 +54,7 @@ def test_old_style_and_typed_keys_give_the_same_output(old_style: bool, x64: boo
     with enable_x64(x64):
         query, key, value = qkv(1, 12, 20, 2, 2, 8)
         rng = (jax.random.PRNGKey if old_style else jax.random.key)(5)
-        keep = jax.random.bernoulli(rng, 0.6, (1, 2, 12, 20))
+        keep = bernoulli(rng, 0.6, (1, 2, 12, 20))
         out = flash_attention(query, key, value, dropout_rate=0.4, dropout_rng=rng)
     with enable_x64():
         expected, _ = float64_oracle(query, key, value, dropout_rate=0.4, keep=np.asarray(keep))
@@ -82,15 +84,16 @@ def test_value_and_gradients_equal_those_of_dense_attention_with_the_same_mask(r
         mask = np.random.default_rng(2).random((B, 1, T, S)) < 0.8
         mask[1, :, 5] = False  # a row without a key is dropped from like any other
         options = {"is_causal": True, "key_value_seq_lengths": np.array([45, 30], np.int32), "dropout_rate": rate}
-        keep = np.asarray(jax.random.bernoulli(rng, 1 - rate, (B, N, T, S)))
+        keep = np.asarray(bernoulli(rng, 1 - rate, (B, N, T, S)))
         dout = np.random.default_rng(3).standard_normal(query.shape)
 
         def results(attention, **extra):
-            def call(*arrays):
-                return attention(*arrays, mask, **options, **extra)
+            @functools.partial(jax.jit, compiler_options=FAST)
+            def run(*arrays):
+                out, vjp = jax.vjp(lambda *x: attention(*x, mask, **options, **extra), *arrays)
+                return [out, *vjp(dout)]
 
-            out, vjp = jax.vjp(call, query, key, value, bias)
-            return [out, *vjp(dout)]
+            return run(query, key, value, bias)
 
         def oracle(*arguments, **options):
             return float64_oracle(*arguments, **options)[0]
@@ -124,8 +127,13 @@ def test_gradient_equals_finite_differences():
 def test_block_sizes_do_not_change_the_mask():
     query, key, value = qkv(2, 50, 70, 2, 1, 8)
     rng = jax.random.key(0)
+
+    def out(**blocks):
+        call = functools.partial(flash_attention, dropout_rate=0.5, dropout_rng=rng, **blocks)
+        return jax.jit(call, compiler_options=FAST)(query, key, value)
+
     outs = [
-        flash_attention(query, key, value, dropout_rate=0.5, dropout_rng=rng, block_q=block_q, block_kv=block_kv)
+        out(block_q=block_q, block_kv=block_kv)
         for block_q, block_kv in [(None, None), *itertools.product((16, 48), (32, 128))]
     ]
     for out in outs[1:]:
@@ -167,7 +175,7 @@ def test_vmap_over_keys_gives_each_its_own_mask():
         result, vjp = jax.vjp(out, query)
         return result, vjp(jnp.ones_like(result))[0]
 
-    mapped = jax.jit(jax.vmap(loss_and_gradient, in_axes=(None, 0)))(query, keys)
+    mapped = jax.jit(jax.vmap(loss_and_gradient, in_axes=(None, 0)), compiler_options=FAST)(query, keys)
     for i in range(3):
         for ours, one in zip(mapped, loss_and_gradient(query, keys[i]), strict=True):
             np.testing.assert_allclose(ours[i], one, rtol=1e-5, atol=1e-6)

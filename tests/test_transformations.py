@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse, merge_attention
-from tests.environment import enable_x64, fast_compilation
+from tests.environment import bernoulli, enable_x64, fast_compilation
 from tests.oracle import (
     Masking,
     assert_as_accurate_as_dense,
@@ -104,7 +104,7 @@ def oracle_masks(options: dict[str, Any]) -> Masking:
     options = dict(options)
     seed = options.pop("seed", 0)
     rate = options.setdefault("dropout_rate", 0.0)
-    keep = np.asarray(jax.random.bernoulli(jax.random.key(seed), 1 - rate, (B, N, T, S)))
+    keep = np.asarray(bernoulli(jax.random.key(seed), 1 - rate, (B, N, T, S)))
     return masking(normal(0, SHAPES["query"]), normal(0, SHAPES["key"]), keep=keep, **options)
 
 
