@@ -3,6 +3,7 @@
 Three-way: both are compared with the float64 oracle, and the library's error may be at most twice the reference's.
 """
 
+import functools
 import inspect
 import math
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from jax_native_flash_attn import flash_attention
 from tests.cases import Case, check_case
-from tests.environment import enable_x64, lenient_promotion
+from tests.environment import enable_x64, fast_compilation, lenient_promotion
 from tests.oracle import assert_as_accurate_as_dense, float64_oracle
 from tests.reference import HAS_RESIDUAL, SIGNATURE, reference_attention
 
@@ -41,10 +42,12 @@ def oracle(*arrays: Any, **options: Any) -> Any:
     return float64_oracle(*arrays, **options)[0]
 
 
-def value_and_gradients(attention: Any, arrays: Any, dout: Any, **options: Any) -> list[Any]:
+def value_and_gradients(
+    attention: Any, arrays: Any, dout: Any, compiler_options: dict[str, Any] | None = None, **options: Any
+) -> list[Any]:
     """[out, gradient of each array]; `arrays` are query, key, value and perhaps bias."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options)
     def run(arrays, dout):
         out, vjp = jax.vjp(lambda *arrays: attention(*arrays, **options), *arrays)
         return [out, *vjp(dout.astype(out.dtype))]
@@ -60,7 +63,7 @@ def compare(arrays: Any, **options: Any) -> None:
         dense = value_and_gradients(reference_attention, arrays, dout, **options)
     with enable_x64():
         wide = [np.asarray(x, np.float64) for x in arrays]
-        expected = value_and_gradients(oracle, wide, dout.astype(np.float64), **options)
+        expected = value_and_gradients(oracle, wide, dout.astype(np.float64), fast_compilation(), **options)
     # Of all results, because one may be 0 but for rounding: the gradient of query where each row has one key.
     largest = max(np.abs(x).max() for x in expected)
     names = ("out", "query", "key", "value", "bias")
