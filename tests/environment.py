@@ -43,9 +43,14 @@ def lenient_promotion():
 
 def bernoulli(rng: Any, p: float, shape: tuple[int, ...]) -> Any:
     """`jax.random.bernoulli`, whose compilation otherwise takes a second or two for each shape."""
+    return _compiled_bernoulli()(rng, p, shape)
+
+
+@functools.cache
+def _compiled_bernoulli() -> Any:
     import jax
 
-    return jax.jit(lambda rng: jax.random.bernoulli(rng, p, shape), compiler_options=fast_compilation())(rng)
+    return jax.jit(jax.random.bernoulli, static_argnums=2, compiler_options=fast_compilation())
 
 
 @functools.cache

@@ -128,12 +128,12 @@ def test_block_sizes_do_not_change_the_mask():
     query, key, value = qkv(2, 50, 70, 2, 1, 8)
     rng = jax.random.key(0)
 
-    def out(**blocks):
+    def output(**blocks):
         call = functools.partial(flash_attention, dropout_rate=0.5, dropout_rng=rng, **blocks)
         return jax.jit(call, compiler_options=FAST)(query, key, value)
 
     outs = [
-        out(block_q=block_q, block_kv=block_kv)
+        output(block_q=block_q, block_kv=block_kv)
         for block_q, block_kv in [(None, None), *itertools.product((16, 48), (32, 128))]
     ]
     for out in outs[1:]:
