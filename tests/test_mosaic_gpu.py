@@ -75,14 +75,13 @@ def _case(shape: str, options: str) -> Case:
     return Case(SHAPES[shape], **{"dtype": "bfloat16", **OPTIONS[options]})
 
 
-def _with_lengths(case: Case) -> Case:
+def _with_lengths(case: Case, *, of_queries: bool = True) -> Case:
     """Lengths over half of each array, one past it and one of zero, and so on, and NaN in the padding."""
     B, T, S, *_ = case.shape
-    lengths = [(n // 2 + 1, n + 3, 0) * B for n in (T, S)]
-    lengths = [some[:B] for some in lengths]
-    return Case(
-        **{**case.__dict__, "query_seq_lengths": lengths[0], "key_value_seq_lengths": lengths[1], "poison": True}
-    )
+    lengths = [(n // 2 + 1, n + 3, 0) if of_queries else (0, n // 2 + 1, n + 3) for n in (T, S)]
+    lengths = [(some * B)[:B] for some in lengths]
+    query_lengths = {"query_seq_lengths": lengths[0]} if of_queries else {}
+    return Case(**{**case.__dict__, **query_lengths, "key_value_seq_lengths": lengths[1], "poison": True})
 
 
 @pytest.mark.gpu
@@ -104,6 +103,13 @@ def test_options(shape: str, options: str) -> None:
 @pytest.mark.parametrize("options", ["plain", "causal", "window", "mask", "bias", "bias of keys", "dropout", "scale"])
 def test_lengths_with_poisoned_padding(shape: str, options: str) -> None:
     check_case(_with_lengths(_case(shape, options)), mosaic_attention)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", ["odd", "eighty", "wide", "many items", "one row, keys split", "rows, keys split"])
+@pytest.mark.parametrize("options", ["plain", "causal", "bias", "dropout", "scale"])
+def test_lengths_of_keys_with_poisoned_padding(shape: str, options: str) -> None:
+    check_case(_with_lengths(_case(shape, options), of_queries=False), mosaic_attention)
 
 
 def _arrays(B: int, T: int, S: int, N: int, K: int, H: int, dtype: Any = jnp.bfloat16) -> list[jax.Array]:
@@ -128,11 +134,12 @@ FLOAT32_OPTIONS = ["plain", "causal", "traced window", "scale", "bias float32", 
     ("shape", "options"),
     [*itertools.product(FLOAT32_SHAPES, ["causal"]), *itertools.product(["prime"], FLOAT32_OPTIONS)],
 )
-@pytest.mark.parametrize("lengths", [False, True])
-def test_float32(shape: str, options: str, *, lengths: bool) -> None:
+@pytest.mark.parametrize("lengths", ["", "keys", "queries and keys"])
+def test_float32(shape: str, options: str, lengths: str) -> None:
     """Beside dense attention in TensorFloat-32."""
     case = Case(SHAPES[shape], **{**OPTIONS[options], "dtype": "float32"})
-    check_case(_with_lengths(case) if lengths else case, mosaic_attention, dense_on_cpu=False)
+    case = _with_lengths(case, of_queries=lengths != "keys") if lengths else case
+    check_case(case, mosaic_attention, dense_on_cpu=False)
 
 
 @pytest.mark.gpu

@@ -24,10 +24,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Band:
-    """Static mask: key s is allowed for query t where lower <= s - t <= upper (None: no bound)."""
+    """Static mask: key s is allowed for query t where lower <= s - t <= upper (None: no bound).
+
+    `is_cut` says what the traced part of a mask is: these intervals, cut off at `key_value_length`, and nothing else.
+    Rows are then dead only where that is 0, and a kernel needs no interval of each row.
+    """
 
     lower: int | None = None
     upper: int | None = None
+    is_cut: bool = False
 
     @property
     def width(self) -> int | None:
@@ -85,6 +90,8 @@ def make_mask(
     if not traced and allowed is None:
         return band, MaskOperands()
 
+    others = query_lengths, traced_window, allowed, lower
+    is_cut = key_value_lengths is not None and all(x is None for x in others) and bool((stop > 0).all())
     start, stop = (jnp.asarray(x)[None, None, :] for x in (start, stop))
     rows = jnp.arange(T, dtype=jnp.int32)[None, None, :]
     if traced_window is not None:
@@ -103,7 +110,7 @@ def make_mask(
         dead &= ~padded
         start, stop = jnp.where(padded, S, start), jnp.where(padded, 0, stop)
     start, stop = jnp.where(dead, 0, start), jnp.where(dead, S, stop)
-    return band, MaskOperands(start, stop, allowed, dead, key_value_lengths)
+    return Band(lower, upper, is_cut), MaskOperands(start, stop, allowed, dead, key_value_lengths)
 
 
 def _rows_with_a_key(start: jax.Array, stop: jax.Array, allowed: jax.Array, *, is_banded: bool) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from ._mosaic import ROW, broadcast_index, columns_of, load, pl, plgpu
+from ._mosaic import ROW, columns_of, load, pl, plgpu
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import NO_KEY, TileLogits, from_base_2, to_base_2
 from ._mosaic_masks import Intervals
@@ -64,36 +64,138 @@ class Kernel:
         return lax.rem(n, jnp.int32(self.blocks.stages))
 
 
-def attend(kernel: Kernel, item: Item, wg: Any, scale: Any) -> None:
-    """Compute one item, and start writing its results; `scale` if it was read before."""
-    config, z, blocks, intervals, refs, local = (
-        kernel.config,
-        kernel.sizes,
-        kernel.blocks,
-        kernel.intervals,
-        kernel.refs,
-        kernel.local,
-    )
-    count, head, block, part, ranges, is_empty = item
-    compute, shape, slot_of = blocks.warpgroups, (blocks.block_q, blocks.block_kv), kernel.slot
-    dtype = refs["query"].dtype
-    key_smem, value_smem = local["key"], local["value"]
-    takes_turns = blocks.takes_turns and compute > 1
-    num_tiles = ranges.stop - ranges.first
-    row = block * blocks.rows + wg * blocks.block_q
-    buffers = {name: local[name] for name in kernel.streamed}
-    logits = TileLogits(
-        config, z, refs, buffers, intervals, head, *shape, row_in_block=wg * blocks.block_q, scale=scale
-    )
-    rows = logits.rows(row, late=True)
-    first_is_edge: Any = intervals.has_right_edge or intervals.has_left_edge
-    if intervals.is_traced:
-        first_is_edge = (ranges.stop - 1 < ranges.full_first) | (ranges.stop > ranges.full_stop)
-    length = refs.get("length")
-    length = None if length is None else length[broadcast_index(head[:-1], length.shape)]
+class Rows:
+    """The rows of one item that one warpgroup computes: the item's tiles, last one first, and where its results go."""
 
-    def tile_of(i: Any) -> Any:
-        return ranges.stop - 1 - i
+    def __init__(self, kernel: Kernel, item: Item, wg: Any, scale: Any):
+        """`scale` if it was read before."""
+        z, blocks, local = kernel.sizes, kernel.blocks, kernel.local
+        self.kernel, self.item, self.wg, self.scale = kernel, item, wg, scale
+        self.shape, self.dtype = (blocks.block_q, blocks.block_kv), kernel.refs["query"].dtype
+        self.num_tiles = item.ranges.stop - item.ranges.first
+        self.row = item.block * blocks.rows + wg * blocks.block_q
+        self.logits = TileLogits(
+            kernel.config,
+            z,
+            kernel.refs,
+            {name: local[name] for name in kernel.streamed},
+            kernel.intervals,
+            item.head,
+            *self.shape,
+            row_in_block=wg * blocks.block_q,
+            scale=scale,
+        )
+        self.no_output = plgpu.layout_cast(jnp.zeros((blocks.block_q, z.H), jnp.float32), plgpu.Layout.WGMMA)
+
+    def slot(self, i: Any) -> Any:
+        return self.kernel.slot(self.item.count + i)
+
+    def tile(self, i: Any) -> Any:
+        return self.item.ranges.stop - 1 - i
+
+    def wait_for_value(self, i: Any, *, may_be_padded: bool = True) -> None:
+        """Values of tile i, without NaN in padding; full tiles hold none."""
+        kernel, tile, slot = self.kernel, self.tile(i), self.slot(i)
+        value, block_kv = kernel.local["value"], kernel.blocks.block_kv
+        plgpu.barrier_wait(kernel.local["value ready"].at[slot])
+        # `prepare` has cleaned float32.
+        if "length" not in kernel.refs or self.dtype == jnp.float32 or not may_be_padded:
+            return
+        length = kernel.intervals.length(self.item.head)
+
+        @pl.when((tile + 1) * block_kv > length)
+        def _clean() -> None:
+            @pl.when(self.wg == 0)
+            def _first() -> None:
+                clean_padding(value.at[slot], tile, length)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(kernel.local["value clean"].at[slot])
+
+            plgpu.barrier_wait(kernel.local["value clean"].at[slot])
+
+    def as_operand(self, p: Any) -> Any:
+        """Weights where the second product takes them: what is in registers, or a reference once they are stored."""
+        if not self.kernel.blocks.weights_in_shared:
+            return p
+        weights = self.kernel.local["weights"].at[self.wg]
+        weights[...] = rounded_to_tf32(p) if self.dtype == jnp.float32 else p
+        plgpu.commit_smem()
+        return weights
+
+    def value(self, slot: Any) -> Any:
+        """As the right operand of the second product."""
+        tile = self.kernel.local["value"].at[slot]
+        return tile.transpose((1, 0)) if self.dtype == jnp.float32 else tile
+
+    def write(self, out: Any, lse: Any) -> None:
+        """Start writing the results: out (rows, D) and the log-sum-exp of the rows."""
+        outs, local, wg = self.kernel.outs, self.kernel.local, self.wg
+        index, count = (self.item.part, *self.item.head), self.shape[0]
+        if "unrounded" in outs:
+            query_slice(outs["unrounded"], index, self.row, count)[...] = out
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left
+        if "out" in outs:
+            local["out"][wg] = out.astype(self.dtype)
+        rows_of_lse = outs["lse"].at[(*index, pl.ds(self.row, count))] if "lse" in outs else None
+        if "lse" in local:
+            local["lse"][wg] = lse
+        elif rows_of_lse is not None:
+            rows_of_lse[...] = lse
+        plgpu.commit_smem()
+        if "out" in outs:
+            plgpu.copy_smem_to_gmem(local["out"].at[wg], query_slice(outs["out"], index, self.row, count))
+        if "lse" in local:
+            plgpu.copy_smem_to_gmem(local["lse"].at[wg], rows_of_lse)
+
+
+def compute_item(kernel: Kernel, item: Item, wg: Any, scale: Any) -> None:
+    """Compute one item, and start writing its results; `scale` if it was read before."""
+    rows = Rows(kernel, item, wg, scale)
+    if not kernel.intervals.is_cut:
+        attend(rows)
+        return
+    is_dead = kernel.intervals.is_dead(item.head)
+    pl.when(is_dead)(lambda: average(rows))
+    pl.when(jnp.logical_not(is_dead))(lambda: attend(rows))
+
+
+def average(rows: Rows) -> None:
+    """Rows without any key: their logits are all 0. Keys may hold NaN, and are not read."""
+    kernel, item, logits = rows.kernel, rows.item, rows.logits
+    local, block_kv = kernel.local, kernel.blocks.block_kv
+    plgpu.barrier_wait(local["query ready"].at[rows.wg])
+    plgpu.barrier_arrive(local["query free"].at[rows.wg])
+
+    def step(i: Any, acc: Any) -> Any:
+        slot = rows.slot(i)
+        plgpu.barrier_wait(local["key ready"].at[slot])
+        plgpu.barrier_arrive(local["key free"].at[slot])
+        rows.wait_for_value(i)
+        ones = plgpu.layout_cast(jnp.ones(rows.shape, jnp.float32), plgpu.Layout.WGMMA)
+        weights = rows.as_operand(logits.drop(ones, rows.row, rows.tile(i)).astype(rows.dtype))
+        acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, rows.value(slot)))(plgpu.ACC.init(acc))
+        plgpu.barrier_arrive(local["value free"].at[slot])
+        return acc
+
+    acc = lax.fori_loop(0, rows.num_tiles, step, rows.no_output)
+    keys = jnp.minimum(item.ranges.stop * block_kv, kernel.sizes.S) - item.ranges.first * block_kv
+    count = plgpu.layout_cast(jnp.full((rows.shape[0],), keys.astype(jnp.float32), jnp.float32), ROW)
+    lse = jnp.log2(count) * LN2
+    if kernel.blocks.parts > 1:
+        lse = jnp.where((count > 0) & jnp.logical_not(item.is_empty), lse, _LOWEST)
+    rows.write(acc * columns_of(logits.rescaling / count, acc.shape), lse)
+
+
+def attend(rows: Rows) -> None:
+    """Rows with keys, or that masks alone tell from those."""
+    kernel, item, wg, logits, shape, dtype = rows.kernel, rows.item, rows.wg, rows.logits, rows.shape, rows.dtype
+    blocks, intervals, local, ranges = kernel.blocks, kernel.intervals, kernel.local, item.ranges
+    num_tiles = rows.num_tiles
+    takes_turns = blocks.takes_turns and blocks.warpgroups > 1
+    vectors = logits.rows(rows.row, late=True)
+    first_is_edge: Any = intervals.has_right_edge or intervals.has_left_edge
+    if intervals.is_traced or intervals.is_cut:
+        first_is_edge = (ranges.stop - 1 < ranges.full_first) | (ranges.stop > ranges.full_stop)
 
     def softmax(products: Any, scores: Any, i: Any, top: Any, total: Any, masked: Any) -> tuple[Any, Any, Any, Any]:
         """Weights of tile i for the second product; the new maximum and sums; what corrects older ones."""
@@ -110,39 +212,20 @@ def attend(kernel: Kernel, item: Item, wg: Any, scale: Any) -> None:
             new_top = jnp.maximum(top, largest * factor)
             return x * factor - columns_of(new_top, shape), new_top
 
-        exponent, new_top = logits(products, scores, rows, tile_of(i), magnitude, masked, exponents)
+        exponent, new_top = logits(products, scores, vectors, rows.tile(i), magnitude, masked, exponents)
         weights = jnp.exp2(exponent)
         correction = jnp.exp2(top - new_top)
         total = total * columns_of(correction, total.shape) + fold_columns(weights, jnp.add)
-        return logits.drop(weights, row, tile_of(i)).astype(dtype), new_top, total, correction
+        return logits.drop(weights, rows.row, rows.tile(i)).astype(dtype), new_top, total, correction
 
     def is_edge(i: Any) -> Any:
         """Whether a tile behind the first needs a mask."""
         if not intervals.has_left_edge and intervals.right_tiles(blocks.rows) <= 1:
             return False  # the first tile was the only one
-        return (tile_of(i) < ranges.full_first) | (tile_of(i) >= ranges.full_stop)
-
-    def clean_value(i: Any) -> None:
-        """Padding in the values of tile i, which are in shared memory; full tiles hold none."""
-        if length is None or dtype == jnp.float32:  # `prepare` has cleaned those
-            return
-        slot = slot_of(count + i)
-
-        @pl.when((tile_of(i) + 1) * blocks.block_kv > length)
-        def _clean() -> None:
-            @pl.when(wg == 0)
-            def _first() -> None:
-                clean_padding(value_smem.at[slot], tile_of(i), length)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(local["value clean"].at[slot])
-
-            plgpu.barrier_wait(local["value clean"].at[slot])
-
-    def value_tile(slot: Any) -> Any:
-        return value_smem.at[slot].transpose((1, 0)) if dtype == jnp.float32 else value_smem.at[slot]
+        return (rows.tile(i) < ranges.full_first) | (rows.tile(i) >= ranges.full_stop)
 
     def issue_scores(s_ref: Any, slot: Any) -> None:
-        plgpu.wgmma(s_ref, query, key_smem.at[slot].transpose((1, 0)))
+        plgpu.wgmma(s_ref, query, local["key"].at[slot].transpose((1, 0)))
 
     query = local["query"].at[wg]
     plgpu.barrier_wait(local["query ready"].at[wg])
@@ -162,8 +245,7 @@ def attend(kernel: Kernel, item: Item, wg: Any, scale: Any) -> None:
     top = plgpu.layout_cast(jnp.full((blocks.block_q,), _LOWEST, jnp.float32), ROW)
     # Each thread sums its own columns; the threads of a row add up at the end.
     total = plgpu.layout_cast(jnp.zeros((blocks.block_q, THREAD_COLUMNS), jnp.float32), plgpu.Layout.WGMMA)
-    acc = plgpu.layout_cast(jnp.zeros((blocks.block_q, z.H), jnp.float32), plgpu.Layout.WGMMA)
-    start = slot_of(count)
+    start = rows.slot(0)
 
     def first_scores(s_ref: Any) -> Any:
         plgpu.barrier_wait(local["key ready"].at[start])
@@ -171,34 +253,26 @@ def attend(kernel: Kernel, item: Item, wg: Any, scale: Any) -> None:
         return s_ref[...]
 
     products = pl.run_scoped(first_scores, plgpu.ACC(shape, jnp.float32))
-    first = logits.scores(rows, tile_of(0), start)
+    first = logits.scores(vectors, rows.tile(0), start)
     p, top, total, _ = softmax(products, first, jnp.int32(0), top, total, first_is_edge)
     plgpu.barrier_arrive(local["key free"].at[start])
-
-    def put(p: Any) -> Any:
-        if not blocks.weights_in_shared:
-            return p
-        local["weights"][wg] = rounded_to_tf32(p) if dtype == jnp.float32 else p
-        plgpu.commit_smem()
-        return top
+    rows.wait_for_value(jnp.int32(0))
 
     def step(i: Any, carry: tuple) -> tuple:
         acc, p, top, total = lax.optimization_barrier(carry)
-        slot, previous = slot_of(count + i), slot_of(count + i - 1)
+        slot, previous = rows.slot(i), rows.slot(i - 1)
         # All waits come first: control flow between two products would serialise them.
         plgpu.barrier_wait(local["key ready"].at[slot])
-        plgpu.barrier_wait(local["value ready"].at[previous])
-        clean_value(i - 1)
         if takes_turns:
             plgpu.barrier_wait(local["turn"].at[wg])
+        scores = logits.scores_before_products(vectors, rows.tile(i), slot)
 
         def products_and_softmax(state: tuple) -> None:
             acc_ref, s_ref, p_ref, top_ref, total_ref, correction_ref = state
             issue_scores(s_ref, slot)
-            plgpu.wgmma(acc_ref, local["weights"].at[wg] if blocks.weights_in_shared else p, value_tile(previous))
+            plgpu.wgmma(acc_ref, local["weights"].at[wg] if blocks.weights_in_shared else p, rows.value(previous))
             if takes_turns:
-                plgpu.barrier_arrive(local["turn"].at[lax.rem(wg + 1, jnp.int32(compute))])
-            scores = logits.scores(rows, tile_of(i), slot)
+                plgpu.barrier_arrive(local["turn"].at[lax.rem(wg + 1, jnp.int32(blocks.warpgroups))])
             s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
             p_ref[...], top_ref[...], total_ref[...], correction_ref[...] = softmax(
                 s, scores, i, top, total, is_edge(i)
@@ -213,40 +287,30 @@ def attend(kernel: Kernel, item: Item, wg: Any, scale: Any) -> None:
             (plgpu.ACC.init(acc), plgpu.ACC.init(zeros), weights, top, total, top)
         )
         plgpu.barrier_arrive(local["value free"].at[previous])
+        # Of a band that is cut off, the tiles end with the first one.
+        rows.wait_for_value(i, may_be_padded=not intervals.is_cut)
         return acc * columns_of(correction, acc.shape), put(p), top, total
 
-    carry = lax.fori_loop(1, num_tiles, step, (acc, put(p), top, total))
+    def put(p: Any) -> Any:
+        """What is carried from step to step: nothing if the weights are in shared memory."""
+        operand = rows.as_operand(p)
+        return top if blocks.weights_in_shared else operand
+
+    carry = lax.fori_loop(1, num_tiles, step, (rows.no_output, put(p), top, total))
     acc, p, top, total = lax.optimization_barrier(carry)
     plgpu.barrier_arrive(local["query free"].at[wg])
-    last = slot_of(count + num_tiles - 1)
-    plgpu.barrier_wait(local["value ready"].at[last])
-    clean_value(num_tiles - 1)
+    last = rows.slot(num_tiles - 1)
     weights = local["weights"].at[wg] if blocks.weights_in_shared else p
-    acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, value_tile(last)))(plgpu.ACC.init(acc))
+    acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, rows.value(last)))(plgpu.ACC.init(acc))
     plgpu.barrier_arrive(local["value free"].at[last])
 
     total = total.sum(axis=1)
     out = acc * columns_of(logits.rescaling / total, acc.shape)
     lse = (from_base_2(top) if logits.has_scores else top * LN2) + jnp.log2(total) * LN2
     if blocks.parts > 1:
-        lse = jnp.where((top > NO_KEY) & jnp.logical_not(is_empty), lse, _LOWEST)
+        lse = jnp.where((top > NO_KEY) & jnp.logical_not(item.is_empty), lse, _LOWEST)
     elif intervals.is_traced:
         # Rows past the query's length have no key: their weights are those of masked logits.
         out = jnp.where(columns_of(top, acc.shape) > NO_KEY, out, 0.0)
         lse = jnp.where(top > NO_KEY, lse, 0.0)
-    if "unrounded" in kernel.outs:
-        query_slice(kernel.outs["unrounded"], (part, *head), row, blocks.block_q)[...] = out
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left
-    if "out" in kernel.outs:
-        local["out"][wg] = out.astype(dtype)
-    rows_of_lse = kernel.outs["lse"].at[(part, *head, pl.ds(row, blocks.block_q))] if "lse" in kernel.outs else None
-    if "lse" in local:
-        local["lse"][wg] = lse
-    elif rows_of_lse is not None:
-        rows_of_lse[...] = lse
-    plgpu.commit_smem()
-    if "out" in kernel.outs:
-        rows_of_out = query_slice(kernel.outs["out"], (part, *head), row, blocks.block_q)
-        plgpu.copy_smem_to_gmem(local["out"].at[wg], rows_of_out)
-    if "lse" in local:
-        plgpu.copy_smem_to_gmem(local["lse"].at[wg], rows_of_lse)
+    rows.write(out, lse)

@@ -65,4 +65,4 @@ def _pack_groups(config: Config, inputs: Inputs) -> tuple[Config, Inputs]:
         key_start=rows(start, 0), key_stop=rows(stop, 0), allowed=rows(mask.allowed, 1), dead=rows(mask.dead, 0)
     )
     packed = inputs._replace(query=query, bias=rows(inputs.bias, 1), mask=packed_mask)
-    return replace(config, band=Band()), packed
+    return replace(config, band=Band(is_cut=config.band == Band(is_cut=True))), packed

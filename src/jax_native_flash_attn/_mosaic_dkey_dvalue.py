@@ -43,7 +43,7 @@ from ._mosaic_backward import Backward, logits_cotangent, row_slice, softmax_wei
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import TileLogits
 from ._mosaic_masks import Intervals, query_ranges
-from ._mosaic_operands import prepare, query_slice, score_buffers, score_slice
+from ._mosaic_operands import is_cut, prepare, query_slice, score_buffers, score_slice
 
 _CACHE_BYTES = 24e6
 # Head dimensions (above the first, up to the second) for which the softmax runs beside products of its own warpgroup:
@@ -72,7 +72,7 @@ def dkey_dvalue(call: Backward, blocks: Blocks, wanted: Mapping[str, jax.ShapeDt
     operands = prepare(config, inputs, block_q, block_keys, transposes_mask=True)
     arrays = operands.arrays | call.arrays(block_q)
     arrays.pop("ranges", None)
-    arrays |= query_ranges(inputs.mask, z.T, z.S, block_q, block_keys, summed)
+    arrays |= query_ranges(inputs.mask, z.T, z.S, block_q, block_keys, summed, is_cut=is_cut(config, inputs))
     swizzle = swizzle_bytes(z.H, dtype, block_q)
     keys_like = matrix_buffer(compute, block_kv, z.H, dtype=dtype, swizzle=swizzle)
     rows_like = matrix_buffer(stages, block_q, z.H, dtype=dtype, swizzle=swizzle)

@@ -25,7 +25,6 @@ from jax import lax
 
 from ._mosaic import (
     ROW,
-    broadcast_index,
     heads_per_group,
     launch,
     load,
@@ -99,7 +98,7 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
         result_smem = wide[0][0] if is_wide else local["query"]
         head = unravel(lax.axis_index("group") * group + lax.axis_index("member"), heads)
         block = (num_blocks - 1) - lax.axis_index("block")
-        intervals = Intervals(config.band, z.T, z.S, blocks.block_kv, refs)
+        intervals = Intervals(config.band, z.T, z.S, blocks.block_kv, refs, skips_dead_rows=True)
         ranges = intervals.ranges(head, block, blocks.rows)
         num_tiles = ranges.stop - ranges.first
         wg = lax.axis_index("wg")
@@ -167,14 +166,14 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
                     moments = tuple(x + fold_columns(y, jnp.add) for x, y in zip(moments, terms, strict=True))
                 return ds.astype(dtype), moments
 
-            def wait_for_tile(i: Any) -> None:
+            def wait_for_tile(i: Any, *, is_first: bool) -> None:
                 """Keys and values of tile i; NaN in padding, which only edge tiles hold, would survive a dz of zero."""
                 plgpu.barrier_wait(local["key ready"].at[slot_of(i)])
                 plgpu.barrier_wait(local["value ready"].at[slot_of(i, value_stages)])
-                if "length" not in refs:
+                # Of a band that is cut off, the tiles end with the first one.
+                if "length" not in refs or (intervals.is_cut and not is_first):
                     return
-                length = refs["length"]
-                length = length[broadcast_index(head[:-1], length.shape)]
+                length = intervals.length(head)
 
                 @pl.when((tile_of(i) + 1) * blocks.block_kv > length)
                 def _clean() -> None:
@@ -192,7 +191,7 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
                 plgpu.wgmma(dp_ref, cotangent, local["value"].at[value_slot].transpose((1, 0)))
 
             def pipelined() -> tuple[jax.Array, tuple]:
-                wait_for_tile(jnp.int32(0))
+                wait_for_tile(jnp.int32(0), is_first=True)
                 products: Any = pl.run_state(lambda state: issue(state[0], state[1], 0, 0))
                 s, dp = products((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
                 ds, moments = dlogits(s, dp, logits.scores(rows, tile_of(0), 0), 0, has_edges, no_moments)
@@ -201,13 +200,13 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
                 def step(i: Any, carry: tuple) -> tuple:
                     acc, ds, moments = lax.optimization_barrier(carry)
                     slot, value_slot, previous = slot_of(i), slot_of(i, value_stages), slot_of(i - 1)
-                    wait_for_tile(i)
+                    wait_for_tile(i, is_first=False)
+                    scores = logits.scores_before_products(rows, tile_of(i), value_slot)
 
                     def products(state: tuple) -> None:
                         acc_ref, s_ref, dp_ref, ds_ref, *moment_refs = state
                         issue(s_ref, dp_ref, slot, value_slot)
                         plgpu.wgmma(acc_ref, ds, local["key"].at[previous])
-                        scores = logits.scores(rows, tile_of(i), value_slot)
                         s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
                         dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
                         so_far = tuple(ref[...] for ref in moment_refs)
@@ -233,7 +232,7 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
                 def step(i: Any, carry: tuple) -> tuple:
                     acc, moments = carry
                     slot, value_slot = slot_of(i), slot_of(i, value_stages)
-                    wait_for_tile(i)
+                    wait_for_tile(i, is_first=True)  # or any other
                     products: Any = pl.run_state(lambda state: issue(state[0], state[1], slot, value_slot))
                     s, dp = products((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
                     masked = has_edges and is_outside(i)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._mosaic import heads_per_group, launch, matrix_buffer, pl, plgpu, round_up, swizzle_bytes
-from ._mosaic_attend import Item, Kernel, attend
+from ._mosaic_attend import Item, Kernel, compute_item
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import NO_KEY
 from ._mosaic_masks import Intervals
@@ -205,7 +205,7 @@ def _partial_forward(
             if takes_turns:
                 pl.when(wg == compute - 1)(lambda: plgpu.barrier_arrive(local["turn"].at[0]))
             scale = refs["scale"][(0,) * refs["scale"].ndim] if refs["scale"].size == 1 else None
-            for_each_item(lambda _, item: attend(shared, item, wg, scale))
+            for_each_item(lambda _, item: compute_item(shared, item, wg, scale))
             plgpu.wait_smem_to_gmem(0)
 
     results = launch(

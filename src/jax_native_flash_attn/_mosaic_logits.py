@@ -122,9 +122,16 @@ class TileLogits:
         return load(buffer, layout=plgpu.Layout.WGMMA, optimized=name != "allowed")
 
     def scores(self, rows: RowVectors, tile: Any, slot: Any = None) -> dict[str, jax.Array]:
-        """Bias and mask of a tile, read while the products are still being computed."""
+        """Bias and mask of a tile."""
         present = {"bias": self.has_bias, "allowed": self.has_mask}
         return {name: self._score(name, rows, tile, slot) for name in _SCORES if present[name]}
+
+    def scores_before_products(self, rows: RowVectors, tile: Any, slot: Any) -> dict[str, jax.Array]:
+        """As `scores`, read before the next products are issued: behind them, the softmax would wait for it."""
+        scores = self.scores(rows, tile, slot)
+        # The barrier has no lowering for bytes.
+        early = {name: x for name, x in scores.items() if x.dtype != jnp.int8}
+        return {**scores, **lax.optimization_barrier(early)} if early else scores
 
     def __call__(
         self,
@@ -165,8 +172,8 @@ class TileLogits:
             if not scores:
                 x, factor, outside = x * self._apart(factor), None, lowest(jnp.float32)
             pair = rows.pair()
-            allowed = self.intervals.allowed(pair, rows.row, tile * self.block_kv, self.shape, self.q_axis)
-            dead = self.intervals.dead(pair, self.shape, self.q_axis)
+            allowed = self.intervals.allowed(pair, self.head, rows.row, tile * self.block_kv, self.shape, self.q_axis)
+            dead = self.intervals.dead(pair, self.head, self.shape, self.q_axis)
             if in_mask is not None:
                 in_mask_here = in_mask == 0 if is_additive else in_mask != 0
                 allowed = allowed & (in_mask_here if dead is None else in_mask_here | dead)
@@ -198,15 +205,16 @@ class TileLogits:
 
         Masked ones have no weight, and so are zero but for NaN in padding (0 * NaN).
         """
-        if "key_start" not in self.refs:
+        if not (self.intervals.is_traced or self.intervals.is_cut):
             return x
 
         def edge(x: jax.Array) -> jax.Array:
             pair = rows.pair()
-            dead = self.intervals.dead(pair, self.shape, self.q_axis)
+            dead = self.intervals.dead(pair, self.head, self.shape, self.q_axis)
             if "length" in self.refs:
                 column = tile * self.block_kv
-                x = jnp.where(self.intervals.allowed(pair, rows.row, column, self.shape, self.q_axis), x, 0.0)
+                allowed = self.intervals.allowed(pair, self.head, rows.row, column, self.shape, self.q_axis)
+                x = jnp.where(allowed, x, 0.0)
             return x if dead is None else jnp.where(dead, 0.0, x)
 
         if isinstance(masked, bool):

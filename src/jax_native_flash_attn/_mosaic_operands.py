@@ -45,7 +45,7 @@ def prepare(
         "key": pad_axis(inputs.key, -3, S),
         "value": pad_axis(inputs.value, -1, round_up(S, 64)) if is_float32 else pad_axis(inputs.value, -3, S),
         "scale": inputs.scale,
-        **interval_operands(mask, z.T, z.S, block_rows, block_kv),
+        **({} if is_cut(config, inputs) else interval_operands(mask, z.T, z.S, block_rows, block_kv)),
     }
     tiled, columns = [], []
     for name, x in (("bias", inputs.bias), ("allowed", mask.allowed)):
@@ -76,6 +76,11 @@ def prepare(
     if config.dropout is not None and inputs.dropout_key is not None and inputs.head_index is not None:
         arrays |= {"dropout_key": inputs.dropout_key, "head_index": inputs.head_index}
     return Operands(arrays, tuple(tiled), ("allowed",) if transposes_mask else (), tuple(columns))
+
+
+def is_cut(config: Config, inputs: Inputs) -> bool:
+    """Whether kernels compute the rows' intervals from `key_value_length`. A bias would count in dead rows."""
+    return config.band.is_cut and inputs.bias is None and inputs.mask.allowed is None
 
 
 def score_bytes(inputs: Inputs) -> int:
