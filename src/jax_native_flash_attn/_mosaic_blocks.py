@@ -65,8 +65,8 @@ _FORWARD: dict[str, dict[tuple[str, int], tuple[Blocks, ...]]] = {
         (_PLAIN, 128): (Blocks(64, 128, 2, 2, persistent=True), Blocks(64, 128, 2, 2)),
         (_PLAIN, 256): (Blocks(64, 64, 2, 2, weights_in_shared=True),),
         (_SHORT_SCORES, 64): (
-            Blocks(64, 64, 3, 3, persistent=True),
-            Blocks(64, 64, 2, 3, persistent=True),
+            Blocks(64, 64, 3, 3, persistent=True, takes_turns=True),
+            Blocks(64, 64, 2, 3, persistent=True, takes_turns=True),
             Blocks(64, 64, 2, 2, persistent=True, takes_turns=True),
         ),
         (_SCORES, 128): (

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._mosaic import heads_per_group, launch, matrix_buffer, pl, plgpu, round_up, swizzle_bytes
-from ._mosaic_attend import Item, Kernel, compute_item
+from ._mosaic_attend import compute_item
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import NO_KEY
 from ._mosaic_masks import Intervals
@@ -41,6 +41,7 @@ from ._mosaic_operands import (
     score_slice,
     value_slice,
 )
+from ._mosaic_rows import Item, Kernel
 from ._mosaic_work import part_of, plan
 from ._operands import Config, Inputs
 
