@@ -1,6 +1,7 @@
 """Configuration of the test run; tests/environment.py has what run_generated.py needs as well."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -29,3 +30,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Have XLA compile in less time, without most optimizations, but for tests marked `full_optimization`."""
+    if request.node.get_closest_marker("full_optimization") or jax.default_backend() != "cpu":
+        yield
+        return
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -119,6 +119,7 @@ def test_decoding_under_vmap(mapped: str, B: int, K: int, has_lengths: bool) -> 
     check_out("out", out, dense, *rows, key_value_seq_lengths=lengths)
 
 
+@pytest.mark.full_optimization
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_decoding_keeps_heads_apart(bad: float) -> None:
     rng = np.random.default_rng(0)
@@ -135,6 +136,7 @@ def test_decoding_keeps_heads_apart(bad: float) -> None:
         check_out(name, out, dense, query, key, value, at=others)
 
 
+@pytest.mark.full_optimization
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("masks", ["causal", "window", "lengths", "mask", "mask and causal"])
 def test_masked_keys_may_be_anything(masks: str, bad: float) -> None:

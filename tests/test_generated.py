@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from tests.cases import DTYPES, FAST_COMPILATION, Case, cases, check_case
 
 
+@pytest.mark.full_optimization
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_generated_calls_are_as_accurate_as_dense_attention(dtype: str):
     @settings(max_examples=6)

@@ -15,6 +15,8 @@ import pytest
 
 from jax_native_flash_attn import flash_attention
 
+pytestmark = pytest.mark.full_optimization
+
 B, N, K, H = 2, 4, 2, 32
 
 # Extra arrays of a call by sequence length, then its static options.

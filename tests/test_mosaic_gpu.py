@@ -112,10 +112,14 @@ def test_lengths_of_keys_with_poisoned_padding(shape: str, options: str) -> None
     check_case(_with_lengths(_case(shape, options), of_queries=False), mosaic_attention)
 
 
-def _arrays(B: int, T: int, S: int, N: int, K: int, H: int, dtype: Any = jnp.bfloat16) -> list[jax.Array]:
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, H))
-    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+def _types(B: int, T: int, S: int, N: int, K: int, H: int, dtype: Any = jnp.bfloat16) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(shape, dtype) for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, H))]
+
+
+def _arrays(*sizes: Any) -> list[jax.Array]:
+    types = _types(*sizes)
+    keys = jax.random.split(jax.random.key(0), len(types))
+    return [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, types, strict=True)]
 
 
 @pytest.mark.gpu
@@ -341,7 +345,7 @@ def test_every_item_has_one_worker(items: int, workers: int, parts: int) -> None
 
 def _lowered(implementation: str | None, *platforms: str, arrays: Any = None, **options: Any) -> str:
     attention = jax.jit(functools.partial(flash_attention, implementation=implementation, **options))
-    return attention.trace(*(arrays or _arrays(1, 128, 128, 2, 2, 64))).lower(lowering_platforms=platforms).as_text()
+    return attention.trace(*(arrays or _types(1, 128, 128, 2, 2, 64))).lower(lowering_platforms=platforms).as_text()
 
 
 @needs_backend
@@ -352,7 +356,7 @@ def test_lowers_for_cuda_without_a_gpu(shape: str, options: dict[str, Any], dtyp
     B, T, S, K, G, H = SHAPES[shape]
     if T == 1 and dtype == "float32":
         pytest.skip("a row of float32 takes pure JAX")
-    arrays = _arrays(B, T, S, K * G, K, H, jnp.dtype(dtype))
+    arrays = _types(B, T, S, K * G, K, H, jnp.dtype(dtype))
     assert "mosaic_gpu" in _lowered("mosaic_gpu", "cuda", arrays=arrays, **options)
 
 
@@ -360,14 +364,10 @@ def test_lowers_for_cuda_without_a_gpu(shape: str, options: dict[str, Any], dtyp
 @pytest.mark.parametrize("H", [64, 256])
 @pytest.mark.parametrize("which", ["bias", "mask", "both"])
 def test_bias_and_mask_lower_for_cuda_without_a_gpu(H: int, which: str) -> None:
-    bias = None if which == "mask" else jnp.zeros((1, 2, 200, 300), jnp.bfloat16)
-    mask = None if which == "bias" else jnp.ones((2, 1, 1, 300), bool)
-
-    def call(*arrays: jax.Array) -> jax.Array:
-        return flash_attention(*arrays, bias, mask, implementation="mosaic_gpu")
-
-    traced = jax.jit(call).trace(*_arrays(2, 200, 300, 2, 1, H))
-    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    bias = None if which == "mask" else jax.ShapeDtypeStruct((1, 2, 200, 300), jnp.bfloat16)
+    mask = None if which == "bias" else jax.ShapeDtypeStruct((2, 1, 1, 300), bool)
+    arrays = [*_types(2, 200, 300, 2, 1, H), bias, mask]
+    assert "mosaic_gpu" in _lowered("mosaic_gpu", "cuda", arrays=arrays)
 
 
 @pytest.fixture
@@ -384,12 +384,16 @@ GRADIENTS: dict[str, dict[str, Any]] = {
     "causal": CAUSAL,
     "window": {"local_window_size": (70, 30)},
     "lengths": {"key_value_seq_lengths": jax.ShapeDtypeStruct((2,), jnp.int32)},
-    "bias": {"bias": jax.ShapeDtypeStruct((1, 4, 130, 150), jnp.float32)},
+    "lengths of both": {
+        "query_seq_lengths": jax.ShapeDtypeStruct((2,), jnp.int32),
+        "key_value_seq_lengths": jax.ShapeDtypeStruct((2,), jnp.int32),
+    },
+    "bias": {"bias": jax.ShapeDtypeStruct((1, 4, 130, 150), jnp.bfloat16)},
     "bias of keys": {"bias": jax.ShapeDtypeStruct((2, 1, 1, 150), jnp.bfloat16)},
     "bias of rows": {"bias": jax.ShapeDtypeStruct((2, 4, 130, 1), jnp.bfloat16)},
     "mask": {"mask": jax.ShapeDtypeStruct((1, 4, 130, 150), bool)},
     "bias and mask": {
-        "bias": jax.ShapeDtypeStruct((2, 4, 130, 150), jnp.bfloat16),
+        "bias": jax.ShapeDtypeStruct((2, 4, 130, 150), jnp.float32),
         "mask": jax.ShapeDtypeStruct((2, 1, 130, 150), bool),
     },
     "scale": {"scale": jax.ShapeDtypeStruct((), jnp.float32)},
@@ -431,7 +435,8 @@ def test_gradients_lower_for_cuda_without_a_gpu(options: str, head_dim: int) -> 
 @pytest.mark.parametrize("kind", ["gradient of vmap", "vmap of gradient"])
 def test_gradients_of_shared_operands_lower_for_cuda(in_axes: Any, kind: str) -> None:
     run = jax.jit(_vmapped("mosaic_gpu", in_axes, kind))
-    assert "mosaic_gpu" in run.trace(*_vmap_arguments(in_axes)).lower(lowering_platforms=("cuda",)).as_text()
+    arguments = jax.eval_shape(functools.partial(_vmap_arguments, in_axes))
+    assert "mosaic_gpu" in run.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @needs_backend
@@ -467,14 +472,14 @@ def test_several_platforms_take_pure_jax(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_asking_where_it_cannot_run_is_an_error(reason: str, arrays: Any, options: dict[str, Any]) -> None:
     platform = "cpu" if reason == "compiled for cpu" else "cuda"
     with enable_x64("float64" in reason), pytest.raises(NotImplementedError, match=reason):
-        _lowered("mosaic_gpu", platform, arrays=arrays and _arrays(*arrays), **options)
+        _lowered("mosaic_gpu", platform, arrays=arrays and _types(*arrays), **options)
 
 
 @needs_backend
 def test_unsupported_calls_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "_compute_capabilities", lambda: frozenset({"9.0"}))
-    assert "mosaic_gpu" not in _lowered(None, "cuda", arrays=_arrays(1, 128, 128, 2, 2, 40))
-    float32 = _arrays(1, 128, 128, 2, 2, 64, jnp.float32)
+    assert "mosaic_gpu" not in _lowered(None, "cuda", arrays=_types(1, 128, 128, 2, 2, 40))
+    float32 = _types(1, 128, 128, 2, 2, 64, jnp.float32)
     assert "mosaic_gpu" in _lowered(None, "cuda", arrays=float32)
     assert "mosaic_gpu" not in _lowered(None, "cuda", arrays=float32, precision="high")
 

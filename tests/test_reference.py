@@ -19,6 +19,8 @@ from tests.environment import enable_x64, fast_compilation, lenient_promotion
 from tests.oracle import assert_as_accurate_as_dense, float64_oracle
 from tests.reference import HAS_RESIDUAL, SIGNATURE, reference_attention
 
+pytestmark = pytest.mark.full_optimization
+
 EXTENSIONS = {
     "dropout_rate": 0.0,
     "dropout_rng": None,

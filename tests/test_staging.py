@@ -374,6 +374,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.full_optimization
 @pytest.mark.parametrize(
     ("setting", "mode"),
     [

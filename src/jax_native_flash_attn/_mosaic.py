@@ -47,6 +47,14 @@ def load(ref: Any, *, layout: Any, optimized: bool = False) -> jax.Array:
     return plgpu.load(ref, *_WHOLE, layout=layout, optimized=optimized)
 
 
+def store(ref: Any, x: jax.Array) -> None:
+    """Into global memory, where rows of 16-bit elements leave from registers in pieces of 16 bytes."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)  # JAX 0.12, where the plain form wants pieces of 32
+    else:
+        ref[...] = x
+
+
 # An index that means everything, where the installed version wants one.
 _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
 _WHOLE = ((),) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._mosaic import ROW, launch, load, matrix_buffer, pl, plgpu, unravel
+from ._mosaic import ROW, launch, load, matrix_buffer, pl, plgpu, store, unravel
 from ._mosaic_backward import Backward, logits_cotangent, row_slice, softmax_weights, zeros
 from ._mosaic_blocks import Blocks, Chip
 from ._mosaic_logits import TileLogits
@@ -162,9 +162,8 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
                 def write(total: jax.Array) -> jax.Array:
                     *own_head, own_block = own
                     at = (*own_head, pl.ds(own_block * blocks.rows + wg * blocks.block_q, blocks.block_q))
-                    out.at[(lax.axis_index("part"), *at, pl.ds(tile * blocks.block_kv, blocks.block_kv))][...] = (
-                        total.astype(out_dtype)
-                    )
+                    at = (lax.axis_index("part"), *at, pl.ds(tile * blocks.block_kv, blocks.block_kv))
+                    store(out.at[at], total.astype(out_dtype))
                     return zeros(*shape)
 
                 total, count = lax.cond(attends, add, lambda total, count: (total, count), *carry)

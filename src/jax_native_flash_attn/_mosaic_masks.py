@@ -147,16 +147,16 @@ class Intervals:
 
     @property
     def is_traced(self) -> bool:
-        return "ranges" in self.refs
+        return "key_start" in self.refs
 
     @property
     def has_left_edge(self) -> bool:
         """Whether tiles before the full ones can need a mask."""
-        return "ranges" in self.refs or self.band.lower is not None
+        return self.is_traced or self.band.lower is not None
 
     @property
     def has_right_edge(self) -> bool:
-        return "ranges" in self.refs or self.is_cut or self.band.upper is not None or self.S % self.block_kv != 0
+        return self.is_traced or self.is_cut or self.band.upper is not None or self.S % self.block_kv != 0
 
     def ranges(self, head: tuple, block: Any, block_rows: int) -> ColumnRange:
         """Tiles of a block of rows of one head, as scalars."""
