@@ -17,7 +17,6 @@ from tests.oracle import (
     NOTHING_ALLOWED,
     Accuracy,
     assert_as_accurate_as_dense,
-    dense_float64,
     dense_numpy,
     dense_same_dtype,
     masking,
@@ -272,26 +271,13 @@ FAST_COMPILATION = fast_compilation()
 _DENSE_COMPILATION = FAST_COMPILATION or {"xla_backend_optimization_level": 0}
 
 
-def _value_and_gradients(dense: Callable[..., Any], cast: Any):
-    @functools.partial(jax.jit, compiler_options=_DENSE_COMPILATION)
-    def run(query, key, value, bias, scale, masks, dout):
-        arrays = [x.astype(cast) if cast else x for x in (query, key, value)]
-        call = functools.partial(dense, masks=masks)
-        out, vjp, lse = jax.vjp(call, *arrays, bias, scale, has_aux=True)
-        return dict(
-            zip(
-                ("out", "lse", "query", "key", "value", "bias", "scale"),
-                (out, lse, *vjp(dout.astype(out.dtype))),
-                strict=True,
-            )
-        )
-
-    return run
-
-
-# One compilation for each shape (and dtype), since every option is data by now.
-_oracle = _value_and_gradients(dense_float64, jnp.float64)
-_dense = _value_and_gradients(dense_same_dtype, None)
+@functools.partial(jax.jit, compiler_options=_DENSE_COMPILATION)
+def _dense(query, key, value, bias, scale, masks, dout):
+    """One compilation for each shape (and dtype), since every option is data by now."""
+    call = functools.partial(dense_same_dtype, masks=masks)
+    out, vjp, lse = jax.vjp(call, query, key, value, bias, scale, has_aux=True)
+    names = ("out", "lse", "query", "key", "value", "bias", "scale")
+    return dict(zip(names, (out, lse, *vjp(dout.astype(out.dtype))), strict=True))
 
 
 def _on_cpu(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -322,13 +308,9 @@ def check_case(
     full_bias = np.broadcast_to(0.0 if inputs.bias is None else inputs.bias, (B, N, T, S))
     bias64, scale64 = full_bias.astype(np.float64), np.float64(scale)
     query64, key64, value64, dout64 = (x.astype(np.float64) for x in (*arrays, dout))
-    if case.dtype == "float64":
-        # Judged by more digits than dense attention in float64 has.
-        wider = (x.astype(np.longdouble) for x in (*arrays, bias64, scale64))
-        expected = dense_numpy(*wider, masks, dout.astype(np.longdouble)).results(K)
-    else:
-        with enable_x64():
-            expected = _on_cpu(_oracle, *arrays, bias64, scale64, masks, dout)
+    # Float64 is judged by more digits than dense attention in it has.
+    exact = np.longdouble if case.dtype == "float64" else np.float64
+    expected = dense_numpy(*(x.astype(exact) for x in (*arrays, bias64, scale64)), masks, dout.astype(exact)).results(K)
     floors = noise_floor(query64, key64, value64, bias64, scale64, masks, dout64, case.dtype)
     with enable_x64(case.dtype == "float64"):
         wide = wide_dtype(case.dtype)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.environment import enable_x64
+from tests.environment import enable_x64, fast_compilation
 
 # The lse of rows without an allowed key.
 NOTHING_ALLOWED = -0.7 * float(np.finfo(np.float32).max)
@@ -162,6 +162,11 @@ def dense_float64(query, key, value, bias, scale, masks: Masking):
     return out, jnp.where(live, lse, NOTHING_ALLOWED if S else -jnp.inf)
 
 
+@functools.cache
+def _compiled_dense_float64() -> Any:
+    return jax.jit(dense_float64, compiler_options=fast_compilation())
+
+
 def float64_oracle(
     query: Any,
     key: Any,
@@ -185,7 +190,10 @@ def float64_oracle(
     )
     bias = jnp.broadcast_to(bias, jnp.shape(masks.allowed))
     scale = 1.0 / math.sqrt(shape[-1]) if scale is None else jnp.asarray(scale, jnp.float64)
-    out, lse = dense_float64(query, key, value, bias, scale, masks)
+    arguments = query, key, value, bias, scale, masks
+    # What is differentiated cannot be compiled with options inside.
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments))
+    out, lse = dense_float64(*arguments) if is_traced else _compiled_dense_float64()(*arguments)
     return out.reshape(shape), lse.reshape(shape[:-1])
 
 

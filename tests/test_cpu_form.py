@@ -110,7 +110,9 @@ def test_decoding_under_vmap(mapped: str, B: int, K: int, has_lengths: bool) -> 
         for axis, shape in zip(axes, ((B, 1, 4, 32), (B, 1100, K, 32), (B, 1100, K, 32)), strict=True)
     ]
     out, dense = (
-        jax.vmap(lambda *x, f=f: f(*x, key_value_seq_lengths=lengths), axes)(*operands)
+        jax.jit(
+            jax.vmap(lambda *x, f=f: f(*x, key_value_seq_lengths=lengths), axes), compiler_options=FAST_COMPILATION
+        )(*operands)
         for f in (flash_attention, jax.nn.dot_product_attention)
     )
     rows = [jnp.broadcast_to(x, (3, *x.shape[-4:])) for x in operands]
@@ -184,8 +186,12 @@ def test_bfloat16_gradient_of_scale_through_out_and_lse(monkeypatch: pytest.Monk
     masks = masking(query, key, mask)
 
     def pulled_back(function: Callable[..., Any], scale: Any) -> Any:
-        (out, lse), pullback = jax.vjp(function, scale)
-        return pullback((dout.astype(out.dtype), dlse.astype(lse.dtype)))[0]
+        @functools.partial(jax.jit, compiler_options=FAST_COMPILATION)
+        def run(scale: Any) -> Any:
+            (out, lse), pullback = jax.vjp(function, scale)
+            return pullback((dout.astype(out.dtype), dlse.astype(lse.dtype)))[0]
+
+        return run(scale)
 
     scale = jnp.float32(0.7)
     for blocks in ({}, {"block_q": 32, "block_kv": 32}):

@@ -1,6 +1,5 @@
 """Memory: nothing of T * S elements, temporary memory linear in T, and a resident set to match."""
 
-import functools
 import os
 import re
 import subprocess
@@ -14,10 +13,10 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn import flash_attention
-
-pytestmark = pytest.mark.full_optimization
+from tests.environment import fast_compilation
 
 B, N, K, H = 2, 4, 2, 32
+FAST = fast_compilation()
 
 # Extra arrays of a call by sequence length, then its static options.
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -52,12 +51,6 @@ def functions(name: str, T: int) -> tuple[dict[str, Any], tuple[Any, ...]]:
     loss, arguments = call_and_arguments(name, T)
     argnums = (0, 1, 2) if arguments[3] is None else (0, 1, 2, 3)
     return {"value": loss, "gradient": jax.grad(loss, argnums)}, arguments
-
-
-@functools.cache
-def compiled(name: str, mode: str, T: int) -> Any:
-    function, arguments = functions(name, T)
-    return jax.jit(function[mode]).lower(*arguments).compile()
 
 
 def sub_jaxprs(parameter: Any) -> Iterator[Any]:
@@ -100,23 +93,22 @@ def test_the_search_for_quadratic_arrays_finds_them():
 
 @pytest.mark.parametrize("mode", ["value", "gradient"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_no_array_of_t_times_s_elements(name: str, mode: str):
+def test_no_array_of_t_times_s_elements_and_temporary_memory_linear_in_t(name: str, mode: str):
     T = 4096
     function, arguments = functions(name, T)
     jaxpr = jax.make_jaxpr(function[mode])(*arguments)
     assert max(aval.size for aval in intermediates(jaxpr.jaxpr) if hasattr(aval, "size")) < T * T
     # The kernels are opaque parameters of primitives: look at what they lower and compile to.
-    lowered = jax.jit(function[mode]).lower(*arguments)
+    lowered = jax.jit(function[mode], compiler_options=FAST).lower(*arguments)
     size, shape = largest_in_text(lowered.as_text())
     assert size < T * T, shape
-    size, shape = largest_in_text(compiled(name, mode, T).as_text())
+    compiled: Any = lowered.compile()
+    size, shape = largest_in_text(compiled.as_text())
     assert size < T * T, shape
 
-
-@pytest.mark.parametrize("mode", ["value", "gradient"])
-@pytest.mark.parametrize("name", SETTINGS)
-def test_temporary_memory_is_linear_in_sequence_length(name: str, mode: str):
-    short, long = (compiled(name, mode, T).memory_analysis().temp_size_in_bytes for T in (4096, 16384))
+    function, arguments = functions(name, 4 * T)
+    longer: Any = jax.jit(function[mode], compiler_options=FAST).lower(*arguments).compile()
+    short, long = (x.memory_analysis().temp_size_in_bytes for x in (compiled, longer))
     assert long <= 4.2 * short
     assert long < 16384**2  # bytes: a quarter of one dense matrix of one head
 

@@ -3,7 +3,6 @@
 Three-way: both are compared with the float64 oracle, and the library's error may be at most twice the reference's.
 """
 
-import functools
 import inspect
 import math
 from typing import Any
@@ -15,8 +14,8 @@ import pytest
 
 from jax_native_flash_attn import flash_attention
 from tests.cases import Case, check_case
-from tests.environment import enable_x64, fast_compilation, lenient_promotion
-from tests.oracle import assert_as_accurate_as_dense, float64_oracle
+from tests.environment import enable_x64, lenient_promotion
+from tests.oracle import assert_as_accurate_as_dense, dense_numpy, float64_oracle, masking, to_4d
 from tests.reference import HAS_RESIDUAL, SIGNATURE, reference_attention
 
 pytestmark = pytest.mark.full_optimization
@@ -44,12 +43,27 @@ def oracle(*arrays: Any, **options: Any) -> Any:
     return float64_oracle(*arrays, **options)[0]
 
 
-def value_and_gradients(
-    attention: Any, arrays: Any, dout: Any, compiler_options: dict[str, Any] | None = None, **options: Any
-) -> list[Any]:
+def exact_value_and_gradients(
+    arrays: Any, dout: Any, mask: Any = None, scale: float | None = None, **selection: Any
+) -> list[np.ndarray]:
+    """As `value_and_gradients`, in float64."""
+    wide = [to_4d(x.astype(np.float64)) for x in arrays]
+    query, key, value, *bias = wide
+    masks = masking(query, key, mask, **selection)
+    full_bias = np.broadcast_to(bias[0] if bias else np.float64(0), masks.allowed.shape)
+    scale64 = np.float64(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    results = dense_numpy(query, key, value, full_bias, scale64, masks, to_4d(dout.astype(np.float64)))
+    named = results.results(key.shape[2])
+    for x in bias:
+        named["bias"] = named["bias"].sum(tuple(i for i, n in enumerate(x.shape) if n == 1), keepdims=True)
+    names = ("query", "key", "value", "bias")[: len(arrays)]
+    return [named["out"].reshape(dout.shape), *(named[k].reshape(x.shape) for k, x in zip(names, arrays, strict=True))]
+
+
+def value_and_gradients(attention: Any, arrays: Any, dout: Any, **options: Any) -> list[Any]:
     """[out, gradient of each array]; `arrays` are query, key, value and perhaps bias."""
 
-    @functools.partial(jax.jit, compiler_options=compiler_options)
+    @jax.jit
     def run(arrays, dout):
         out, vjp = jax.vjp(lambda *arrays: attention(*arrays, **options), *arrays)
         return [out, *vjp(dout.astype(out.dtype))]
@@ -63,9 +77,7 @@ def compare(arrays: Any, **options: Any) -> None:
     actual = value_and_gradients(flash_attention, arrays, dout, **options)
     with lenient_promotion():
         dense = value_and_gradients(reference_attention, arrays, dout, **options)
-    with enable_x64():
-        wide = [np.asarray(x, np.float64) for x in arrays]
-        expected = value_and_gradients(oracle, wide, dout.astype(np.float64), fast_compilation(), **options)
+    expected = exact_value_and_gradients(arrays, dout, **options)
     # Of all results, because one may be 0 but for rounding: the gradient of query where each row has one key.
     largest = max(np.abs(x).max() for x in expected)
     names = ("out", "query", "key", "value", "bias")
@@ -111,9 +123,7 @@ def test_grouped_query_heads(G: int, use_vmap: bool):
     actual = value_and_gradients(attention, (query, key, value), dout)
     with lenient_promotion():
         dense = value_and_gradients(reference_attention, repeated, dout)
-    with enable_x64():
-        wide = [x.astype(np.float64) for x in (query, key, value)]
-        expected = value_and_gradients(oracle, wide, dout.astype(np.float64))
+    expected = exact_value_and_gradients((query, key, value), dout)
     for i in (2, 3):
         dense[i] = np.asarray(dense[i]).astype(np.float32).reshape(B, T, N // G, G, H).sum(axis=3)
     for name, *results in zip(("out", "query", "key", "value"), actual, dense, expected, strict=True):

@@ -45,12 +45,12 @@ gradients = jax.grad(loss, (0, 1, 2))
 
 @functools.cache
 def expected_value() -> np.ndarray:
-    return np.asarray(jax.jit(attention)(*arrays()))
+    return np.asarray(jax.jit(attention, compiler_options=FAST)(*arrays()))
 
 
 @functools.cache
 def expected_gradients() -> list[np.ndarray]:
-    return [np.asarray(x) for x in jax.jit(gradients)(*arrays())]
+    return [np.asarray(x) for x in jax.jit(gradients, compiler_options=FAST)(*arrays())]
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
@@ -80,12 +80,13 @@ def test_donation(donated: tuple[int, ...]):
     with warnings.catch_warnings():
         # A forward pass has one result for three buffers, and none of key's shape.
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-        out = jax.jit(attention, donate_argnums=donated)(*inputs)
+        out = jax.jit(attention, donate_argnums=donated, compiler_options=FAST)(*inputs)
     assert_close(out, expected_value())
     assert 0 not in donated or inputs[0].is_deleted()
 
     inputs = [jnp.array(x) for x in arrays()]
-    assert_close(jax.jit(gradients, donate_argnums=donated)(*inputs), expected_gradients())
+    actual = jax.jit(gradients, donate_argnums=donated, compiler_options=FAST)(*inputs)
+    assert_close(actual, expected_gradients())
     assert all(inputs[i].is_deleted() for i in donated)
 
 
@@ -123,11 +124,12 @@ def test_while_loop():
 
         return lax.while_loop(lambda state: state[0] < steps, step, (jnp.int32(0), query))[1]
 
+    jit = functools.partial(jax.jit, compiler_options=FAST)
     expected = attention(attention(query, key, value), key, value)
-    assert_close(jax.jit(run)(query, 2), expected)
+    assert_close(jit(run)(query, 2), expected)
     # Forward mode goes through a while loop.
-    forward = jax.jit(lambda q: jax.jvp(lambda q: run(q, 2), (q,), (q,))[1])(query)
-    twice = jax.jit(lambda q: jax.jvp(lambda q: attention(attention(q, key, value), key, value), (q,), (q,))[1])(query)
+    forward = jit(lambda q: jax.jvp(lambda q: run(q, 2), (q,), (q,))[1])(query)
+    twice = jit(lambda q: jax.jvp(lambda q: attention(attention(q, key, value), key, value), (q,), (q,))[1])(query)
     assert_close(forward, twice)
 
 
@@ -179,7 +181,8 @@ def test_checkpoint(policy: Any, forward_kernels: int):
 
     jaxpr = jax.make_jaxpr(derivatives(checkpointed))(*arrays())
     assert equations(jaxpr.jaxpr).count("flash_attention") == forward_kernels
-    assert_close(jax.jit(derivatives(checkpointed))(*arrays()), jax.jit(derivatives(block))(*arrays()))
+    results = [jax.jit(derivatives(f), compiler_options=FAST)(*arrays()) for f in (checkpointed, block)]
+    assert_close(*results)
 
 
 def test_second_order_through_a_checkpoint():
@@ -374,7 +377,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.full_optimization
 @pytest.mark.parametrize(
     ("setting", "mode"),
     [
@@ -406,7 +408,7 @@ def test_temporary_memory_of_derivatives_is_linear(setting: str, mode: str):
             "hvp": lambda *x: jax.jvp(gradient, x, x)[1],
             "gradient of gradient": jax.grad(lambda *x: sum(g.sum() for g in gradient(*x)), argnums),
         }[mode]
-        compiled: Any = jax.jit(transformed).lower(*operands).compile()
+        compiled: Any = jax.jit(transformed, compiler_options=FAST).lower(*operands).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     short, long = temporary_bytes(4096), temporary_bytes(16384)

@@ -441,7 +441,6 @@ def flops(f: Function, *arguments: Any) -> float:
     return cost(f, *arguments)[0]
 
 
-@pytest.mark.full_optimization
 def test_nothing_is_computed_for_arguments_that_are_not_differentiated():
     length = 64  # one tile: the compiler's count knows nothing of trip counts
     shapes = [(1, length, 2, 64)] * 3 + [(1, 1, length, length), ()]
@@ -707,7 +706,6 @@ def test_derivatives_of_a_vmapped_function(in_axes: tuple[int | None, ...]):
             assert_close(actual, expected)
 
 
-@pytest.mark.full_optimization
 @pytest.mark.parametrize("mode", ["value", "gradient"])
 @pytest.mark.parametrize("length", [64, 2048])
 def test_vmap_over_a_batch_costs_what_the_batch_costs(length: int, mode: str):
@@ -726,7 +724,6 @@ def test_vmap_over_a_batch_costs_what_the_batch_costs(length: int, mode: str):
     assert bytes_mapped <= 1.05 * bytes_folded + 4096
 
 
-@pytest.mark.full_optimization
 def test_vmap_does_not_copy_a_shared_bias():
     length, elements = 512, 64  # enough for a copy to exceed the tiles
     query = jax.ShapeDtypeStruct((elements, 1, length, 2, 8), jnp.float32)

@@ -107,7 +107,9 @@ def lowering_rule(function: Callable, layouts: Callable[..., Layouts], platform:
         )
         kernel = functools.partial(function, target=target, **params)
         spec = _explicit_spec(ctx.avals_in)
-        if has_auto_axes and not is_symbolic:
+        # A program for one device, though there are others, needs no partitioner.
+        is_for_one = getattr(ctx.module_context.axis_context, "num_devices", None) == 1
+        if has_auto_axes and not is_symbolic and not is_for_one:
             kernel = _partitioned(kernel, *layouts(**params), avals, ctx.avals_out)
         elif any(spec):
             avals = [ShapedArray(x.shape, x.dtype, sharding=x.sharding) for x in ctx.avals_in]
