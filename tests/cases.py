@@ -28,7 +28,7 @@ from tests.oracle import (
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
-# (B, T, S, K, G, H). A pool, not independent draws: the oracle is compiled once for each.
+# (B, T, S, K, G, H). A pool, not independent draws: dense attention is compiled once for each.
 SHAPES = (
     (1, 1, 1, 1, 1, 8),
     (1, 1, 5, 1, 1, 4),

@@ -9,9 +9,9 @@ Nothing here calls the library or `jax.nn`. Axis letters are those of the librar
 with `factor` = keep / (1 - rate) of dropout. A row that may attend no key weighs every key, masked and
 padded ones included, by 1 / S; a row past its query length gives 0. Three implementations:
 
-- `float64_oracle`: everything in float64; its derivatives come from autodiff.
-- `dense_numpy`: value and first derivatives by hand, in any float of NumPy: in extended precision it
-  judges float64, and it equals the former.
+- `float64_oracle`: everything in float64; its derivatives, of any order, come from autodiff.
+- `dense_numpy`: value and first derivatives by hand, in any float of NumPy, with nothing to compile: in
+  float64, or in extended precision to judge float64. It equals the former.
 - `dense_same_dtype`: what careful dense code does in the input dtype. Its error against the oracle is
   the yardstick for the error of the library (`assert_as_accurate_as_dense`).
 """

@@ -1,5 +1,6 @@
 """The forms that the kernels take on a CPU by size and processor, each against the float64 oracle."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -109,12 +110,12 @@ def test_decoding_under_vmap(mapped: str, B: int, K: int, has_lengths: bool) -> 
         jnp.asarray(rng.standard_normal((*([3] if axis == 0 else []), *shape)), jnp.float32)
         for axis, shape in zip(axes, ((B, 1, 4, 32), (B, 1100, K, 32), (B, 1100, K, 32)), strict=True)
     ]
-    out, dense = (
-        jax.jit(
-            jax.vmap(lambda *x, f=f: f(*x, key_value_seq_lengths=lengths), axes), compiler_options=FAST_COMPILATION
-        )(*operands)
-        for f in (flash_attention, jax.nn.dot_product_attention)
-    )
+
+    def run(f: Callable[..., Any]) -> Any:
+        mapped = jax.vmap(lambda *x: f(*x, key_value_seq_lengths=lengths), axes)
+        return jax.jit(mapped, compiler_options=FAST_COMPILATION)(*operands)
+
+    out, dense = run(flash_attention), run(jax.nn.dot_product_attention)
     rows = [jnp.broadcast_to(x, (3, *x.shape[-4:])) for x in operands]
     out, dense, *rows = (x.reshape(3 * B, *x.shape[2:]) for x in (out, dense, *rows))
     lengths = None if lengths is None else jnp.tile(lengths, 3)
