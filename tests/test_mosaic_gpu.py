@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn import _dispatch, _kernels, flash_attention, flash_attention_with_lse
+from jax_native_flash_attn._masks import make_mask
 from jax_native_flash_attn._mosaic_blocks import Blocks, Chip, forward_blocks, shared_bytes
 from jax_native_flash_attn._tiles import Sizes
 from tests.cases import Case, check_case, enable_x64
@@ -327,6 +328,29 @@ def test_keys_are_split_only_where_multiprocessors_would_idle() -> None:
     assert _blocks(1, 32768, 8, 128, chip=Chip(cores=16)).parts == 2
 
 
+@pytest.mark.parametrize(
+    ("masks", "expected"),
+    [
+        ({"key_value_lengths": 2}, True),
+        ({"key_value_lengths": 2, "is_causal": True}, True),
+        ({"is_causal": True}, False),
+        ({"key_value_lengths": 2, "query_lengths": 2}, False),
+        ({"key_value_lengths": 2, "static_window": (3, 0)}, False),
+        ({"key_value_lengths": 2, "static_window": (10**6, -2)}, False),
+        ({"key_value_lengths": 2, "traced_window": 2}, False),
+        ({"key_value_lengths": 2, "allowed": (1, 1, 5, 7)}, False),
+    ],
+)
+def test_kernels_compute_intervals_from_lengths_of_keys_alone(masks: dict[str, Any], expected: bool) -> None:
+    names = ("static_window", "traced_window", "query_lengths", "key_value_lengths", "allowed")
+    arguments = {name: masks.get(name) for name in names}
+    for name in ("traced_window", "query_lengths", "key_value_lengths"):
+        arguments[name] = None if arguments[name] is None else jnp.ones(2, jnp.int32)
+    arguments["allowed"] = None if arguments["allowed"] is None else jnp.ones((1, 1, 5, 7), bool)
+    band, _ = make_mask(5, 7, is_causal=masks.get("is_causal", False), **arguments)
+    assert band.is_cut == expected
+
+
 @needs_backend
 @pytest.mark.parametrize(("items", "workers", "parts"), [(1, 1, 1), (300, 132, 1), (264, 132, 2), (7, 132, 3)])
 def test_every_item_has_one_worker(items: int, workers: int, parts: int) -> None:
@@ -349,8 +373,13 @@ def _lowered(implementation: str | None, *platforms: str, arrays: Any = None, **
 
 
 @needs_backend
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"local_window_size": (5, 5)}, {"return_residual": True}])
-@pytest.mark.parametrize("shape", ["tile", "many items", "one row, keys split", "prime"])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        *((shape, CAUSAL) for shape in ("tile", "many items", "one row, keys split")),
+        *(("prime", x) for x in ({}, CAUSAL, {"local_window_size": (5, 5)}, {"return_residual": True})),
+    ],
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_lowers_for_cuda_without_a_gpu(shape: str, options: dict[str, Any], dtype: str) -> None:
     B, T, S, K, G, H = SHAPES[shape]
