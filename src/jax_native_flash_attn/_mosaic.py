@@ -48,9 +48,9 @@ def load(ref: Any, *, layout: Any, optimized: bool = False) -> jax.Array:
 
 
 def store(ref: Any, x: jax.Array) -> None:
-    """Into global memory, where rows of 16-bit elements leave from registers in pieces of 16 bytes."""
+    """From registers into global memory, whatever the length of a row."""
     if hasattr(plgpu, "store"):
-        plgpu.store(ref, x, optimized=False)  # JAX 0.12, where the plain form wants pieces of 32
+        plgpu.store(ref, x, optimized=False)  # JAX 0.12, where the plain form wants whole cache lines
     else:
         ref[...] = x
 

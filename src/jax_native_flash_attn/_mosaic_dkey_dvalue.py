@@ -36,6 +36,7 @@ from ._mosaic import (
     pl,
     plgpu,
     round_up,
+    store,
     swizzle_bytes,
     unravel,
 )
@@ -257,7 +258,7 @@ def dkey_dvalue(call: Backward, blocks: Blocks, wanted: Mapping[str, jax.ShapeDt
             for name, x in zip(wanted, sums, strict=True):
                 x = x * scale if name == "key" and not scale_is_summed else x
                 if wanted[name].dtype != dtype:
-                    keys_of(outs[name], wg, kv_batch)[...] = x
+                    store(keys_of(outs[name], wg, kv_batch), x)
                     continue
                 # A pass for the value alone has no buffer for it.
                 buffer = local[name if needs_dlogits else "key"].at[wg]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from ._mosaic import pl, plgpu
+from ._mosaic import pl, plgpu, store
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import TileLogits
 from ._mosaic_masks import Intervals
@@ -129,7 +129,7 @@ class Rows:
         outs, local, wg = self.kernel.outs, self.kernel.local, self.wg
         index, count = (self.item.part, *self.item.head), self.shape[0]
         if "unrounded" in outs:
-            query_slice(outs["unrounded"], index, self.row, count)[...] = out
+            store(query_slice(outs["unrounded"], index, self.row, count), out)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left
         if "out" in outs:
             local["out"][wg] = out.astype(self.dtype)
@@ -137,7 +137,7 @@ class Rows:
         if "lse" in local:
             local["lse"][wg] = lse
         elif rows_of_lse is not None:
-            rows_of_lse[...] = lse
+            store(rows_of_lse, lse)
         plgpu.commit_smem()
         if "out" in outs:
             plgpu.copy_smem_to_gmem(local["out"].at[wg], query_slice(outs["out"], index, self.row, count))
