@@ -67,7 +67,7 @@ class Rows:
     def __init__(self, kernel: Kernel, item: Item, wg: Any, scale: Any):
         """`scale` if it was read before."""
         z, blocks, local = kernel.sizes, kernel.blocks, kernel.local
-        self.kernel, self.item, self.wg, self.scale = kernel, item, wg, scale
+        self.kernel, self.item, self.wg = kernel, item, wg
         self.shape, self.dtype = (blocks.block_q, blocks.block_kv), kernel.refs["query"].dtype
         self.num_tiles = item.ranges.stop - item.ranges.first
         self.row = item.block * blocks.rows + wg * blocks.block_q
