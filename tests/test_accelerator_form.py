@@ -68,6 +68,14 @@ CASES = {
     "bounded": Case(WIDE),
     "unbounded": Case(WIDE, magnitude=6.0, scale=1.0),
     "causal": Case((1, 128, 128, 2, 2, 32), is_causal=True),
+    # Of logits with bounds, lse is the sum of rounded weights: 2.01 times the error of dense attention if that counts.
+    "scale": Case(
+        (3, 139, 139, 1, 1, 8),
+        key_value_seq_lengths=(70, 105, 46),
+        scale=-0.5,
+        traced=frozenset(["scale"]),
+        seed=2147483646,
+    ),
     "window": Case((1, 151, 151, 1, 3, 16), local_window_size=17),
 }
 

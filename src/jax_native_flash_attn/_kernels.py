@@ -209,9 +209,11 @@ def cotangent(
     needs_logits = any(name in results for name in ("query", "key", "scale", "bias"))
     # dscale = sum_t q_t . (sum_s dz_ts k_s) is at hand, but where products round their operands it is noise: terms of
     # both signs cancel, and what rounding did to out is, in delta, the same for a whole row. There, with x = q_t . k_s,
-    #     dscale = sum_ts dz_ts (x_ts - m_t) + sum_t dl_t m_t  where  m_t = sum_s p_ts x_ts;
-    # the same, as the dz of a row add up to dl_t (a dead row has neither, since its lse is a constant to the caller);
-    # and the error of delta, times p_ts, drops out.
+    #     dscale = sum_t (sum_s dz_ts (x_ts - m_t) / P_t + dl_t m_t)  where  m_t = sum_s p_ts x_ts / P_t
+    # and P_t = sum_s p_ts;
+    # the same, as P_t is 1 and the dz of a row add up to dl_t (a dead row has neither, since its lse is a constant to
+    # the caller); and the error of delta, times p_ts, drops out, as does that of lse (the sum of rounded weights, where
+    # logits have bounds), by which all of a row is multiplied.
     uses_moments = "scale" in results and tiles.rounds_operands
     needs_query = "query" in results or ("scale" in results and not uses_moments)
     has_out = "out" in cotangents
@@ -295,7 +297,8 @@ def cotangent(
             dlogits = tiles.split(dlogits)
             if moments:
                 dz, scores = dlogits.astype(tiles.accumulate), tiles.scores(query, key)
-                terms = dz * scores, dz, tiles.split(weights) * scores
+                p = tiles.split(weights).astype(tiles.accumulate)
+                terms = dz * scores, dz, p * scores, p
                 moments = tuple(sum_ + x.sum(-1, keepdims=True) for sum_, x in zip(moments, terms, strict=True))
             if "key" in results:
                 results["key"] = add_key_product(results["key"], key_operands["key"], dlogits, at, columns)
@@ -308,14 +311,16 @@ def cotangent(
             return CotangentState(dquery, moments, results)
 
         dquery = tiles.zeros(*rows, sizes.H) if needs_query else None
-        moments = (tiles.zeros(*rows, 1),) * 3 if uses_moments else ()
+        moments = (tiles.zeros(*rows, 1),) * 4 if uses_moments else ()
         dquery, moments, results = nest.columns(at, key_tile, CotangentState(dquery, moments, results))
         if dquery is not None and "query" in results:
             results["query"] = nest.write_query(results["query"], dquery * tiles.scale(at), at, add=True)
         if "scale" in results:
             if moments:
-                dz_scores, dz, mean = moments
-                terms = dz_scores - (dz - dlse) * mean
+                dz_scores, dz, p_scores, p = moments
+                p = jnp.where(p == 0, 1, p)  # Padded rows may have visited no tile at all.
+                mean = p_scores / p
+                terms = (dz_scores - dz * mean) / p + dlse * mean
             else:
                 assert dquery is not None
                 terms = dquery * query.astype(tiles.accumulate)
