@@ -61,7 +61,14 @@ WIDE = (2, 96, 96, 1, 2, 16)
 CASES = {
     "decoding": Case((2, 1, 130, 1, 3, 8), key_value_seq_lengths=(77, 130), poison=True),
     "few rows": Case((1, 17, 17, 2, 1, 16), key_value_seq_lengths=(11,), poison=True),
-    "lengths": Case((2, 101, 131, 1, 2, 16), key_value_seq_lengths=(50, 131), poison=True),
+    "lengths": Case(
+        (2, 101, 131, 1, 2, 16),
+        query_seq_lengths=(11, 101),
+        key_value_seq_lengths=(50, 131),
+        poison=True,
+        scale=0.3,
+        traced=frozenset(["scale"]),
+    ),
     "bias and mask": Case(WIDE, bias=(False, True, True, True), mask=(True, False, False, True)),
     "bias of every score": Case(WIDE, bias=(True, True, True, True)),
     "dropout": Case(WIDE, dropout_rate=0.5),
