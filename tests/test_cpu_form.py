@@ -50,7 +50,7 @@ OPTIONS = {
 def test_bfloat16_products_and_shapes(
     options: str, shape: str, has_hardware: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_numerics, "_cpu_multiplies_bfloat16", lambda: has_hardware)
+    monkeypatch.setattr(_numerics, "cpu_multiplies_bfloat16", lambda: has_hardware)
     case = OPTIONS[options]
     B = SHAPES[shape][0]
     lengths = case.key_value_seq_lengths and case.key_value_seq_lengths[:B]
@@ -178,7 +178,7 @@ def test_mask_of_documents(documents: int, has_dead_rows: bool) -> None:
 
 def test_bfloat16_gradient_of_scale_through_out_and_lse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where products round their operands it comes from sums that need the cotangent of lse apart; a row is dead."""
-    monkeypatch.setattr(_numerics, "_cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(_numerics, "cpu_multiplies_bfloat16", lambda: True)
     rng = np.random.default_rng(0)
     query, key, value, dout = (jnp.asarray(rng.standard_normal((1, 70, 2, 16)), jnp.bfloat16) for _ in range(4))
     dlse = jnp.asarray(rng.standard_normal((1, 70, 2)), jnp.bfloat16)

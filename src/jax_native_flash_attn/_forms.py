@@ -1,7 +1,8 @@
 """Which of several equal forms of a kernel is taken on an accelerator: the one that XLA fuses best.
 
 What XLA:GPU fuses was read off its optimised programs (docs/design.md has the list). On the CPU, in reverse mode
-through a kernel and where XLA partitions a call, `is_active` is false and everything here with it.
+through a kernel and where XLA partitions a call, `is_active` is false and everything here with it, but that bounds of
+the logits serve the CPU too.
 """
 
 from dataclasses import dataclass
@@ -14,31 +15,53 @@ from ._tiles import ACCELERATOR_SCORES, AcceleratorForm, Sizes, Target, TileShap
 # the passes over the scores that it saves.
 _LARGE, _LARGE_TILE = 1 << 26, 1 << 25
 _FEW_ROWS, _FEWEST_ROWS = 63, 8
+# Scores of a call, from which on bounds save the CPU more than compiling a second kernel costs.
+_CPU_LARGE = 1 << 22
 
 
 @dataclass(frozen=True)
 class Forms:
     """Attributes:
 
+    differentiable: see `Nest`.
     is_forward: of the forward kernel, not of a derivative.
-    is_elementwise: a bias, boolean mask or dropout changes single scores; XLA fuses none of them into a product.
+    has_mask: a boolean mask.
+    has_bias_or_dropout: further changes of single scores.
     is_bounded: bounds of the logits are known (`_xla.py`).
     summed_over_batch: a result of T * S elements is summed over batch rows.
     """
 
     sizes: Sizes
     target: Target
-    is_active: bool
+    differentiable: bool
     is_forward: bool
-    is_elementwise: bool
+    has_mask: bool
+    has_bias_or_dropout: bool
     needs_lse: bool
     is_bounded: bool
     summed_over_batch: bool
 
     @property
-    def is_large(self) -> bool:
+    def is_elementwise(self) -> bool:
+        """Whether something changes single scores; XLA:GPU fuses none of that into a product."""
+        return self.has_mask or self.has_bias_or_dropout
+
+    @property
+    def is_active(self) -> bool:
+        return self.target.platform != "cpu" and self._may_loop
+
+    @property
+    def _may_loop(self) -> bool:
+        return not (self.differentiable or self.target.is_sharded)
+
+    @property
+    def _num_scores(self) -> int:
         z = self.sizes
-        return static_size(z.batch) * z.N * z.T * z.S >= _LARGE
+        return static_size(z.batch) * z.N * z.T * z.S
+
+    @property
+    def is_large(self) -> bool:
+        return self._num_scores >= _LARGE
 
     @property
     def has_few_rows(self) -> bool:
@@ -58,8 +81,7 @@ class Forms:
         if not self.is_active or band != Band() or mask.allowed is None:
             return is_banded
         # What a boolean mask leaves of a row may lie anywhere; if small, or alike in all rows, it empties no tile.
-        z = self.sizes
-        is_small = static_size(z.batch) * z.N * z.T * z.S <= ACCELERATOR_SCORES
+        is_small = self._num_scores <= ACCELERATOR_SCORES
         return mask.key_value_length is not None or (mask.allowed.shape[-2] > 1 and not is_small)
 
     def tile_form(self, mask: MaskOperands) -> AcceleratorForm:
@@ -94,5 +116,11 @@ class Forms:
         return self.is_active and scores >= _LARGE_TILE
 
     def may_be_bounded(self, tile: TileShape) -> bool:
-        is_plain = not (self.is_elementwise or self.has_few_rows or tile.follows_band)
-        return self.is_active and self.is_forward and self.is_large and is_plain
+        """Whether a kernel that subtracts bounds of the logits is worth having beside the usual one."""
+        if self.has_bias_or_dropout or not self.is_forward:
+            return False
+        if self.is_active:
+            return self.is_large and not (self.has_mask or self.has_few_rows or tile.follows_band)
+        # For few rows the norms of the keys cost as much as what is saved; in a gradient that is little anyway.
+        has_rows = self.sizes.T * self.sizes.G > _FEW_ROWS and not self.needs_lse
+        return self.target.platform == "cpu" and self._may_loop and has_rows and self._num_scores >= _CPU_LARGE

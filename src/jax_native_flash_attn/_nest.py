@@ -94,7 +94,6 @@ class Nest(TileAccess):
         if self.visits_one_key_tile and self.mask.key_start is not None:
             return body(ColumnTile(0, 0), self._tile_mask(at, ColumnTile(0, 0)), carry)
         ranges, has_edges, has_full = self._column_ranges(at)
-        any_dead = None if self.mask.dead is None else self.row_slice(self.mask.dead, at).any()
 
         def column_tile(j: Index) -> ColumnTile:
             return ColumnTile(_clamped(j, self.tile.block_kv, self.sizes.S), j * self.tile.block_kv)
@@ -104,21 +103,22 @@ class Nest(TileAccess):
 
         def masked(j: Index, carry: Carry) -> Carry:
             columns = column_tile(j)
-            if self.mask.allowed is None:
-                return body(columns, self._tile_mask(at, columns), carry)
-            # Dead rows attend all keys.
-            is_needed = self._is_occupied(at, j) if any_dead is None else self._is_occupied(at, j) | any_dead
-            return lax.cond(is_needed, lambda c: body(columns, self._tile_mask(at, columns), c), lambda c: c, carry)
+            return body(columns, self._tile_mask(at, columns), carry)
 
         if self.visits_one_key_tile:
             return masked(0, carry) if has_edges else full(0, carry)
+        is_needed = None if self.mask.allowed is None else self._occupied_tiles(at, ranges)
         if self.differentiable:
-            # The range decides inside the step, so that the trip count is static.
+            # What is visited is decided inside the step, so that the trip count is static.
             def step(j: Index, carry: Carry) -> Carry:
-                inside = (j >= ranges.first) & (j < ranges.stop)
+                inside = (j >= ranges.first) & (j < ranges.stop) if is_needed is None else is_needed[j]
                 return lax.cond(inside, lambda c: masked(j, c), lambda c: c, carry)
 
             return self._loop(0, self.num_key_tiles, step if has_edges else full, carry)
+        if is_needed is not None:
+            # A loop over those tiles alone: a branch for each would copy what it hands on.
+            needed = jnp.argsort(~is_needed, stable=True).astype(jnp.int32)
+            return self._loop(0, is_needed.sum(), lambda i, carry: masked(needed[i], carry), carry)
         if has_edges:
             edge_stop = ranges.full_first if has_full else ranges.stop
             carry = self._loop(ranges.first, edge_stop, masked, carry)
@@ -170,8 +170,9 @@ class Nest(TileAccess):
         Found once for all the heads that share the mask, before the loops.
         """
         assert self.mask.allowed is not None
-        by_columns = _any_in_blocks(self.mask.allowed, self.tile.block_kv, self.sizes.S)
-        return _any_in_blocks(by_columns, self.tile.block_q, self.sizes.T)
+        # Rows first: XLA:CPU vectorises that.
+        by_rows = _any_in_blocks(self.mask.allowed, -2, self.tile.block_q, self.sizes.T)
+        return jnp.swapaxes(_any_in_blocks(by_rows, -1, self.tile.block_kv, self.sizes.S), 0, 1)
 
     @property
     def occupied_share(self) -> jax.Array:
@@ -179,9 +180,15 @@ class Nest(TileAccess):
         share = self._occupied.mean(dtype=jnp.float32)
         return share if self.mask.dead is None else jnp.where(self.mask.dead.any(), 1, share)
 
-    def _is_occupied(self, at: RowTile, j: Index) -> jax.Array:
-        sizes = (1, 1, *self.tile.batch, self.tile.heads * self.sizes.G)
-        return self.slice(self._occupied, (at.number, j, *at.batch, at.head * self.sizes.G), sizes).any()
+    def _occupied_tiles(self, at: RowTile, ranges: ColumnRange) -> jax.Array:
+        """Which key/value tiles inside `ranges` the boolean mask leaves something of: all of them, if a row is dead."""
+        sizes = (1, self.num_key_tiles, *self.tile.batch, self.tile.heads * self.sizes.G)
+        occupied = self.slice(self._occupied, (at.number, 0, *at.batch, at.head * self.sizes.G), sizes)
+        occupied = occupied.any(tuple(axis for axis in range(occupied.ndim) if axis != 1))
+        if self.mask.dead is not None:
+            occupied |= self.row_slice(self.mask.dead, at).any()
+        tiles = jnp.arange(self.num_key_tiles, dtype=jnp.int32)
+        return (tiles >= ranges.first) & (tiles < ranges.stop) & occupied
 
     def _intervals(self, at: RowTile) -> tuple[jax.Array, jax.Array]:
         """First key and end of the keys of each row of a tile, (lead..., rows) with axes of size 1."""
@@ -224,13 +231,17 @@ class Nest(TileAccess):
         return jnp.where(owned, x, 0)
 
 
-def _any_in_blocks(x: jax.Array, block: int, length: int) -> jax.Array:
-    """Whether any element of each block of the last axis, of that length or 1, is True: (blocks, ...)."""
-    if x.shape[-1] == 1:
-        return x[None, ..., 0]
+def _any_in_blocks(x: jax.Array, axis: int, block: int, length: int) -> jax.Array:
+    """Whether any element of each block of an axis, of that length or 1, is True: (blocks, ...) without that axis."""
+    axis %= x.ndim
+    if x.shape[axis] == 1:
+        return jnp.moveaxis(x, axis, 0)
+    if length % block == 0:
+        blocks = x.reshape(*x.shape[:axis], length // block, block, *x.shape[axis + 1 :])
+        return jnp.moveaxis(blocks.any(axis + 1), axis, 0)
 
     def of_block(i: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(x, _clamped(i, block, length), block, -1).any(-1)
+        return lax.dynamic_slice_in_dim(x, _clamped(i, block, length), block, axis).any(axis)
 
     return lax.map(of_block, jnp.arange(-(-length // block), dtype=jnp.int32))
 

@@ -17,6 +17,12 @@ LN2 = math.log(2.0)
 # Whether XLA:CPU makes one kernel of a softmax between two products.
 CPU_FUSES_SOFTMAX = jax.__version_info__ >= (0, 10)
 
+# Whether XLA:CPU converts all of a 16-bit operand to 32 bits before a loop that slices it.
+CPU_CONVERTS_BEFORE_LOOPS = jax.__version_info__ < (0, 11)
+
+# Whether XLA:CPU multiplies bfloat16 other than by way of float32 arrays; before, that is slower in all cases.
+_CPU_TAKES_BFLOAT16 = jax.__version_info__ >= (0, 10)
+
 # `jax.nn` gives a row without keys this log-sum-exp, whatever the dtype.
 DEAD_ROW_LSE = -0.7 * float(np.finfo(np.float32).max)
 
@@ -26,20 +32,27 @@ def accumulation_dtype(dtype: DTypeLike) -> np.dtype:
     return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
 
 
-def product_dtype(dtype: DTypeLike, platform: str) -> np.dtype:
-    """The dtype of the operands of a matrix product: that of the inputs where there is hardware for it."""
-    has_hardware = platform != "cpu" or (np.dtype(dtype) == jnp.bfloat16 and _cpu_multiplies_bfloat16())
-    return np.dtype(dtype) if has_hardware else accumulation_dtype(dtype)
+def product_dtype(dtype: DTypeLike, platform: str, *, has_few_scores: bool) -> np.dtype:
+    """The dtype of the operands of a matrix product: that of the inputs where there is hardware for it.
+
+    A CPU without it multiplies bfloat16 more slowly than float32, but where scores are fewer than the elements of the
+    operands (`Sizes.has_few_scores`), converting those costs more.
+    """
+    if platform == "cpu":
+        takes_bfloat16 = _CPU_TAKES_BFLOAT16 and (has_few_scores or cpu_multiplies_bfloat16())
+        if np.dtype(dtype) != jnp.bfloat16 or not takes_bfloat16:
+            return accumulation_dtype(dtype)
+    return np.dtype(dtype)
 
 
 @functools.cache
-def _cpu_multiplies_bfloat16() -> bool:
-    """Whether XLA:CPU compiles bfloat16 products to the processor's matrix unit; three times faster than float32 then.
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the processor has a matrix unit for bfloat16; products are three times faster than float32's then.
 
-    Without that unit, or in JAX before 0.10, bfloat16 is slower than float32. JAX does not tell; Linux does.
+    JAX does not tell; Linux does.
     """
     flags = Path("/proc/cpuinfo")
-    return jax.__version_info__ >= (0, 10) and flags.exists() and "amx_bf16" in flags.read_text().split()
+    return flags.exists() and "amx_bf16" in flags.read_text().split()
 
 
 def lowest(dtype: DTypeLike) -> float:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import _numerics
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -92,8 +94,6 @@ _CPU_OPERANDS = 1 << 19
 # ... of query and key of a whole problem in one tile, without loops, slices and writes into a larger array
 _CPU_WHOLE = {"forward": 1 << 18, "forward, 16 bit": 1 << 21, "derivative": 1 << 22}
 _CPU_KEYS = 1 << 19  # ... of the keys, where few rows make reading them what costs
-# Query rows of all heads, up to which multiplying each with the keys of all heads takes less than copying keys by head.
-_CPU_JOINED_ROWS = {"32 bit": 16, "16 bit": 64}
 _CPU_REVERSE = 1 << 22  # ... in reverse mode through a kernel
 ACCELERATOR_SCORES = 1 << 28  # ... of float32 scores: 1 GiB for each temporary
 _ACCELERATOR_KEYS = 1 << 28  # ... of the keys, where few rows make reading them what costs
@@ -180,20 +180,24 @@ def choose_tile(
     block_kv = balanced_block(num_keys, block_kv or columns)
     if all_heads:
         return TileShape(sizes.batch, sizes.K, block_q, block_kv)
+    # Derivatives have the keys of each head copied anyway.
+    joins_heads &= is_decoding and not is_derivative and _cpu_joined_rows(has_16_bits) >= sizes.T * sizes.N
+    if has_16_bits and sizes.has_few_scores and not (is_asked or joins_heads) and num_keys == sizes.S:
+        # In loops XLA collects results of 16 bits, and before JAX 0.11 reads operands, in 32 bits as a whole: more than
+        # what a tile saves. Where keys are what is large, small tiles of them stay in a core's cache.
+        reads_whole = _numerics.CPU_CONVERTS_BEFORE_LOOPS or (is_derivative and not is_decoding)
+        if reads_whole or sizes.G * sizes.T >= sizes.S:
+            return TileShape(sizes.batch, sizes.K, sizes.T, sizes.S, merges_lead=True)
     if is_decoding:
-        most_rows = _CPU_JOINED_ROWS["16 bit" if has_16_bits else "32 bit"]
-        if not joins_heads or most_rows < sizes.T * sizes.N:
+        if not joins_heads:
             return _with_heads(sizes, block_q, block_kv, _CPU_KEYS // (block_kv * sizes.H))
         batch = (1,) * len(sizes.batch)
-        # Slices of keys and values are copies (before JAX 0.12, of 16 bits, XLA converts all of an array first).
+        # Slices of keys and values are copies, and of 16 bits, before JAX 0.11, even conversions of whole arrays.
         skips = is_banded and not has_16_bits and 4 * block_kv < sizes.S
         most_scores = 4 * _CPU_WHOLE_SCORES if has_16_bits else _CPU_WHOLE_SCORES
         if not (is_asked or skips or converts) and heads * sizes.T * sizes.S <= most_scores:
             batch, block_q, block_kv = sizes.batch, sizes.T, sizes.S
         return TileShape(batch, sizes.K, block_q, block_kv, merges_lead=True, joins_heads=True)
-    if has_16_bits and sizes.has_few_scores and not is_asked:
-        # Results of 16 bits would be collected, or read, in 32 bits as a whole: more than what a tile saves.
-        return TileShape(sizes.batch, sizes.K, sizes.T, sizes.S, merges_lead=True)
     per_head = max(1, sizes.G * block_q * block_kv)
     is_whole = block_q == sizes.T and block_kv == sizes.S and not sizes.has_few_scores
     if fuses_softmax and is_whole and per_head <= 1 << 16:
@@ -204,6 +208,15 @@ def choose_tile(
     if heads // sizes.G * operands <= whole and heads // sizes.G * per_head <= _CPU_WHOLE_SCORES:
         limit = heads
     return _with_heads(sizes, block_q, block_kv, limit)
+
+
+def _cpu_joined_rows(has_16_bits: bool) -> int:
+    """Query rows of all heads, up to which each times the keys of all heads takes less than copying keys by head."""
+    if not has_16_bits:
+        return 8
+    if _numerics.cpu_multiplies_bfloat16():
+        return 64
+    return 32 if _numerics.CPU_CONVERTS_BEFORE_LOOPS else 0
 
 
 def _accelerator_tile(

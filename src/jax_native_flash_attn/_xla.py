@@ -1,9 +1,10 @@
 """The forward kernel in pure JAX: which of several equal forms of it runs.
 
-Bounds of the logits (accelerators). A softmax may subtract anything from its logits. Subtracting the largest one costs
-passes over the logits, which XLA has to write for it. A bound needs none: by Cauchy and Schwarz
-|scale * q_t . k_s| <= |scale| |q_t| max_s |k_s| =: b_t, and exp(z_ts - b_t) is rounded to bfloat16 inside the product
-that makes z, never written in float32, and the same whatever tile comes first: nothing is corrected.
+Bounds of the logits. A softmax may subtract anything from its logits. Subtracting the largest one costs passes over
+the logits, which XLA has to write for it. A bound needs none: by Cauchy and Schwarz
+|scale * q_t . k_s| <= |scale| |q_t| max_s |k_s| =: b_t, which is the same whatever tile comes first: nothing is
+corrected. On accelerators exp(z_ts - b_t) is rounded to bfloat16 inside the product that makes z, never written in
+float32.
 
 It is as exact as long as nothing underflows: z_ts >= -b_t, so that the largest weight of a row is at least exp(-2 b_t),
 and float32 and bfloat16 have normal numbers down to exp(-87). What lies 2^-24 below the largest weight counts for
@@ -34,21 +35,29 @@ _FEW_TILES = 0.3  # of small tiles with an allowed key: then they win
 def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, ...]:
     """As `_kernels.forward`."""
     tiles = Tiles(config, inputs, target)
-    if tiles.may_be_bounded:
-        bounded = Tiles(config, inputs, target, is_bounded=True)
-        bounds = _bounds(inputs, bounded)
-        is_bounded = (bounds <= _LARGEST_BOUND).all()
-        return lax.cond(is_bounded, lambda: _kernels.forward(bounded, bounds), lambda: _kernels.forward(tiles))
     finite = Tiles(config, inputs, target, assumes_finite=True)
     if finite.nest.tile != tiles.nest.tile:
         results = _kernels.forward(finite)
         is_finite = jnp.isfinite(results[0].sum())  # of a large array faster than isfinite of each
         return lax.cond(is_finite, lambda: results, lambda: _kernels.forward(tiles))
     small = Tiles(config, inputs, target, has_documents=True)
-    if small.nest.tile != tiles.nest.tile:
-        has_documents = small.nest.occupied_share <= _FEW_TILES
-        return lax.cond(has_documents, lambda: _kernels.forward(small), lambda: _kernels.forward(tiles))
-    return _kernels.forward(tiles)
+
+    def kernel(bounds: jax.Array | None = None, *, has_documents: bool = False) -> tuple[jax.Array, ...]:
+        is_bounded = bounds is not None
+        form = Tiles(config, inputs, target, is_bounded=is_bounded, has_documents=has_documents)
+        return _kernels.forward(form, bounds)
+
+    has_documents = None if small.nest.tile == tiles.nest.tile else small.nest.occupied_share <= _FEW_TILES
+
+    def by_documents(bounds: jax.Array | None = None) -> tuple[jax.Array, ...]:
+        if has_documents is None:
+            return kernel(bounds)
+        return lax.cond(has_documents, lambda: kernel(bounds, has_documents=True), lambda: kernel(bounds))
+
+    if not tiles.may_be_bounded:
+        return by_documents()
+    bounds = _bounds(inputs, tiles)
+    return lax.cond((bounds <= _LARGEST_BOUND).all(), lambda: by_documents(bounds), by_documents)
 
 
 def _bounds(inputs: Inputs, tiles: Tiles) -> jax.Array:
