@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_native_flash_attn import _numerics, flash_attention, flash_attention_with_lse
+from jax_native_flash_attn import _forms, _kernels, _numerics, flash_attention, flash_attention_with_lse
 from tests.cases import FAST_COMPILATION, Case, check_case
+from tests.environment import lenient_promotion
 from tests.oracle import (
     assert_as_accurate_as_dense,
     dense_same_dtype,
@@ -174,6 +175,65 @@ def test_mask_of_documents(documents: int, has_dead_rows: bool) -> None:
     out = flash_attention(query, key, value, mask=mask[None, None])
     dense = jax.nn.dot_product_attention(query, key, value, mask=mask[None, None])
     check_out("out", out, dense, query, key, value, mask=mask[None, None])
+
+
+@pytest.mark.parametrize(
+    ("masks", "magnitude", "dtype"),
+    [
+        ("plain", np.nan, "float32"),
+        ("causal", 1.0, "float32"),
+        ("causal", 9.0, "float32"),
+        ("causal", 1.0, "float64"),
+        ("causal", 1.0, "bfloat16"),
+        ("window", 1.0, "float32"),
+        ("lengths", 1.0, "float32"),
+        ("lengths", np.nan, "float32"),
+        ("mask", 1.0, "float32"),
+        ("mask", 9.0, "float32"),
+        ("mask and lengths", 1.0, "float32"),
+        ("no keys", 1.0, "float32"),
+    ],
+)
+def test_bounds_of_logits(masks: str, magnitude: float, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is subtracted from the logits is decided at run time, and where tiles are large or small alike."""
+    taken = []
+    forward = _kernels.forward
+
+    def watched(tiles: Any, bounds: Any = None) -> Any:
+        jax.debug.callback(lambda: taken.append(bounds is not None))
+        return forward(tiles, bounds)
+
+    monkeypatch.setattr(_kernels, "forward", watched)
+    monkeypatch.setattr(_forms, "_CPU_LARGE", 1)
+    rng = np.random.default_rng(0)
+    shapes = (2, 131, 4, 16), (2, 139, 2, 16), (2, 139, 2, 16)
+    allowed = jnp.asarray(rng.random((2, 1, 131, 139)) < 0.5)
+    lengths = {"key_value_seq_lengths": jnp.array([0, 70]), "query_seq_lengths": jnp.array([100, 131])}
+    options = {
+        "plain": {},
+        "causal": {"is_causal": True},
+        "window": {"local_window_size": (20, 3)},
+        "lengths": lengths,
+        "mask": {"mask": allowed.at[1, 0, 5].set(False)},  # a row without keys
+        "mask and lengths": {"mask": allowed, **lengths},
+        "no keys": {"mask": allowed & False},
+    }[masks]
+    with enable_x64(dtype == "float64"):
+        query, key, value = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+        query *= jnp.asarray(1.0 if np.isnan(magnitude) else magnitude, dtype)
+        padded = key if not np.isnan(magnitude) else key.at[1, 120].set(np.nan)
+        call = functools.partial(flash_attention, block_q=64, block_kv=48, **options)
+        out = jax.jit(call, compiler_options=FAST_COMPILATION)(query, padded, value)
+        jax.effects_barrier()
+        with lenient_promotion():
+            dense = jax.nn.dot_product_attention(query, key, value, **options)
+    is_padding = "lengths" in masks
+    assert taken == [magnitude == 1.0 or (np.isnan(magnitude) and is_padding)]
+    if np.isnan(magnitude) and not is_padding:
+        reaches = np.broadcast_to(masking(query, key, **options).allowed, (2, 4, 131, 139))[1, ..., 120].T
+        assert np.isnan(out[1][reaches]).all()
+    else:
+        check_out("out", out, dense, query, key, value, **options)
 
 
 def test_bfloat16_gradient_of_scale_through_out_and_lse(monkeypatch: pytest.MonkeyPatch) -> None:
