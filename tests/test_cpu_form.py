@@ -187,6 +187,7 @@ def test_mask_of_documents(documents: int, has_dead_rows: bool) -> None:
         ("causal", 1.0, "bfloat16"),
         ("window", 1.0, "float32"),
         ("lengths", 1.0, "float32"),
+        ("lengths", 9.0, "float32"),
         ("lengths", np.nan, "float32"),
         ("mask", 1.0, "float32"),
         ("mask", 9.0, "float32"),

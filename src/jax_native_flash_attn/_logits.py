@@ -55,8 +55,8 @@ class Tiles:
         self.sizes = replace(sizes, batch=jnp.broadcast_shapes(sizes.batch, batch_of(further or {})))
         self.accumulate = accumulation_dtype(inputs.query.dtype)
         self.platform = target.platform
-        has_few_scores = self.sizes.has_few_scores
-        self.product = product_dtype(inputs.query.dtype, target.platform, has_few_scores=has_few_scores)
+        has_few_products = self.sizes.has_few_products
+        self.product = product_dtype(inputs.query.dtype, target.platform, has_few_products=has_few_products)
         # XLA:CPU (0.12 and before) fails at run time on a bfloat16 product into which it folded a transpose. Reverse
         # mode through a kernel makes such products of all.
         self.transposed_product = self.accumulate if target.platform == "cpu" else self.product
@@ -112,7 +112,7 @@ class Tiles:
         # Nothing but the forward kernel makes 'out', and that writes every element once.
         self.out_dtype = inputs.query.dtype if forms.is_active and config.rounds_out else self.accumulate
         # Transposing few scores takes less than transposing query and keys.
-        self.transposes_weights = target.platform == "cpu" and has_few_scores
+        self.transposes_weights = target.platform == "cpu" and self.sizes.has_few_scores
         # There, a row of weights is also less to divide by its sum than a row of out.
         self.normalizes |= self.transposes_weights and self.nest.visits_one_key_tile
         # XLA:CPU makes a softmax of its own beside a product, but not of one head in a loop.

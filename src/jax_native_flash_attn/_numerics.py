@@ -32,14 +32,14 @@ def accumulation_dtype(dtype: DTypeLike) -> np.dtype:
     return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
 
 
-def product_dtype(dtype: DTypeLike, platform: str, *, has_few_scores: bool) -> np.dtype:
+def product_dtype(dtype: DTypeLike, platform: str, *, has_few_products: bool) -> np.dtype:
     """The dtype of the operands of a matrix product: that of the inputs where there is hardware for it.
 
-    A CPU without it multiplies bfloat16 more slowly than float32, but where scores are fewer than the elements of the
-    operands (`Sizes.has_few_scores`), converting those costs more.
+    A CPU without it multiplies bfloat16 more slowly than float32, but where scores are few (`Sizes.has_few_products`),
+    converting the operands costs more.
     """
     if platform == "cpu":
-        takes_bfloat16 = _CPU_TAKES_BFLOAT16 and (has_few_scores or cpu_multiplies_bfloat16())
+        takes_bfloat16 = _CPU_TAKES_BFLOAT16 and (has_few_products or cpu_multiplies_bfloat16())
         if np.dtype(dtype) != jnp.bfloat16 or not takes_bfloat16:
             return accumulation_dtype(dtype)
     return np.dtype(dtype)

@@ -32,6 +32,12 @@ class Sizes:
         rows = self.G * self.T
         return rows * self.S < (rows + self.S) * self.H
 
+    @property
+    def has_few_products(self) -> bool:
+        """Whether scores are so few that reading and converting query and keys costs more than multiplying them."""
+        rows = self.G * self.T
+        return self.has_few_scores and rows * self.S <= 32 * (rows + self.S)
+
 
 @dataclass(frozen=True)
 class TileShape:
