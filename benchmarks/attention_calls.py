@@ -69,11 +69,11 @@ def compile_attention(
     if ours == OURS and blocks:
         block_q, block_kv = map(int, blocks.split("x"))
         tiled = functools.partial(flash_attention, block_q=block_q, block_kv=block_kv)
-        return _JaxAttention(tiled, None, shape, mode, inputs)
+        return JaxAttention(tiled, None, shape, mode, inputs)
     if library == OURS:
-        return _JaxAttention(flash_attention, name or None, shape, mode, inputs)
+        return JaxAttention(flash_attention, name or None, shape, mode, inputs)
     if library == REFERENCE:
-        return _JaxAttention(jax.nn.dot_product_attention, name or "xla", shape, mode, inputs)
+        return JaxAttention(jax.nn.dot_product_attention, name or "xla", shape, mode, inputs)
     if implementation == TORCH:
         return _TorchAttention(shape, mode)
     raise ValueError(
@@ -82,7 +82,7 @@ def compile_attention(
     )
 
 
-class _JaxAttention:
+class JaxAttention:
     """A function with the arguments of `jax.nn.dot_product_attention`."""
 
     def __init__(
@@ -114,11 +114,16 @@ class _JaxAttention:
         start = time.perf_counter()
         # The jitted function finds this executable in JAX's cache: compiled once, called the way
         # users call it.
-        self.temporary_bytes: int | None = temporary_bytes(self._function.lower(inputs).compile())
+        self._executable = self._function.lower(inputs).compile()
+        self.temporary_bytes: int | None = temporary_bytes(self._executable)
         self.compile_seconds: float | None = time.perf_counter() - start
 
     def bind(self, inputs: AttentionInputs) -> Call:
         return functools.partial(self._function, inputs)
+
+    def program(self) -> str:
+        """What XLA compiled, as text."""
+        return self._executable.as_text() or ""
 
     def named_results(self, result: Any) -> dict[str, np.ndarray]:
         out, gradients = result

@@ -10,7 +10,6 @@ turns with ours, allows.
 
 import argparse
 import collections
-import functools
 import glob
 import math
 import re
@@ -20,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-from attention_calls import OURS, REFERENCE, compile_attention
+from attention_calls import OURS, REFERENCE, JaxAttention, compile_attention
 from attention_shapes import CPU_SHAPES, MODES, find_shape, make_inputs
 from machine import header
 from timing import interleaved_seconds
@@ -49,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             calls = {name: each.bind(inputs) for name, each in compiled.items()}
             times = interleaved_seconds(calls, time_budget=options.time_per_case)
             ours, dense = (1e3 * statistics.median(times[name]) for name in (OURS, REFERENCE))
-            flash = calls[OURS]
-            assert isinstance(flash, functools.partial)
-            program = Program(flash.func.lower(inputs).compile().as_text())
-            spent, operations = program.profile(flash)
+            flash = compiled[OURS]
+            assert isinstance(flash, JaxAttention)
+            program = Program(flash.program())
+            spent, operations = program.profile(calls[OURS])
             total = sum(spent.values())
             product, *others = (ours * spent[kind] / total for kind in _KINDS)
             goal = f"{dense * shape.goal[mode]:.4g}" if mode in shape.goal else ""
