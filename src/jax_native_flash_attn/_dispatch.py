@@ -55,7 +55,7 @@ def cotangent(
     if not differentiable and inputs.query.dtype != jnp.float32 and _takes_mosaic_gpu(config, inputs, target):
         from . import _mosaic_cotangent
 
-        return _mosaic_cotangent.cotangent(config, inputs, out, lse, cotangents, wanted)
+        return _mosaic_cotangent.cotangent(config, inputs, out, lse, cotangents, wanted, _chip())
     tiles = Tiles(
         config,
         inputs,

@@ -60,6 +60,14 @@ _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
 _WHOLE = ((),) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()
 
 
+def opaque(x: jax.Array) -> jax.Array:
+    """The same scalar; to the compiler another in each step of a loop, so that nothing made of it stays in registers.
+
+    JAX before 0.11.2 may have no lowering of it: there, `x` itself.
+    """
+    return lax.optimization_barrier(x) if jax.__version_info__ >= (0, 11, 2) else x
+
+
 def swizzle_bytes(columns: int, dtype: Any, block: int = 0) -> int | None:
     """The widest swizzle for rows of so many columns, in blocks of `block` of them; None if there is none."""
     row = math.gcd(columns, block) * np.dtype(dtype).itemsize

@@ -75,7 +75,7 @@ def attend(rows: Rows) -> None:
                 new_top = jnp.maximum(top, largest)
                 return x - columns_of(new_top, shape), new_top
             if logits.has_scores:
-                factor = to_base_2(largest)
+                factor = to_base_2(largest, logits.unit)
                 new_top = jnp.maximum(top, largest * factor)
                 return x * columns_of(factor, shape) - columns_of(new_top, shape), new_top
             new_top = jnp.maximum(top, largest * factor)
@@ -102,10 +102,20 @@ def attend(rows: Rows) -> None:
     # for the exponent.
     magnitude = jnp.abs(logits.scale) * LOG2E
 
-    @pl.when(logits.scale < 0)
-    def _negate() -> None:
-        query[...] = -query[...]
-        plgpu.commit_smem()
+    if logits.starts_with_bias:
+        power = jnp.asarray(logits.power)
+
+        @pl.when(power != 1.0)
+        def _multiply() -> None:
+            query[...] = load(query, layout=plgpu.Layout.WGMMA) * power.astype(dtype)
+            plgpu.commit_smem()
+
+    else:
+
+        @pl.when(logits.scale < 0)
+        def _negate() -> None:
+            query[...] = -query[...]
+            plgpu.commit_smem()
 
     if dtype == jnp.float32:
         query[...] = rounded_to_tf32(load(query, layout=plgpu.Layout.WGMMA))
@@ -116,13 +126,10 @@ def attend(rows: Rows) -> None:
     total = plgpu.layout_cast(jnp.zeros((blocks.block_q, THREAD_COLUMNS), jnp.float32), plgpu.Layout.WGMMA)
     start = rows.slot(0)
 
-    def first_scores(s_ref: Any) -> Any:
-        plgpu.barrier_wait(local["key ready"].at[start])
-        issue_scores(s_ref, start)
-        return s_ref[...]
-
-    products = pl.run_scoped(first_scores, plgpu.ACC(shape, jnp.float32))
+    plgpu.barrier_wait(local["key ready"].at[start])
     first = logits.scores(vectors, rows.tile(0), start)
+    initial, first = logits.start(first)
+    products = pl.run_state(lambda ref: issue_scores(ref, start))(plgpu.ACC.init(initial))
     p, top, total, _ = softmax(products, first, jnp.int32(0), top, total, first_is_edge)
     plgpu.barrier_arrive(local["key free"].at[start])
     # Values are waited for at the end of their step, or at the start of the next: with heads of 128 the latter takes 1
@@ -138,9 +145,12 @@ def attend(rows: Rows) -> None:
         plgpu.barrier_wait(local["key ready"].at[slot])
         if not waits_at_end:
             rows.wait_for_value(i - 1)
+        scores = logits.scores_before_products(vectors, rows.tile(i), slot)
+        initial, scores = logits.start(scores)
+        if logits.starts_with_bias:
+            initial = lax.optimization_barrier(initial)
         if takes_turns:
             plgpu.barrier_wait(local["turn"].at[wg])
-        scores = logits.scores_before_products(vectors, rows.tile(i), slot)
 
         def products_and_softmax(state: tuple) -> None:
             acc_ref, s_ref, p_ref, top_ref, total_ref, correction_ref = state
@@ -156,10 +166,9 @@ def attend(rows: Rows) -> None:
             before_wait(total_ref[...])
 
         # Leaving `run_state` waits for the second product.
-        zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
         weights = plgpu.layout_cast(jnp.zeros(shape, dtype), plgpu.Layout.WGMMA)
         acc, _, p, top, total, correction = pl.run_state(products_and_softmax)(
-            (plgpu.ACC.init(acc), plgpu.ACC.init(zeros), weights, top, total, top)
+            (plgpu.ACC.init(acc), plgpu.ACC.init(initial), weights, top, total, top)
         )
         plgpu.barrier_arrive(local["value free"].at[previous])
         if waits_at_end:
@@ -183,11 +192,12 @@ def attend(rows: Rows) -> None:
 
     total = total.sum(axis=1)
     out = acc * columns_of(logits.rescaling / total, acc.shape)
-    lse = (from_base_2(top) if logits.has_scores else top * LN2) + jnp.log2(total) * LN2
+    lse = (from_base_2(top, logits.unit) if logits.has_scores else top * LN2) + jnp.log2(total) * LN2
+    no_key = NO_KEY * logits.unit.ceiling
     if blocks.parts > 1:
-        lse = jnp.where((top > NO_KEY) & jnp.logical_not(item.is_empty), lse, _LOWEST)
+        lse = jnp.where((top > no_key) & jnp.logical_not(item.is_empty), lse, _LOWEST)
     elif intervals.is_traced:
         # Rows past the query's length have no key: their weights are those of masked logits.
-        out = jnp.where(columns_of(top, acc.shape) > NO_KEY, out, 0.0)
-        lse = jnp.where(top > NO_KEY, lse, 0.0)
+        out = jnp.where(columns_of(top, acc.shape) > no_key, out, 0.0)
+        lse = jnp.where(top > no_key, lse, 0.0)
     rows.write(out, lse)

@@ -16,7 +16,7 @@ _FEW_ROWS = 64  # of one warpgroup
 
 def forward(config: Config, inputs: Inputs, chip: Chip | None = None) -> tuple[jax.Array, ...]:
     """As `_dispatch.forward`, on `chip` (None: a common one)."""
-    z, chip = inputs.sizes, chip or Chip()
+    z, mask, chip = inputs.sizes, inputs.mask, chip or Chip()
     if z.G > 1 and z.T * z.G <= _FEW_ROWS and config.dropout is None:
         packed_config, packed = _pack_groups(config, inputs)
         results = list(forward(packed_config, packed, chip))
@@ -34,6 +34,13 @@ def forward(config: Config, inputs: Inputs, chip: Chip | None = None) -> tuple[j
         has_dropout=config.dropout is not None,
         itemsize=inputs.query.dtype.itemsize,
         chip=chip,
+        is_masked=config.band != Band() or mask.key_start is not None or mask.key_value_length is not None,
+        starts_with_bias=(
+            inputs.query.dtype == jnp.bfloat16
+            and inputs.bias is not None
+            and 1 not in inputs.bias.shape[-2:]
+            and score_bytes(inputs) == 2
+        ),
     )
     return forward_kernel(config, inputs, blocks, chip.cores)
 

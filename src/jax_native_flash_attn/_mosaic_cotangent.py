@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ._mosaic_backward import Backward
-from ._mosaic_blocks import dbias_blocks, dkey_dvalue_blocks, dquery_blocks
+from ._mosaic_blocks import Chip, dbias_blocks, dkey_dvalue_blocks, dquery_blocks
 from ._mosaic_dbias import dbias
 from ._mosaic_dkey_dvalue import dkey_dvalue
 from ._mosaic_dquery import dquery
@@ -18,9 +18,18 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
 def cotangent(
-    config: Config, inputs: Inputs, out: jax.Array, lse: jax.Array, cotangents: Mapping[str, jax.Array], wanted: Shapes
+    config: Config,
+    inputs: Inputs,
+    out: jax.Array,
+    lse: jax.Array,
+    cotangents: Mapping[str, jax.Array],
+    wanted: Shapes,
+    chip: Chip | None = None,
 ) -> dict[str, jax.Array]:
-    """As `_kernels.cotangent`."""
+    """As `_kernels.cotangent`, on `chip` (None: a common one)."""
+    cores, mask = (chip or Chip()).cores, inputs.mask
+    # Lengths make items uneven. A boolean mask has intervals too, for its rows without keys.
+    is_even = mask.key_value_length is None and (mask.key_start is None or mask.allowed is not None)
     call = _backward(config, inputs, out, lse, cotangents)
     z, tiled_bytes = call.sizes, score_bytes(inputs)
     results: dict[str, jax.Array] = {}
@@ -28,16 +37,16 @@ def cotangent(
         is_summed = "query" in wanted and wanted["query"].shape[:-3] != z.batch
         out_dtype = jnp.float32 if is_summed else inputs.query.dtype
         with_scale = "scale" in wanted
-        blocks = dquery_blocks(z, tiled_bytes, with_scale=with_scale)
-        results["query"], *moments = dquery(call, blocks, out_dtype, with_scale=with_scale)
+        blocks = dquery_blocks(z, tiled_bytes, with_scale=with_scale, is_even=is_even)
+        results["query"], *moments = dquery(call, blocks, out_dtype, cores, with_scale=with_scale)
         if moments:
             dz_x, dz, mean = moments
             # The dz of a row add up to the cotangent of its lse, but for the error of delta, which so drops out.
             excess = dz - cotangents["lse"].astype(jnp.float32) if "lse" in cotangents else dz
             results["scale"] = (dz_x - excess * mean).sum((-1, -2))
     for shapes in _passes(call, wanted):
-        blocks = dkey_dvalue_blocks(z, tiled_bytes, needs_dlogits="key" in shapes)
-        results |= dkey_dvalue(call, blocks, shapes)
+        blocks = dkey_dvalue_blocks(z, tiled_bytes, needs_dlogits="key" in shapes, is_even=is_even)
+        results |= dkey_dvalue(call, blocks, shapes, cores)
     if "bias" in wanted:
         results["bias"] = _dbias(call, cotangents.get("lse"), wanted["bias"])
     return {name: _sum_to(results[name], like) for name, like in wanted.items()}

@@ -11,13 +11,16 @@ With P the softmax weights, recomputed from the log-sum-exp, and S, dP, dS tiles
 
 The three products of a step are issued at once and finish in order: dS1 is computed beside the last of them.
 
+As in the forward, a block of threads goes through several items, one after the other, where these are short: rows of
+the next item, and its first tiles, are then loaded while the last one ends.
+
 The gradient of scale, sum_ts dS_ts x_ts with x = Q K^T, has terms of both signs that cancel. So dS is not rounded for
 it, and comes without the error of delta, which is the same for a whole row (`_kernels.py`, `cotangent`): the kernel
 leaves three sums, the *moments* of each row.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +32,10 @@ from ._mosaic import (
     launch,
     load,
     matrix_buffer,
+    opaque,
     pl,
     plgpu,
     round_up,
-    unravel,
 )
 from ._mosaic_backward import Backward, logits_cotangent, row_slice, softmax_weights, zeros
 from ._mosaic_blocks import Blocks
@@ -40,6 +43,8 @@ from ._mosaic_logits import TileLogits
 from ._mosaic_masks import Intervals
 from ._mosaic_operands import clean_padding, key_slice, prepare, query_slice, score_buffers, score_slice
 from ._mosaic_overlap import THREAD_COLUMNS, before_wait, fold_columns
+from ._mosaic_work import plan
+from ._tiles import ColumnRange
 
 _CACHE_BYTES = 24e6
 _MAX_PIPELINED = 192  # head dimension
@@ -48,9 +53,26 @@ _MAX_PIPELINED = 192  # head dimension
 MOMENTS = ("dz x", "dz", "p x")  # summed over the keys
 
 
-def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) -> tuple[jax.Array, ...]:
+class _Item(NamedTuple):
+    """A block of query rows of one head, and how many tiles the worker's items before it had."""
+
+    count: Any
+    head: tuple[Any, ...]
+    block: Any
+    ranges: ColumnRange
+
+    @property
+    def num_tiles(self) -> Any:
+        return self.ranges.stop - self.ranges.first
+
+    def tile(self, i: Any) -> Any:
+        """The i-th one: the last of the keys first."""
+        return self.ranges.stop - 1 - i
+
+
+def dquery(call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_scale: bool) -> tuple[jax.Array, ...]:
     """The gradient of query, (batch..., T, N, H) in `out_dtype` (query's, or float32), and, if `with_scale`, the
-    `MOMENTS` of each row, (batch..., N, T) in float32.
+    `MOMENTS` of each row, (batch..., N, T) in float32; on so many multiprocessors.
     """
     config, inputs, z, dtype = call.config, call.inputs, call.sizes, call.inputs.query.dtype
     padded_T = round_up(z.T, 8)
@@ -61,7 +83,18 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
     group = heads_per_group(num_heads, 4 * z.S * z.H / z.G, _CACHE_BYTES)
     operands = prepare(config, inputs, blocks.rows, blocks.block_kv)
     arrays = operands.arrays | call.arrays(blocks.rows, drops_dead_rows=True)
-    rows_like = (compute, blocks.block_q, z.H)
+    work = plan(
+        heads,
+        num_blocks,
+        1,
+        group,
+        cores if blocks.persistent and jnp.dtype(out_dtype) == dtype else None,
+        is_uneven=config.band.upper is not None and config.band.lower is None,
+        batch_fastest=False,
+    )
+    # Rows of the next item are loaded while those of this one are in use.
+    buffers = 1 if work.is_single else 2
+    rows_like = (buffers * compute, blocks.block_q, z.H)
     # The gradient leaves through shared memory that held the query (16 bit), or query and dout (float32).
     is_wide = jnp.dtype(out_dtype) != dtype
     loaded = (matrix_buffer(*rows_like, dtype=dtype), matrix_buffer(*rows_like, dtype=dtype))
@@ -74,12 +107,14 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
         **({"moments": plgpu.SMEM((len(MOMENTS), compute, blocks.block_q), jnp.float32)} if with_scale else {}),
         **dict(zip(operands.tiled, scores, strict=True)),
         # Completed by TMA: the data are there. Bias and mask come with the values.
-        "rows ready": plgpu.Barrier(num_barriers=compute, num_arrivals=2),
+        "rows ready": plgpu.Barrier(num_barriers=buffers * compute, num_arrivals=2),
         "key ready": plgpu.Barrier(num_barriers=stages),
         "value ready": plgpu.Barrier(num_barriers=value_stages, num_arrivals=1 + len(scores)),
         # Completed by all compute warpgroups: the slot may be loaded again.
         "key free": plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
         "value free": plgpu.Barrier(num_barriers=value_stages, num_arrivals=compute),
+        # Completed by the compute warpgroup whose rows they are, once its gradient has left.
+        "rows free": plgpu.Barrier(num_barriers=buffers * compute),
         # Completed by all compute warpgroups: nobody reads query or dout any more.
         "all done": plgpu.Barrier(num_arrivals=compute),
         # Completed by compute warpgroup 0: the padding in a tile of keys and values is clean.
@@ -96,52 +131,65 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
         local = dict(zip(scratch, args[len(arrays) + len(out_types) :], strict=True))
         (local["query"], local["dout"]), *wide = local["query, dout, result"]
         result_smem = wide[0][0] if is_wide else local["query"]
-        head = unravel(lax.axis_index("group") * group + lax.axis_index("member"), heads)
-        block = (num_blocks - 1) - lax.axis_index("block")
         intervals = Intervals(config.band, z.T, z.S, blocks.block_kv, refs, skips_dead_rows=True)
-        ranges = intervals.ranges(head, block, blocks.rows)
-        num_tiles = ranges.stop - ranges.first
         wg = lax.axis_index("wg")
 
-        def slot_of(i: Any, slots: int = stages) -> Any:
-            return lax.rem(i, jnp.int32(slots))
+        def for_each_item(body: Any) -> None:
+            """`body(k, item)` for the k-th item of this worker."""
 
-        def tile_of(i: Any) -> Any:
-            return ranges.stop - 1 - i
+            def run(k: Any, n: Any, count: Any) -> Any:
+                head, block, _ = work.item(n)
+                ranges = intervals.ranges(head, block, blocks.rows)
+                body(k, _Item(count, head, block, ranges))
+                return count + (ranges.stop - ranges.first)
 
-        @pl.when(wg == compute)
-        def _load() -> None:
-            plgpu.set_max_registers(blocks.registers[1], action="decrease")
+            work.for_each(lax.axis_index("worker"), run)
+
+        def place(k: Any, w: Any) -> Any:
+            """Where warpgroup w has the rows of the k-th item."""
+            return w if work.is_single else lax.rem(jnp.int32(k), jnp.int32(buffers)) * compute + w
+
+        def load_item(k: Any, item: _Item) -> None:
             for w in range(compute):
+                at = place(k, w)
+                if not work.is_single:
+                    pl.when(k >= buffers)(lambda at=at: plgpu.barrier_wait(local["rows free"].at[at]))
                 for name in ("query", "dout"):
-                    rows = query_slice(refs[name], head, block * blocks.rows + w * blocks.block_q, blocks.block_q)
-                    plgpu.copy_gmem_to_smem(rows, local[name].at[w], local["rows ready"].at[w])
+                    row = item.block * blocks.rows + w * blocks.block_q
+                    rows = query_slice(refs[name], item.head, row, blocks.block_q)
+                    plgpu.copy_gmem_to_smem(rows, local[name].at[at], local["rows ready"].at[at])
 
             def load_tile(i: Any, carry: None) -> None:
+                n, tile = item.count + i, item.tile(i)
                 for name, slots in (("key", stages), ("value", value_stages)):
-                    slot = slot_of(i, slots)
+                    slot = lax.rem(n, jnp.int32(slots))
                     free, ready = local[f"{name} free"].at[slot], local[f"{name} ready"].at[slot]
-                    pl.when(i >= slots)(lambda free=free: plgpu.barrier_wait(free))
-                    keys = key_slice(refs[name], head, z.G, tile_of(i), blocks.block_kv)
+                    pl.when(n >= slots)(lambda free=free: plgpu.barrier_wait(free))
+                    keys = key_slice(refs[name], item.head, z.G, tile, blocks.block_kv)
                     plgpu.copy_gmem_to_smem(keys, local[name].at[slot], ready)
-                slot = slot_of(i, value_stages)
+                slot = lax.rem(n, jnp.int32(value_stages))
                 for name in operands.tiled:
-                    score = score_slice(refs[name], head, block * blocks.rows, blocks.rows, tile_of(i), blocks.block_kv)
+                    first_row = item.block * blocks.rows
+                    score = score_slice(refs[name], item.head, first_row, blocks.rows, tile, blocks.block_kv)
                     plgpu.copy_gmem_to_smem(score, local[name].at[slot], local["value ready"].at[slot])
 
-            lax.fori_loop(0, num_tiles, load_tile, None)
+            lax.fori_loop(0, item.num_tiles, load_tile, None)
 
-        @pl.when(wg < compute)
-        def _compute() -> None:
-            plgpu.set_max_registers(blocks.registers[0], action="increase")
+        def compute_item(k: Any, item: _Item) -> None:
+            head, block, ranges, num_tiles, tile_of = item.head, item.block, item.ranges, item.num_tiles, item.tile
             row = block * blocks.rows + wg * blocks.block_q
-            buffers = {name: local[name] for name in operands.tiled}
-            logits = TileLogits(config, z, refs, buffers, intervals, head, *shape, row_in_block=wg * blocks.block_q)
+            tiled = {name: local[name] for name in operands.tiled}
+            logits = TileLogits(config, z, refs, tiled, intervals, head, *shape, row_in_block=wg * blocks.block_q)
             rows = logits.rows(row)
             row_lse, row_delta = (
                 load(row_slice(refs[name], head, row, blocks.block_q), layout=ROW) for name in ("lse", "delta")
             )
-            query, cotangent = local["query"].at[wg], local["dout"].at[wg]
+            row_lse = call.base_2_lse(row_lse)
+            mine = place(k, wg)
+
+            def slot_of(i: Any, slots: int = stages) -> Any:
+                return lax.rem(item.count + i, jnp.int32(slots))
+
             has_edges = intervals.has_left_edge or intervals.has_right_edge
 
             def is_outside(i: Any) -> Any:
@@ -186,16 +234,17 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
 
                     plgpu.barrier_wait(local["padding clean"])
 
-            def issue(s_ref: Any, dp_ref: Any, slot: Any, value_slot: Any) -> None:
-                plgpu.wgmma(s_ref, query, local["key"].at[slot].transpose((1, 0)))
-                plgpu.wgmma(dp_ref, cotangent, local["value"].at[value_slot].transpose((1, 0)))
+            def issue(s_ref: Any, dp_ref: Any, at: Any, slot: Any, value_slot: Any) -> None:
+                plgpu.wgmma(s_ref, local["query"].at[at], local["key"].at[slot].transpose((1, 0)))
+                plgpu.wgmma(dp_ref, local["dout"].at[at], local["value"].at[value_slot].transpose((1, 0)))
 
             def pipelined() -> tuple[jax.Array, tuple]:
+                first_key, first_value = slot_of(0), slot_of(0, value_stages)
                 wait_for_tile(jnp.int32(0), is_first=True)
-                products: Any = pl.run_state(lambda state: issue(state[0], state[1], 0, 0))
+                products: Any = pl.run_state(lambda state: issue(state[0], state[1], mine, first_key, first_value))
                 s, dp = products((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
-                ds, moments = dlogits(s, dp, logits.scores(rows, tile_of(0), 0), 0, has_edges, no_moments)
-                plgpu.barrier_arrive(local["value free"].at[0])
+                ds, moments = dlogits(s, dp, logits.scores(rows, tile_of(0), first_value), 0, has_edges, no_moments)
+                plgpu.barrier_arrive(local["value free"].at[first_value])
 
                 def step(i: Any, carry: tuple) -> tuple:
                     acc, ds, moments = lax.optimization_barrier(carry)
@@ -205,7 +254,7 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
 
                     def products(state: tuple) -> None:
                         acc_ref, s_ref, dp_ref, ds_ref, *moment_refs = state
-                        issue(s_ref, dp_ref, slot, value_slot)
+                        issue(s_ref, dp_ref, mine, slot, value_slot)
                         plgpu.wgmma(acc_ref, ds, local["key"].at[previous])
                         s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
                         dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
@@ -223,8 +272,10 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
 
                 carry = zeros(blocks.block_q, z.H), ds, moments
                 acc, ds, moments = lax.optimization_barrier(lax.fori_loop(1, num_tiles, step, carry))
-                last = local["key"].at[slot_of(num_tiles - 1)]
-                return pl.run_state(lambda ref: plgpu.wgmma(ref, ds, last))(plgpu.ACC.init(acc)), moments
+                last = slot_of(num_tiles - 1)
+                acc = pl.run_state(lambda ref: plgpu.wgmma(ref, ds, local["key"].at[last]))(plgpu.ACC.init(acc))
+                plgpu.barrier_arrive(local["key free"].at[last])
+                return acc, moments
 
             def one_by_one() -> tuple[jax.Array, tuple]:
                 """For head dimensions that leave no registers for two tiles at once."""
@@ -233,11 +284,17 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
                     acc, moments = carry
                     slot, value_slot = slot_of(i), slot_of(i, value_stages)
                     wait_for_tile(i, is_first=True)  # or any other
-                    products: Any = pl.run_state(lambda state: issue(state[0], state[1], slot, value_slot))
+                    # The compiler would keep the descriptors of query and dout, one for each 16 columns, in registers
+                    # from step to step, and spill (a third of the instructions; 10% of a gradient).
+                    at = opaque(mine)
+                    products: Any = pl.run_state(lambda state: issue(state[0], state[1], at, slot, value_slot))
                     s, dp = products((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
                     masked = has_edges and is_outside(i)
+                    if not operands.tiled:  # those come with the values, and are yet to be read
+                        plgpu.barrier_arrive(local["value free"].at[value_slot])
                     ds, moments = dlogits(s, dp, logits.scores(rows, tile_of(i), value_slot), i, masked, moments)
-                    plgpu.barrier_arrive(local["value free"].at[value_slot])
+                    if operands.tiled:
+                        plgpu.barrier_arrive(local["value free"].at[value_slot])
                     acc, ds = lax.optimization_barrier((acc, ds))
                     key = local["key"].at[slot]
                     acc = pl.run_state(lambda ref: plgpu.wgmma(ref, ds, key))(plgpu.ACC.init(acc))
@@ -246,25 +303,39 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, *, with_scale: bool) 
 
                 return lax.fori_loop(0, num_tiles, step, (zeros(blocks.block_q, z.H), no_moments))
 
-            plgpu.barrier_wait(local["rows ready"].at[wg])
+            plgpu.barrier_wait(local["rows ready"].at[mine])
             acc, moments = pipelined() if z.H <= _MAX_PIPELINED else one_by_one()
             for i, x in enumerate(moments):
                 local["moments"][i, wg] = x.sum(axis=1)
             if is_wide:
                 plgpu.barrier_arrive(local["all done"])
                 plgpu.barrier_wait(local["all done"])
-            result_smem[wg] = (acc * logits.scale).astype(out_dtype)
+            result = result_smem.at[mine]
+            result[...] = (acc * logits.scale).astype(out_dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(result_smem.at[wg], query_slice(outs[0], head, row, blocks.block_q))
+            plgpu.copy_smem_to_gmem(result, query_slice(outs[0], head, row, blocks.block_q))
             for i, out in enumerate(outs[1:]):
                 plgpu.copy_smem_to_gmem(local["moments"].at[i, wg], row_slice(out, head, row, blocks.block_q))
+            if not work.is_single:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(local["rows free"].at[mine])
+
+        @pl.when(wg == compute)
+        def _load() -> None:
+            plgpu.set_max_registers(blocks.registers[1], action="decrease")
+            for_each_item(load_item)
+
+        @pl.when(wg < compute)
+        def _compute() -> None:
+            plgpu.set_max_registers(blocks.registers[0], action="increase")
+            for_each_item(compute_item)
             plgpu.wait_smem_to_gmem(0)
 
     result, *moments = launch(
         kernel,
         out_types=out_types,
         scratch=tuple(scratch.values()),
-        grid={"group": num_heads // group, "block": num_blocks, "member": group},
+        grid={"worker": work.workers},
         warpgroups=compute + 1,
     )(*arrays.values())
     return (result[..., : z.T, :, :], *(x[..., : z.T] for x in moments))

@@ -25,16 +25,43 @@ NO_KEY = -1.5 * 2.0**125
 # not in the multiply-add that subtracts it; exp2 of that error, which is 8 and more here, would overflow in a row of
 # which only masked keys were seen. Such logits are multiples of 16: a difference is 0, or decides in either base.
 _EXTREME = 2.0**27
+_LEAST_UNIT = 2.0**-40
+_ROUNDING = 1.5 * 2.0**23  # adding it and taking it away rounds to an integer
 
 
-def to_base_2(largest: jax.Array) -> jax.Array:
-    """What takes a row's logits from base e to base 2, or so: see `_EXTREME`."""
-    return jnp.where(jnp.abs(largest) < _EXTREME, LOG2E, 2.0)
+class Unit(NamedTuple):
+    """What logits of a tile come in: they are `size` times as large. Up to 1; `ceiling` is the next power of two."""
+
+    size: Any = 1.0
+    ceiling: Any = 1.0
 
 
-def from_base_2(x: jax.Array) -> jax.Array:
-    """The logit of which this is the product with `to_base_2`."""
-    return x * jnp.where(jnp.abs(x) < 1.7 * _EXTREME, LN2, 0.5)
+def to_base_2(largest: jax.Array, unit: Unit = Unit()) -> jax.Array:  # noqa: B008
+    """What takes a row's logits from base e (and their unit) to base 2, or so: see `_EXTREME`."""
+    return jnp.where(jnp.abs(largest * unit.size) < _EXTREME, unit.size * LOG2E, 2.0 * unit.ceiling)
+
+
+def from_base_2(x: jax.Array, unit: Unit = Unit()) -> jax.Array:  # noqa: B008
+    """The logit, in base e, of which this is the product with `to_base_2`."""
+    return x * jnp.where(jnp.abs(x) < 1.7 * _EXTREME, LN2, 0.5 * unit.size / unit.ceiling)
+
+
+def split_scale(scale: Any, *, into_power: bool) -> tuple[Any, Unit]:
+    """`scale` as a signed power of two, by which bfloat16 is multiplied exactly, times a unit.
+
+    Either all of its power of two, so that the unit is in (1/2, 1], and 1 for many a scale; or, unless `into_power`, no
+    more than its sign, where it is in an ordinary range. The power of a scale of 0 is 0.
+    """
+    size = jnp.abs(scale)
+    # Rounded up. What the logarithm lacks in accuracy makes a unit that is a little above 1.
+    exponent = (jnp.log2(size) + (0.5 - 1e-5) + _ROUNDING) - _ROUNDING
+    ceiling = jnp.exp2(jnp.minimum(exponent, 127.0))
+    power, unit = ceiling, Unit(jnp.where(ceiling > 0, size / ceiling, 1.0))
+    if not into_power:
+        is_ordinary = (size >= _LEAST_UNIT) & (size <= 1.0)
+        power = jnp.where(is_ordinary, 1.0, power)
+        unit = Unit(jnp.where(is_ordinary, size, unit.size), jnp.where(is_ordinary, ceiling, 1.0))
+    return jnp.where(scale < 0, -power, power), unit
 
 
 class RowVectors(NamedTuple):
@@ -65,6 +92,7 @@ class TileLogits:
         row_in_block: Any = 0,
         transposed: bool = False,
         scale: Any = None,
+        starts_with_bias: bool = False,
     ):
         """`row_in_block` is where this warpgroup's rows start in the buffers (or, transposed, the number of its tile),
         `head` the index (batch..., N).
@@ -81,6 +109,12 @@ class TileLogits:
         self.has_bias = any(name.startswith("bias") for name in refs)
         self.has_mask = any(name.startswith("allowed") for name in refs)
         self.has_scores = self.has_bias or self.has_mask
+        self.starts_with_bias = starts_with_bias and "bias" in buffers and refs["query"].dtype == jnp.bfloat16
+        # With such a start, what queries are to be multiplied by, and the unit that logits then come in.
+        self.power, self.unit = None, Unit()
+        if self.starts_with_bias:
+            # A further addend takes the division in, in one multiply-add.
+            self.power, self.unit = split_scale(self.scale, into_power="allowed_columns" not in refs)
 
     def rows(self, row: Any, *, late: bool = False) -> RowVectors:
         """Of the rows from `row` on; `late` loads intervals only in tiles that need a mask."""
@@ -133,6 +167,21 @@ class TileLogits:
         early = {name: x for name, x in scores.items() if x.dtype != jnp.int8}
         return {**scores, **lax.optimization_barrier(early)} if early else scores
 
+    def start(self, scores: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """What the products of a tile are added to, and the scores that are left to be added behind.
+
+        The bias, where `starts_with_bias`: no register then holds it while the products are made, and less is left to
+        do between them and the exponentials. It is divided by the unit.
+        """
+        if not self.starts_with_bias:
+            return plgpu.layout_cast(jnp.zeros(self.shape, jnp.float32), plgpu.Layout.WGMMA), scores
+        left = dict(scores)
+        bias = left.pop("bias")
+        if "allowed_columns" in self.refs:
+            return self._clipped(bias) * (1.0 / self.unit.size) + left.pop("allowed"), left
+        whole, divided = self._clipped, lambda bias: self._clipped(bias) * (1.0 / self.unit.size)
+        return lax.cond(self.unit.size == 1.0, whole, divided, bias), left
+
     def __call__(
         self,
         products: jax.Array,
@@ -146,7 +195,8 @@ class TileLogits:
         """`then(x, factor)`, where the base-2 logits are x * factor; factor is None for 1.
 
         With bias or mask, x is in base e and factor LOG2E: what is added then needs no scaling, and base 2 comes with
-        the subtraction of the maximum (see `to_base_2`).
+        the subtraction of the maximum (see `to_base_2`). If the products have started with the bias, x is in `unit`,
+        and factor without meaning.
 
         `multiplier` is that of the products, in base 2. `masked` is True, False, or a scalar known at run time; `then`
         is part of what is chosen by it. (One loop whose step branches is faster than a loop for each kind of tile: the
@@ -157,11 +207,11 @@ class TileLogits:
 
         def full(products: jax.Array) -> tuple[Any, Any]:
             """In a tile that all rows' intervals cover, which has no dead row."""
-            if not scores:
+            if not self.has_scores:
                 return products, multiplier
-            x = products * (multiplier * LN2)
+            x = products if self.starts_with_bias else products * (multiplier * LN2)
             addends = [self._clipped(scores["bias"])] if "bias" in scores else []
-            addends += [scores["allowed"]] if is_additive else []
+            addends += [scores["allowed"]] if is_additive and "allowed" in scores else []
             if addends:
                 x = x + functools.reduce(jnp.add, addends)
             return (x if is_additive or in_mask is None else jnp.where(in_mask != 0, x, _OUTSIDE)), LOG2E
@@ -169,7 +219,7 @@ class TileLogits:
         def edge(products: jax.Array) -> tuple[Any, Any]:
             x, factor = full(products)
             outside = _OUTSIDE
-            if not scores:
+            if not self.has_scores:
                 x, factor, outside = x * self._apart(factor), None, lowest(jnp.float32)
             pair = rows.pair()
             allowed = self.intervals.allowed(pair, self.head, rows.row, tile * self.block_kv, self.shape, self.q_axis)
@@ -195,10 +245,14 @@ class TileLogits:
         return columns_of(lax.optimization_barrier(rows), self.shape)
 
     def _clipped(self, bias: jax.Array) -> jax.Array:
-        """In float32. A bfloat16 bias is clipped before, two elements at a time."""
+        """In float32. A bfloat16 bias is clipped before, two elements at a time.
+
+        What it is divided by is above half the ceiling: so is the floor then.
+        """
+        floor = (0.5 * _FLOOR) * self.unit.ceiling if self.starts_with_bias else _FLOOR
         if bias.dtype == jnp.bfloat16:
-            return widened(jnp.maximum(bias, jnp.bfloat16(_FLOOR)))
-        return jnp.maximum(bias.astype(jnp.float32), _FLOOR)
+            return widened(jnp.maximum(bias, jnp.asarray(floor, jnp.bfloat16)))
+        return jnp.maximum(bias.astype(jnp.float32), floor)
 
     def through_mask(self, x: jax.Array, rows: RowVectors, tile: Any, masked: Any) -> jax.Array:
         """Cotangents of logits: zero in dead rows, whose logits are constant.

@@ -81,6 +81,7 @@ class Rows:
             *self.shape,
             row_in_block=wg * blocks.block_q,
             scale=scale,
+            starts_with_bias=True,
         )
         self.no_output = plgpu.layout_cast(jnp.zeros((blocks.block_q, z.H), jnp.float32), plgpu.Layout.WGMMA)
 
