@@ -247,6 +247,37 @@ def test_gradient_of_bias_in_each_shape(full: Any) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("scale", [-0.125, 0.3, 3.7, -1e-13, 1e-20])
+@pytest.mark.parametrize("mask", [None, (True, False, False, True)])
+def test_any_scale_beside_a_bias(scale: float, mask: Any) -> None:
+    """Products start with the bias, divided by what is left of the scale."""
+    case = Case(SHAPES["odd"], dtype="bfloat16", bias=(False, True, True, True), mask=mask, scale=scale)
+    check_case(case, mosaic_attention)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape", [(20, 500, 500, 8, 8, 64), (40, 190, 300, 8, 4, 32), (30, 130, 200, 8, 8, 128)], ids=str
+)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_blocks_that_go_through_several_items_of_the_backward(shape: Any, is_causal: bool) -> None:
+    arrays = _arrays(*shape)
+
+    def gradients(implementation: str) -> Any:
+        def run(*arrays: jax.Array) -> Any:
+            out, pullback = jax.vjp(
+                lambda *x: flash_attention(*x, is_causal=is_causal, implementation=implementation), *arrays
+            )
+            return out, pullback(out)
+
+        return jax.jit(run)(*arrays)
+
+    first, second = gradients("mosaic_gpu"), gradients("mosaic_gpu")
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    _close(first, gradients("xla"))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("value", [-1e4, -1e8, -1e9, -1e10, -1e30, float(jnp.finfo(jnp.float32).min), -jnp.inf])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_a_bias_that_masks_is_a_mask(value: float, dtype: Any) -> None:
