@@ -4,8 +4,8 @@
     python benchmarks/profile_cpu.py --shapes 1x4096x8x64 --mode forward
 
 Kernels of XLA are told apart by what their part of the compiled program holds: a product (with the rate at which all of
-them run), an exponential, a reduction, or nothing but moving elements. "goal" is the time that `jax.nn`'s, measured in
-turns with ours, allows.
+them run), an exponential, a reduction, or nothing but moving, choosing and adding elements. "goal" is the time that
+`jax.nn`'s, measured in turns with ours, allows.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from machine import header
 from timing import interleaved_seconds
 
 _KINDS = ("product", "exponential", "reduction", "move", "other")
-_COLUMNS = ("case", "mode", "ms", "goal", "products", "GFLOP/s", "exp", "reduce", "move", "other")
+_COLUMNS = ("case", "mode", "ms", "goal", "products", "GFLOP/s", "exponentials", "reductions", "moves", "other")
 _MOVES = {
     "parameter", "constant", "copy", "transpose", "bitcast", "reshape", "slice", "dynamic-slice", "broadcast", "pad",
     "dynamic-update-slice", "concatenate", "convert", "get-tuple-element", "tuple", "iota", "compare", "select", "add",

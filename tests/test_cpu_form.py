@@ -165,14 +165,18 @@ def test_masked_keys_may_be_anything(masks: str, bad: float) -> None:
 
 @pytest.mark.parametrize("documents", [1, 8])
 @pytest.mark.parametrize("has_dead_rows", [False, True])
-def test_mask_of_documents(documents: int, has_dead_rows: bool) -> None:
-    """Few and many occupied tiles take different forms, decided at run time."""
+@pytest.mark.parametrize("is_bounded", [False, True])
+def test_mask_of_documents(
+    documents: int, has_dead_rows: bool, is_bounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few and many occupied tiles take different forms, decided at run time, with and without bounds."""
+    monkeypatch.setattr(_forms, "_CPU_LARGE", 1 if is_bounded else 1 << 62)
     L = 1024
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.standard_normal((1, L, 1, 8)), jnp.float32) for _ in range(3))
     document = np.arange(L) * documents // L
     mask = (document[:, None] == document) & ~(has_dead_rows & (np.arange(L) == 5))[:, None]
-    out = flash_attention(query, key, value, mask=mask[None, None])
+    out = jax.jit(lambda *x: flash_attention(*x, mask=mask[None, None]))(query, key, value)
     dense = jax.nn.dot_product_attention(query, key, value, mask=mask[None, None])
     check_out("out", out, dense, query, key, value, mask=mask[None, None])
 

@@ -147,7 +147,7 @@ class Nest(TileAccess):
             any_dead = self.row_slice(self.mask.dead, at).any()
             traced = traced._replace(full_stop=jnp.where(any_dead, traced.full_first, traced.full_stop))
         if self.mask.key_start is not None:
-            return traced, True, self.mask.allowed is None
+            return traced, True, True
         start, stop = self.band.intervals(self.sizes.T, self.sizes.S)
         firsts = [_clamped(i, self.tile.block_q, self.sizes.T) for i in range(self.num_query_tiles)]
         slices = [np.s_[i : i + self.tile.block_q] for i in firsts]

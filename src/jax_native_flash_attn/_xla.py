@@ -41,23 +41,22 @@ def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, 
         is_finite = jnp.isfinite(results[0].sum())  # of a large array faster than isfinite of each
         return lax.cond(is_finite, lambda: results, lambda: _kernels.forward(tiles))
     small = Tiles(config, inputs, target, has_documents=True)
-
-    def kernel(bounds: jax.Array | None = None, *, has_documents: bool = False) -> tuple[jax.Array, ...]:
-        is_bounded = bounds is not None
-        form = Tiles(config, inputs, target, is_bounded=is_bounded, has_documents=has_documents)
-        return _kernels.forward(form, bounds)
-
     has_documents = None if small.nest.tile == tiles.nest.tile else small.nest.occupied_share <= _FEW_TILES
 
-    def by_documents(bounds: jax.Array | None = None) -> tuple[jax.Array, ...]:
+    def by_documents(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, ...]:
+        def large() -> tuple[jax.Array, ...]:
+            return _kernels.forward(tiles, bounds)
+
         if has_documents is None:
-            return kernel(bounds)
-        return lax.cond(has_documents, lambda: kernel(bounds, has_documents=True), lambda: kernel(bounds))
+            return large()
+        return lax.cond(has_documents, lambda: _kernels.forward(small, bounds), large)
 
     if not tiles.may_be_bounded:
-        return by_documents()
-    bounds = _bounds(inputs, tiles)
-    return lax.cond((bounds <= _LARGEST_BOUND).all(), lambda: by_documents(bounds), by_documents)
+        return by_documents(tiles)
+    bounded = Tiles(config, inputs, target, is_bounded=True)
+    bounds = _bounds(inputs, bounded)
+    is_bounded = (bounds <= _LARGEST_BOUND).all()
+    return lax.cond(is_bounded, lambda: by_documents(bounded, bounds), lambda: by_documents(tiles))
 
 
 def _bounds(inputs: Inputs, tiles: Tiles) -> jax.Array:
