@@ -130,12 +130,12 @@ def forward_blocks(
       itemsize: bytes of an element of query, 4 for float32.
       chip: what it runs on.
       is_masked: whether a tile can need a mask.
-      starts_with_bias: whether products start with a bias of 16 bits, beside which there is no mask over T and S.
+      starts_with_bias: whether products start with a bias over T and S.
     """
     table = _FORWARD.get(chip.capability, _FORWARD[_DEFAULT])
     kinds = [_FEW_ROWS] if sizes.T <= _FEW else [_SHORT_SCORES, _SCORES] if score_bytes else [_PLAIN]
     if sizes.T > _FEW and sizes.H <= 64 and not has_dropout:
-        kinds = [_BIAS] if starts_with_bias else kinds
+        kinds = [_BIAS] if starts_with_bias and score_bytes == 2 else kinds  # no float32, no mask over T and S
         kinds = [_UNMASKED] if kinds == [_PLAIN] and not is_masked else kinds
     if itemsize == 4:
         kinds = [_FLOAT32]

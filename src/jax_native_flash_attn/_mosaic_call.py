@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ._masks import Band
 from ._mosaic_blocks import Chip, forward_blocks
 from ._mosaic_forward import forward as forward_kernel
-from ._mosaic_operands import column_bytes, score_bytes
+from ._mosaic_operands import column_bytes, score_bytes, starts_with_bias
 from ._operands import Config, Inputs
 
 _FEW_ROWS = 64  # of one warpgroup
@@ -35,12 +35,7 @@ def forward(config: Config, inputs: Inputs, chip: Chip | None = None) -> tuple[j
         itemsize=inputs.query.dtype.itemsize,
         chip=chip,
         is_masked=config.band != Band() or mask.key_start is not None or mask.key_value_length is not None,
-        starts_with_bias=(
-            inputs.query.dtype == jnp.bfloat16
-            and inputs.bias is not None
-            and 1 not in inputs.bias.shape[-2:]
-            and score_bytes(inputs) == 2
-        ),
+        starts_with_bias=starts_with_bias(inputs),
     )
     return forward_kernel(config, inputs, blocks, chip.cores)
 

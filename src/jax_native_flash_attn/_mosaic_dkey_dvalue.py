@@ -69,10 +69,8 @@ def dkey_dvalue(
     block_keys, shape = compute * block_kv, (block_kv, block_q)
     batch = next(iter(wanted.values())).shape[:-3]
     summed = tuple(n if m == 1 else 1 for n, m in zip(z.batch, batch, strict=True))
-    kv_heads, members = (
-        (*batch, z.K),
-        (*summed, z.G),
-    )  # a block belongs to one of the former, and visits all of the latter
+    # A block belongs to one of the former, and visits all of the latter.
+    kv_heads, members = (*batch, z.K), (*summed, z.G)
     num_heads, num_blocks = math.prod(kv_heads), -(-z.S // block_keys)
     group = heads_per_group(num_heads, 4 * z.T * z.H * math.prod(members), _CACHE_BYTES)
     # Vectors of masks are read tile by tile: to a whole number of tiles.
@@ -81,18 +79,9 @@ def dkey_dvalue(
     arrays.pop("ranges", None)
     arrays |= query_ranges(inputs.mask, z.T, z.S, block_q, block_keys, summed, is_cut=is_cut(config, inputs))
     swizzle = swizzle_bytes(z.H, dtype, block_q)
-    work = plan(
-        kv_heads,
-        num_blocks,
-        1,
-        group,
-        cores if blocks.persistent else None,
-        is_uneven=config.band.upper is not None and config.band.lower is None,
-        batch_fastest=False,
-    )
-    # Keys of the next item are loaded while those of this one are in use.
-    buffers = 1 if work.is_single else 2
-    keys_like = matrix_buffer(buffers * compute, block_kv, z.H, dtype=dtype, swizzle=swizzle)
+    work = plan(kv_heads, num_blocks, group, cores if blocks.persistent else None, config.band)
+    key_buffers = work.buffers * compute
+    keys_like = matrix_buffer(key_buffers, block_kv, z.H, dtype=dtype, swizzle=swizzle)
     rows_like = matrix_buffer(stages, block_q, z.H, dtype=dtype, swizzle=swizzle)
     scores = score_buffers(operands, (stages, compute), block_q, block_kv)
     needs_dlogits = "key" in wanted
@@ -108,10 +97,10 @@ def dkey_dvalue(
         "delta": plgpu.SMEM((stages, block_q), jnp.float32),
         **dict(zip(operands.tiled, scores, strict=True)),
         # Completed by TMA: the data are there.
-        "keys ready": plgpu.Barrier(num_barriers=buffers * compute, num_arrivals=len(loads)),
+        "keys ready": plgpu.Barrier(num_barriers=key_buffers, num_arrivals=len(loads)),
         "rows ready": plgpu.Barrier(num_barriers=stages, num_arrivals=4 + compute * len(scores)),
         # Completed by the compute warpgroup whose keys they are, once their gradients have left.
-        "keys free": plgpu.Barrier(num_barriers=buffers * compute),
+        "keys free": plgpu.Barrier(num_barriers=key_buffers),
         # Completed by all compute warpgroups: the slot may be loaded again.
         "rows free": plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
     }
@@ -134,10 +123,6 @@ def dkey_dvalue(
                 return count + body(k, count, head, (num_blocks - 1) - block)  # with a causal mask, the longest first
 
             work.for_each(lax.axis_index("worker"), run)
-
-        def place(k: Any, w: Any) -> Any:
-            """Where warpgroup w has the keys of the k-th item."""
-            return w if work.is_single else lax.rem(jnp.int32(k), jnp.int32(buffers)) * compute + w
 
         def item_of(k: Any, count: Any, kv_index: tuple, block: Any) -> tuple[Any, Callable, Callable]:
             """Steps of the k-th item, what loads for them, and what computes."""
@@ -175,9 +160,9 @@ def dkey_dvalue(
 
             def load_item() -> None:
                 for w in range(compute):
-                    at = place(k, w)
+                    at = work.buffer(k, w, compute)
                     if not work.is_single:
-                        pl.when(k >= buffers)(lambda at=at: plgpu.barrier_wait(local["keys free"].at[at]))
+                        pl.when(k >= work.buffers)(lambda at=at: plgpu.barrier_wait(local["keys free"].at[at]))
                     for name in loads:
                         keys, ready = keys_of(refs[name], w, kv_batch), local["keys ready"].at[at]
                         plgpu.copy_gmem_to_smem(keys, local[name].at[at], ready)
@@ -205,7 +190,7 @@ def dkey_dvalue(
 
             def compute_item() -> None:
                 tile = block * compute + wg  # of this warpgroup's keys
-                mine = place(k, wg)
+                mine = work.buffer(k, wg, compute)
                 tiled = {name: local[name] for name in operands.tiled}
 
                 def logits_of(head: tuple, scale: Any = None) -> TileLogits:

@@ -83,20 +83,11 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_s
     group = heads_per_group(num_heads, 4 * z.S * z.H / z.G, _CACHE_BYTES)
     operands = prepare(config, inputs, blocks.rows, blocks.block_kv)
     arrays = operands.arrays | call.arrays(blocks.rows, drops_dead_rows=True)
-    work = plan(
-        heads,
-        num_blocks,
-        1,
-        group,
-        cores if blocks.persistent and jnp.dtype(out_dtype) == dtype else None,
-        is_uneven=config.band.upper is not None and config.band.lower is None,
-        batch_fastest=False,
-    )
-    # Rows of the next item are loaded while those of this one are in use.
-    buffers = 1 if work.is_single else 2
-    rows_like = (buffers * compute, blocks.block_q, z.H)
     # The gradient leaves through shared memory that held the query (16 bit), or query and dout (float32).
     is_wide = jnp.dtype(out_dtype) != dtype
+    work = plan(heads, num_blocks, group, cores if blocks.persistent and not is_wide else None, config.band)
+    row_buffers = work.buffers * compute
+    rows_like = (row_buffers, blocks.block_q, z.H)
     loaded = (matrix_buffer(*rows_like, dtype=dtype), matrix_buffer(*rows_like, dtype=dtype))
     shared = plgpu.RefUnion(loaded, *([(matrix_buffer(*rows_like, dtype=out_dtype),)] if is_wide else []))
     scores = score_buffers(operands, (value_stages,), blocks.rows, blocks.block_kv)
@@ -107,14 +98,14 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_s
         **({"moments": plgpu.SMEM((len(MOMENTS), compute, blocks.block_q), jnp.float32)} if with_scale else {}),
         **dict(zip(operands.tiled, scores, strict=True)),
         # Completed by TMA: the data are there. Bias and mask come with the values.
-        "rows ready": plgpu.Barrier(num_barriers=buffers * compute, num_arrivals=2),
+        "rows ready": plgpu.Barrier(num_barriers=row_buffers, num_arrivals=2),
         "key ready": plgpu.Barrier(num_barriers=stages),
         "value ready": plgpu.Barrier(num_barriers=value_stages, num_arrivals=1 + len(scores)),
         # Completed by all compute warpgroups: the slot may be loaded again.
         "key free": plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
         "value free": plgpu.Barrier(num_barriers=value_stages, num_arrivals=compute),
         # Completed by the compute warpgroup whose rows they are, once its gradient has left.
-        "rows free": plgpu.Barrier(num_barriers=buffers * compute),
+        "rows free": plgpu.Barrier(num_barriers=row_buffers),
         # Completed by all compute warpgroups: nobody reads query or dout any more.
         "all done": plgpu.Barrier(num_arrivals=compute),
         # Completed by compute warpgroup 0: the padding in a tile of keys and values is clean.
@@ -145,15 +136,11 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_s
 
             work.for_each(lax.axis_index("worker"), run)
 
-        def place(k: Any, w: Any) -> Any:
-            """Where warpgroup w has the rows of the k-th item."""
-            return w if work.is_single else lax.rem(jnp.int32(k), jnp.int32(buffers)) * compute + w
-
         def load_item(k: Any, item: _Item) -> None:
             for w in range(compute):
-                at = place(k, w)
+                at = work.buffer(k, w, compute)
                 if not work.is_single:
-                    pl.when(k >= buffers)(lambda at=at: plgpu.barrier_wait(local["rows free"].at[at]))
+                    pl.when(k >= work.buffers)(lambda at=at: plgpu.barrier_wait(local["rows free"].at[at]))
                 for name in ("query", "dout"):
                     row = item.block * blocks.rows + w * blocks.block_q
                     rows = query_slice(refs[name], item.head, row, blocks.block_q)
@@ -185,7 +172,7 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_s
                 load(row_slice(refs[name], head, row, blocks.block_q), layout=ROW) for name in ("lse", "delta")
             )
             row_lse = call.base_2_lse(row_lse)
-            mine = place(k, wg)
+            mine = work.buffer(k, wg, compute)
 
             def slot_of(i: Any, slots: int = stages) -> Any:
                 return lax.rem(item.count + i, jnp.int32(slots))

@@ -39,6 +39,7 @@ from ._mosaic_operands import (
     query_slice,
     score_buffers,
     score_slice,
+    starts_with_bias,
     value_slice,
 )
 from ._mosaic_rows import Item, Kernel
@@ -93,10 +94,10 @@ def _partial_forward(
     work = plan(
         heads,
         num_blocks,
-        blocks.parts,
         heads_per_group(num_heads, 2 * dtype.itemsize * z.S * z.H / z.G, _CACHE_BYTES),
         cores if blocks.persistent else None,
-        is_uneven=config.band.upper is not None and config.band.lower is None,
+        config.band,
+        parts=blocks.parts,
         batch_fastest="bias" in operands.tiled and operands.arrays["bias"].shape[:-3] != z.batch,
     )
     value_tile = (z.H, blocks.block_kv) if dtype == jnp.float32 else (blocks.block_kv, z.H)
@@ -156,7 +157,7 @@ def _partial_forward(
         intervals = Intervals(config.band, z.T, z.S, blocks.block_kv, refs)
         wg = lax.axis_index("wg")
 
-        shared = Kernel(config, z, blocks, intervals, refs, outs, local, streamed)
+        shared = Kernel(config, z, blocks, intervals, refs, outs, local, streamed, starts_with_bias(inputs))
 
         def for_each_item(body: Any) -> None:
             """`body(k, item)` for the k-th item of this worker."""

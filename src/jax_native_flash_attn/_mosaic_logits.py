@@ -109,7 +109,7 @@ class TileLogits:
         self.has_bias = any(name.startswith("bias") for name in refs)
         self.has_mask = any(name.startswith("allowed") for name in refs)
         self.has_scores = self.has_bias or self.has_mask
-        self.starts_with_bias = starts_with_bias and "bias" in buffers and refs["query"].dtype == jnp.bfloat16
+        self.starts_with_bias = starts_with_bias
         # With such a start, what queries are to be multiplied by, and the unit that logits then come in.
         self.power, self.unit = None, Unit()
         if self.starts_with_bias:

@@ -83,6 +83,12 @@ def is_cut(config: Config, inputs: Inputs) -> bool:
     return config.band.is_cut and inputs.bias is None and inputs.mask.allowed is None
 
 
+def starts_with_bias(inputs: Inputs) -> bool:
+    """Whether the forward's products are added to the bias: `TileLogits.start`."""
+    bias = inputs.bias
+    return bias is not None and 1 not in bias.shape[-2:] and inputs.query.dtype == jnp.bfloat16
+
+
 def score_bytes(inputs: Inputs) -> int:
     """Of one score of the bias and mask that come tile by tile, in shared memory."""
     return sum(1 if x.dtype == bool else _float_bytes(x) for x in _scores(inputs) if 1 not in x.shape[-2:])

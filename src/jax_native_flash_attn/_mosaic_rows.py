@@ -55,6 +55,7 @@ class Kernel:
     outs: dict[str, Any]
     local: dict[str, Any]
     streamed: tuple[str, ...]
+    starts_with_bias: bool
 
     def slot(self, n: Any) -> Any:
         """Where a worker's n-th tile lies in the ring."""
@@ -81,7 +82,7 @@ class Rows:
             *self.shape,
             row_in_block=wg * blocks.block_q,
             scale=scale,
-            starts_with_bias=True,
+            starts_with_bias=kernel.starts_with_bias,
         )
         self.no_output = plgpu.layout_cast(jnp.zeros((blocks.block_q, z.H), jnp.float32), plgpu.Layout.WGMMA)
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from ._masks import Band
 from ._mosaic import unravel
 from ._tiles import ColumnRange
 
@@ -48,6 +49,15 @@ class Work:
     def is_single(self) -> bool:
         return self.workers >= self.items
 
+    @property
+    def buffers(self) -> int:
+        """For what a backward kernel keeps of an item; that of the next is loaded while this one's is in use."""
+        return 1 if self.is_single else 2
+
+    def buffer(self, k: Any, wg: Any, warpgroups: int) -> Any:
+        """Which of `buffers * warpgroups` has what warpgroup wg keeps of the k-th item."""
+        return wg if self.is_single else lax.rem(jnp.int32(k), jnp.int32(self.buffers)) * warpgroups + wg
+
     def item(self, n: Any) -> tuple[tuple[Any, ...], Any, Any]:
         """Head (batch..., N), block and part of item n."""
         num_heads = math.prod(self.heads)
@@ -81,19 +91,20 @@ class Work:
 def plan(
     heads: tuple[int, ...],
     blocks: int,
-    parts: int,
     group: int,
     cores: int | None,
+    band: Band,
     *,
-    is_uneven: bool,
-    batch_fastest: bool,
+    parts: int = 1,
+    batch_fastest: bool = False,
 ) -> Work:
     """`Work` for so many multiprocessors; one worker for each item for None, and where the turns would not balance.
 
-    `is_uneven` says that blocks have more tiles the later they are. Each group of heads is then a list that starts long
+    With a causal `band`, blocks have more tiles the later they are. Each group of heads is then a list that starts long
     and ends short, and only a long list balances; the GPU gives new blocks to whichever multiprocessor is free.
     """
     items = math.prod(heads) * blocks * parts
+    is_uneven = band.upper is not None and band.lower is None
     if cores is None or (is_uneven and group * blocks * parts < _BALANCED_ROUNDS * cores):
         cores = items
     return Work(heads, blocks, parts, group, min(items, cores), batch_fastest)
