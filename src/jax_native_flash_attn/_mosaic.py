@@ -6,7 +6,7 @@ Import this module only where `_dispatch.py` found the backend: JAX before 0.10 
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas
@@ -80,6 +80,34 @@ def matrix_buffer(*shape: int, dtype: Any, swizzle: int | None = None) -> Any:
     assert swizzle is not None, shape
     tiling = plgpu.TilingTransform((8, swizzle // np.dtype(dtype).itemsize))
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+
+class Results(NamedTuple):
+    """How a result with rows of `heads` heads leaves: a TMA of tiles needs a multiple of 8 rows in global memory.
+
+    Other numbers of rows would have to be copied behind the kernel. So rows then leave shared memory untiled; slower
+    there, as they conflict for its banks. With one head, such a copy would not end with the rows of a batch.
+    """
+
+    rows: int
+    heads: int
+
+    @property
+    def is_tiled(self) -> bool:
+        return self.rows % 8 == 0 or self.heads == 1
+
+    @property
+    def length(self) -> int:
+        """Rows in global memory."""
+        return round_up(self.rows, 8) if self.is_tiled else self.rows
+
+    def buffer(self, *shape: int, dtype: Any, swizzle: int | None = None) -> Any:
+        """In shared memory."""
+        return matrix_buffer(*shape, dtype=dtype, swizzle=swizzle) if self.is_tiled else plgpu.SMEM(shape, dtype)
+
+    def at(self, row: Any) -> Any:
+        """The same row. Mosaic tiles a buffer by itself if it sees that the copies begin at multiples of 8."""
+        return row if self.is_tiled else jnp.minimum(row, 2**30 + 1)
 
 
 def spread(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:

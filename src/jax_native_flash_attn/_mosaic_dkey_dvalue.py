@@ -29,6 +29,7 @@ from jax import lax
 
 from ._mosaic import (
     COLUMN,
+    Results,
     broadcast_index,
     heads_per_group,
     launch,
@@ -37,7 +38,6 @@ from ._mosaic import (
     opaque,
     pl,
     plgpu,
-    round_up,
     store,
     swizzle_bytes,
     unravel,
@@ -81,7 +81,13 @@ def dkey_dvalue(
     swizzle = swizzle_bytes(z.H, dtype, block_q)
     work = plan(kv_heads, num_blocks, group, cores if blocks.persistent else None, config.band)
     key_buffers = work.buffers * compute
-    keys_like = matrix_buffer(key_buffers, block_kv, z.H, dtype=dtype, swizzle=swizzle)
+    keys_like = key_buffers, block_kv, z.H
+    gradient = Results(z.S, z.K)
+    # At the end, the memory of a key holds its gradient; so that of a value.
+    key_and_gradient = plgpu.RefUnion(
+        matrix_buffer(*keys_like, dtype=dtype, swizzle=swizzle),
+        gradient.buffer(*keys_like, dtype=dtype, swizzle=swizzle),
+    )
     rows_like = matrix_buffer(stages, block_q, z.H, dtype=dtype, swizzle=swizzle)
     scores = score_buffers(operands, (stages, compute), block_q, block_kv)
     needs_dlogits = "key" in wanted
@@ -89,8 +95,8 @@ def dkey_dvalue(
     loads = ("key", "value") if needs_dlogits else ("key",)
     scale_is_summed = any(n > 1 and m > 1 for n, m in zip(inputs.scale.shape, summed, strict=True))
     scratch = {
-        "key": keys_like,  # and, at the end, its gradient; so value
-        "value": keys_like,
+        "key": key_and_gradient,
+        "value": key_and_gradient,
         "query": rows_like,
         "dout": rows_like,
         "lse": plgpu.SMEM((stages, block_q), jnp.float32),
@@ -111,6 +117,8 @@ def dkey_dvalue(
         refs = dict(zip(arrays, args, strict=False))
         outs = dict(zip(wanted, args[len(arrays) : len(arrays) + len(wanted)], strict=True))
         local = dict(zip(scratch, args[len(arrays) + len(wanted) :], strict=True))
+        for name in loads:
+            local[name], local[f"{name} gradient"] = local[name]
         intervals = Intervals(config.band, z.T, z.S, block_kv, refs)
         wg = lax.axis_index("wg")
         first_visit = jnp.int32(0), jnp.int32(0)
@@ -154,8 +162,9 @@ def dkey_dvalue(
             def slot_of(i: Any) -> Any:
                 return lax.rem(count + i, jnp.int32(stages))
 
-            def keys_of(ref: Any, w: Any, index: tuple) -> Any:
-                keys = pl.ds(block * block_keys + w * block_kv, block_kv)
+            def keys_of(ref: Any, w: Any, index: tuple, *, is_result: bool = False) -> Any:
+                first_key = block * block_keys + w * block_kv
+                keys = pl.ds(gradient.at(first_key) if is_result else first_key, block_kv)
                 return ref.at[(*broadcast_index(index, ref.shape[:-3]), keys, kv_head if ref.shape[-2] > 1 else 0)]
 
             def load_item() -> None:
@@ -288,10 +297,10 @@ def dkey_dvalue(
                         store(keys_of(outs[name], wg, kv_batch), x)
                         continue
                     # A pass for the value alone has no buffer for it.
-                    buffer = local[name if needs_dlogits else "key"].at[mine]
-                    buffer[...] = x.astype(dtype)
+                    buffer = local[f"{name if needs_dlogits else 'key'} gradient"].at[mine]
+                    store(buffer, x.astype(dtype))
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(buffer, keys_of(outs[name], wg, kv_batch))
+                    plgpu.copy_smem_to_gmem(buffer, keys_of(outs[name], wg, kv_batch, is_result=True))
                 if not work.is_single:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     plgpu.barrier_arrive(local["keys free"].at[mine])
@@ -321,7 +330,7 @@ def dkey_dvalue(
 
     # TMA leaves out what lies past the end, other stores do not.
     is_wide = any(x.dtype != dtype for x in wanted.values())
-    padded_S = num_blocks * block_keys if is_wide else round_up(z.S, 8)
+    padded_S = num_blocks * block_keys if is_wide else gradient.length
     results = launch(
         kernel,
         out_types=[jax.ShapeDtypeStruct((*batch, padded_S, z.K, z.H), x.dtype) for x in wanted.values()],

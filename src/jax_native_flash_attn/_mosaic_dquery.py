@@ -28,6 +28,7 @@ from jax import lax
 
 from ._mosaic import (
     ROW,
+    Results,
     heads_per_group,
     launch,
     load,
@@ -35,7 +36,7 @@ from ._mosaic import (
     opaque,
     pl,
     plgpu,
-    round_up,
+    store,
 )
 from ._mosaic_backward import Backward, logits_cotangent, row_slice, softmax_weights, zeros
 from ._mosaic_blocks import Blocks
@@ -75,7 +76,6 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_s
     `MOMENTS` of each row, (batch..., N, T) in float32; on so many multiprocessors.
     """
     config, inputs, z, dtype = call.config, call.inputs, call.sizes, call.inputs.query.dtype
-    padded_T = round_up(z.T, 8)
     compute, stages, shape = blocks.warpgroups, blocks.stages, (blocks.block_q, blocks.block_kv)
     value_stages = stages - 1  # a tile of values is free after its step, one of keys a step later
     heads = (*z.batch, z.N)
@@ -83,13 +83,13 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_s
     group = heads_per_group(num_heads, 4 * z.S * z.H / z.G, _CACHE_BYTES)
     operands = prepare(config, inputs, blocks.rows, blocks.block_kv)
     arrays = operands.arrays | call.arrays(blocks.rows, drops_dead_rows=True)
-    # The gradient leaves through shared memory that held the query (16 bit), or query and dout (float32).
-    is_wide = jnp.dtype(out_dtype) != dtype
+    is_wide, gradient = jnp.dtype(out_dtype) != dtype, Results(z.T, z.N)
     work = plan(heads, num_blocks, group, cores if blocks.persistent and not is_wide else None, config.band)
     row_buffers = work.buffers * compute
     rows_like = (row_buffers, blocks.block_q, z.H)
     loaded = (matrix_buffer(*rows_like, dtype=dtype), matrix_buffer(*rows_like, dtype=dtype))
-    shared = plgpu.RefUnion(loaded, *([(matrix_buffer(*rows_like, dtype=out_dtype),)] if is_wide else []))
+    # The gradient leaves through shared memory that held the query (16 bit), or query and dout (float32).
+    shared = plgpu.RefUnion(loaded, (gradient.buffer(*rows_like, dtype=out_dtype),))
     scores = score_buffers(operands, (value_stages,), blocks.rows, blocks.block_kv)
     scratch = {
         "query, dout, result": shared,
@@ -111,7 +111,7 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_s
         # Completed by compute warpgroup 0: the padding in a tile of keys and values is clean.
         "padding clean": plgpu.Barrier(),
     }
-    out_types = [jax.ShapeDtypeStruct((*z.batch, padded_T, z.N, z.H), out_dtype)]
+    out_types = [jax.ShapeDtypeStruct((*z.batch, gradient.length, z.N, z.H), out_dtype)]
     if with_scale:
         row_type = jax.ShapeDtypeStruct((*heads, num_blocks * blocks.rows), jnp.float32)
         out_types += [row_type] * len(MOMENTS)
@@ -120,8 +120,7 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_s
         refs = dict(zip(arrays, args, strict=False))
         outs = args[len(arrays) : len(arrays) + len(out_types)]
         local = dict(zip(scratch, args[len(arrays) + len(out_types) :], strict=True))
-        (local["query"], local["dout"]), *wide = local["query, dout, result"]
-        result_smem = wide[0][0] if is_wide else local["query"]
+        (local["query"], local["dout"]), (local["result"],) = local["query, dout, result"]
         intervals = Intervals(config.band, z.T, z.S, blocks.block_kv, refs, skips_dead_rows=True)
         wg = lax.axis_index("wg")
 
@@ -297,10 +296,10 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_s
             if is_wide:
                 plgpu.barrier_arrive(local["all done"])
                 plgpu.barrier_wait(local["all done"])
-            result = result_smem.at[mine]
-            result[...] = (acc * logits.scale).astype(out_dtype)
+            result = local["result"].at[mine]
+            store(result, (acc * logits.scale).astype(out_dtype))
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(result, query_slice(outs[0], head, row, blocks.block_q))
+            plgpu.copy_smem_to_gmem(result, query_slice(outs[0], head, gradient.at(row), blocks.block_q))
             for i, out in enumerate(outs[1:]):
                 plgpu.copy_smem_to_gmem(local["moments"].at[i, wg], row_slice(out, head, row, blocks.block_q))
             if not work.is_single:

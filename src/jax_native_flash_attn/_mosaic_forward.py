@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._mosaic import heads_per_group, launch, matrix_buffer, pl, plgpu, round_up, swizzle_bytes
+from ._mosaic import Results, heads_per_group, launch, matrix_buffer, pl, plgpu, swizzle_bytes
 from ._mosaic_attend import compute_item
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import NO_KEY
@@ -108,17 +108,19 @@ def _partial_forward(
     # causal calls with heads of 64, little elsewhere; items of a few tiles would take up to 6% more).
     keys_first = not streamed and z.H <= 64 and -(-z.S // blocks.block_kv) >= _LONG_ITEM
 
+    result = Results(z.T, z.N)
     # Of matrices TMA leaves out what lies past the end; vectors, and what is stored from registers, are whole blocks.
     parts, all_rows = blocks.parts, num_blocks * blocks.rows
     out_types = {
-        "out": jax.ShapeDtypeStruct((parts, *z.batch, round_up(z.T, 8), z.N, z.H), dtype),
+        "out": jax.ShapeDtypeStruct((parts, *z.batch, result.length, z.N, z.H), dtype),
         "unrounded": jax.ShapeDtypeStruct((parts, *z.batch, all_rows, z.N, z.H), jnp.float32),
         "lse": jax.ShapeDtypeStruct((parts, *heads, all_rows), jnp.float32),
     }
     out_types = {name: x for name, x in out_types.items() if name in wanted}
     rows_like = (compute, blocks.block_q, z.H)
+    query_buffer, out_buffer = matrix_buffer(*rows_like, dtype=dtype), result.buffer(*rows_like, dtype=dtype)
     # Without a next item, the output leaves through memory that held the query.
-    has_out_buffer = "out" in wanted and not work.is_single
+    shares_buffer = "out" in wanted and work.is_single
     # Float32 leaves no room for it; through shared memory takes less, for short items up to 5% of a call.
     has_lse_buffer = "lse" in wanted and dtype != jnp.float32
     scores = [
@@ -126,8 +128,8 @@ def _partial_forward(
         *column_buffers(operands, stages, blocks.block_kv),
     ]
     scratch = {
-        "query": matrix_buffer(*rows_like, dtype=dtype),
-        **({"out": matrix_buffer(*rows_like, dtype=dtype)} if has_out_buffer else {}),
+        "query": plgpu.RefUnion(query_buffer, out_buffer) if shares_buffer else query_buffer,
+        **({"out": out_buffer} if "out" in wanted and not shares_buffer else {}),
         "key": matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype),
         "value": matrix_buffer(stages, *value_tile, dtype=dtype),
         **({"lse": plgpu.SMEM((compute, blocks.block_q), jnp.float32)} if has_lse_buffer else {}),
@@ -153,11 +155,12 @@ def _partial_forward(
         refs = dict(zip(operands.arrays, args, strict=False))
         outs = dict(zip(out_types, args[num_inputs : num_inputs + num_outs], strict=True))
         local = dict(zip(scratch, args[num_inputs + num_outs :], strict=True))
-        local.setdefault("out", local["query"])
+        if shares_buffer:
+            local["query"], local["out"] = local["query"]
         intervals = Intervals(config.band, z.T, z.S, blocks.block_kv, refs)
         wg = lax.axis_index("wg")
 
-        shared = Kernel(config, z, blocks, intervals, refs, outs, local, streamed, starts_with_bias(inputs))
+        shared = Kernel(config, z, blocks, intervals, refs, outs, local, streamed, starts_with_bias(inputs), result)
 
         def for_each_item(body: Any) -> None:
             """`body(k, item)` for the k-th item of this worker."""

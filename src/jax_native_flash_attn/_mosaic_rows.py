@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from ._mosaic import pl, plgpu, store
+from ._mosaic import Results, pl, plgpu, store
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import TileLogits
 from ._mosaic_masks import Intervals
@@ -56,6 +56,7 @@ class Kernel:
     local: dict[str, Any]
     streamed: tuple[str, ...]
     starts_with_bias: bool
+    result: Results
 
     def slot(self, n: Any) -> Any:
         """Where a worker's n-th tile lies in the ring."""
@@ -134,7 +135,7 @@ class Rows:
             store(query_slice(outs["unrounded"], index, self.row, count), out)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left
         if "out" in outs:
-            local["out"][wg] = out.astype(self.dtype)
+            store(local["out"].at[wg], out.astype(self.dtype))
         rows_of_lse = outs["lse"].at[(*index, pl.ds(self.row, count))] if "lse" in outs else None
         if "lse" in local:
             local["lse"][wg] = lse
@@ -142,6 +143,7 @@ class Rows:
             store(rows_of_lse, lse)
         plgpu.commit_smem()
         if "out" in outs:
-            plgpu.copy_smem_to_gmem(local["out"].at[wg], query_slice(outs["out"], index, self.row, count))
+            row = self.kernel.result.at(self.row)
+            plgpu.copy_smem_to_gmem(local["out"].at[wg], query_slice(outs["out"], index, row, count))
         if "lse" in local:
             plgpu.copy_smem_to_gmem(local["lse"].at[wg], rows_of_lse)
