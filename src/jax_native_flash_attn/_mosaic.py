@@ -82,11 +82,52 @@ def matrix_buffer(*shape: int, dtype: Any, swizzle: int | None = None) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
-class Results(NamedTuple):
-    """How a result with rows of `heads` heads leaves: a TMA of tiles needs a multiple of 8 rows in global memory.
+class Loads(NamedTuple):
+    """How matrices of so many columns come: a TMA of tiles needs a multiple of 8 rows in global memory.
 
-    Other numbers of rows would have to be copied behind the kernel. So rows then leave shared memory untiled; slower
-    there, as they conflict for its banks. With one head, such a copy would not end with the rows of a batch.
+    XLA pads others beforehand, unless a row is one row of a tile. Then tiles lie in shared memory as rows do, but for
+    the swizzle, and TMA sees the same memory as those.
+    """
+
+    columns: int
+    dtype: Any
+    swizzle: int | None = None
+
+    @property
+    def is_by_row(self) -> bool:
+        if jax.__version_info__ < (0, 11, 2):
+            return False  # may have no swizzle of untiled memory
+        width = self.swizzle or swizzle_bytes(self.columns, self.dtype)
+        return width == self.columns * np.dtype(self.dtype).itemsize
+
+    @property
+    def multiple(self) -> int:
+        """Of which the number of rows in global memory must be one."""
+        return 1 if self.is_by_row else 8
+
+    def buffers(self, *shape: int) -> tuple[Any, ...]:
+        """The same memory as products see it, and as TMA sees it if that is another way."""
+        tiled = matrix_buffer(*shape, self.columns, dtype=self.dtype, swizzle=self.swizzle)
+        if not self.is_by_row:
+            return (tiled,)
+        width = self.columns * np.dtype(self.dtype).itemsize
+        return tiled, plgpu.SMEM((*shape, self.columns), self.dtype, transforms=(plgpu.SwizzleTransform(width),))
+
+    def buffer(self, *shape: int) -> Any:
+        """`buffers` as one."""
+        buffers = self.buffers(*shape)
+        return plgpu.RefUnion(*buffers) if self.is_by_row else buffers[0]
+
+    def views(self, ref: Any) -> tuple[Any, Any]:
+        """Of a `buffer` in a kernel: for products, and for TMA."""
+        return tuple(ref) if self.is_by_row else (ref, ref)
+
+
+class Results(NamedTuple):
+    """How a result with rows of `heads` heads leaves: as `Loads`, a TMA of tiles needs a multiple of 8 rows.
+
+    Others would have to be copied behind the kernel. So rows then leave shared memory untiled; slower there, as they
+    conflict for its banks. With one head, such a copy would not end with the rows of a batch.
     """
 
     rows: int

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._mosaic import broadcast_index, pad_axis, pl, plgpu, round_up
+from ._mosaic import Loads, broadcast_index, pad_axis, pl, plgpu, round_up
 from ._mosaic_logits import RowVectors, TileLogits, to_base_2
 from ._numerics import LOG2E
 from ._operands import Config, Inputs
@@ -50,7 +50,7 @@ class Backward:
         """What `softmax_weights` takes, of lse as the kernels read it."""
         return lse * LOG2E if self._is_short and not self._has_scores else lse
 
-    def arrays(self, block_rows: int, *, drops_dead_rows: bool = False) -> dict[str, jax.Array]:
+    def arrays(self, block_rows: int, loads: Loads, *, drops_dead_rows: bool = False) -> dict[str, jax.Array]:
         """By name, as the kernels read them: vectors to whole blocks (TMA clips matrices only).
 
         lse is in base 2, but with bias or mask in base e, as are the logits that it is subtracted from. Of short calls
@@ -64,7 +64,7 @@ class Backward:
         lse = lse if dead is None else jnp.where(dead, _NO_WEIGHT, lse)
         T, padded = self.sizes.T, round_up(self.sizes.T, block_rows)
         return {
-            "dout": pad_axis(self.dout, -3, round_up(T, 8)),
+            "dout": pad_axis(self.dout, -3, round_up(T, loads.multiple)),
             "lse": pad_axis(lse, -1, padded, _NO_WEIGHT),
             "delta": pad_axis(self.delta, -1, padded),
         }

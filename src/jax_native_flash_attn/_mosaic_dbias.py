@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._mosaic import ROW, launch, load, matrix_buffer, pl, plgpu, store, unravel
+from ._mosaic import ROW, Loads, launch, load, pl, plgpu, store, unravel
 from ._mosaic_backward import Backward, logits_cotangent, row_slice, softmax_weights, zeros
 from ._mosaic_blocks import Blocks, Chip
 from ._mosaic_logits import TileLogits
@@ -56,10 +56,10 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
     visits = _visits_of_a_part(num_owned, num_visits)
     parts = -(-num_visits // visits)
     run = max(1, min(key_blocks, _LONG_RUN // visits, num_owned // _ENOUGH_BLOCKS))
-    operands = prepare(config, inputs, blocks.rows, blocks.block_kv)
-    arrays = operands.arrays | call.arrays(blocks.rows)
-    rows_like = matrix_buffer(stages, compute, blocks.block_q, z.H, dtype=dtype)
-    keys_like = matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype)
+    loads = Loads(z.H, dtype)
+    operands = prepare(config, inputs, blocks.rows, blocks.block_kv, loads)
+    arrays = operands.arrays | call.arrays(blocks.rows, loads)
+    rows_like, keys_like = loads.buffer(stages, compute, blocks.block_q), loads.buffer(stages, blocks.block_kv)
     scores = score_buffers(operands, (stages,), blocks.rows, blocks.block_kv)
     scratch = {
         "query": rows_like,
@@ -82,6 +82,8 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
         refs = dict(zip(arrays, args, strict=False))
         out = args[len(arrays)]
         local = dict(zip(scratch, args[len(arrays) + 1 :], strict=True))
+        for name in ("query", "dout", "key", "value"):
+            local[name], local[f"{name} loaded"] = loads.views(local[name])
         first_tile, own = lax.axis_index("run") * run, unravel(lax.axis_index("own"), owned[:-1])
         own = (*own, lax.axis_index("rows"))
         begin = lax.axis_index("part") * visits
@@ -115,13 +117,13 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
                         row = block * blocks.rows + w * blocks.block_q
                         for name in ("query", "dout"):
                             rows = query_slice(refs[name], head, row, blocks.block_q)
-                            plgpu.copy_gmem_to_smem(rows, local[name].at[slot, w], ready)
+                            plgpu.copy_gmem_to_smem(rows, local[f"{name} loaded"].at[slot, w], ready)
                         for name in ("lse", "delta"):
                             rows = row_slice(refs[name], head, row, blocks.block_q)
                             plgpu.copy_gmem_to_smem(rows, local[name].at[slot, w], ready)
                     for name in ("key", "value"):
                         keys = key_slice(refs[name], head, z.G, tile, blocks.block_kv)
-                        plgpu.copy_gmem_to_smem(keys, local[name].at[slot], ready)
+                        plgpu.copy_gmem_to_smem(keys, local[f"{name} loaded"].at[slot], ready)
                     for name in operands.tiled:
                         score = score_slice(refs[name], head, block * blocks.rows, blocks.rows, tile, blocks.block_kv)
                         plgpu.copy_gmem_to_smem(score, local[name].at[slot], ready)

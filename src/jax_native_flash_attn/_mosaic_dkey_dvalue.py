@@ -29,12 +29,12 @@ from jax import lax
 
 from ._mosaic import (
     COLUMN,
+    Loads,
     Results,
     broadcast_index,
     heads_per_group,
     launch,
     load,
-    matrix_buffer,
     opaque,
     pl,
     plgpu,
@@ -74,25 +74,24 @@ def dkey_dvalue(
     num_heads, num_blocks = math.prod(kv_heads), -(-z.S // block_keys)
     group = heads_per_group(num_heads, 4 * z.T * z.H * math.prod(members), _CACHE_BYTES)
     # Vectors of masks are read tile by tile: to a whole number of tiles.
-    operands = prepare(config, inputs, block_q, block_keys, transposes_mask=True)
-    arrays = operands.arrays | call.arrays(block_q)
+    loads = Loads(z.H, dtype, swizzle_bytes(z.H, dtype, block_q))
+    operands = prepare(config, inputs, block_q, block_keys, loads, transposes_mask=True)
+    arrays = operands.arrays | call.arrays(block_q, loads)
     arrays.pop("ranges", None)
     arrays |= query_ranges(inputs.mask, z.T, z.S, block_q, block_keys, summed, is_cut=is_cut(config, inputs))
-    swizzle = swizzle_bytes(z.H, dtype, block_q)
     work = plan(kv_heads, num_blocks, group, cores if blocks.persistent else None, config.band)
     key_buffers = work.buffers * compute
-    keys_like = key_buffers, block_kv, z.H
+    keys_like = key_buffers, block_kv
     gradient = Results(z.S, z.K)
     # At the end, the memory of a key holds its gradient; so that of a value.
     key_and_gradient = plgpu.RefUnion(
-        matrix_buffer(*keys_like, dtype=dtype, swizzle=swizzle),
-        gradient.buffer(*keys_like, dtype=dtype, swizzle=swizzle),
+        *loads.buffers(*keys_like), gradient.buffer(*keys_like, z.H, dtype=dtype, swizzle=loads.swizzle)
     )
-    rows_like = matrix_buffer(stages, block_q, z.H, dtype=dtype, swizzle=swizzle)
+    rows_like = loads.buffer(stages, block_q)
     scores = score_buffers(operands, (stages, compute), block_q, block_kv)
     needs_dlogits = "key" in wanted
     overlaps = needs_dlogits and _OVERLAPPED[0] < z.H <= _OVERLAPPED[1]
-    loads = ("key", "value") if needs_dlogits else ("key",)
+    loaded_keys = ("key", "value") if needs_dlogits else ("key",)
     scale_is_summed = any(n > 1 and m > 1 for n, m in zip(inputs.scale.shape, summed, strict=True))
     scratch = {
         "key": key_and_gradient,
@@ -103,7 +102,7 @@ def dkey_dvalue(
         "delta": plgpu.SMEM((stages, block_q), jnp.float32),
         **dict(zip(operands.tiled, scores, strict=True)),
         # Completed by TMA: the data are there.
-        "keys ready": plgpu.Barrier(num_barriers=key_buffers, num_arrivals=len(loads)),
+        "keys ready": plgpu.Barrier(num_barriers=key_buffers, num_arrivals=len(loaded_keys)),
         "rows ready": plgpu.Barrier(num_barriers=stages, num_arrivals=4 + compute * len(scores)),
         # Completed by the compute warpgroup whose keys they are, once their gradients have left.
         "keys free": plgpu.Barrier(num_barriers=key_buffers),
@@ -117,8 +116,11 @@ def dkey_dvalue(
         refs = dict(zip(arrays, args, strict=False))
         outs = dict(zip(wanted, args[len(arrays) : len(arrays) + len(wanted)], strict=True))
         local = dict(zip(scratch, args[len(arrays) + len(wanted) :], strict=True))
-        for name in loads:
-            local[name], local[f"{name} gradient"] = local[name]
+        for name in loaded_keys:
+            *views, local[f"{name} gradient"] = local[name]
+            local[name], local[f"{name} loaded"] = views[0], views[-1]
+        for name in ("query", "dout"):
+            local[name], local[f"{name} loaded"] = loads.views(local[name])
         intervals = Intervals(config.band, z.T, z.S, block_kv, refs)
         wg = lax.axis_index("wg")
         first_visit = jnp.int32(0), jnp.int32(0)
@@ -172,18 +174,17 @@ def dkey_dvalue(
                     at = work.buffer(k, w, compute)
                     if not work.is_single:
                         pl.when(k >= work.buffers)(lambda at=at: plgpu.barrier_wait(local["keys free"].at[at]))
-                    for name in loads:
+                    for name in loaded_keys:
                         keys, ready = keys_of(refs[name], w, kv_batch), local["keys ready"].at[at]
-                        plgpu.copy_gmem_to_smem(keys, local[name].at[at], ready)
+                        plgpu.copy_gmem_to_smem(keys, local[f"{name} loaded"].at[at], ready)
 
                 def load_tile(i: Any, visit: tuple[Any, Any]) -> tuple[Any, Any]:
                     (head, row), slot = place_of(visit), slot_of(i)
                     ready = local["rows ready"].at[slot]
                     pl.when(count + i >= stages)(lambda: plgpu.barrier_wait(local["rows free"].at[slot]))
                     for name in ("query", "dout"):
-                        plgpu.copy_gmem_to_smem(
-                            query_slice(refs[name], head, row, block_q), local[name].at[slot], ready
-                        )
+                        rows = query_slice(refs[name], head, row, block_q)
+                        plgpu.copy_gmem_to_smem(rows, local[f"{name} loaded"].at[slot], ready)
                     for name in ("lse", "delta"):
                         plgpu.copy_gmem_to_smem(row_slice(refs[name], head, row, block_q), local[name].at[slot], ready)
                     for name in operands.tiled:

@@ -28,11 +28,11 @@ from jax import lax
 
 from ._mosaic import (
     ROW,
+    Loads,
     Results,
     heads_per_group,
     launch,
     load,
-    matrix_buffer,
     opaque,
     pl,
     plgpu,
@@ -81,20 +81,21 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_s
     heads = (*z.batch, z.N)
     num_heads, num_blocks = math.prod(heads), -(-z.T // blocks.rows)
     group = heads_per_group(num_heads, 4 * z.S * z.H / z.G, _CACHE_BYTES)
-    operands = prepare(config, inputs, blocks.rows, blocks.block_kv)
-    arrays = operands.arrays | call.arrays(blocks.rows, drops_dead_rows=True)
+    loads = Loads(z.H, dtype)
+    operands = prepare(config, inputs, blocks.rows, blocks.block_kv, loads)
+    arrays = operands.arrays | call.arrays(blocks.rows, loads, drops_dead_rows=True)
     is_wide, gradient = jnp.dtype(out_dtype) != dtype, Results(z.T, z.N)
     work = plan(heads, num_blocks, group, cores if blocks.persistent and not is_wide else None, config.band)
     row_buffers = work.buffers * compute
-    rows_like = (row_buffers, blocks.block_q, z.H)
-    loaded = (matrix_buffer(*rows_like, dtype=dtype), matrix_buffer(*rows_like, dtype=dtype))
+    rows_like = row_buffers, blocks.block_q
+    query_and_dout = zip(loads.buffers(*rows_like), loads.buffers(*rows_like), strict=True)
     # The gradient leaves through shared memory that held the query (16 bit), or query and dout (float32).
-    shared = plgpu.RefUnion(loaded, (gradient.buffer(*rows_like, dtype=out_dtype),))
+    shared = plgpu.RefUnion(*query_and_dout, (gradient.buffer(*rows_like, z.H, dtype=out_dtype),))
     scores = score_buffers(operands, (value_stages,), blocks.rows, blocks.block_kv)
     scratch = {
         "query, dout, result": shared,
-        "key": matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype),
-        "value": matrix_buffer(value_stages, blocks.block_kv, z.H, dtype=dtype),
+        "key": loads.buffer(stages, blocks.block_kv),
+        "value": loads.buffer(value_stages, blocks.block_kv),
         **({"moments": plgpu.SMEM((len(MOMENTS), compute, blocks.block_q), jnp.float32)} if with_scale else {}),
         **dict(zip(operands.tiled, scores, strict=True)),
         # Completed by TMA: the data are there. Bias and mask come with the values.
@@ -120,7 +121,10 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_s
         refs = dict(zip(arrays, args, strict=False))
         outs = args[len(arrays) : len(arrays) + len(out_types)]
         local = dict(zip(scratch, args[len(arrays) + len(out_types) :], strict=True))
-        (local["query"], local["dout"]), (local["result"],) = local["query, dout, result"]
+        *views, (local["result"],) = local["query, dout, result"]
+        (local["query"], local["dout"]), (local["query loaded"], local["dout loaded"]) = views[0], views[-1]
+        for name in ("key", "value"):
+            local[name], local[f"{name} loaded"] = loads.views(local[name])
         intervals = Intervals(config.band, z.T, z.S, blocks.block_kv, refs, skips_dead_rows=True)
         wg = lax.axis_index("wg")
 
@@ -143,7 +147,7 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_s
                 for name in ("query", "dout"):
                     row = item.block * blocks.rows + w * blocks.block_q
                     rows = query_slice(refs[name], item.head, row, blocks.block_q)
-                    plgpu.copy_gmem_to_smem(rows, local[name].at[at], local["rows ready"].at[at])
+                    plgpu.copy_gmem_to_smem(rows, local[f"{name} loaded"].at[at], local["rows ready"].at[at])
 
             def load_tile(i: Any, carry: None) -> None:
                 n, tile = item.count + i, item.tile(i)
@@ -152,7 +156,7 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_s
                     free, ready = local[f"{name} free"].at[slot], local[f"{name} ready"].at[slot]
                     pl.when(n >= slots)(lambda free=free: plgpu.barrier_wait(free))
                     keys = key_slice(refs[name], item.head, z.G, tile, blocks.block_kv)
-                    plgpu.copy_gmem_to_smem(keys, local[name].at[slot], ready)
+                    plgpu.copy_gmem_to_smem(keys, local[f"{name} loaded"].at[slot], ready)
                 slot = lax.rem(n, jnp.int32(value_stages))
                 for name in operands.tiled:
                     first_row = item.block * blocks.rows

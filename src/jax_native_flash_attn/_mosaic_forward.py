@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._mosaic import Results, heads_per_group, launch, matrix_buffer, pl, plgpu, swizzle_bytes
+from ._mosaic import Loads, Results, heads_per_group, launch, matrix_buffer, pl, plgpu, swizzle_bytes
 from ._mosaic_attend import compute_item
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import NO_KEY
@@ -87,7 +87,8 @@ def _partial_forward(
     """
     z, dtype = inputs.sizes, inputs.query.dtype
     compute, stages = blocks.warpgroups, blocks.stages
-    operands = prepare(config, inputs, blocks.rows, blocks.block_kv)
+    loads = Loads(z.H, dtype)
+    operands = prepare(config, inputs, blocks.rows, blocks.block_kv, loads)
     streamed = (*operands.tiled, *operands.columns)  # what comes with the keys
     heads = (*z.batch, z.N)
     num_heads, num_blocks = math.prod(heads), -(-z.T // blocks.rows)
@@ -101,6 +102,7 @@ def _partial_forward(
         batch_fastest="bias" in operands.tiled and operands.arrays["bias"].shape[:-3] != z.batch,
     )
     value_tile = (z.H, blocks.block_kv) if dtype == jnp.float32 else (blocks.block_kv, z.H)
+    value_loads = Loads(value_tile[-1], dtype)
     # Both operands of the second product have one swizzle.
     weights, swizzle = (compute, blocks.block_q, blocks.block_kv), swizzle_bytes(value_tile[-1], dtype, blocks.block_kv)
     takes_turns = blocks.takes_turns and compute > 1
@@ -117,8 +119,8 @@ def _partial_forward(
         "lse": jax.ShapeDtypeStruct((parts, *heads, all_rows), jnp.float32),
     }
     out_types = {name: x for name, x in out_types.items() if name in wanted}
-    rows_like = (compute, blocks.block_q, z.H)
-    query_buffer, out_buffer = matrix_buffer(*rows_like, dtype=dtype), result.buffer(*rows_like, dtype=dtype)
+    rows_like = compute, blocks.block_q
+    out_buffer = result.buffer(*rows_like, z.H, dtype=dtype)
     # Without a next item, the output leaves through memory that held the query.
     shares_buffer = "out" in wanted and work.is_single
     # Float32 leaves no room for it; through shared memory takes less, for short items up to 5% of a call.
@@ -128,10 +130,10 @@ def _partial_forward(
         *column_buffers(operands, stages, blocks.block_kv),
     ]
     scratch = {
-        "query": plgpu.RefUnion(query_buffer, out_buffer) if shares_buffer else query_buffer,
+        "query": plgpu.RefUnion(*loads.buffers(*rows_like), out_buffer) if shares_buffer else loads.buffer(*rows_like),
         **({"out": out_buffer} if "out" in wanted and not shares_buffer else {}),
-        "key": matrix_buffer(stages, blocks.block_kv, z.H, dtype=dtype),
-        "value": matrix_buffer(stages, *value_tile, dtype=dtype),
+        "key": loads.buffer(stages, blocks.block_kv),
+        "value": value_loads.buffer(stages, value_tile[0]),
         **({"lse": plgpu.SMEM((compute, blocks.block_q), jnp.float32)} if has_lse_buffer else {}),
         **({"weights": matrix_buffer(*weights, dtype=dtype, swizzle=swizzle)} if blocks.weights_in_shared else {}),
         **dict(zip(streamed, scores, strict=True)),
@@ -156,7 +158,12 @@ def _partial_forward(
         outs = dict(zip(out_types, args[num_inputs : num_inputs + num_outs], strict=True))
         local = dict(zip(scratch, args[num_inputs + num_outs :], strict=True))
         if shares_buffer:
-            local["query"], local["out"] = local["query"]
+            *views, local["out"] = local["query"]
+            local["query"], local["query loaded"] = views[0], views[-1]
+        else:
+            local["query"], local["query loaded"] = loads.views(local["query"])
+        for name, how in (("key", loads), ("value", value_loads)):
+            local[name], local[f"{name} loaded"] = how.views(local[name])
         intervals = Intervals(config.band, z.T, z.S, blocks.block_kv, refs)
         wg = lax.axis_index("wg")
 
@@ -184,14 +191,14 @@ def _partial_forward(
                     for w in range(compute):
                         pl.when(k > 0)(lambda w=w: plgpu.barrier_wait(local["query free"].at[w]))
                         rows = query_slice(refs["query"], head, first_row + w * blocks.block_q, blocks.block_q)
-                        plgpu.copy_gmem_to_smem(rows, local["query"].at[w], local["query ready"].at[w])
+                        plgpu.copy_gmem_to_smem(rows, local["query loaded"].at[w], local["query ready"].at[w])
 
                 def load_key(i: Any) -> None:
                     n, tile = item.count + i, ranges.stop - 1 - i
                     slot = shared.slot(n)
                     pl.when(n >= stages)(lambda: plgpu.barrier_wait(local["key free"].at[slot]))
                     key = key_slice(refs["key"], head, z.G, tile, blocks.block_kv)
-                    plgpu.copy_gmem_to_smem(key, local["key"].at[slot], local["key ready"].at[slot])
+                    plgpu.copy_gmem_to_smem(key, local["key loaded"].at[slot], local["key ready"].at[slot])
                     for name in streamed:
                         score = (
                             score_slice(refs[name], head, first_row, blocks.rows, tile, blocks.block_kv)
@@ -206,7 +213,7 @@ def _partial_forward(
                     slot = shared.slot(n)
                     pl.when(n >= stages)(lambda: plgpu.barrier_wait(local["value free"].at[slot]))
                     value = value_slice(refs["value"], head, z.G, tile, blocks.block_kv)
-                    plgpu.copy_gmem_to_smem(value, local["value"].at[slot], local["value ready"].at[slot])
+                    plgpu.copy_gmem_to_smem(value, local["value loaded"].at[slot], local["value ready"].at[slot])
 
                 def load_tile(i: Any, carry: None) -> None:
                     load_key(i)

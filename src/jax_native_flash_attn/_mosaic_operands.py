@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._mosaic import broadcast_index, iota, load, matrix_buffer, pad_axis, pl, plgpu, round_up, swizzle_bytes
+from ._mosaic import Loads, broadcast_index, iota, load, matrix_buffer, pad_axis, pl, plgpu, round_up, swizzle_bytes
 from ._mosaic_masks import interval_operands
 from ._operands import Config, Inputs
 
@@ -32,11 +32,11 @@ class Operands:
 
 
 def prepare(
-    config: Config, inputs: Inputs, block_rows: int, block_kv: int, *, transposes_mask: bool = False
+    config: Config, inputs: Inputs, block_rows: int, block_kv: int, loads: Loads, *, transposes_mask: bool = False
 ) -> Operands:
     """`transposes_mask`: the mask's tiles are read transposed, which cannot be done with bytes: it is copied so."""
     z, mask = inputs.sizes, inputs.mask
-    T, S = round_up(z.T, 8), round_up(z.S, 8)
+    T, S = round_up(z.T, loads.multiple), round_up(z.S, loads.multiple)
     is_float32 = inputs.query.dtype == jnp.float32
     if is_float32:
         inputs = _tf32_operands(inputs)
