@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ SHAPES = {
     "short": (3, 5, 700, 2, 4, 64),
     "one row": (2, 1, 1000, 2, 4, 128),
     "one key": (2, 70, 1, 1, 2, 32),
+    "one head": (3, 131, 77, 1, 1, 64),
     "long": (1, 1100, 1300, 1, 1, 64),
     # More items than multiprocessors, so that blocks go through several; few items, so that keys are split.
     "many items": (5, 70, 90, 16, 2, 32),
@@ -428,6 +430,23 @@ def test_bias_and_mask_lower_for_cuda_without_a_gpu(H: int, which: str) -> None:
     mask = None if which == "bias" else jax.ShapeDtypeStruct((2, 1, 1, 300), bool)
     arrays = [*_types(2, 200, 300, 2, 1, H), bias, mask]
     assert "mosaic_gpu" in _lowered("mosaic_gpu", "cuda", arrays=arrays)
+
+
+@needs_backend
+@pytest.mark.parametrize("H", [64, 80])
+def test_rows_of_any_number_are_not_copied(H: int) -> None:
+    """But for those whose tiles are several columns wide, and by JAX that cannot swizzle rows, which are padded."""
+    arrays = _types(2, 301, 333, 4, 4, H)
+
+    def gradients(*arrays: jax.Array) -> Any:
+        out, pullback = jax.vjp(mosaic_attention, *arrays)
+        return out, pullback(out)
+
+    text = jax.jit(gradients).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    rows = rf"tensor<2x3\d\dx4x{H}x"
+    assert not re.search(rf"stablehlo\.slice.*{rows}", text)
+    is_padded = H > 64 or jax.__version_info__ < (0, 11, 2)
+    assert bool(re.search(rf"stablehlo\.pad.*{rows}", text)) == is_padded
 
 
 @pytest.fixture
