@@ -23,7 +23,7 @@ _PERCENT = ".avg.pct_of_peak_sustained_elapsed"
 _METRICS = {
     "us": _TIME,
     "busiest unit": f"sm__throughput{_PERCENT}",
-    "tensor cores": f"sm__inst_executed_pipe_tensor{_PERCENT}",
+    "tensor cores": f"sm__pipe_tensor_cycles_active{_PERCENT}",
     "issued": f"sm__inst_issued{_PERCENT}",
     "L1": f"l1tex__throughput{_PERCENT}",
     "L2": f"lts__throughput{_PERCENT}",
