@@ -1,8 +1,8 @@
 """What the Mosaic GPU kernels read: operands laid out for TMA, tiles of them in global and in shared memory.
 
-Nothing is copied where lengths are multiples of 8 and rows of 32 bytes, but for float32 (`_tf32_operands`). Bias and
-boolean mask keep the axes in which they broadcast. With both T and S they come tile by tile with the keys, through
-shared memory; with one of them they are a vector.
+Nothing is copied, but for float32 (`_tf32_operands`), where lengths are multiples of 8 or `Loads` takes any, and where
+rows of bias and mask are multiples of 32 bytes. Bias and boolean mask keep the axes in which they broadcast. With both
+T and S they come tile by tile with the keys, through shared memory; with one of them they are a vector.
 """
 
 from dataclasses import dataclass
