@@ -1,11 +1,14 @@
-"""The GPU table's verdicts, and the processes that measure it."""
+"""The GPU table's verdicts, the processes that measure it, and the counters beside it."""
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import hardware_counters
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from gpu_report import compared, tables
 from processes import run_in_turn
 from timing import repeated
@@ -59,3 +62,24 @@ def test_processes_measure_one_after_the_other_and_late_ones_are_killed() -> Non
 def test_a_repeated_call_has_the_result_of_one() -> None:
     x = jnp.arange(4.0)
     np.testing.assert_array_equal(repeated(lambda x: (x * 2, None), 5)(x)[0], x * 2)
+
+
+def test_hardware_counters_are_printed_for_each_kernel(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """In microseconds, whatever the unit that Nsight Compute prints; without kernels that take no time."""
+    rows = [
+        ("0", "attention", "gpu__time_duration.sum", "ms", "1.5"),
+        ("0", "attention", "sm__throughput.avg.pct_of_peak_sustained_elapsed", "%", "72.3"),
+        ("0", "attention", "dram__throughput.avg.pct_of_peak_sustained_elapsed", "%", "n/a"),
+        ("1", "fill", "gpu__time_duration.sum", "us", "2"),
+        ("2", "delta", "gpu__time_duration.sum", "ns", "95,000"),
+    ]
+    names = "ID", "Kernel Name", "Metric Name", "Metric Unit", "Metric Value"
+    lines = ["==PROF== connected", *(",".join(f'"{x}"' for x in row) for row in (names, *rows))]
+    done = subprocess.CompletedProcess([], 0, "\n".join(lines), "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    hardware_counters.main(["--shapes", "gpu-8x512x16x64", "--implementations", "flash", "--mode", "forward"])
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| gpu")]
+    assert [(kernel, float(us)) for _, kernel, us, *_ in table] == [("attention", 1500.0), ("delta", 95.0)]
+    assert table[0][3] == "72"
