@@ -42,6 +42,22 @@ def launch(
     )
 
 
+def in_roles(
+    wg: Any, warpgroups: int, registers: tuple[int, int], load: Callable[[], None], compute: Callable[[], None]
+) -> None:
+    """`compute` in the first `warpgroups`, `load` in the one behind; each thread with its share of `registers`."""
+
+    @pl.when(wg == warpgroups)
+    def _load() -> None:
+        plgpu.set_max_registers(registers[1], action="decrease")
+        load()
+
+    @pl.when(wg < warpgroups)
+    def _compute() -> None:
+        plgpu.set_max_registers(registers[0], action="increase")
+        compute()
+
+
 def load(ref: Any, *, layout: Any, optimized: bool = False) -> jax.Array:
     """All of a reference, in registers; `optimized` makes a slow way an error."""
     return plgpu.load(ref, *_WHOLE, layout=layout, optimized=optimized)

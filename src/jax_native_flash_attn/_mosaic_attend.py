@@ -11,7 +11,8 @@ from jax import lax
 from ._mosaic import ROW, columns_of, load, pl, plgpu
 from ._mosaic_logits import NO_KEY, from_base_2, to_base_2
 from ._mosaic_overlap import THREAD_COLUMNS, before_wait, fold_columns, rounded_to_tf32
-from ._mosaic_rows import Item, Kernel, Rows
+from ._mosaic_rows import Kernel, Rows
+from ._mosaic_work import Item
 from ._numerics import LN2, LOG2E, lowest
 
 _LOWEST = lowest(jnp.float32)
@@ -41,7 +42,7 @@ def average(rows: Rows) -> None:
         plgpu.barrier_arrive(local["key free"].at[slot])
         rows.wait_for_value(i)
         ones = plgpu.layout_cast(jnp.ones(rows.shape, jnp.float32), plgpu.Layout.WGMMA)
-        weights = rows.as_operand(logits.drop(ones, rows.row, rows.tile(i)).astype(rows.dtype))
+        weights = rows.as_operand(logits.drop(ones, rows.row, item.tile(i)).astype(rows.dtype))
         acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, rows.value(slot)))(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(local["value free"].at[slot])
         return acc
@@ -81,17 +82,17 @@ def attend(rows: Rows) -> None:
             new_top = jnp.maximum(top, largest * factor)
             return x * factor - columns_of(new_top, shape), new_top
 
-        exponent, new_top = logits(products, scores, vectors, rows.tile(i), magnitude, masked, exponents)
+        exponent, new_top = logits(products, scores, vectors, item.tile(i), magnitude, masked, exponents)
         weights = jnp.exp2(exponent)
         correction = jnp.exp2(top - new_top)
         total = total * columns_of(correction, total.shape) + fold_columns(weights, jnp.add)
-        return logits.drop(weights, rows.row, rows.tile(i)).astype(dtype), new_top, total, correction
+        return logits.drop(weights, rows.row, item.tile(i)).astype(dtype), new_top, total, correction
 
     def is_edge(i: Any) -> Any:
         """Whether a tile behind the first needs a mask."""
         if not intervals.has_left_edge and intervals.right_tiles(blocks.rows) <= 1:
             return False  # the first tile was the only one
-        return (rows.tile(i) < ranges.full_first) | (rows.tile(i) >= ranges.full_stop)
+        return (item.tile(i) < ranges.full_first) | (item.tile(i) >= ranges.full_stop)
 
     def issue_scores(s_ref: Any, slot: Any) -> None:
         plgpu.wgmma(s_ref, query, local["key"].at[slot].transpose((1, 0)))
@@ -127,7 +128,7 @@ def attend(rows: Rows) -> None:
     start = rows.slot(0)
 
     plgpu.barrier_wait(local["key ready"].at[start])
-    first = logits.scores(vectors, rows.tile(0), start)
+    first = logits.scores(vectors, item.tile(0), start)
     initial, first = logits.start(first)
     products = pl.run_state(lambda ref: issue_scores(ref, start))(plgpu.ACC.init(initial))
     p, top, total, _ = softmax(products, first, jnp.int32(0), top, total, first_is_edge)
@@ -145,7 +146,7 @@ def attend(rows: Rows) -> None:
         plgpu.barrier_wait(local["key ready"].at[slot])
         if not waits_at_end:
             rows.wait_for_value(i - 1)
-        scores = logits.scores_before_products(vectors, rows.tile(i), slot)
+        scores = logits.scores_before_products(vectors, item.tile(i), slot)
         initial, scores = logits.start(scores)
         if logits.starts_with_bias:
             initial = lax.optimization_barrier(initial)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._mosaic import ROW, Loads, launch, load, pl, plgpu, store, unravel
+from ._mosaic import ROW, Loads, in_roles, launch, load, pl, plgpu, store, unravel
 from ._mosaic_backward import Backward, logits_cotangent, row_slice, softmax_weights, zeros
 from ._mosaic_blocks import Blocks, Chip
 from ._mosaic_logits import TileLogits
@@ -101,10 +101,7 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
             attends = (tile >= ranges.first) & (tile < ranges.stop)
             return tuple(head), block, tile, attends, (tile < ranges.full_first) | (tile >= ranges.full_stop)
 
-        @pl.when(wg == compute)
-        def _load() -> None:
-            plgpu.set_max_registers(blocks.registers[1], action="decrease")
-
+        def load_all() -> None:
             def load(i: Any, count: Any) -> Any:
                 head, block, tile, attends, _ = visit(i)
                 slot = lax.rem(count, jnp.int32(stages))
@@ -132,9 +129,7 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
 
             lax.fori_loop(0, num_steps, load, jnp.int32(0))
 
-        @pl.when(wg < compute)
-        def _compute() -> None:
-            plgpu.set_max_registers(blocks.registers[0], action="increase")
+        def compute_all() -> None:
             buffers = {name: local[name] for name in operands.tiled}
 
             def step(i: Any, carry: tuple) -> tuple:
@@ -173,6 +168,8 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
                 return lax.cond(is_last, write, lambda total: total, total), count
 
             lax.fori_loop(0, num_steps, step, (zeros(*shape), jnp.int32(0)))
+
+        in_roles(wg, compute, blocks.registers, load_all, compute_all)
 
     (result,) = launch(
         kernel,

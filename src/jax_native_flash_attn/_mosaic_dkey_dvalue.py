@@ -33,6 +33,7 @@ from ._mosaic import (
     Results,
     broadcast_index,
     heads_per_group,
+    in_roles,
     launch,
     load,
     opaque,
@@ -318,16 +319,11 @@ def dkey_dvalue(
             compute_item()
             return num_steps
 
-        @pl.when(wg == compute)
-        def _load() -> None:
-            plgpu.set_max_registers(blocks.registers[1], action="decrease")
-            for_each_item(load_one)
-
-        @pl.when(wg < compute)
-        def _compute() -> None:
-            plgpu.set_max_registers(blocks.registers[0], action="increase")
+        def compute_all() -> None:
             for_each_item(compute_one)
             plgpu.wait_smem_to_gmem(0)
+
+        in_roles(wg, compute, blocks.registers, lambda: for_each_item(load_one), compute_all)
 
     # TMA leaves out what lies past the end, other stores do not.
     is_wide = any(x.dtype != dtype for x in wanted.values())

@@ -20,7 +20,7 @@ leaves three sums, the *moments* of each row.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from ._mosaic import (
     Loads,
     Results,
     heads_per_group,
+    in_roles,
     launch,
     load,
     opaque,
@@ -44,7 +45,7 @@ from ._mosaic_logits import TileLogits
 from ._mosaic_masks import Intervals
 from ._mosaic_operands import clean_padding, key_slice, prepare, query_slice, score_buffers, score_slice
 from ._mosaic_overlap import THREAD_COLUMNS, before_wait, fold_columns
-from ._mosaic_work import plan
+from ._mosaic_work import Item, plan
 from ._tiles import ColumnRange
 
 _CACHE_BYTES = 24e6
@@ -52,23 +53,6 @@ _MAX_PIPELINED = 192  # head dimension
 
 
 MOMENTS = ("dz x", "dz", "p x")  # summed over the keys
-
-
-class _Item(NamedTuple):
-    """A block of query rows of one head, and how many tiles the worker's items before it had."""
-
-    count: Any
-    head: tuple[Any, ...]
-    block: Any
-    ranges: ColumnRange
-
-    @property
-    def num_tiles(self) -> Any:
-        return self.ranges.stop - self.ranges.first
-
-    def tile(self, i: Any) -> Any:
-        """The i-th one: the last of the keys first."""
-        return self.ranges.stop - 1 - i
 
 
 def dquery(call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_scale: bool) -> tuple[jax.Array, ...]:
@@ -129,17 +113,12 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_s
         wg = lax.axis_index("wg")
 
         def for_each_item(body: Any) -> None:
-            """`body(k, item)` for the k-th item of this worker."""
+            def ranges_of(head: Any, block: Any) -> ColumnRange:
+                return intervals.ranges(head, block, blocks.rows)
 
-            def run(k: Any, n: Any, count: Any) -> Any:
-                head, block, _ = work.item(n)
-                ranges = intervals.ranges(head, block, blocks.rows)
-                body(k, _Item(count, head, block, ranges))
-                return count + (ranges.stop - ranges.first)
+            work.for_each_item(lax.axis_index("worker"), ranges_of, body)
 
-            work.for_each(lax.axis_index("worker"), run)
-
-        def load_item(k: Any, item: _Item) -> None:
+        def load_item(k: Any, item: Item) -> None:
             for w in range(compute):
                 at = work.buffer(k, w, compute)
                 if not work.is_single:
@@ -165,7 +144,7 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_s
 
             lax.fori_loop(0, item.num_tiles, load_tile, None)
 
-        def compute_item(k: Any, item: _Item) -> None:
+        def compute_item(k: Any, item: Item) -> None:
             head, block, ranges, num_tiles, tile_of = item.head, item.block, item.ranges, item.num_tiles, item.tile
             row = block * blocks.rows + wg * blocks.block_q
             tiled = {name: local[name] for name in operands.tiled}
@@ -310,16 +289,11 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_s
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(local["rows free"].at[mine])
 
-        @pl.when(wg == compute)
-        def _load() -> None:
-            plgpu.set_max_registers(blocks.registers[1], action="decrease")
-            for_each_item(load_item)
-
-        @pl.when(wg < compute)
-        def _compute() -> None:
-            plgpu.set_max_registers(blocks.registers[0], action="increase")
+        def compute_all() -> None:
             for_each_item(compute_item)
             plgpu.wait_smem_to_gmem(0)
+
+        in_roles(wg, compute, blocks.registers, lambda: for_each_item(load_item), compute_all)
 
     result, *moments = launch(
         kernel,

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._mosaic import Loads, Results, heads_per_group, launch, matrix_buffer, pl, plgpu, swizzle_bytes
+from ._mosaic import Loads, Results, heads_per_group, in_roles, launch, matrix_buffer, pl, plgpu, swizzle_bytes
 from ._mosaic_attend import compute_item
 from ._mosaic_blocks import Blocks
 from ._mosaic_logits import NO_KEY
@@ -42,9 +42,10 @@ from ._mosaic_operands import (
     starts_with_bias,
     value_slice,
 )
-from ._mosaic_rows import Item, Kernel
-from ._mosaic_work import part_of, plan
+from ._mosaic_rows import Kernel
+from ._mosaic_work import Item, plan
 from ._operands import Config, Inputs
+from ._tiles import ColumnRange
 
 _CACHE_BYTES = 24e6  # of keys and values that blocks which run at once should share: half of Hopper's L2 cache
 _LONG_ITEM = 8  # tiles
@@ -170,20 +171,12 @@ def _partial_forward(
         shared = Kernel(config, z, blocks, intervals, refs, outs, local, streamed, starts_with_bias(inputs), result)
 
         def for_each_item(body: Any) -> None:
-            """`body(k, item)` for the k-th item of this worker."""
+            def ranges_of(head: Any, block: Any) -> ColumnRange:
+                return intervals.ranges(head, block, blocks.rows)
 
-            def run(k: Any, n: Any, count: Any) -> Any:
-                head, block, part = work.item(n)
-                ranges, is_empty = part_of(intervals.ranges(head, block, blocks.rows), part, blocks.parts)
-                body(k, Item(count, head, block, part, ranges, is_empty))
-                return count + (ranges.stop - ranges.first)
+            work.for_each_item(lax.axis_index("worker"), ranges_of, body)
 
-            work.for_each(lax.axis_index("worker"), run)
-
-        @pl.when(wg == compute)
-        def _load() -> None:
-            plgpu.set_max_registers(blocks.registers[1], action="decrease")
-
+        def load_all() -> None:
             def load(k: Any, item: Item) -> None:
                 head, ranges, first_row = item.head, item.ranges, item.block * blocks.rows
 
@@ -223,21 +216,21 @@ def _partial_forward(
                     else:
                         load_value(i)
 
-                count = ranges.stop - ranges.first
+                count = item.num_tiles
                 lax.fori_loop(0, count, load_tile, None)
                 if keys_first:
                     pl.when(item.count + count > stages)(lambda: load_value(count - 1))
 
             for_each_item(load)
 
-        @pl.when(wg < compute)
-        def _compute() -> None:
-            plgpu.set_max_registers(blocks.registers[0], action="increase")
+        def compute_all() -> None:
             if takes_turns:
                 pl.when(wg == compute - 1)(lambda: plgpu.barrier_arrive(local["turn"].at[0]))
             scale = refs["scale"][(0,) * refs["scale"].ndim] if refs["scale"].size == 1 else None
             for_each_item(lambda _, item: compute_item(shared, item, wg, scale))
             plgpu.wait_smem_to_gmem(0)
+
+        in_roles(wg, compute, blocks.registers, load_all, compute_all)
 
     results = launch(
         kernel,

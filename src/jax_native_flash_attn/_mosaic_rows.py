@@ -4,7 +4,7 @@ The pipeline is drawn in `_mosaic_forward.py`, which also says what the barriers
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,27 +15,9 @@ from ._mosaic_logits import TileLogits
 from ._mosaic_masks import Intervals
 from ._mosaic_operands import clean_padding, query_slice
 from ._mosaic_overlap import rounded_to_tf32
+from ._mosaic_work import Item
 from ._operands import Config
-from ._tiles import ColumnRange, Sizes
-
-
-class Item(NamedTuple):
-    """One item of a worker.
-
-    Attributes:
-      count: tiles of the worker's items before; the ring of slots goes on from there.
-      head: index (batch..., N).
-      block, part: of the query rows, and of the keys.
-      ranges: its tiles.
-      is_empty: whether the part has no tiles; the one in `ranges` then counts for nothing.
-    """
-
-    count: Any
-    head: tuple[Any, ...]
-    block: Any
-    part: Any
-    ranges: ColumnRange
-    is_empty: Any
+from ._tiles import Sizes
 
 
 @dataclass(frozen=True)
@@ -45,6 +27,9 @@ class Kernel:
     Attributes:
       refs: the operands by name, `outs` the results that are wanted: out, unrounded, lse.
       local: shared memory and barriers by name.
+      streamed: names of bias and mask that come with the keys.
+      starts_with_bias: whether products do; see `TileLogits.start`.
+      result: how out leaves.
     """
 
     config: Config
@@ -71,7 +56,7 @@ class Rows:
         z, blocks, local = kernel.sizes, kernel.blocks, kernel.local
         self.kernel, self.item, self.wg = kernel, item, wg
         self.shape, self.dtype = (blocks.block_q, blocks.block_kv), kernel.refs["query"].dtype
-        self.num_tiles = item.ranges.stop - item.ranges.first
+        self.num_tiles = item.num_tiles
         self.row = item.block * blocks.rows + wg * blocks.block_q
         self.logits = TileLogits(
             kernel.config,
@@ -90,12 +75,9 @@ class Rows:
     def slot(self, i: Any) -> Any:
         return self.kernel.slot(self.item.count + i)
 
-    def tile(self, i: Any) -> Any:
-        return self.item.ranges.stop - 1 - i
-
     def wait_for_value(self, i: Any, *, may_be_padded: bool = True) -> None:
         """Values of tile i, without NaN in padding; full tiles hold none."""
-        kernel, tile, slot = self.kernel, self.tile(i), self.slot(i)
+        kernel, tile, slot = self.kernel, self.item.tile(i), self.slot(i)
         value, block_kv = kernel.local["value"], kernel.blocks.block_kv
         plgpu.barrier_wait(kernel.local["value ready"].at[slot])
         # `prepare` has cleaned float32.

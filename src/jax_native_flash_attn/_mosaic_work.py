@@ -9,7 +9,7 @@ shorter along the list, as with a causal mask, that balances.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -19,6 +19,33 @@ from ._mosaic import unravel
 from ._tiles import ColumnRange
 
 _BALANCED_ROUNDS = 8
+
+
+class Item(NamedTuple):
+    """One item of a worker, whose tiles are visited last one first.
+
+    Attributes:
+      count: tiles of the worker's items before; the ring of slots goes on from there.
+      head: index (batch..., N).
+      block, part: of the query rows, and of the keys.
+      ranges: its tiles.
+      is_empty: whether the part has no tiles; the one in `ranges` then counts for nothing.
+    """
+
+    count: Any
+    head: tuple[Any, ...]
+    block: Any
+    part: Any
+    ranges: ColumnRange
+    is_empty: Any
+
+    @property
+    def num_tiles(self) -> Any:
+        return self.ranges.stop - self.ranges.first
+
+    def tile(self, i: Any) -> Any:
+        """The i-th one visited."""
+        return self.ranges.stop - 1 - i
 
 
 @dataclass(frozen=True)
@@ -86,6 +113,20 @@ class Work:
 
         mine = rounds + (self.place(rounds, worker) < rest).astype(jnp.int32)
         lax.fori_loop(0, mine, step, jnp.int32(0))
+
+    def for_each_item(
+        self, worker: Any, ranges_of: Callable[[Any, Any], ColumnRange], body: Callable[[Any, Item], None]
+    ) -> None:
+        """`body(k, item)` for the k-th item of a worker; `ranges_of(head, block)` are tiles of all parts."""
+
+        def run(k: Any, n: Any, count: Any) -> Any:
+            head, block, part = self.item(n)
+            ranges, is_empty = part_of(ranges_of(head, block), part, self.parts)
+            item = Item(count, head, block, part, ranges, is_empty)
+            body(k, item)
+            return count + item.num_tiles
+
+        self.for_each(worker, run)
 
 
 def plan(
