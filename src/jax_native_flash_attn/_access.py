@@ -9,7 +9,8 @@ Inside a tile N is split into key/value heads and groups, and the groups join th
 
     (lead..., rows, H)   (lead..., block_kv, H)   (lead..., rows)   (lead..., rows, block_kv)
 
-where lead is the tile's batch rows and heads, and rows is block_q * G, in that order: with one head in a tile, a slice
+where lead is the tile's batch rows and heads, and rows is block_q * G, in that order (where XLA splits the tile over
+devices, lead is batch rows, heads and groups, and rows is block_q): with one head in a tile, a slice
 of query is a matrix as it stands. What a tile has only one of is no axis: plain matrices are what XLA:CPU updates in
 place; and there lead is a single axis, since it multiplies bfloat16 as such only with one batch axis. Operands keep N
 whole: splitting it before the loops would make XLA:CPU copy each of them.
@@ -53,7 +54,7 @@ class TileAccess:
 
     @property
     def _lead(self) -> tuple[int, ...]:
-        lead = (*self.tile.batch, self.tile.heads)
+        lead = (*self.tile.batch, self.tile.heads, *((self.sizes.G,) if self.tile.is_sharded else ()))
         if all(n == 1 for n in lead):
             return ()
         return (math.prod(lead),) if self.tile.merges_lead else lead
@@ -63,6 +64,8 @@ class TileAccess:
         n = len(self.tile.batch) + 1
         if not self._lead:
             return x.reshape(x.shape[n:])
+        if self.tile.is_sharded:
+            return jnp.expand_dims(x, n)
         if not self.tile.merges_lead:
             return x
         if any(size != 1 for size in x.shape[:n]):
@@ -70,9 +73,13 @@ class TileAccess:
         return x.reshape(math.prod(x.shape[:n]), *x.shape[n:])
 
     @property
+    def rows_per_position(self) -> int:
+        return 1 if self.tile.is_sharded else self.sizes.G
+
+    @property
     def row_shape(self) -> tuple[int, ...]:
         """(lead..., rows)"""
-        return (*self._lead, self.tile.block_q * self.sizes.G)
+        return (*self._lead, self.tile.block_q * self.rows_per_position)
 
     def _split_heads(self, x: jax.Array, axis: int) -> jax.Array:
         """Split an axis of query heads into (heads, G); one of size 1 into (1, 1)."""
@@ -83,14 +90,24 @@ class TileAccess:
     def inside(self, x: jax.Array) -> jax.Array:
         """(batch..., heads, G, block_q, ...) -> (lead..., rows, ...); where G and block_q are 1, so is rows."""
         n = len(self.tile.batch) + 1
+        if self.tile.is_sharded:
+            return x if self._lead else x.reshape(x.shape[n + 1 :])
         x = jnp.swapaxes(x, n, n + 1)
         if x.shape[n : n + 2] != (1, 1):
             x = jnp.broadcast_to(x, (*x.shape[:n], self.tile.block_q, self.sizes.G, *x.shape[n + 2 :]))
         return self._into_lead(x.reshape(*x.shape[:n], -1, *x.shape[n + 2 :]))
 
     def _outside(self, x: jax.Array, *inner: int) -> jax.Array:
-        """(lead..., ...) -> (batch..., heads, inner...)"""
-        return x.reshape(*self.tile.batch, self.tile.heads, *inner)
+        """(lead..., ...) -> (batch..., heads, inner...); with query heads if XLA splits the tile over devices."""
+        return x.reshape(*self.tile.batch, self.tile.heads * (self.sizes.G // self.rows_per_position), *inner)
+
+    def _rows_outside(self, x: jax.Array, *inner: int) -> jax.Array:
+        """(lead..., rows, ...) -> (batch..., heads * G, block_q, inner...)"""
+        if self.tile.is_sharded:
+            return self._outside(x, self.tile.block_q, *inner)
+        n = len(self.tile.batch) + 1
+        x = jnp.swapaxes(self._outside(x, self.tile.block_q, self.sizes.G, *inner), n, n + 1)
+        return x.reshape(*self.tile.batch, self.tile.heads * self.sizes.G, self.tile.block_q, *inner)
 
     # ---- reading
 
@@ -134,33 +151,34 @@ class TileAccess:
 
     def write_query(self, result: jax.Array, x: jax.Array, at: RowTile, *, add: bool) -> jax.Array:
         """(lead..., rows, H) into (batch..., T, N, H)"""
+        if self.tile.is_sharded:
+            x = jnp.swapaxes(self._rows_outside(x, x.shape[-1]), -3, -2)
+            return _write(result, x, self._query_window(at)[0], add)
         x = jnp.swapaxes(self._outside(x, self.tile.block_q, self.sizes.G, x.shape[-1]), -4, -3)
         x = x.reshape(*x.shape[:-3], -1, x.shape[-1])
         return _write(result, x, self._query_window(at)[0], add)
 
     def write_row(self, result: jax.Array, x: jax.Array, at: RowTile, *, add: bool) -> jax.Array:
         """(lead..., rows) into (batch..., N, T)"""
-        starts, sizes = self._row_window(at)
-        x = jnp.swapaxes(self._outside(x, self.tile.block_q, self.sizes.G), -2, -1)
-        return _write(result, x.reshape(sizes), starts, add)
+        return _write(result, self._rows_outside(x), self._row_window(at)[0], add)
 
     def add_key(self, result: jax.Array, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
-        """(lead..., block_kv, H) onto (batch..., S, K, H)"""
+        """(lead..., block_kv, H) onto (batch..., S, K, H); of a sharded tile onto (batch..., S, N, H)"""
         x = jnp.moveaxis(self._outside(x, *x.shape[-2:]), -3, -2)
         return _write(result, x, (*at.batch, columns.column, at.head, 0), True)
 
     def add_key_transposed(self, result: jax.Array, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
-        """(lead..., H, block_kv) onto (batch..., K, H, S)"""
+        """(lead..., H, block_kv) onto (batch..., K, H, S); of a sharded tile onto (batch..., N, H, S)"""
         return _write(result, self._outside(x, *x.shape[-2:]), (*at.batch, at.head, 0, columns.column), True)
 
     def write_score(self, result: jax.Array, x: jax.Array, at: RowTile, columns: ColumnTile, *, add: bool) -> jax.Array:
         """(lead..., rows, block_kv) into (batch..., N, T, S)"""
-        starts, sizes = self._score_window(at, columns)
-        x = jnp.swapaxes(self._outside(x, self.tile.block_q, self.sizes.G, x.shape[-1]), -3, -2)
-        return _write(result, x.reshape(sizes), starts, add)
+        return _write(result, self._rows_outside(x, x.shape[-1]), self._score_window(at, columns)[0], add)
 
     def add_batch(self, result: jax.Array, x: jax.Array, at: RowTile) -> jax.Array:
-        """(lead...) onto (batch...)"""
+        """(lead...) onto (batch...); of a sharded tile onto (batch..., N)"""
+        if self.tile.is_sharded:
+            return _write(result, self._outside(x), (*at.batch, 0), True)
         return _write(result, self._outside(x).sum(-1), at.batch, True)
 
     # ---- windows: where a tile starts in each axis, and how far it reaches

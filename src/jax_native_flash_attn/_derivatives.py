@@ -46,8 +46,10 @@ flash_attention_p.multiple_results = True
 
 
 def _apply_forward(*leaves: Any, config: Config, structure: Any) -> Any:
-    partitioning = _sharding.partitioning()
-    return flash_attention_p.bind(*leaves, config=config, structure=structure, partitioning=partitioning)
+    params = {"config": config, "structure": structure}
+    return flash_attention_p.bind(
+        *leaves, **params, partitioning=_sharding.partitioning(_forward_is_opaque, leaves, **params)
+    )
 
 
 def _forward(*leaves: jax.Array, config: Config, structure: Any, target: Target) -> Leaves:
@@ -110,6 +112,10 @@ def _forward_batch(args: Any, dims: Any, *, config: Config, structure: Any, **un
     return results, [0] * len(results)
 
 
+def _forward_is_opaque(leaves: Sequence[Any], target: Target, *, config: Config, structure: Any) -> bool:
+    return _dispatch.forward_is_opaque(config, jax.tree.unflatten(structure, leaves), target)
+
+
 def _forward_layouts(*, config: Config, structure: Any) -> _sharding.Layouts:
     results = ("out", *(["lse"] if config.needs_lse else []), *(["out"] if config.adds_rounded else []))
     return field_names(structure), results
@@ -123,7 +129,8 @@ linear_kernel_p.multiple_results = True
 
 
 def _apply_linear(*args: Any, kernel: LinearKernel) -> Any:
-    return linear_kernel_p.bind(*args, kernel=kernel, partitioning=_sharding.partitioning())
+    partitioning = _sharding.partitioning(_linear_is_opaque, args, kernel=kernel)
+    return linear_kernel_p.bind(*args, kernel=kernel, partitioning=partitioning)
 
 
 def _linear(*args: jax.Array, kernel: LinearKernel, target: Target) -> Leaves:
@@ -180,6 +187,10 @@ def _linear_batch(args: Any, dims: Any, *, kernel: LinearKernel, **unused: Any) 
     return results, [0] * len(results)
 
 
+def _linear_is_opaque(args: Sequence[Any], target: Target, *, kernel: LinearKernel) -> bool:
+    return kernel.is_opaque(_split(args, kernel)[0], target)
+
+
 def _linear_layouts(*, kernel: LinearKernel) -> _sharding.Layouts:
     names = kernel.residual_names
     return (
@@ -191,7 +202,9 @@ def _linear_layouts(*, kernel: LinearKernel) -> _sharding.Layouts:
 # ---- registration
 
 
-def _register(primitive: Primitive, function: Any, abstract_eval: Any, layouts: Any, jvp: Any, batch: Any) -> None:
+def _register(
+    primitive: Primitive, function: Any, abstract_eval: Any, is_opaque: Any, layouts: Any, jvp: Any, batch: Any
+) -> None:
     @functools.lru_cache(maxsize=1024)
     def jitted(params: tuple[tuple[str, Any], ...]) -> Any:
         return jax.jit(lambda *args: primitive.bind(*args, **dict(params)))
@@ -207,12 +220,22 @@ def _register(primitive: Primitive, function: Any, abstract_eval: Any, layouts: 
     ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batch
     for platform in ("cpu", "cuda", None):
-        rule = _sharding.lowering_rule(function, layouts, platform or "accelerator")
+        rule = _sharding.lowering_rule(function, layouts, is_opaque, platform or "accelerator")
         mlir.register_lowering(primitive, rule, platform=platform)
 
 
-_register(flash_attention_p, _forward, _forward_abstract_eval, _forward_layouts, _forward_jvp, _forward_batch)
-_register(linear_kernel_p, _linear, _linear_abstract_eval, _linear_layouts, _linear_jvp, _linear_batch)
+_register(
+    flash_attention_p,
+    _forward,
+    _forward_abstract_eval,
+    _forward_is_opaque,
+    _forward_layouts,
+    _forward_jvp,
+    _forward_batch,
+)
+_register(
+    linear_kernel_p, _linear, _linear_abstract_eval, _linear_is_opaque, _linear_layouts, _linear_jvp, _linear_batch
+)
 ad.primitive_transposes[flash_attention_p] = _forward_transpose
 ad.primitive_transposes[linear_kernel_p] = _linear_transpose
 

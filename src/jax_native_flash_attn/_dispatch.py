@@ -52,7 +52,8 @@ def cotangent(
     What is differentiated again takes the pure JAX kernels, asked for others or not; and float32, as wgmma transposes
     no tile of its elements.
     """
-    if not differentiable and inputs.query.dtype != jnp.float32 and _takes_mosaic_gpu(config, inputs, target):
+    takes_mosaic_gpu = not differentiable and inputs.query.dtype != jnp.float32
+    if takes_mosaic_gpu and _takes_mosaic_gpu(config, inputs, target):
         from . import _mosaic_cotangent
 
         return _mosaic_cotangent.cotangent(config, inputs, out, lse, cotangents, wanted, _chip())
@@ -68,19 +69,33 @@ def cotangent(
     return _kernels.cotangent(tiles, out, lse, cotangents, wanted)
 
 
+def forward_is_opaque(config: Config, inputs: Inputs, target: Target) -> bool:
+    """Whether `forward` takes kernels that XLA cannot split over devices; of inputs the types suffice."""
+    return _why_not_mosaic_gpu(config, inputs, target) is None
+
+
+def cotangent_is_opaque(config: Config, inputs: Inputs, target: Target) -> bool:
+    """As `forward_is_opaque`, of `cotangent` where it is not differentiated."""
+    return inputs.query.dtype != jnp.float32 and forward_is_opaque(config, inputs, target)
+
+
 def _takes_mosaic_gpu(config: Config, inputs: Inputs, target: Target) -> bool:
+    reason = _why_not_mosaic_gpu(config, inputs, target)
+    if reason and config.implementation == "mosaic_gpu":
+        raise NotImplementedError(f"implementation='mosaic_gpu' does not run here: {reason}")
+    return reason is None
+
+
+def _why_not_mosaic_gpu(config: Config, inputs: Inputs, target: Target) -> str | None:
     is_asked = config.implementation == "mosaic_gpu"
     if config.implementation is not None and not is_asked:
-        return False
-    reason = (
+        return f"implementation={config.implementation!r} was asked for"
+    return (
         _why_not_platform(target)
         or _why_not_call(config, inputs)
         or _why_not_backend()
         or _why_not_device(is_asked=is_asked)
     )
-    if reason and is_asked:
-        raise NotImplementedError(f"implementation='mosaic_gpu' does not run here: {reason}")
-    return reason is None
 
 
 def _why_not_platform(target: Target) -> str | None:

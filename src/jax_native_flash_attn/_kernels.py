@@ -191,7 +191,7 @@ def tangent(
 
     zeros = {name: tiles.zeros_for(name, like) for name, like in results.items()}
     sums = nest.rows(lambda at, sums: row_tile(at, dict(sums)), zeros)
-    return {name: sums[name].astype(like.dtype) for name, like in results.items()}
+    return {name: tiles.summed(name, sums[name], like) for name, like in results.items()}
 
 
 def cotangent(
@@ -330,4 +330,4 @@ def cotangent(
 
     sums = nest.rows(lambda at, sums: row_tile(at, dict(sums)), zeros)
     sums |= {name: jnp.moveaxis(sums[name], -1, -3) for name in transposed}
-    return {name: sums[name].astype(like.dtype) for name, like in results.items()}
+    return {name: tiles.summed(name, sums[name], like) for name, like in results.items()}

@@ -64,6 +64,10 @@ class LinearKernel(Protocol):
         ...
 
     def apply(self, residuals: Leaves, linear: Leaves, target: Target, differentiable: bool) -> Leaves: ...
+    def is_opaque(self, residuals: Sequence[Any], target: Target) -> bool:
+        """Whether `apply` takes kernels that XLA cannot split over devices; of residuals the types suffice."""
+        ...
+
     def transpose(self) -> "LinearKernel": ...
     def select(self, inputs: Flags, outputs: Flags) -> "LinearKernel":
         """The same map on some inputs (the others being zero), to some outputs."""
@@ -111,6 +115,10 @@ class FirstDerivative:
             tiles = Tiles(self.config, inputs, target, further={**operands, "lse": lse}, differentiable=differentiable)
             results = _kernels.tangent(tiles, out, lse, operands, wanted)
         return tuple(results[name] for name in wanted)
+
+    def is_opaque(self, residuals: Sequence[Any], target: Target) -> bool:
+        inputs = jax.tree.unflatten(self.structure, residuals[:-2])
+        return self.flipped and _dispatch.cotangent_is_opaque(self.config, inputs, target)
 
     def transpose(self) -> LinearKernel:
         return replace(self, flipped=not self.flipped)
@@ -171,6 +179,9 @@ class DirectionalDerivative:
             return jax.jvp(inner, primals, tangents)[1]
         cotangents = jax.vjp(inner, *primals)[1](linear)
         return tuple(_sum_to(x, shape) for x, shape in zip(cotangents, shapes, strict=True))
+
+    def is_opaque(self, residuals: Sequence[Any], target: Target) -> bool:
+        return False
 
     def transpose(self) -> LinearKernel:
         return replace(self, flipped=not self.flipped)

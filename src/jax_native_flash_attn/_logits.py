@@ -101,6 +101,7 @@ class Tiles:
             all_heads=differentiable or target.is_sharded,
             form=forms.tile_form(mask),
         )
+        tile = replace(tile, is_sharded=target.is_sharded)
         self.nest = Nest(self.sizes, tile, config.band, mask, differentiable, forms.is_active)
         self.fuses_tiles, self.sums_values = forms.is_active, forms.sums_values
         self.fixes_layouts, self.passes_weights = forms.fixes_layouts(tile), forms.passes_weights(tile)
@@ -126,6 +127,8 @@ class Tiles:
         On CPU always: XLA before JAX 0.12 converts all of an array of bfloat16 whenever a tile of it is written.
         """
         z = self.sizes
+        if self.nest.tile.is_sharded:
+            return self.zeros(*self._shape_on_shards(name, like.shape))
         written_once = {
             "out": (*z.batch, z.T, z.N, z.D),
             "lse": (*z.batch, z.N, z.T),
@@ -135,6 +138,31 @@ class Tiles:
         once = written_once.get(name) == like.shape or self.visits_once(name, like.shape)
         once = once and self.platform != "cpu"
         return jnp.zeros(like.shape, like.dtype if once else self.accumulate)
+
+    def _shape_on_shards(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """With a batch row and a query head for each contribution, so that devices add theirs once, behind the loops.
+
+        Not of a bias over T and S: nothing else has T * S elements, so that each tile of it is summed at once.
+        """
+        z = self.sizes
+        if name in ("key", "value"):
+            return (*z.batch, z.S, z.N, shape[-1])
+        if name == "scale":
+            return (*z.batch, z.N)
+        if name == "bias":
+            return shape if min(shape[-2:]) > 1 else (*z.batch, z.N, *shape[-2:])
+        return shape
+
+    def summed(self, name: str, x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        """A result as it was collected, see `zeros_for`, in its own shape and dtype."""
+        if self.nest.tile.is_sharded:
+            if name in ("key", "value"):
+                x = x.reshape(*x.shape[:-2], self.sizes.K, self.sizes.G, x.shape[-1]).sum(-2)
+            if name == "scale":
+                x = x.sum(-1)
+            axes = tuple(i for i, (n, m) in enumerate(zip(x.shape, like.shape, strict=True)) if n != m)
+            x = x.sum(axes, keepdims=True) if axes else x
+        return x.astype(like.dtype)
 
     def visits_once(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether a result like the bias, summed over batch rows, gets all of each element from one tile."""

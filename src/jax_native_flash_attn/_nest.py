@@ -61,6 +61,19 @@ class Nest(TileAccess):
         is_known = self.mask.key_start is None or self.never_skips_rows
         return is_known and (self.tile.follows_band or self.num_key_tiles == 1)
 
+    @property
+    def _differs_between_shards(self) -> bool:
+        """Whether devices would have to agree on which tiles are empty; they visit all of them instead."""
+        if not self.tile.is_sharded:
+            return False
+        masks = (self.mask.key_start, self.mask.key_stop, self.mask.dead, self.mask.allowed)
+        num_lead = len(self.tile.batch) + 1
+        return any(n != 1 for x in masks if x is not None for n in x.shape[:num_lead])
+
+    @property
+    def _reads_occupied(self) -> bool:
+        return self.mask.allowed is not None and not self._differs_between_shards
+
     # ---- loops
 
     def rows(self, body: Callable[[RowTile, Carry], Carry], carry: Carry) -> Carry:
@@ -78,7 +91,7 @@ class Nest(TileAccess):
             starts = tuple(i * b for i, b in zip(batch, self.tile.batch, strict=True))
             return body(RowTile(starts, head * self.tile.heads, row, number), carry)
 
-        if self.mask.allowed is not None and not self.visits_one_key_tile:
+        if self._reads_occupied and not self.visits_one_key_tile:
             _ = self._occupied  # outside of the loops
         return self._loop(0, math.prod(counts), step, carry)
 
@@ -107,7 +120,7 @@ class Nest(TileAccess):
 
         if self.visits_one_key_tile:
             return masked(0, carry) if has_edges else full(0, carry)
-        is_needed = None if self.mask.allowed is None else self._occupied_tiles(at, ranges)
+        is_needed = self._occupied_tiles(at, ranges) if self._reads_occupied else None
         if self.differentiable:
             # What is visited is decided inside the step, so that the trip count is static.
             def step(j: Index, carry: Carry) -> Carry:
@@ -141,6 +154,8 @@ class Nest(TileAccess):
     def _column_ranges(self, at: RowTile) -> tuple[ColumnRange, bool, bool]:
         """The range of `at`, and whether any row of tiles has masked tiles, or unmasked ones."""
         block, count = self.tile.block_kv, self.num_key_tiles
+        if self._differs_between_shards:
+            return ColumnRange(0, 0, 0, count), True, False
         traced = column_range(*self._intervals(at), block, count, jnp)
         if self.mask.dead is not None:
             # A dead row's interval holds all keys, but its logits are not theirs: only masked tiles know that.
@@ -195,7 +210,7 @@ class Nest(TileAccess):
         if self.mask.key_start is not None and self.mask.key_stop is not None:
             return self.row_slice(self.mask.key_start, at), self.row_slice(self.mask.key_stop, at)
         # From the position: a table would be a constant, which custom_partitioning does not take.
-        rows = jnp.repeat(self.row_positions(at), self.sizes.G).reshape((1,) * (len(self.row_shape) - 1) + (-1,))
+        rows = jnp.repeat(self.row_positions(at), self.rows_per_position).reshape((1,) * (len(self.row_shape) - 1) + (-1,))
         S = self.sizes.S
         start = jnp.zeros_like(rows) if self.band.lower is None else jnp.clip(rows + self.band.lower, 0, S)
         stop = jnp.full_like(rows, S) if self.band.upper is None else jnp.clip(rows + self.band.upper + 1, 0, S)
@@ -227,7 +242,7 @@ class Nest(TileAccess):
         if self.sizes.T % self.tile.block_q == 0:
             return x
         owned = self.row_positions(at) >= at.number * self.tile.block_q
-        owned = jnp.repeat(owned, self.sizes.G).reshape((1,) * (x.ndim - 2) + (-1, 1))
+        owned = jnp.repeat(owned, self.rows_per_position).reshape((1,) * (x.ndim - 2) + (-1, 1))
         return jnp.where(owned, x, 0)
 
 

@@ -1,9 +1,8 @@
 """Sharding over batch and heads: every kernel runs on each device's shard, without gathering.
 
-Left to itself, XLA gathers operands that a loop slices along a sharded axis. The kernels are therefore handed to it as
-units, by whichever means fits the mesh axes:
+How a kernel gets its shard depends on the kind of the mesh axes:
 
-- auto axes (plain `jit`): `custom_partitioning` around the lowered kernel, with a Shardy rule that names the axes;
+- auto axes (plain `jit`): `_partitioning.py`;
 - explicit axes: the sharding is part of the types, so the whole call is put into a `shard_map` over it;
 - manual axes (inside `shard_map`): a kernel already sees its shard; only the types must say over which axes it varies.
 
@@ -21,12 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import ShapedArray
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from ._operands import LAYOUTS
+from ._partitioning import as_unit, gather_sliced_axes, needs_devices, uses_shardy
 from ._tiles import Target
 
 Layouts = tuple[tuple[str, ...], tuple[str, ...]]
@@ -82,41 +80,60 @@ def shard_alike(operands: Sequence[jax.Array]) -> list[jax.Array]:
     return [jax.sharding.reshard(x, PartitionSpec(*spec)) for x, spec in zip(operands, specs, strict=True)]
 
 
-# ---- auto axes
+# ---- lowering
 
 
-def lowering_rule(function: Callable, layouts: Callable[..., Layouts], platform: str) -> Callable:
-    """Lower a primitive to `function(*operands, target=..., **params)`, partitioned as `layouts(**params)` allows."""
+def lowering_rule(
+    function: Callable, layouts: Callable[..., Layouts], is_opaque: Callable[..., bool], platform: str
+) -> Callable:
+    """Lower a primitive to `function(*operands, target=..., **params)`, on the mesh axes that its operands are on.
+
+    Args:
+      function: takes arrays of one device, or of all of them if `target.is_sharded`.
+      layouts: names of operands and results, given `params`.
+      is_opaque: whether XLA could not split what `function` gives for (operands' types, target, **params).
+      platform: what the rule is registered for.
+    """
 
     def rule(ctx: Any, *values: Any, partitioning: Any, **params: Any) -> Any:
+        module, (operand_names, result_names) = ctx.module_context, layouts(**params)
         # Kernels are written for one device: without the mesh axes in their operands' types.
         avals = [ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
         kinds = set(ctx.avals_in[0].sharding.mesh.axis_types)
-        # `custom_partitioning` cannot name the mesh axes that are left where some are manual.
-        is_nameless = {AxisType.Manual, AxisType.Auto} <= kinds
-        # Nor does it take symbolic shapes.
-        is_symbolic = not all(isinstance(n, int) for x in avals for n in x.shape)
-        has_auto_axes = partitioning is not None and kinds <= {AxisType.Auto}
         # A program for several platforms holds one kernel for each, and Mosaic GPU's can only be lowered alone.
-        is_only = len(ctx.module_context.platforms) == 1
+        is_only = len(module.platforms) == 1
         target = Target(
             platform if is_only or platform == "cpu" else "accelerator",
-            is_sharded=is_nameless or (has_auto_axes and is_symbolic),
             # An exported program may not hold what fixes a layout.
-            fixes_layouts=platform == "cuda" and is_only and not ctx.module_context.lowering_parameters.for_export,
+            fixes_layouts=platform == "cuda" and is_only and not module.lowering_parameters.for_export,
         )
+        has_auto_axes = kinds <= {AxisType.Auto} and getattr(module.axis_context, "num_devices", 1) > 1
+        is_split = has_auto_axes or {AxisType.Manual, AxisType.Auto} <= kinds
+        # `custom_partitioning` cannot name the mesh axes that are left where some are manual.
+        is_unit = has_auto_axes and partitioning is not None and is_opaque(avals, target, **params)
+        target = target._replace(is_sharded=is_split and not is_unit)
         kernel = functools.partial(function, target=target, **params)
         spec = _explicit_spec(ctx.avals_in)
-        # A program for one device, though there are others, needs no partitioner.
-        is_for_one = getattr(ctx.module_context.axis_context, "num_devices", None) == 1
-        if has_auto_axes and not is_symbolic and not is_for_one:
-            kernel = _partitioned(kernel, *layouts(**params), avals, ctx.avals_out)
+        if is_unit:
+            kernel = as_unit(kernel, operand_names, result_names, avals, ctx.avals_out)
         elif any(spec):
             avals = [ShapedArray(x.shape, x.dtype, sharding=x.sharding) for x in ctx.avals_in]
             kernel = _over_explicit_batch(kernel, avals, ctx.avals_out, spec)
-        return mlir.lower_fun(kernel, multiple_results=True)(ctx.replace(avals_in=avals), *values)
+        if target.is_sharded:
+            values = gather_sliced_axes(values, operand_names, [x.shape for x in avals])
+        results = mlir.lower_fun(kernel, multiple_results=True)(ctx.replace(avals_in=avals), *values)
+        if target.is_sharded:
+            results = gather_sliced_axes(results, result_names, [x.shape for x in ctx.avals_out])
+        return results
 
     return rule
+
+
+def partitioning(is_opaque: Callable[..., bool], operands: Sequence[Any], **params: Any) -> Any:
+    """Parameter of the primitives, see `_partitioning.py`: not None where a unit may be lowered for several devices."""
+    if jax.device_count() == 1 or not uses_shardy():
+        return None
+    return needs_devices() if is_opaque(operands, Target("cuda"), **params) else None
 
 
 def _over_explicit_batch(kernel: Callable, operands: Sequence[Any], results: Sequence[Any], spec: Sequence) -> Callable:
@@ -129,126 +146,6 @@ def _over_explicit_batch(kernel: Callable, operands: Sequence[Any], results: Seq
         out_specs=tuple(x.sharding.spec for x in results),
         check_vma=False,
     )
-
-
-@functools.lru_cache(maxsize=1)
-def _needs_devices() -> Any:
-    @custom_partitioning
-    def identity(x: jax.Array) -> jax.Array:
-        return x
-
-    identity.def_partition(lambda mesh, args, result: None, sharding_rule="i -> i")
-    return jax.make_jaxpr(identity)(jax.ShapeDtypeStruct((1,), jnp.float32))
-
-
-def partitioning() -> Any:
-    """Parameter of the primitives: a jaxpr with a `custom_partitioning` in it, or None where there is one device.
-
-    JAX tells a lowering rule the devices only if it finds such a primitive in the program beforehand.
-    """
-    return _needs_devices() if jax.device_count() > 1 else None
-
-
-def _partitioned(
-    kernel: Callable,
-    operand_names: tuple[str, ...],
-    result_names: tuple[str, ...],
-    operands: Sequence[Any],
-    results: Sequence[Any],
-) -> Callable:
-    """`kernel` as one unit for the partitioner.
-
-    Key/value heads follow the query heads' sharding where they divide; otherwise a shard takes those that it needs.
-    """
-    num_operands = len(operands)
-    factors = _factors((*operand_names, *result_names), [x.shape for x in (*operands, *results)])
-    query, key = (operands[operand_names.index(name)].shape for name in ("query", "key"))
-    num_kv_heads, group = key[-2], query[-2] // key[-2]
-
-    def partition(mesh: Any, args: Sequence[Any], outs: Sequence[Any]) -> tuple:
-        mesh_axes: dict[str, tuple[str, ...]] = {}
-        for axes, x in zip(factors, (*args, *outs), strict=True):
-            for factor, n, mesh_axis in zip(axes, x.shape, x.sharding.spec, strict=False):
-                names = _axis_names(mesh_axis)
-                # Operands may disagree; query, the first, decides. K follows N in any case.
-                others = {name for f in mesh_axes.keys() - {factor, "K"} for name in mesh_axes[f]}
-                is_free = factor not in mesh_axes and not others & set(names)
-                if factor is not None and names and is_free and n % _num_shards(mesh, names) == 0:
-                    mesh_axes[factor] = names
-        others = {name for f in mesh_axes.keys() - {"N", "K"} for name in mesh_axes[f]}
-        head_axes = mesh_axes.get("N") or mesh_axes.get("K", ())
-        head_axes = () if others & set(head_axes) else head_axes
-        head_shards = _num_shards(mesh, head_axes)
-        # A shard has these query heads, and so many at a time share a key/value head.
-        num_heads = num_kv_heads * group // head_shards
-        shared = math.gcd(num_heads, group)
-        divides = num_kv_heads % head_shards == 0
-        mesh_axes |= {"N": head_axes, "K": head_axes if divides else ()}
-
-        def spec(axes: tuple) -> PartitionSpec:
-            return PartitionSpec(*(mesh_axes.get(factor) or None for factor in axes))
-
-        def used(axes: tuple) -> set[str]:
-            return {name for factor in axes for name in mesh_axes.get(factor, ())}
-
-        everywhere = set().union(*map(used, factors))
-
-        def on_shards(*shards: jax.Array) -> tuple[jax.Array, ...]:
-            kv_heads = None
-            if not divides:
-                first = lax.axis_index(head_axes) * num_heads
-                kv_heads = (first + shared * jnp.arange(num_heads // shared, dtype=jnp.int32)) // group
-                shards = tuple(
-                    jnp.take(x, kv_heads, axis=-2) if "K" in LAYOUTS[name] else x
-                    for name, x in zip(operand_names, shards, strict=True)
-                )
-            sums = []
-            for name, axes, x in zip(result_names, factors[num_operands:], kernel(*shards), strict=True):
-                if kv_heads is not None and "K" in LAYOUTS[name]:
-                    whole = jnp.zeros((*x.shape[:-2], num_kv_heads, x.shape[-1]), x.dtype)
-                    x = whole.at[..., kv_heads, :].add(x)
-                missing = tuple(sorted(everywhere - used(axes)))
-                sums.append(lax.psum(x, missing) if missing else x)
-            return tuple(sums)
-
-        shardings = [NamedSharding(mesh, spec(axes)) for axes in factors]
-        return mesh, on_shards, tuple(shardings[num_operands:]), tuple(shardings[:num_operands])
-
-    unnamed = itertools.count()
-    fixed: list[str] = []
-
-    def spell(axes: tuple) -> str:
-        words = []
-        for factor in axes:
-            if factor is None:
-                factor = f"x{next(unnamed)}"
-                fixed.append(factor)
-            words.append(factor.lower())
-        return " ".join(words)
-
-    rule = ", ".join(map(spell, factors[:num_operands])) + " -> " + ", ".join(map(spell, factors[num_operands:]))
-    # With *operands: a wrapped kernel needs a signature.
-    partitioned = custom_partitioning(lambda *xs: tuple(kernel(*xs)))
-    partitioned.def_partition(partition, sharding_rule=rule, need_replication_factors=tuple(fixed))
-    return partitioned
-
-
-def _factors(names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[tuple[str | None, ...]]:
-    """For each array, the name of each axis that may be sharded; None for the others and for broadcast ones."""
-    letters = [f"b{i}" for i in range(len(shapes[0]) - len(LAYOUTS[names[0]]))]
-    axes = [(*letters, *LAYOUTS[name]) for name in names]
-    sizes: dict[str, int] = {}
-    for labels, shape in zip(axes, shapes, strict=True):
-        for label, n in zip(labels, shape, strict=True):
-            sizes[label] = max(n, sizes.get(label, 1))
-    shardable = {*letters, "N", "K"}
-    return [
-        tuple(
-            label if label in shardable and n == sizes[label] and n > 1 else None
-            for label, n in zip(labels, shape, strict=True)
-        )
-        for labels, shape in zip(axes, shapes, strict=True)
-    ]
 
 
 # ---- explicit axes
