@@ -1,5 +1,6 @@
 """A bias without a key axis: its gradient is the cotangent of the log-sum-exp, exactly, and takes no kernel."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_native_flash_attn import flash_attention_with_lse
+from jax_native_flash_attn import flash_attention, flash_attention_with_lse
 from tests.environment import enable_x64, fast_compilation
 from tests.oracle import float64_oracle, masking
 
@@ -62,16 +63,17 @@ def test_gradient_is_the_cotangent_of_lse(masks: str, dtype: str, S: int):
     dout, dlse = normal(5, (B, T, N, H), dtype), normal(6, (3, B, T, N))
     expected = np.moveaxis(np.where(live_rows(S, options), np.asarray(dlse, np.float64), 0), -1, -2)[..., None]
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=FAST)
     def gradients(biases, arrays, dout, dlse):
         def gradient(bias):
             _, vjp = jax.vjp(lambda bias: flash_attention_with_lse(*arrays, bias, **options), bias)
-            return vjp((dout, 0 * dlse[0])), jax.vmap(lambda dlse: vjp((dout, dlse)))(dlse)
+            through_out = jax.grad(lambda bias: (flash_attention(*arrays, bias, **options) * dout).sum())(bias)
+            return through_out, jax.vmap(lambda dlse: vjp((dout, dlse))[0])(dlse)
 
         return [gradient(bias) for bias in biases]
 
     biases = [normal(7, shape) for shape in SHAPES]
-    for bias, ((through_out,), (through_lse,)) in zip(biases, gradients(biases, arrays, dout, dlse), strict=True):
+    for bias, (through_out, through_lse) in zip(biases, gradients(biases, arrays, dout, dlse), strict=True):
         assert not np.asarray(through_out).any()
         axes = tuple(axis + 1 for axis in range(4) if bias.shape[axis] != expected.shape[axis + 1])
         if not axes:
@@ -82,8 +84,8 @@ def test_gradient_is_the_cotangent_of_lse(masks: str, dtype: str, S: int):
         np.testing.assert_allclose(through_lse, sums, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("masks", ["plain", "lengths", "causal, lengths, mask"])
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+@pytest.mark.parametrize("masks", ["lengths", "causal, lengths, mask"])
 def test_higher_derivatives(masks: str, shape: tuple[int, ...]):
     with enable_x64():
         S, options = 7, options_of(masks, 7)
@@ -105,7 +107,10 @@ def test_higher_derivatives(masks: str, shape: tuple[int, ...]):
             def reverse_over_reverse(*arguments):
                 return jax.vjp(gradient, *arguments)[1](tangents)
 
-            return [jax.jit(f, compiler_options=FAST)(*arguments) for f in (forward_over_reverse, reverse_over_reverse)]
+            def both(*arguments):
+                return forward_over_reverse(*arguments), reverse_over_reverse(*arguments)
+
+            return jax.jit(both, compiler_options=FAST)(*arguments)
 
         ours, dense = hvps(flash_attention_with_lse), hvps(float64_oracle)
         for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(dense), strict=True):
