@@ -43,7 +43,7 @@ def normal(seed: int, shape: tuple[int, ...], dtype: Any = np.float32) -> jax.Ar
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
-def operands(S: int, dtype: Any) -> tuple[jax.Array, ...]:
+def operands(S: int, dtype: Any) -> Any:
     return tuple(normal(seed, (B, n, heads, H), dtype) for seed, (n, heads) in enumerate(((T, N), (S, K), (S, K))))
 
 
