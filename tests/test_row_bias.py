@@ -66,8 +66,8 @@ def test_gradient_is_the_cotangent_of_lse(masks: str, dtype: str, S: int):
     @functools.partial(jax.jit, compiler_options=FAST)
     def gradients(biases, arrays, dout, dlse):
         def gradient(bias):
-            _, vjp = jax.vjp(lambda bias: flash_attention_with_lse(*arrays, bias, **options), bias)
-            through_out = jax.grad(lambda bias: (flash_attention(*arrays, bias, **options) * dout).sum())(bias)
+            _, vjp = jax.vjp(lambda bias: flash_attention_with_lse(*arrays, bias=bias, **options), bias)
+            through_out = jax.grad(lambda bias: (flash_attention(*arrays, bias=bias, **options) * dout).sum())(bias)
             return through_out, jax.vmap(lambda dlse: vjp((dout, dlse))[0])(dlse)
 
         return [gradient(bias) for bias in biases]
@@ -121,7 +121,7 @@ def test_no_kernel_runs_for_it_alone():
     arrays, bias = operands(7, np.float32), normal(7, (1, N, T, 1))
 
     def loss(bias, arrays):
-        out, lse = flash_attention_with_lse(*arrays, bias)
+        out, lse = flash_attention_with_lse(*arrays, bias=bias)
         return out.sum() + lse.sum()
 
     def compiled(function: Any) -> str:
