@@ -1,5 +1,6 @@
 """Memory: nothing of T * S elements, temporary memory linear in T, and a resident set to match."""
 
+import functools
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn import flash_attention
-from tests.environment import fast_compilation
+from tests.environment import fast_compilation, lenient_promotion
 
 B, N, K, H = 2, 4, 2, 32
 FAST = fast_compilation()
@@ -111,6 +112,48 @@ def test_no_array_of_t_times_s_elements_and_temporary_memory_linear_in_t(name: s
     short, long = (x.memory_analysis().temp_size_in_bytes for x in (compiled, longer))
     assert long <= 4.2 * short
     assert long < 16384**2  # bytes: a quarter of one dense matrix of one head
+
+
+# B, T, S, N, H: few scores in many heads, very few, and decoding.
+SMALL_SHAPES = ((64, 64, 64, 8, 64), (256, 16, 16, 8, 32), (8, 1, 1024, 8, 64))
+SMALL_MASKS: dict[str, tuple[str, ...]] = {
+    "lengths of keys": ("key_value_seq_lengths",),
+    "lengths of queries": ("query_seq_lengths",),
+    "both lengths": ("query_seq_lengths", "key_value_seq_lengths"),
+    "mask of keys": ("mask",),
+}
+
+
+@functools.cache
+def temporary_bytes(attention: Any, shape: tuple[int, ...], masks: tuple[str, ...], dtype: str, mode: str) -> int:
+    B, T, S, N, H = shape
+    query, key = (jax.ShapeDtypeStruct((B, n, N, H), dtype) for n in (T, S))
+    lengths = jax.ShapeDtypeStruct((B,), jnp.int32)
+    extras = {name: jax.ShapeDtypeStruct((B, 1, 1, S), jnp.bool_) if name == "mask" else lengths for name in masks}
+
+    def call(query, key, value, extras):
+        return attention(query, key, value, **extras)
+
+    def loss(*args):
+        return call(*args).astype(jnp.float32).sum()
+
+    function = call if mode == "value" else jax.grad(loss, (0, 1, 2))
+    compiled: Any = jax.jit(function).lower(query, key, key, extras).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("mode", ["value", "gradient"])
+@pytest.mark.parametrize("masks", SMALL_MASKS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", SMALL_SHAPES, ids=str)
+def test_temporary_memory_of_short_16_bit_calls(shape: tuple[int, ...], dtype: str, masks: str, mode: str):
+    ours = temporary_bytes(flash_attention, shape, SMALL_MASKS[masks], dtype, mode)
+    with lenient_promotion():
+        # jax.nn does not run in float16 on a CPU.
+        theirs = temporary_bytes(jax.nn.dot_product_attention, shape, SMALL_MASKS[masks], "bfloat16", mode)
+    B, _, S, N, _ = shape
+    # Beside the arrays, what is decided about masks: a few bytes for each batch row and key or head.
+    assert ours <= theirs + 8 * B * (S + N)
 
 
 RUN = """

@@ -16,7 +16,7 @@ from . import _kernels, _xla
 from ._logits import Tiles
 from ._mosaic_blocks import Chip
 from ._numerics import accumulation_dtype
-from ._operands import Config, Inputs
+from ._operands import Config, Inputs, batch_of, sum_to
 from ._tiles import Target
 
 _JAX_WITH_BACKEND = (0, 10)
@@ -50,8 +50,14 @@ def cotangent(
     """As `_kernels.cotangent`.
 
     What is differentiated again takes the pure JAX kernels, asked for others or not; and float32, as wgmma transposes
-    no tile of its elements.
+    no tile of its elements. A bias without a key axis needs no kernel.
     """
+    if "bias" in wanted and wanted["bias"].shape[-1] == 1:
+        others = {name: like for name, like in wanted.items() if name != "bias"}
+        dbias = {"bias": _cotangent_of_row_bias(inputs, cotangents, wanted["bias"])}
+        if not others:
+            return dbias
+        return dbias | cotangent(config, inputs, out, lse, cotangents, others, target, differentiable=differentiable)
     takes_mosaic_gpu = not differentiable and inputs.query.dtype != jnp.float32
     if takes_mosaic_gpu and _takes_mosaic_gpu(config, inputs, target):
         from . import _mosaic_cotangent
@@ -77,6 +83,20 @@ def forward_is_opaque(config: Config, inputs: Inputs, target: Target) -> bool:
 def cotangent_is_opaque(config: Config, inputs: Inputs, target: Target) -> bool:
     """As `forward_is_opaque`, of `cotangent` where it is not differentiated."""
     return inputs.query.dtype != jnp.float32 and forward_is_opaque(config, inputs, target)
+
+
+def _cotangent_of_row_bias(
+    inputs: Inputs, cotangents: Mapping[str, jax.Array], like: jax.ShapeDtypeStruct
+) -> jax.Array:
+    """A bias without a key axis changes no weight, since they add up to 1, but shifts lse: sum_s dz_ts = dl_t."""
+    z, mask, dtype = inputs.sizes, inputs.mask, accumulation_dtype(inputs.query.dtype)
+    rows = cotangents["lse"].astype(dtype) if "lse" in cotangents else jnp.zeros((1,) * (len(z.batch) + 2), dtype)
+    if mask.key_start is not None and mask.key_stop is not None:
+        rows = jnp.where(mask.key_start < mask.key_stop, rows, 0)  # padded rows have no key
+    if mask.dead is not None:
+        rows = jnp.where(mask.dead, 0, rows)
+    batch = jnp.broadcast_shapes(z.batch, batch_of(cotangents))
+    return sum_to(jnp.broadcast_to(rows, (*batch, z.N, z.T))[..., None], like)
 
 
 def _takes_mosaic_gpu(config: Config, inputs: Inputs, target: Target) -> bool:

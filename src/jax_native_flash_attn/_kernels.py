@@ -254,8 +254,11 @@ def cotangent(
         row_lse, delta = tiles.joined(row_lse), tiles.joined(delta)
         has_cotangents = (live_dout != 0).any() | (delta != 0).any() if tiles.passes_weights else False
         live_dout = live_dout.astype(tiles.product)
-        scaled_query = query.astype(tiles.accumulate) * tiles.scale(at)
-        key_operands = {"key": scaled_query, "value": dout}
+
+        def scaled(query: jax.Array) -> jax.Array:
+            return query.astype(tiles.accumulate) * tiles.scale(at)
+
+        key_operands = {"key": scaled(query), "value": dout}
         if not tiles.transposes_weights:
             key_operands = {name: jnp.swapaxes(x, -1, -2) for name, x in key_operands.items()}
         key_operands = {name: x.astype(tiles.transposed_product) for name, x in key_operands.items()}
@@ -301,7 +304,11 @@ def cotangent(
                 terms = dz * scores, dz, p * scores, p
                 moments = tuple(sum_ + x.sum(-1, keepdims=True) for sum_, x in zip(moments, terms, strict=True))
             if "key" in results:
-                results["key"] = add_key_product(results["key"], key_operands["key"], dlogits, at, columns)
+                rows = key_operands["key"]
+                if tiles.converts_late:
+                    late_query, dlogits = lax.optimization_barrier((query, dlogits))
+                    rows = scaled(late_query)
+                results["key"] = add_key_product(results["key"], rows, dlogits, at, columns)
             if "bias" in results:
                 add = not tiles.visits_once("bias", results["bias"].shape)
                 dbias = dlogits.astype(tiles.accumulate)

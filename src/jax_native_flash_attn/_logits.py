@@ -19,7 +19,7 @@ from ._numerics import (
     lowest,
     product_dtype,
 )
-from ._operands import Config, Inputs, batch_of
+from ._operands import Config, Inputs, batch_of, sum_to
 from ._tiles import Target, choose_tile
 
 
@@ -66,6 +66,9 @@ class Tiles:
         # float16 has too few exponents for a cotangent.
         rounds_weights &= self.product == jnp.bfloat16
         self.stored_dtype = self.product if rounds_weights else self.accumulate
+        # Whether a loop may write its results in the dtype of the call: on CPU, XLA before JAX 0.12 converts all of an
+        # array of bfloat16 whenever a tile of it is written.
+        self.collects_rounded = target.platform != "cpu" or inputs.query.dtype == jnp.float16
         mask = inputs.mask
         forms = Forms(
             self.sizes,
@@ -98,11 +101,13 @@ class Tiles:
             is_derivative=further is not None or config.needs_lse,
             has_16_bits=self.product.itemsize == 2,
             converts=self.product != inputs.query.dtype,
+            collects_rounded=self.collects_rounded,
             all_heads=differentiable or target.is_sharded,
             form=forms.tile_form(mask),
         )
         tile = replace(tile, is_sharded=target.is_sharded)
-        self.nest = Nest(self.sizes, tile, config.band, mask, differentiable, forms.is_active)
+        never_skips = forms.is_active or tile.holds_whole_heads(self.sizes)
+        self.nest = Nest(self.sizes, tile, config.band, mask, differentiable, never_skips)
         self.fuses_tiles, self.sums_values = forms.is_active, forms.sums_values
         self.fixes_layouts, self.passes_weights = forms.fixes_layouts(tile), forms.passes_weights(tile)
         self.makes_softmax_again, self.normalizes = forms.makes_softmax_again(self.nest), forms.normalizes(self.nest)
@@ -111,9 +116,13 @@ class Tiles:
         # Where nothing but logits is made of keys, the mask removes what padding holds.
         self.cleans_keys = not (forms.is_active and forms.is_forward)
         # Nothing but the forward kernel makes 'out', and that writes every element once.
-        self.out_dtype = inputs.query.dtype if forms.is_active and config.rounds_out else self.accumulate
+        rounds_out = config.rounds_out and (forms.is_active or (target.platform == "cpu" and self.collects_rounded))
+        self.out_dtype = inputs.query.dtype if rounds_out else self.accumulate
         # Transposing few scores takes less than transposing query and keys.
         self.transposes_weights = target.platform == "cpu" and self.sizes.has_few_scores
+        # Else XLA:CPU makes query in 32 bits, which the product for the gradient of key alone reads, long before that.
+        converts_late = self.product != self.transposed_product and self.transposes_weights
+        self.converts_late = converts_late and self.nest.visits_one_key_tile
         # There, a row of weights is also less to divide by its sum than a row of out.
         self.normalizes |= self.transposes_weights and self.nest.visits_one_key_tile
         # XLA:CPU makes a softmax of its own beside a product, but not of one head in a loop.
@@ -122,10 +131,7 @@ class Tiles:
         self.exp = exp_polynomial if takes_polynomial else jnp.exp
 
     def zeros_for(self, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
-        """Where a kernel collects a result: in accumulation dtype if an element gets more than one contribution.
-
-        On CPU always: XLA before JAX 0.12 converts all of an array of bfloat16 whenever a tile of it is written.
-        """
+        """Where a kernel collects a result: in accumulation dtype if an element gets more than one contribution."""
         z = self.sizes
         if self.nest.tile.is_sharded:
             return self.zeros(*self._shape_on_shards(name, like.shape))
@@ -135,9 +141,10 @@ class Tiles:
             "query": (*z.batch, z.T, z.N, z.H),
             "bias": (*z.batch, z.N, z.T, z.S),
         }
+        if self.platform == "cpu" and self.nest.num_query_tiles == 1:
+            written_once |= {"key": (*z.batch, z.S, z.K, z.H), "value": (*z.batch, z.S, z.K, z.D)}
         once = written_once.get(name) == like.shape or self.visits_once(name, like.shape)
-        once = once and self.platform != "cpu"
-        return jnp.zeros(like.shape, like.dtype if once else self.accumulate)
+        return jnp.zeros(like.shape, like.dtype if once and self.collects_rounded else self.accumulate)
 
     def _shape_on_shards(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """With a batch row and a query head for each contribution, so that devices add theirs once, behind the loops.
@@ -160,9 +167,7 @@ class Tiles:
                 x = x.reshape(*x.shape[:-2], self.sizes.K, self.sizes.G, x.shape[-1]).sum(-2)
             if name == "scale":
                 x = x.sum(-1)
-            axes = tuple(i for i, (n, m) in enumerate(zip(x.shape, like.shape, strict=True)) if n != m)
-            x = x.sum(axes, keepdims=True) if axes else x
-        return x.astype(like.dtype)
+        return sum_to(x, like)
 
     def visits_once(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether a result like the bias, summed over batch rows, gets all of each element from one tile."""

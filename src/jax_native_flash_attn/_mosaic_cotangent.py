@@ -12,7 +12,7 @@ from ._mosaic_dbias import dbias
 from ._mosaic_dkey_dvalue import dkey_dvalue
 from ._mosaic_dquery import dquery
 from ._mosaic_operands import score_bytes
-from ._operands import Config, Inputs
+from ._operands import Config, Inputs, sum_to
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -48,8 +48,10 @@ def cotangent(
         blocks = dkey_dvalue_blocks(z, tiled_bytes, needs_dlogits="key" in shapes, is_even=is_even)
         results |= dkey_dvalue(call, blocks, shapes, cores)
     if "bias" in wanted:
-        results["bias"] = _dbias(call, cotangents.get("lse"), wanted["bias"])
-    return {name: _sum_to(results[name], like) for name, like in wanted.items()}
+        allowed = mask.allowed
+        has_key_mask = allowed is not None and allowed.shape[-2] == 1
+        results["bias"] = dbias(call, dbias_blocks(z, tiled_bytes, has_key_mask=has_key_mask), wanted["bias"])
+    return {name: sum_to(results[name], like) for name, like in wanted.items()}
 
 
 def _backward(
@@ -81,24 +83,3 @@ def _kernel_result(call: Backward, wanted: jax.ShapeDtypeStruct) -> jax.ShapeDty
     if batch == wanted.shape[:-3]:
         return wanted
     return jax.ShapeDtypeStruct((*batch, *wanted.shape[-3:]), jnp.float32)
-
-
-def _dbias(call: Backward, dlse: jax.Array | None, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-    z = call.sizes
-    if wanted.shape[-1] > 1:
-        allowed = call.inputs.mask.allowed
-        has_key_mask = allowed is not None and allowed.shape[-2] == 1
-        return dbias(call, dbias_blocks(z, score_bytes(call.inputs), has_key_mask=has_key_mask), wanted)
-    # A bias of rows changes no weight, since they add up to 1, but shifts the log-sum-exp: sum_s dz_ts = dl_t.
-    rows = jnp.zeros(call.delta.shape, jnp.float32) if dlse is None else dlse.astype(jnp.float32)
-    mask = call.inputs.mask
-    if mask.key_start is not None and mask.key_stop is not None:
-        rows = jnp.where(mask.key_start < mask.key_stop, rows, 0.0)  # padded rows have no key
-    if mask.dead is not None:
-        rows = jnp.where(mask.dead, 0.0, rows)
-    return jnp.broadcast_to(rows, (*z.batch, z.N, z.T))[..., None]
-
-
-def _sum_to(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    axes = tuple(i for i, (n, m) in enumerate(zip(x.shape, like.shape, strict=True)) if n != m)
-    return (x.sum(axes, keepdims=True) if axes else x).astype(like.dtype)

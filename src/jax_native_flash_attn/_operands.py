@@ -98,3 +98,9 @@ def field_names(structure: Any) -> tuple[str, ...]:
 def batch_of(arrays: Mapping[str, Any]) -> tuple[Any, ...]:
     """The batch axes that these arrays broadcast to."""
     return jnp.broadcast_shapes(*(x.shape[: x.ndim - len(LAYOUTS[name])] for name, x in arrays.items()))
+
+
+def sum_to(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """A result in its prescribed shape, summed over the axes that have size 1 there, and in its dtype."""
+    axes = tuple(i for i, (n, m) in enumerate(zip(x.shape, like.shape, strict=True)) if n != m)
+    return (x.sum(axes, keepdims=True) if axes else x).astype(like.dtype)

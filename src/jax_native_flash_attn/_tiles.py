@@ -60,6 +60,10 @@ class TileShape:
     joins_heads: bool = False
     is_sharded: bool = False
 
+    def holds_whole_heads(self, sizes: Sizes) -> bool:
+        """Whether it is all rows and keys of several heads: it is empty only if all of their batch rows are padding."""
+        return (self.block_q, self.block_kv) == (sizes.T, sizes.S) and static_size(self.batch) * self.heads > 1
+
 
 class Target(NamedTuple):
     """What a kernel is lowered for.
@@ -128,6 +132,7 @@ def choose_tile(
     is_derivative: bool,
     has_16_bits: bool,
     converts: bool,
+    collects_rounded: bool,
     all_heads: bool,
     form: AcceleratorForm,
 ) -> TileShape:
@@ -148,6 +153,7 @@ def choose_tile(
       is_derivative: whether the kernel is a derivative, or makes what one needs: XLA then shares work between the two.
       has_16_bits: whether products take 16-bit operands.
       converts: whether products take operands of another dtype than the call's.
+      collects_rounded: whether loops collect results of 16 bits as such.
       all_heads: ask for all batch rows and heads at once (reverse mode through a kernel: slicing one head out of an
         array would make its transpose touch the whole array for every tile).
       form: what else decides on an accelerator.
@@ -213,6 +219,9 @@ def choose_tile(
     operands = max(1, (sizes.G * block_q + block_kv) * sizes.H)
     limit = min(_CPU_SHARED[kind] // per_head, _CPU_OPERANDS // operands)
     whole = _CPU_WHOLE["forward, 16 bit" if has_16_bits and not is_derivative else kind]
+    if collects_rounded and is_masked and sizes.has_few_scores:
+        # Operands of a whole problem are all in 32 bits at once, those of a loop never.
+        whole = _CPU_WHOLE["forward"]
     if heads // sizes.G * operands <= whole and heads // sizes.G * per_head <= _CPU_WHOLE_SCORES:
         limit = heads
     return _with_heads(sizes, block_q, block_kv, limit)
