@@ -44,15 +44,12 @@ def cotangent(
     cotangents: Mapping[str, jax.Array],
     wanted: Mapping[str, jax.ShapeDtypeStruct],
     target: Target,
-    *,
-    differentiable: bool,
 ) -> dict[str, jax.Array]:
     """As `_kernels.cotangent`.
 
-    What is differentiated again takes the pure JAX kernels, asked for others or not; and float32, as wgmma transposes
-    no tile of its elements.
+    float32 takes the pure JAX kernels, asked for others or not, as wgmma transposes no tile of its elements.
     """
-    if not differentiable and inputs.query.dtype != jnp.float32 and _takes_mosaic_gpu(config, inputs, target):
+    if inputs.query.dtype != jnp.float32 and _takes_mosaic_gpu(config, inputs, target):
         from . import _mosaic_cotangent
 
         return _mosaic_cotangent.cotangent(config, inputs, out, lse, cotangents, wanted, _chip())
@@ -61,7 +58,6 @@ def cotangent(
         inputs,
         target,
         further={**cotangents, "lse": lse},
-        differentiable=differentiable,
         summed_over_batch="bias" in wanted and math.prod(wanted["bias"].shape[-2:]) > 1,
         rounds_weights="scale" not in wanted,
     )
@@ -69,6 +65,8 @@ def cotangent(
 
 
 def _takes_mosaic_gpu(config: Config, inputs: Inputs, target: Target) -> bool:
+    if target.differentiated is not None:
+        return False  # JAX cannot differentiate them; what is differentiated again is pure JAX's, asked for or not
     is_asked = config.implementation == "mosaic_gpu"
     if config.implementation is not None and not is_asked:
         return False
