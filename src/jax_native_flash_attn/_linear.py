@@ -4,8 +4,8 @@
 map with respect to its residuals, which is linear again. Together they give derivatives of every order.
 
 A directional derivative is JAX's own, forward or, transposed, in reverse mode through the inner kernel.
-`Target.differentiated` says so to all that is chosen inside: no kernel is taken that JAX cannot differentiate so, such as
-Mosaic GPU's, or a loop with a run-time trip count in reverse.
+`Target.differentiated` says so to all that is chosen inside: no kernel is taken that JAX cannot differentiate so, such
+as Mosaic GPU's, or, in reverse, a loop with a run-time trip count.
 """
 
 from collections.abc import Sequence
