@@ -1,14 +1,17 @@
 """Print the table "transformation | jax.nn | cudnn | tokamax | ours" of the README, every cell from a run.
 
 uv run python benchmarks/transformation_table.py
+uv run python benchmarks/transformation_table.py --columns ours --dtype bfloat16 --head-dim 64 --x64   # on a GPU
 
 A cell says "works", or what goes wrong: the error's class, or the largest error relative to dense attention in float64.
 Peers that this machine lacks (cudnn needs a GPU, tokamax its package) get a dash. Shapes are tiny.
+The options say in which dtype "ours" runs, and whether with 64-bit types.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import os
@@ -31,11 +34,9 @@ from jax_native_flash_attn import flash_attention
 Attention = Callable[..., jax.Array]
 Function = Callable[..., Any]
 
-B, T, N, H = 2, 16, 2, 16
+B, T, N = 2, 16, 2
 LENGTHS = np.array([16, 9], np.int32)
 RATE, SEED = 0.3, 7
-# Drawn here: with 64-bit types on, bernoulli draws other numbers.
-KEEP = np.asarray(jax.random.bernoulli(jax.random.key(SEED), 1 - RATE, (B, N, T, T)))
 ABSENT = "-"
 WORKS = "works"
 
@@ -47,29 +48,34 @@ class Implementation:
     call: Attention
     dtype: str
     tolerance: float  # of the error relative to the largest expected element
+    head_dim: int = 16
 
 
-def implementations() -> dict[str, Implementation | None]:
-    """The columns in order; None where this machine cannot run it."""
+# Of the error relative to the largest expected element.
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+
+
+def implementations(dtype: str, head_dim: int) -> dict[str, Implementation | None]:
+    """The columns in order, "ours" in `dtype`; None where this machine cannot run it."""
     has_gpu = jax.default_backend() == "gpu"
     # Matrix products of float32 run in TensorFloat-32 on a GPU.
-    float32 = ("float32", 5e-3 if has_gpu else 1e-4)
+    float32 = ("float32", 5e-3 if has_gpu else TOLERANCES["float32"])
     columns: dict[str, Implementation | None] = {
         "jax.nn": Implementation(jax.nn.dot_product_attention, *float32),
         "cudnn": None,
         "tokamax": None,
-        "ours": Implementation(flash_attention, *float32),
+        "ours": Implementation(flash_attention, *(float32 if dtype == "float32" else (dtype, TOLERANCES[dtype]))),
     }
     if has_gpu:
 
         def cudnn(*arrays: Any, **options: Any) -> jax.Array:
             return jax.nn.dot_product_attention(*arrays, implementation="cudnn", **options)
 
-        columns["cudnn"] = Implementation(cudnn, "bfloat16", 5e-2)
+        columns["cudnn"] = Implementation(cudnn, "bfloat16", TOLERANCES["bfloat16"])
     if importlib.util.find_spec("tokamax") is not None:
         importlib.import_module("absl.flags").FLAGS(["transformation_table"])
         columns["tokamax"] = Implementation(importlib.import_module("tokamax").dot_product_attention, *float32)
-    return columns
+    return {name: x and dataclasses.replace(x, head_dim=head_dim) for name, x in columns.items()}
 
 
 def dense(
@@ -93,8 +99,14 @@ def dense(
         value = jnp.where(is_key[:, :, None, None], value, 0)
     probs = jax.nn.softmax(logits)
     if dropout_rng is not None:
-        probs *= KEEP / (1 - dropout_rate)
+        probs *= keep() / (1 - dropout_rate)
     return jnp.einsum("bnts,bsnh->btnh", probs, value)
+
+
+@functools.cache
+def keep() -> np.ndarray:
+    """The dropout mask. With 64-bit types on, bernoulli draws other numbers: so first called before `float64`."""
+    return np.asarray(jax.random.bernoulli(jax.random.key(SEED), 1 - RATE, (B, N, T, T)))
 
 
 @contextlib.contextmanager
@@ -108,10 +120,11 @@ def float64() -> Iterator[None]:
             yield
 
 
-def inputs(dtype: str) -> dict[str, np.ndarray]:
+def inputs(dtype: str, head_dim: int) -> dict[str, np.ndarray]:
     """Arguments, rounded to bfloat16 first so that every implementation gets the same numbers."""
     rng = np.random.default_rng(0)
-    shapes = {"query": (B, T, N, H), "key": (B, T, N, H), "value": (B, T, N, H), "bias": (1, N, T, T), "scale": ()}
+    array = B, T, N, head_dim
+    shapes = {"query": array, "key": array, "value": array, "bias": (1, N, T, T), "scale": ()}
     rounded = {name: np.asarray(rng.standard_normal(shape)).astype(jnp.bfloat16) for name, shape in shapes.items()}
     return {name: x.astype(jnp.dtype(dtype)) for name, x in rounded.items()}
 
@@ -207,7 +220,7 @@ def compare(results: Callable[[Attention, dict[str, Any]], Any], implementation:
     """Run one row, jitted, and compare it with the same transformation of dense attention in float64."""
 
     def transformed(attention: Attention, dtype: str) -> list[np.ndarray]:
-        leaves = jax.tree.leaves(jax.jit(lambda x: results(attention, x))(inputs(dtype)))
+        leaves = jax.tree.leaves(jax.jit(lambda x: results(attention, x))(inputs(dtype, implementation.head_dim)))
         return [np.asarray(leaf).astype(np.float64) for leaf in leaves]
 
     actual = transformed(implementation.call, implementation.dtype)
@@ -228,8 +241,8 @@ def verdict(actual: Sequence[np.ndarray], expected: Sequence[np.ndarray], tolera
 
 def softmax_of_float64(implementation: Implementation) -> str:
     with float64():
-        expected = jax.jit(dense)(*qkv(inputs("float64")))
-        actual = jax.jit(implementation.call)(*qkv(inputs("float64")))
+        expected = jax.jit(dense)(*qkv(inputs("float64", implementation.head_dim)))
+        actual = jax.jit(implementation.call)(*qkv(inputs("float64", implementation.head_dim)))
         return verdict([np.asarray(actual)], [np.asarray(expected)], 1e-13)
 
 
@@ -251,7 +264,7 @@ def sharded(implementation: Implementation, kind: AxisType) -> str:
         return ABSENT
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind), devices=jax.devices()[:4])
     sharding = NamedSharding(mesh, PartitionSpec("data", None, "model", None))
-    x = inputs(implementation.dtype)
+    x = inputs(implementation.dtype, implementation.head_dim)
     placed = [jax.device_put(a, sharding) for a in qkv(x)]
     with jax.set_mesh(mesh):
         compiled = jax.jit(gradient(implementation.call)).lower(*placed).compile()
@@ -261,7 +274,7 @@ def sharded(implementation: Implementation, kind: AxisType) -> str:
         return f"{count} collectives"
     actual = [np.asarray(g).astype(np.float64) for g in compiled(*placed)]
     with float64():
-        expected = [np.asarray(g) for g in jax.jit(gradient(dense))(*qkv(inputs("float64")))]
+        expected = [np.asarray(g) for g in jax.jit(gradient(dense))(*qkv(inputs("float64", implementation.head_dim)))]
     return verdict(actual, expected, implementation.tolerance)
 
 
@@ -286,10 +299,21 @@ def cell(row: Callable[[Implementation], str], column: Implementation | None) ->
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    names = ["jax.nn", "cudnn", "tokamax", "ours"]
+    parser.add_argument("--columns", nargs="+", choices=names, default=names, metavar="COLUMN")
+    parser.add_argument("--dtype", choices=list(TOLERANCES), default="float32", help="of the column 'ours'")
+    parser.add_argument("--head-dim", type=int, default=16, help="of every column")
+    parser.add_argument("--x64", action="store_true", help="with jax_enable_x64")
     options = parser.parse_args(argv)
-    columns = implementations()
+    jax.config.update("jax_enable_x64", options.x64)
+    keep()
+    columns = {
+        name: x for name, x in implementations(options.dtype, options.head_dim).items() if name in options.columns
+    }
     print(header(), flush=True)
-    print(f"\n| transformation | {' | '.join(columns)} |")
+    what = f"head dimension {options.head_dim}, 64-bit types {'on' if options.x64 else 'off'}"
+    titles = [f"{name} ({x.dtype}, {what})" if x else name for name, x in columns.items()]
+    print(f"\n| transformation | {' | '.join(titles)} |")
     print("|---" * (len(columns) + 1) + "|")
     for name in tqdm(options.rows, leave=False):
         cells = [cell(ROWS[name], column) for column in columns.values()]

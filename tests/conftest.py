@@ -22,6 +22,15 @@ hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("defa
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--x64", action="store_true", help="run with jax_enable_x64: uv run pytest -m gpu --x64")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--x64"):
+        environment.use_x64_everywhere()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the tests marked gpu where JAX has no GPU."""
     if jax.default_backend() == "gpu":

@@ -21,10 +21,23 @@ def configure() -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+_x64_everywhere = False
+
+
+def use_x64_everywhere() -> None:
+    """64-bit types in the whole session, also where a test would switch them off."""
+    global _x64_everywhere
+    import jax
+
+    _x64_everywhere = True
+    jax.config.update("jax_enable_x64", True)
+
+
 def enable_x64(enabled: bool = True) -> contextlib.AbstractContextManager[object]:
     """The context manager that switches 64-bit types on, under its name in the installed JAX."""
     import jax
 
+    enabled = enabled or _x64_everywhere
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(enabled)
     import jax.experimental  # JAX 0.7

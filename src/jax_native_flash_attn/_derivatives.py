@@ -135,7 +135,7 @@ def _apply_linear(*args: Any, kernel: LinearKernel) -> Any:
 
 def _linear(*args: jax.Array, kernel: LinearKernel, target: Target) -> Leaves:
     residuals, linear = _split(args, kernel)
-    return kernel.apply(residuals, linear, target, False)
+    return kernel.apply(residuals, linear, target)
 
 
 def _split(args: Sequence[Any], kernel: LinearKernel) -> tuple[tuple, tuple]:

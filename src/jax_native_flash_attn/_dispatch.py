@@ -44,22 +44,19 @@ def cotangent(
     cotangents: Mapping[str, jax.Array],
     wanted: Mapping[str, jax.ShapeDtypeStruct],
     target: Target,
-    *,
-    differentiable: bool,
 ) -> dict[str, jax.Array]:
     """As `_kernels.cotangent`.
 
-    What is differentiated again takes the pure JAX kernels, asked for others or not; and float32, as wgmma transposes
-    no tile of its elements. A bias without a key axis needs no kernel.
+    float32 takes the pure JAX kernels, asked for others or not, as wgmma transposes no tile of its elements. A bias
+    without a key axis needs no kernel.
     """
     if "bias" in wanted and wanted["bias"].shape[-1] == 1:
         others = {name: like for name, like in wanted.items() if name != "bias"}
         dbias = {"bias": _cotangent_of_row_bias(inputs, cotangents, wanted["bias"])}
         if not others:
             return dbias
-        return dbias | cotangent(config, inputs, out, lse, cotangents, others, target, differentiable=differentiable)
-    takes_mosaic_gpu = not differentiable and inputs.query.dtype != jnp.float32
-    if takes_mosaic_gpu and _takes_mosaic_gpu(config, inputs, target):
+        return dbias | cotangent(config, inputs, out, lse, cotangents, others, target)
+    if inputs.query.dtype != jnp.float32 and _takes_mosaic_gpu(config, inputs, target):
         from . import _mosaic_cotangent
 
         return _mosaic_cotangent.cotangent(config, inputs, out, lse, cotangents, wanted, _chip())
@@ -68,7 +65,6 @@ def cotangent(
         inputs,
         target,
         further={**cotangents, "lse": lse},
-        differentiable=differentiable,
         summed_over_batch="bias" in wanted and math.prod(wanted["bias"].shape[-2:]) > 1,
         rounds_weights="scale" not in wanted,
     )
@@ -101,12 +97,14 @@ def _cotangent_of_row_bias(
 
 def _takes_mosaic_gpu(config: Config, inputs: Inputs, target: Target) -> bool:
     reason = _why_not_mosaic_gpu(config, inputs, target)
-    if reason and config.implementation == "mosaic_gpu":
+    if reason and config.implementation == "mosaic_gpu" and target.differentiated is None:
         raise NotImplementedError(f"implementation='mosaic_gpu' does not run here: {reason}")
     return reason is None
 
 
 def _why_not_mosaic_gpu(config: Config, inputs: Inputs, target: Target) -> str | None:
+    if target.differentiated is not None:
+        return "JAX cannot differentiate its kernels: derivatives of derivatives are pure JAX's, asked for or not"
     is_asked = config.implementation == "mosaic_gpu"
     if config.implementation is not None and not is_asked:
         return f"implementation={config.implementation!r} was asked for"

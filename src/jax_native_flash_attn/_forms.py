@@ -23,7 +23,6 @@ _CPU_LARGE = 1 << 22
 class Forms:
     """Attributes:
 
-    differentiable: see `Nest`.
     is_forward: of the forward kernel, not of a derivative.
     has_mask: a boolean mask.
     has_bias_or_dropout: further changes of single scores.
@@ -33,7 +32,6 @@ class Forms:
 
     sizes: Sizes
     target: Target
-    differentiable: bool
     is_forward: bool
     has_mask: bool
     has_bias_or_dropout: bool
@@ -52,7 +50,7 @@ class Forms:
 
     @property
     def _may_loop(self) -> bool:
-        return not (self.differentiable or self.target.is_sharded)
+        return not (self.target.is_reversed or self.target.is_sharded)
 
     @property
     def _num_scores(self) -> int:
@@ -111,9 +109,12 @@ class Forms:
         return self.makes_softmax_again(nest) or (self.is_active and nest.visits_one_key_tile and not self.needs_lse)
 
     def passes_weights(self, tile: TileShape) -> bool:
-        """Whether the weights enter a computation of their own as a parameter; see `_kernels.cotangent`."""
+        """Whether the weights enter a computation of their own as a parameter; see `_kernels.cotangent`.
+
+        It is skipped where cotangents are zero, of which the derivatives need not be.
+        """
         scores = static_size(tile.batch) * self.sizes.G * tile.heads * tile.block_q * tile.block_kv
-        return self.is_active and scores >= _LARGE_TILE
+        return self.is_active and self.target.differentiated is None and scores >= _LARGE_TILE
 
     def may_be_bounded(self, tile: TileShape) -> bool:
         """Whether a kernel that subtracts bounds of the logits is worth having beside the usual one."""

@@ -3,8 +3,9 @@
 `FirstDerivative` is the pair of tangent and cotangent kernels; `DirectionalDerivative` is the derivative of any such
 map with respect to its residuals, which is linear again. Together they give derivatives of every order.
 
-Kernels run in two forms. The one that is lowered loops with run-time trip counts, which JAX cannot reverse; the
-transpose of a directional derivative is JAX's own reverse mode through the other (`differentiable=True`).
+A directional derivative is JAX's own, forward or, transposed, in reverse mode through the inner kernel.
+`Target.differentiated` says so to all that is chosen inside: no kernel is taken that JAX cannot differentiate so, such
+as Mosaic GPU's, or, in reverse, a loop with a run-time trip count.
 """
 
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ class LinearKernel(Protocol):
         """Which field of `Inputs`, 'out' or 'lse' each residual is laid out as."""
         ...
 
-    def apply(self, residuals: Leaves, linear: Leaves, target: Target, differentiable: bool) -> Leaves: ...
+    def apply(self, residuals: Leaves, linear: Leaves, target: Target) -> Leaves: ...
     def is_opaque(self, residuals: Sequence[Any], target: Target) -> bool:
         """Whether `apply` takes kernels that XLA cannot split over devices; of residuals the types suffice."""
         ...
@@ -100,7 +101,7 @@ class FirstDerivative:
     def residual_names(self) -> tuple[str, ...]:
         return (*field_names(self.structure), "out", "lse")
 
-    def apply(self, residuals: Leaves, linear: Leaves, target: Target, differentiable: bool) -> Leaves:
+    def apply(self, residuals: Leaves, linear: Leaves, target: Target) -> Leaves:
         *leaves, out, lse = residuals
         names = self.residual_names
         operands = {names[slot.like]: x for slot, x in zip(self.inputs, linear, strict=True)}
@@ -108,11 +109,9 @@ class FirstDerivative:
         wanted = {names[slot.like]: shape for slot, shape in zip(self.outputs, shapes, strict=True)}
         inputs = jax.tree.unflatten(self.structure, leaves)
         if self.flipped:
-            results = _dispatch.cotangent(
-                self.config, inputs, out, lse, operands, wanted, target, differentiable=differentiable
-            )
+            results = _dispatch.cotangent(self.config, inputs, out, lse, operands, wanted, target)
         else:
-            tiles = Tiles(self.config, inputs, target, further={**operands, "lse": lse}, differentiable=differentiable)
+            tiles = Tiles(self.config, inputs, target, further={**operands, "lse": lse})
             results = _kernels.tangent(tiles, out, lse, operands, wanted)
         return tuple(results[name] for name in wanted)
 
@@ -159,19 +158,20 @@ class DirectionalDerivative:
         names = self.inner.residual_names
         return (*names, *(names[slot.like] for slot in self.inner.inputs))
 
-    def apply(self, residuals: Leaves, linear: Leaves, target: Target, differentiable: bool) -> Leaves:
+    def apply(self, residuals: Leaves, linear: Leaves, target: Target) -> Leaves:
         num_residuals = len(self.inner.residual_names)
         likes = [slot.like for slot in self.tangents]
         shapes = [x.shape for x in operand_shapes(self.tangents, residuals, linear)]
         # `vmap` may have left either a residual or its tangent with an axis of size 1.
         full = [jnp.broadcast_shapes(residuals[i].shape, shape) for i, shape in zip(likes, shapes, strict=True)]
+        inner_target = target.under("reverse" if self.flipped else "forward")
 
         def inner(*varying: jax.Array) -> Leaves:
             leaves = list(residuals)
             for i, x in zip(likes, varying, strict=True):
                 leaves[i] = x
             inner_residuals, inner_linear = tuple(leaves[:num_residuals]), tuple(leaves[num_residuals:])
-            return self.inner.apply(inner_residuals, inner_linear, target, differentiable or self.flipped)
+            return self.inner.apply(inner_residuals, inner_linear, inner_target)
 
         primals = tuple(jnp.broadcast_to(residuals[i], shape) for i, shape in zip(likes, full, strict=True))
         if not self.flipped:

@@ -33,7 +33,6 @@ class Tiles:
         target: Target,
         *,
         further: Mapping[str, Any] | None = None,
-        differentiable: bool = False,
         is_bounded: bool = False,
         assumes_finite: bool = False,
         has_documents: bool = False,
@@ -43,7 +42,6 @@ class Tiles:
         """Args, beside the call's:
 
         further: other operands of the kernel; None for the forward kernel.
-        differentiable: see `Nest`.
         is_bounded: whether bounds of the logits are known (see `_xla.py`).
         assumes_finite: whether what is not finite may reach results that it should not, even from padding.
         has_documents: whether a boolean mask over rows and keys leaves little, in blocks.
@@ -60,7 +58,7 @@ class Tiles:
         # XLA:CPU (0.12 and before) fails at run time on a bfloat16 product into which it folded a transpose. Reverse
         # mode through a kernel makes such products of all.
         self.transposed_product = self.accumulate if target.platform == "cpu" else self.product
-        self.product = self.transposed_product if differentiable else self.product
+        self.product = self.transposed_product if target.is_reversed else self.product
         # By default, accelerators round float32 too.
         self.rounds_operands = self.product != self.accumulate or target.platform != "cpu"
         # float16 has too few exponents for a cotangent.
@@ -73,7 +71,6 @@ class Tiles:
         forms = Forms(
             self.sizes,
             target,
-            differentiable=differentiable,
             is_forward=further is None,
             has_mask=mask.allowed is not None,
             has_bias_or_dropout=inputs.bias is not None or config.dropout is not None,
@@ -102,12 +99,12 @@ class Tiles:
             has_16_bits=self.product.itemsize == 2,
             converts=self.product != inputs.query.dtype,
             collects_rounded=self.collects_rounded,
-            all_heads=differentiable or target.is_sharded,
+            all_heads=target.is_reversed or target.is_sharded,
             form=forms.tile_form(mask),
         )
         tile = replace(tile, is_sharded=target.is_sharded)
         never_skips = forms.is_active or tile.holds_whole_heads(self.sizes)
-        self.nest = Nest(self.sizes, tile, config.band, mask, differentiable, never_skips)
+        self.nest = Nest(self.sizes, tile, config.band, mask, target.is_reversed, never_skips)
         self.fuses_tiles, self.sums_values = forms.is_active, forms.sums_values
         self.fixes_layouts, self.passes_weights = forms.fixes_layouts(tile), forms.passes_weights(tile)
         self.makes_softmax_again, self.normalizes = forms.makes_softmax_again(self.nest), forms.normalizes(self.nest)

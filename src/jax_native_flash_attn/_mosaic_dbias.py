@@ -44,7 +44,7 @@ def _visits_of_a_part(num_owned: int, num_visits: int) -> int:
 def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.Array:
     """Of a bias (batch..., N or 1, T or 1, S); axes of size 1, but for the last, are summed over.
 
-    In float32 where XLA has something left to add up, else in the dtype that is wanted.
+    In float32 where XLA has something left to add up or to widen, else in the dtype that is wanted.
     """
     config, inputs, z, dtype = call.config, call.inputs, call.sizes, call.inputs.query.dtype
     compute, stages, shape = blocks.warpgroups, blocks.stages, (blocks.block_q, blocks.block_kv)
@@ -75,7 +75,8 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
         "free": plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
     }
     sums_rows = wanted.shape[-2] == 1
-    out_dtype = jnp.float32 if parts > 1 or sums_rows else wanted.dtype
+    is_float32 = parts > 1 or sums_rows or wanted.dtype == jnp.float64
+    out_dtype = jnp.float32 if is_float32 else wanted.dtype
     rows_of_result = owned[-1] * blocks.rows
 
     def kernel(*args: Any) -> None:

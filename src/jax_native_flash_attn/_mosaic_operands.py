@@ -52,7 +52,7 @@ def prepare(
         if x is None:
             continue
         if name == "allowed":
-            x = jnp.where(x, 0.0, MASKED) if x.shape[-2] == 1 else x.astype(jnp.int8)
+            x = jnp.where(x, jnp.float32(0.0), MASKED) if x.shape[-2] == 1 else x.astype(jnp.int8)
         elif x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
             x = x.astype(jnp.float32)
         if x.shape[-2] == 1:

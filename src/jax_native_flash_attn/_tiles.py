@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -73,11 +73,22 @@ class Target(NamedTuple):
       is_sharded: whether XLA will split batch rows and heads over devices. A tile then holds all of them: a loop over
         a sharded axis would make XLA gather it.
       fixes_layouts: whether the kernel may say in which layout XLA keeps an array.
+      differentiated: how JAX is about to differentiate the kernel, if it is. Kernels that it cannot differentiate are
+        not taken then; and in reverse, through all of several derivatives, loops need static trip counts.
     """
 
     platform: str
     is_sharded: bool = False
     fixes_layouts: bool = False
+    differentiated: Literal["forward", "reverse"] | None = None
+
+    @property
+    def is_reversed(self) -> bool:
+        return self.differentiated == "reverse"
+
+    def under(self, mode: Literal["forward", "reverse"]) -> "Target":
+        """This target for a kernel that JAX differentiates in `mode`, inside what it may differentiate already."""
+        return self._replace(differentiated="reverse" if self.is_reversed else mode)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,118 @@
+"""Every program lowers for CUDA as on a Hopper GPU, without one: transformations, dtypes, masks and 64-bit types.
+
+Full: every transformation of `lowering.Programs` x mask x {bfloat16, float32} x 64-bit types {off, on}; and every mask
+x what else a call may have (`lowering.OPTIONS`), with value, gradient and second order of two kinds.
+Sampled: beside the former, head dimension and option rotate, and float16 is under 64-bit types with every second mask;
+beside the latter, dtype, head dimension and 64-bit types rotate such that every option, and every mask, meets each
+dtype with and without 64-bit types. The pure JAX kernels with several tiles go through every mask x option likewise.
+
+Tracing is quick, and lowering a Mosaic kernel takes half a second: a kernel is lowered once in each process.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import pytest
+
+from jax_native_flash_attn import _dispatch
+from tests.environment import enable_x64
+from tests.lowering import DTYPES, HEAD_DIMS, MASKS, OPTIONS, Bind, Call, Programs, binds
+
+HAS_BACKEND = jax.__version_info__ >= (0, 10)
+without_backend = pytest.mark.skipif(not HAS_BACKEND, reason=f"JAX {jax.__version__} has no Mosaic GPU backend we use")
+
+# Whose kernels are all Mosaic's for 16-bit types.
+FIRST_ORDER = ("value", "gradient", "gradient of all", "vmap", "gradient of vmap", "vmap of gradient", "lse")
+SOME = ("value", "gradient of all", "forward over reverse", "reverse over forward")
+
+_lowered: dict[tuple[Bind, bool], str] = {}
+
+
+@pytest.fixture(autouse=True)
+def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_compute_capabilities", lambda: frozenset({"9.0"}))
+
+
+@without_backend
+def test_the_mosaic_gpu_backend_can_be_imported():
+    """Where JAX has it, tests must not pass for lack of it."""
+    assert _dispatch._why_not_backend() is None
+
+
+def _lower(bind: Bind, x64: bool) -> str:
+    if (bind, x64) not in _lowered:
+        _lowered[bind, x64] = bind.lowered()
+    return _lowered[bind, x64]
+
+
+def _faults(call: Call, names: Iterable[str] | None = None, **options: Any) -> dict[str, str]:
+    """What each program of a call does wrong, by its name."""
+    faults = {}
+    programs = Programs(call, **options).all()
+    with enable_x64(call.x64):
+        for name in programs if names is None else names:
+            try:
+                found = binds(programs[name], call)
+                texts = {bind: _lower(bind, call.x64) for bind in found}
+            except Exception as error:  # any is a fault
+                faults[name] = f"{type(error).__name__}: {str(error)[:300]}"
+                continue
+            if not texts:
+                faults[name] = "binds no kernel of ours"
+            for bind, text in texts.items():
+                takes_mosaic = "mosaic_gpu" in text
+                is_first = name in FIRST_ORDER and not options
+                if (
+                    is_first
+                    and not takes_mosaic
+                    and (call.dtype != "float32" or bind.primitive.name == "flash_attention")
+                ):
+                    faults[name] = f"{bind.primitive.name} takes pure JAX"
+                # Of float64 operands alone may there be arrays of float64; scalars cost nothing.
+                if call.dtype != "float64" and not bind.has_float64 and re.search(r"\dxf64>", text):
+                    faults[name] = "computes arrays in float64"
+    return faults
+
+
+def _all_transformations() -> list[Call]:
+    calls = []
+    for i, mask in enumerate(MASKS):
+        for k, dtype in enumerate(DTYPES):
+            for x64 in (False, True):
+                if dtype == "float16" and x64 != bool(i % 2):
+                    continue
+                option = OPTIONS[(i + 3 * k + 4 * x64) % len(OPTIONS)]
+                calls.append(Call(dtype, HEAD_DIMS[(i + k + x64) % 2], mask, option, x64))
+    return calls
+
+
+def _all_options() -> list[Call]:
+    return [
+        Call(DTYPES[(i + j) % 3], HEAD_DIMS[(i + j // 2) % 2], mask, option, bool((i // 3 + j) % 2))
+        for i, mask in enumerate(MASKS)
+        for j, option in enumerate(OPTIONS)
+    ]
+
+
+def _id(call: Call) -> str:
+    return ", ".join([call.dtype, str(call.head_dim), call.mask, call.option, "x64" if call.x64 else "x32"])
+
+
+@without_backend
+@pytest.mark.parametrize("call", _all_transformations(), ids=_id)
+def test_every_transformation(call: Call):
+    assert not _faults(call)
+
+
+@without_backend
+@pytest.mark.parametrize("call", _all_options(), ids=_id)
+def test_every_mask_beside_every_option(call: Call):
+    assert not _faults(call, SOME)
+
+
+@pytest.mark.parametrize("call", _all_options(), ids=_id)
+def test_pure_jax_in_several_tiles(call: Call):
+    """Loops with run-time trip counts, and their derivatives."""
+    assert not _faults(call, SOME, implementation="xla", block_q=64, block_kv=64)
