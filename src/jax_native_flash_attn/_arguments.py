@@ -3,11 +3,13 @@
 Where `jax.nn.dot_product_attention` raises, the type of the error is the same.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 _FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -40,7 +42,7 @@ def check_query_key_value(query: jax.Array, key: jax.Array, value: jax.Array) ->
     if value.shape != key.shape:
         raise ValueError(f"value must have key's shape {key.shape}, got {value.shape}")
     if K == 0 or N % K != 0:
-        raise ValueError(f"query must have a multiple of key's {K} heads, got {N}")
+        raise ValueError(f"the number of query heads must be a multiple of key's {K} heads, got {N}")
 
 
 def check_broadcastable(x: jax.Array, name: str, shape: tuple[int, int, int, int]) -> None:
@@ -113,15 +115,24 @@ def as_scale(scale: Any, head_dim: int) -> jax.Array:
 
 
 def as_precision(precision: Any) -> Any:
-    """Hashable; the context's default is read here, at trace time, as an einsum would."""
+    """As JAX spells it in a product: None, a pair of `jax.lax.Precision`, or an algorithm.
+
+    The context's default is read here, at trace time, as an einsum would.
+    """
     if precision is None:
-        return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    names = [*jax.lax.Precision.__members__, *jax.lax.DotAlgorithmPreset.__members__]
-    for p in precision if isinstance(precision, tuple | list) else (precision,):
-        known = jax.lax.Precision | jax.lax.DotAlgorithmPreset | jax.lax.DotAlgorithm
-        if not (p is None or isinstance(p, known) or (isinstance(p, str) and p.upper() in names)):
-            raise ValueError(f"precision must be a jax.lax.Precision, DotAlgorithmPreset or a name of one, got {p!r}")
-    return tuple(precision) if isinstance(precision, list) else precision
+        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        return _canonical_precision(tuple(precision) if isinstance(precision, list) else precision)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"precision must be what JAX takes as such, got {precision!r}. JAX says: {error}") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _canonical_precision(precision: Any) -> Any:
+    """By JAX itself, so that this knows no names."""
+    x = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    jaxpr = jax.make_jaxpr(lambda a, b: jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision))(x, x)
+    return jaxpr.jaxpr.eqns[0].params["precision"]
 
 
 def check_dropout(dropout_rate: Any, dropout_rng: Any) -> None:
@@ -133,9 +144,21 @@ def check_dropout(dropout_rate: Any, dropout_rng: Any) -> None:
         raise ValueError(f"dropout_rng must be a PRNG key when dropout_rate > 0 (got {dropout_rate}), got None")
 
 
-def check_static(*, is_causal: Any, block_q: Any, block_kv: Any) -> None:
-    if not isinstance(is_causal, bool | np.bool_):
-        raise TypeError(f"is_causal must be a bool, got {is_causal!r}")
+def as_static_bool(x: Any, name: str) -> bool:
+    """Also of None, integers and arrays with one of these, as `jax.nn` asks only whether they are true."""
+    if isinstance(x, Tracer):
+        raise TypeError(
+            f"{name} must be static, got a traced value: name it in static_argnames of jax.jit, "
+            f"or bind it beforehand with functools.partial(..., {name}=True)"
+        )
+    if isinstance(x, np.ndarray | jax.Array) and x.ndim == 0 and x.dtype.kind in "bi":
+        x = x.item()
+    if not (x is None or isinstance(x, int | np.integer | np.bool_)):
+        raise TypeError(f"{name} must be a bool, got {x!r}")
+    return bool(x)
+
+
+def check_blocks(*, block_q: Any, block_kv: Any) -> None:
     for name, block in (("block_q", block_q), ("block_kv", block_kv)):
         if block is None:
             continue

@@ -29,6 +29,7 @@ def attention(
     local_window_size: Any,
     dropout_rate: Any,
     dropout_rng: Any,
+    deterministic: Any,
     block_q: Any,
     block_kv: Any,
     precision: Any,
@@ -39,11 +40,10 @@ def attention(
 
     lse is (B, T, N) or (T, N), in accumulation dtype and differentiable.
     """
-    arguments.check_static(
-        is_causal=is_causal,
-        block_q=block_q,
-        block_kv=block_kv,
-    )
+    is_causal = arguments.as_static_bool(is_causal, "is_causal")
+    arguments.check_blocks(block_q=block_q, block_kv=block_kv)
+    if arguments.as_static_bool(deterministic, "deterministic"):
+        dropout_rate = 0.0
     arguments.check_dropout(dropout_rate, dropout_rng)
     precision = arguments.as_precision(precision)
     query_4d, key_4d, value_4d = (
@@ -68,7 +68,7 @@ def attention(
         static_window, traced_window = None, jnp.stack([jnp.asarray(side, jnp.int32) for side in window])
     partial = functools.partial(
         _attention,
-        is_causal=bool(is_causal),
+        is_causal=is_causal,
         static_window=static_window,
         dropout=dropout,
         blocks=(block_q, block_kv),
