@@ -158,11 +158,11 @@ def as_static_bool(x: Any, name: str) -> bool:
     return bool(x)
 
 
-def check_blocks(*, block_q: Any, block_kv: Any) -> None:
-    for name, block in (("block_q", block_q), ("block_kv", block_kv)):
-        if block is None:
-            continue
-        if not isinstance(block, int | np.integer) or isinstance(block, bool):
-            raise TypeError(f"{name} must be an int or None, got {block!r}")
-        if block < 1:
-            raise ValueError(f"{name} must be at least 1, got {block}")
+def as_block(block: Any, name: str) -> int | None:
+    if block is None:
+        return None
+    if not isinstance(block, int | np.integer) or isinstance(block, bool):
+        raise TypeError(f"{name} must be an int or None, got {block!r}")
+    if block < 1:
+        raise ValueError(f"{name} must be at least 1, got {block}")
+    return int(block)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from . import _arguments as arguments
 from ._derivatives import flash_attention_core
 from ._dropout import Dropout, head_indices, make_dropout, threefry_words
-from ._masks import make_mask
+from ._masks import clip_window_side, make_mask
 from ._numerics import DEAD_ROW_LSE, accumulation_dtype
 from ._operands import Config, Inputs
 from ._sharding import over_explicit_axes
@@ -41,7 +41,7 @@ def attention(
     lse is (B, T, N) or (T, N), in accumulation dtype and differentiable.
     """
     is_causal = arguments.as_static_bool(is_causal, "is_causal")
-    arguments.check_blocks(block_q=block_q, block_kv=block_kv)
+    blocks = arguments.as_block(block_q, "block_q"), arguments.as_block(block_kv, "block_kv")
     if arguments.as_static_bool(deterministic, "deterministic"):
         dropout_rate = 0.0
     arguments.check_dropout(dropout_rate, dropout_rng)
@@ -65,13 +65,14 @@ def attention(
         head_index = head_indices(B, N)
     static_window, traced_window = window, None
     if window is not None and not all(isinstance(side, int) for side in window):
-        static_window, traced_window = None, jnp.stack([jnp.asarray(side, jnp.int32) for side in window])
+        left, right = clip_window_side(window[0], -S, T), clip_window_side(window[1], -T, S)
+        static_window, traced_window = None, jnp.stack([left, right])
     partial = functools.partial(
         _attention,
         is_causal=is_causal,
         static_window=static_window,
         dropout=dropout,
-        blocks=(block_q, block_kv),
+        blocks=blocks,
         precision=precision,
         needs_lse=needs_lse,
         implementation=implementation,

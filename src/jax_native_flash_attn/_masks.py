@@ -15,7 +15,7 @@ Three kinds of rows:
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,28 @@ class MaskOperands(NamedTuple):
     key_value_length: jax.Array | None = None
 
 
+def make_band(T: int, S: int, *, is_causal: bool, window: tuple[int, int] | None) -> Band:
+    """The band of a causal mask and a static window, without a bound that cuts nothing off.
+
+    No bound is further out than the lengths, so that sums with positions stay inside int32.
+    """
+    lower, upper = (-T, S) if window is None else (max(-window[0], -T), min(window[1], S))
+    if is_causal:
+        upper = min(upper, 0)
+    return Band(None if lower <= 1 - T else min(lower, S), None if upper >= S - 1 else max(upper, -T))
+
+
+def clip_window_side(side: Any, lowest: int, highest: int) -> jax.Array:
+    """A side of a traced window, cut off where it changes nothing any more; int32, from any integer dtype."""
+    if not isinstance(side, int):
+        # In its own dtype, which may be narrower than int32 or wider, signed or not.
+        bounds = jnp.iinfo(side.dtype)
+        side = jnp.clip(side, max(lowest, int(bounds.min)), min(highest, int(bounds.max)))
+    else:
+        side = min(max(side, lowest), highest)
+    return jnp.asarray(side, jnp.int32)
+
+
 def make_mask(
     T: int,
     S: int,
@@ -77,10 +99,8 @@ def make_mask(
     allowed: jax.Array | None,
 ) -> tuple[Band, MaskOperands]:
     """Intersect all masks of a call into one static band and the operands it cannot express."""
-    lower, upper = (None, None) if static_window is None else (-static_window[0], static_window[1])
-    if is_causal:
-        upper = 0 if upper is None else min(upper, 0)
-    band = Band(lower, upper)
+    band = make_band(T, S, is_causal=is_causal, window=static_window)
+    lower, upper = band.lower, band.upper
     start, stop = band.intervals(T, S)
     traced = (
         query_lengths is not None
