@@ -4,6 +4,7 @@ Where `jax.nn.dot_product_attention` raises, the type of the error is the same.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,11 +15,11 @@ from jax.core import Tracer
 _FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
-def as_4d(x: Any, name: str) -> jax.Array:
+def as_4d(x: Any, name: str, asarray: Callable[[Any], Any] = jnp.asarray) -> Any:
     """An array of rank 4, with axes of size 1 put in front as `jax.nn` does."""
     if x is None:
         raise ValueError(f"{name} must be an array, got None")
-    x = jnp.asarray(x)
+    x = asarray(x)
     if x.ndim > 4:
         raise ValueError(f"{name} must have at most 4 dimensions, got shape {x.shape}")
     return x.reshape((1,) * (4 - x.ndim) + x.shape)
@@ -61,8 +62,11 @@ def as_bias(bias: Any, shape: tuple[int, int, int, int]) -> jax.Array:
     return bias
 
 
-def as_mask(mask: Any, shape: tuple[int, int, int, int]) -> jax.Array:
-    mask = as_4d(mask, "mask")
+def as_mask(mask: Any, shape: tuple[int, int, int, int], *, is_staged: bool) -> Any:
+    """A NumPy array if the mask is known while a program is recorded, of which it would be a constant."""
+    is_known = isinstance(mask, np.ndarray | jax.Array) and not isinstance(mask, Tracer)
+    is_known = is_known and (isinstance(mask, np.ndarray) or mask.is_fully_addressable)
+    mask = as_4d(mask, "mask", np.asarray if is_staged and is_known else jnp.asarray)
     if mask.dtype != jnp.bool_:
         raise ValueError(f"mask must have dtype bool, got {mask.dtype} (an additive mask is a bias)")
     check_broadcastable(mask, "mask", shape)
