@@ -1,7 +1,7 @@
 """The GPU table: every GPU shape, ours beside `jax.nn` and tokamax, forward and with gradients.
 
     python benchmarks/benchmark_gpu_table.py --json gpu.json --plot docs/gpu_table.png
-    python benchmarks/benchmark_gpu_table.py --implementations flash:xla jax.nn --shapes gpu-2x8192x16x128
+    python benchmarks/benchmark_gpu_table.py --implementations flash:pure_jax jax.nn --shapes gpu-2x8192x16x128
     python benchmarks/benchmark_gpu_table.py --time-budget 120 --mode forward
 
 Columns: median milliseconds of interleaved calls, TFLOP/s (4BNTSH operations, less what causal masks, windows and
@@ -221,7 +221,9 @@ def measure_ceiling() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in GPU_SHAPES])
-    parser.add_argument("--implementations", nargs="+", help="as flash:xla or jax.nn:cudnn; default: what is installed")
+    parser.add_argument(
+        "--implementations", nargs="+", help="as flash:pure_jax or jax.nn:cudnn; default: what is installed"
+    )
     parser.add_argument("--mode", choices=(FORWARD, GRADIENT, "both"), default="both")
     parser.add_argument("--max-dense-gib", type=float, default=48.0, help="jax.nn's dense code is left out above this")
     parser.add_argument("--repeats", type=int, default=7, help="samples of a call at most")

@@ -1,6 +1,6 @@
 """What XLA makes of a call on an H100, without one: kernels in order, with the bytes that each reads and writes.
 
-python benchmarks/gpu_program.py --shapes gpu-2x8192x16x128 --implementations flash:xla jax.nn --mode forward
+python benchmarks/gpu_program.py --shapes gpu-2x8192x16x128 --implementations flash:pure_jax jax.nn --mode forward
 
 Needs the CUDA plugin of JAX (`jax-cuda13-plugin`, `jax-cuda13-pjrt`, no CUDA libraries) and `ptxas`. On a GPU the
 autotuner may take cuBLAS for a product; fusions are the same. Bytes of an operand that is sliced count in full.
@@ -43,7 +43,7 @@ _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", type=find_shape, required=True)
-    parser.add_argument("--implementations", nargs="+", default=("flash:xla", "jax.nn"))
+    parser.add_argument("--implementations", nargs="+", default=("flash:pure_jax", "jax.nn"))
     parser.add_argument("--mode", nargs="+", choices=MODES, default=[FORWARD])
     parser.add_argument("--least-mib", type=float, default=1.0, help="leave out smaller kernels")
     options = parser.parse_args(argv)

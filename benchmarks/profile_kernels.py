@@ -1,6 +1,6 @@
 """Where the time of a call goes: every GPU kernel of it, by `jax.profiler`.
 
-python benchmarks/profile_kernels.py --shapes alphafold-384x384x4x64 --implementations flash:xla jax.nn
+python benchmarks/profile_kernels.py --shapes alphafold-384x384x4x64 --implementations flash:pure_jax jax.nn
 """
 
 import argparse
@@ -22,7 +22,7 @@ _CALLS = 3
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", type=find_shape, required=True)
-    parser.add_argument("--implementations", nargs="+", default=("flash:xla", "jax.nn"))
+    parser.add_argument("--implementations", nargs="+", default=("flash:pure_jax", "jax.nn"))
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--least", type=float, default=0.02, help="leave out kernels below this part of the total")
     options = parser.parse_args(argv)

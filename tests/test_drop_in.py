@@ -1,5 +1,7 @@
 """flash_attention in place of jax.nn.dot_product_attention inside real Flax layers."""
 
+import importlib
+import sys
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ pytest.importorskip("flax", reason="flax is not installed")
 import flax.linen as linen
 from flax import nnx
 
-from jax_native_flash_attn import flash_attention
+from jax_native_flash_attn import flash_attention, flash_attention_with_lse
 from tests.environment import lenient_promotion
 
 B, T, FEATURES, HEADS = 2, 19, 24, 4
@@ -187,6 +189,32 @@ def test_linen_attention_fn(rate: float, causal: bool):
     assert_close(results(attention_fn=linen_adapter), results())
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_linen_evaluates_and_trains_with_flash_attention_itself(rate: float):
+    def layer(**options):
+        return linen.MultiHeadDotProductAttention(
+            num_heads=HEADS, dropout_rate=rate, broadcast_dropout=False, **options
+        )
+
+    reference, ours = layer(), layer(attention_fn=flash_attention)
+    parameters = ours.init(jax.random.key(0), inputs(), deterministic=True)
+    for options in ({"deterministic": True}, {"deterministic": False, "rngs": {"dropout": jax.random.key(3)}}):
+
+        def results(layer, options=options):
+            loss = lambda p: jnp.square(layer.apply(p, inputs(), **options)).sum()  # noqa: E731
+            return layer.apply(parameters, inputs(), **options), jax.grad(loss)(parameters)
+
+        assert_close(results(ours), results(reference))
+
+
+@pytest.mark.parametrize("attention", [flash_attention, flash_attention_with_lse])
+def test_deterministic_needs_no_dropout_rng(attention: Any):
+    x = jax.random.normal(jax.random.key(0), (B, T, HEADS, 8))
+    for rate in (0.0, 0.3, 1.0):
+        actual = attention(x, x, x, dropout_rate=rate, deterministic=True)
+        jax.tree.map(np.testing.assert_array_equal, actual, attention(x, x, x))
+
+
 def test_linen_self_attention_with_flash_attention_itself():
     # linen keeps only those keywords that the signature of attention_fn names, so no adapter is needed.
     def results(**options):
@@ -195,3 +223,28 @@ def test_linen_self_attention_with_flash_attention_itself():
         return layer.apply(parameters, inputs())
 
     assert_close(results(attention_fn=flash_attention), results())
+
+
+@pytest.mark.parametrize("imported_again", ["never", "reloaded", "anew"])
+def test_cudnn_is_the_original_where_ours_replaces_it(imported_again: str, monkeypatch: pytest.MonkeyPatch):
+    x = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
+    with pytest.raises(Exception) as expected:  # cuDNN refuses on a CPU  # noqa: PT011
+        jax.nn.dot_product_attention(x, x, x, implementation="cudnn")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", flash_attention)
+    if imported_again != "never":
+        for name in [n for n in sys.modules if n.startswith("jax_native_flash_attn")]:
+            module = sys.modules[name]
+            if imported_again == "anew":
+                monkeypatch.delitem(sys.modules, name)
+            elif name.endswith("._api"):
+                before = dict(vars(module))
+                importlib.reload(module)
+                again = module.flash_attention
+                vars(module).update(before)
+        if imported_again == "anew":
+            again = importlib.import_module("jax_native_flash_attn._api").flash_attention
+        assert again is not flash_attention
+        monkeypatch.setattr(jax.nn, "dot_product_attention", again)
+    with pytest.raises(type(expected.value)) as actual:
+        jax.nn.dot_product_attention(x, x, x, implementation="cudnn")
+    assert str(actual.value) == str(expected.value)

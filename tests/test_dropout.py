@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn import dropout_keep_mask, flash_attention
+from jax_native_flash_attn._dropout import make_dropout
 from tests.environment import bernoulli, enable_x64, fast_compilation
 from tests.oracle import float64_oracle
 
@@ -188,3 +189,46 @@ def test_traced_key_under_jit():
     for seed in (0, 1):
         eager = flash_attention(query, key, value, dropout_rate=0.5, dropout_rng=jax.random.key(seed))
         np.testing.assert_allclose(attention(jax.random.key(seed)), eager, rtol=1e-5, atol=1e-6)
+
+
+def _threefry(key: tuple[int, int], index: int) -> tuple[int, int]:
+    """Threefry-2x32 of a 64-bit index, in Python's integers."""
+    words = (*key, key[0] ^ key[1] ^ 0x1BD11BDA)
+    x, y = (index >> 32) + words[0] & 0xFFFFFFFF, (index & 0xFFFFFFFF) + words[1] & 0xFFFFFFFF
+    for group in range(5):
+        for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x = x + y & 0xFFFFFFFF
+            y = (y << rotation | y >> 32 - rotation) & 0xFFFFFFFF ^ x
+        x, y = x + words[(group + 1) % 3] & 0xFFFFFFFF, y + words[(group + 2) % 3] + group + 1 & 0xFFFFFFFF
+    return x, y
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_bits_at_indices_beyond_32_bits(x64: bool):
+    key = (0x12345678, 0x9ABCDEF0)
+    with enable_x64(x64):
+        # `jax.random` agrees with Python's integers, where it can.
+        small = jax.random.bits(jax.random.wrap_key_data(jnp.array(key, jnp.uint32)), (5,), jnp.uint32)
+        assert [int(x) for x in small] == [a ^ b for a, b in (_threefry(key, i) for i in range(5))]
+        dropout = make_dropout(0.4)
+        for T, S in (
+            (2**15, 2**16),
+            (2**16, 2**16),
+            (2**20 + 7, 3),
+            (3, 2**31 - 1),
+            (2**31 - 1, 2**31 - 1),
+            (65537, 65539),
+        ):
+            targets = [power + d for power in (2**31, 2**32, 2**33, 2**40) for d in (-1, 0, 1)]
+            # Indices that lie at the targets, and the corners of the last head.
+            places = [(i // (T * S), i // S % T, i % S) for i in targets]
+            places += [(h, t, s) for h in (0, 2**16, 2**31, 2**32 - 1) for t in (0, T - 1) for s in (0, S - 1)]
+            for head, t, s in places:
+                first, second = _threefry(key, ((head * T + t) * S + s) % 2**64)
+                if dropout.uniform_bits == 23:
+                    expected = ((first ^ second) >> 9) / 2**23 < np.float32(0.6)
+                else:
+                    expected = ((first << 32 | second) >> 12) / 2**52 < 0.6
+                words, heads = jnp.array(key, jnp.uint32), jnp.uint32(head)
+                keep = dropout.keep_tile(words, heads, jnp.array([t], jnp.int32), jnp.array([s], jnp.int32), T, S)
+                assert bool(keep) == expected, (T, S, head, t, s)

@@ -86,6 +86,8 @@ CALLS: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("scale", ValueError, {"scale": ones(3)}),
     ("scale", ValueError, {"scale": "large"}),
     ("is_causal", TypeError, {"is_causal": "yes"}),
+    ("is_causal", TypeError, {"is_causal": np.array([True])}),
+    ("deterministic", TypeError, {"deterministic": "yes"}),
     ("implementation", ValueError, {"implementation": "mosaic"}),
     ("implementation", ValueError, {"implementation": 3}),
     # extensions
@@ -95,6 +97,10 @@ CALLS: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("dropout_rate", TypeError, {"dropout_rate": "half", "dropout_rng": RNG}),
     ("dropout_rng", ValueError, {"dropout_rate": 0.5}),
     ("dropout", NotImplementedError, {"dropout_rate": 0.5, "dropout_rng": RNG, "implementation": "cudnn"}),
+    ("precision", ValueError, {"precision": "exact"}),
+    ("precision", ValueError, {"precision": 3}),
+    ("precision", ValueError, {"precision": {}}),
+    ("precision", ValueError, {"precision": ("highest", None)}),
     ("block_q", ValueError, {"block_q": 0}),
     ("block_q", TypeError, {"block_q": 16.0}),
     ("block_kv", ValueError, {"block_kv": -16}),
@@ -145,8 +151,30 @@ def test_the_valid_call_is_valid():
 def test_messages_say_what_was_given_and_what_is_accepted():
     with pytest.raises(TypeError, match=r"mask.*(\b6\b.*\b5\b|\b5\b.*\b6\b)"):
         flash_attention(QUERY, KEY, KEY, mask=ones(B, N, T, S - 1, dtype=bool))
-    with pytest.raises(ValueError, match=r"(?s)implementation.*xla.*cudnn"):
+    with pytest.raises(ValueError, match=r"implementation.*None.*xla.*pure_jax.*mosaic_gpu.*cudnn"):
         flash_attention(QUERY, KEY, KEY, implementation="mosaic")  # pyright: ignore
+    with pytest.raises(ValueError, match=r"query heads must be a multiple of .*\b2\b.*\b3\b"):  # Flax tests for it
+        flash_attention(QUERY[:, :, :3], KEY, KEY)
+    with pytest.raises(ValueError, match=r"(?s)precision.*exact.*'float32'"):
+        flash_attention(QUERY, KEY, KEY, precision="exact")
+
+
+@pytest.mark.parametrize("name", ["is_causal", "deterministic"])
+def test_traced_switches_say_how_to_make_them_static(name: str):
+    with pytest.raises(TypeError, match=rf"(?s){name}.*static_argnames.*functools.partial"):
+        jax.jit(lambda x: flash_attention(QUERY, KEY, KEY, **{name: x}))(True)
+
+
+# What jax.nn takes, which asks only whether it is true.
+SWITCHES = (None, False, True, 0, 1, np.bool_(False), np.bool_(True), np.array(True), jnp.array(False), jnp.array(1))
+
+
+@pytest.mark.parametrize("given", SWITCHES, ids=repr)
+def test_values_of_is_causal(given: Any):
+    query, key = jax.random.normal(RNG, QUERY.shape), jax.random.normal(RNG, KEY.shape)
+    expected = reference_attention(query, key, key, is_causal=given)
+    np.testing.assert_allclose(flash_attention(query, key, key, is_causal=given), expected, atol=1e-6)
+    assert np.abs(expected - reference_attention(query, key, key, is_causal=not given)).max() > 1e-2
 
 
 def test_traced_dropout_rate_is_a_type_error():

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import re
+import warnings
 from typing import Any
 
 import jax
@@ -213,7 +214,7 @@ def _vmap_arguments(in_axes: Any) -> list[jax.Array]:
 @pytest.mark.parametrize("kind", ["gradient of vmap", "vmap of gradient"])
 def test_gradients_of_shared_operands(in_axes: Any, kind: str) -> None:
     arguments = _vmap_arguments(in_axes)
-    actual, expected = (jax.jit(_vmapped(x, in_axes, kind))(*arguments) for x in ("mosaic_gpu", "xla"))
+    actual, expected = (jax.jit(_vmapped(x, in_axes, kind))(*arguments) for x in ("mosaic_gpu", "pure_jax"))
     _close(actual, expected)
 
 
@@ -224,7 +225,7 @@ def test_jacobian_batches_the_cotangents_alone() -> None:
     def jacobian(implementation: str) -> Any:
         return jax.jacrev(lambda *x: flash_attention(*x, implementation=implementation)[0, :, 0, :2], argnums=(0, 1, 2))
 
-    _close(*(jax.jit(jacobian(x))(query, key, value) for x in ("mosaic_gpu", "xla")))
+    _close(*(jax.jit(jacobian(x))(query, key, value) for x in ("mosaic_gpu", "pure_jax")))
 
 
 @pytest.mark.gpu
@@ -276,7 +277,7 @@ def test_blocks_that_go_through_several_items_of_the_backward(shape: Any, is_cau
 
     first, second = gradients("mosaic_gpu"), gradients("mosaic_gpu")
     jax.tree.map(np.testing.assert_array_equal, first, second)
-    _close(first, gradients("xla"))
+    _close(first, gradients("pure_jax"))
 
 
 @pytest.mark.gpu
@@ -528,14 +529,16 @@ def test_gradients_of_shared_operands_lower_for_cuda(shared: str, kind: str) -> 
 def test_pure_jax_unless_asked_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "_compute_capabilities", frozenset)
     assert "mosaic_gpu" not in _lowered(None, "cuda")
-    assert "mosaic_gpu" not in _lowered("xla", "cuda")
+    assert "mosaic_gpu" not in _lowered("pure_jax", "cuda")
 
 
 @needs_backend
 @pytest.mark.parametrize(("capability", "expected"), [("9.0", True), ("8.0", False), ("10.0", False)])
 def test_dispatch_by_compute_capability(capability: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "_compute_capabilities", lambda: frozenset({capability}))
-    assert ("mosaic_gpu" in _lowered(None, "cuda")) == expected
+    for implementation in (None, "xla"):
+        assert ("mosaic_gpu" in _lowered(implementation, "cuda")) == expected
+    assert "mosaic_gpu" not in _lowered("pure_jax", "cuda")
 
 
 def test_several_platforms_take_pure_jax(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -547,7 +550,7 @@ def test_several_platforms_take_pure_jax(monkeypatch: pytest.MonkeyPatch) -> Non
     ("reason", "arrays", "options"),
     [
         ("compiled for cpu", None, {}),
-        ("precision is highest", (1, 128, 128, 2, 2, 64, jnp.float32), {"precision": "highest"}),
+        ("precision is .*HIGHEST", (1, 128, 128, 2, 2, 64, jnp.float32), {"precision": "highest"}),
         ("more than 64 query rows", (1, 64, 128, 2, 2, 64, jnp.float32), {}),
         ("got float64", (1, 128, 128, 2, 2, 64, jnp.float64), {}),
         ("multiples of 16", (1, 128, 128, 2, 2, 40), {}),
@@ -566,7 +569,31 @@ def test_unsupported_calls_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "mosaic_gpu" not in _lowered(None, "cuda", arrays=_types(1, 128, 128, 2, 2, 40))
     float32 = _types(1, 128, 128, 2, 2, 64, jnp.float32)
     assert "mosaic_gpu" in _lowered(None, "cuda", arrays=float32)
-    assert "mosaic_gpu" not in _lowered(None, "cuda", arrays=float32, precision="high")
+    # As XLA multiplies on a GPU; each spelling as the others of the same precision.
+    for precision in ("highest", "float32", jax.lax.Precision.HIGHEST, ("default", "highest"), "F32_F32_F32"):
+        assert "mosaic_gpu" not in _lowered(None, "cuda", arrays=float32, precision=precision)
+    for precision in ("default", "fastest", "bfloat16", "high", "bfloat16_3x", "tensorfloat32", ("high", "default")):
+        assert "mosaic_gpu" in _lowered(None, "cuda", arrays=float32, precision=precision)
+    assert "mosaic_gpu" not in _lowered(None, "cuda", precision="BF16_BF16_F32")
+
+
+def test_one_warning_on_a_hopper_gpu_without_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_why_not_backend", lambda: "no module named absl")
+    for capabilities, implementation, warns in (
+        ({"9.0"}, "pure_jax", False),
+        (set(), None, False),
+        ({"8.0"}, None, False),
+        ({"9.0"}, None, True),
+        ({"9.0"}, None, False),  # once
+    ):
+        monkeypatch.setattr(_dispatch, "_compute_capabilities", lambda c=capabilities: frozenset(c))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            assert "mosaic_gpu" not in _lowered(implementation, "cuda")
+            assert "mosaic_gpu" not in _lowered(implementation, "cpu")
+        messages = [str(w.message) for w in found if "flash_attention" in str(w.message)]
+        assert len(messages) == warns, (capabilities, implementation)
+        assert all("absl" in m and "[hopper]" in m for m in messages)
 
 
 @needs_backend

@@ -3,8 +3,10 @@
 Three-way: both are compared with the float64 oracle, and the library's error may be at most twice the reference's.
 """
 
+import functools
 import inspect
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,7 @@ pytestmark = pytest.mark.full_optimization
 EXTENSIONS = {
     "dropout_rate": 0.0,
     "dropout_rng": None,
+    "deterministic": False,
     "block_q": None,
     "block_kv": None,
     "precision": None,
@@ -432,9 +435,10 @@ def test_block_sizes_change_nothing(T: int, blocks: tuple[int, int]):
     np.testing.assert_allclose(explicit, default, rtol=1e-5, atol=1e-6)
 
 
-def test_implementation_xla_is_the_default():
+@pytest.mark.parametrize("implementation", ["xla", "pure_jax"])
+def test_implementations_on_a_cpu_are_the_default(implementation: Any):
     arrays = qkv(1, 8, 8, 1, 1, 4)
-    np.testing.assert_array_equal(flash_attention(*arrays), flash_attention(*arrays, implementation="xla"))
+    np.testing.assert_array_equal(flash_attention(*arrays), flash_attention(*arrays, implementation=implementation))
 
 
 def test_precision_reaches_the_products():
@@ -445,6 +449,23 @@ def test_precision_reaches_the_products():
 
     assert "HIGHEST" in text(jax.lax.Precision.HIGHEST)
     assert "HIGHEST" not in text(None)
+    eye = np.eye(2, dtype=np.float32)
+    for precision in PRECISIONS:
+        products = jax.jit(functools.partial(jnp.dot, precision=precision)).lower(eye, eye).as_text()
+        assert _precisions_in(text(precision)) == _precisions_in(products), precision
+
+
+PRECISIONS = (
+    None, *jax.lax.Precision, "default", "high", "highest", "fastest", "float32", "bfloat16", "tensorfloat32",
+    "bfloat16_3x", ("highest", "default"), (jax.lax.Precision.HIGH, jax.lax.Precision.DEFAULT),
+    "F32_F32_F32", jax.lax.DotAlgorithmPreset.F32_F32_F32,
+)  # fmt: skip
+
+
+def _precisions_in(program: str) -> set[str]:
+    """Of all products in a program; the default is not written out."""
+    found = re.findall(r"precision = \[([^]]*)\]|algorithm = <([^>]*)>", program)
+    return {x for pair in found for x in pair} - {"", "DEFAULT, DEFAULT"}
 
 
 @pytest.mark.gpu

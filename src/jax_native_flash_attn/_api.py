@@ -8,7 +8,12 @@ from jax.typing import ArrayLike
 
 from ._attention import attention
 
-Implementation = Literal["xla", "mosaic_gpu", "cudnn"]
+Implementation = Literal["xla", "pure_jax", "mosaic_gpu", "cudnn"]
+_IMPLEMENTATIONS = (None, "xla", "pure_jax", "mosaic_gpu", "cudnn")
+
+# jax.nn's own function, for implementation='cudnn': by the time of a call a user may have put ours in its place. Ours
+# carries it, should this module be imported once more by then.
+_jax_attention: Any = getattr(jax.nn.dot_product_attention, "replaces", jax.nn.dot_product_attention)
 
 
 @overload
@@ -28,6 +33,7 @@ def flash_attention(
     return_residual: Literal[False] = ...,
     dropout_rate: float = ...,
     dropout_rng: jax.Array | None = ...,
+    deterministic: bool = ...,
     block_q: int | None = ...,
     block_kv: int | None = ...,
     precision: Any = ...,
@@ -49,6 +55,7 @@ def flash_attention(
     return_residual: Literal[True],
     dropout_rate: float = ...,
     dropout_rng: jax.Array | None = ...,
+    deterministic: bool = ...,
     block_q: int | None = ...,
     block_kv: int | None = ...,
     precision: Any = ...,
@@ -69,6 +76,7 @@ def flash_attention(
     return_residual: bool = False,
     dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
+    deterministic: bool = False,
     block_q: int | None = None,
     block_kv: int | None = None,
     precision: Any = None,
@@ -98,16 +106,17 @@ def flash_attention(
       key_value_seq_lengths: (B,) int32; keys and values from there on are ignored, even NaN.
       local_window_size: (left, right) or one integer for both: query t attends t - left <= s <= t + right only.
         May be traced.
-      implementation: None for the fastest kernels that support the call where it is compiled for. 'xla' for the pure
-        JAX kernels, 'mosaic_gpu' for those for Hopper GPUs, which is an error where they cannot run; 'cudnn' passes
-        the call to `jax.nn`.
+      implementation: None, or 'xla', which callers of `jax.nn` say for "not cuDNN", for the fastest of our own kernels
+        that support the call where it is compiled for. 'pure_jax' for those in pure JAX, 'mosaic_gpu' for those for
+        Hopper GPUs, which is an error where they cannot run; 'cudnn' passes the call to `jax.nn`.
       return_residual: also return the log-sum-exp of the logits, with its gradient stopped.
       dropout_rate: (extension) probability, in [0, 1], of dropping an attention weight; kept ones are divided by
         `1 - dropout_rate`. A static Python number.
       dropout_rng: (extension) PRNG key, required for a positive rate. The kept weights are those of
         `jax.random.bernoulli(dropout_rng, 1 - dropout_rate, (B, N, T, S))`; see `dropout_keep_mask`.
+      deterministic: (extension) True for no dropout whatever the rate, and no need of `dropout_rng`, as Flax says it.
       block_q, block_kv: (extension) rows and columns of a tile; chosen by shape and platform by default.
-      precision: (extension) `jax.lax.Precision` or alike of the matrix products.
+      precision: (extension) of the matrix products: whatever JAX takes as such (`jax.lax.Precision`, 'float32', ...).
 
     A row that no key may attend gives the mean of value over all S keys, as in `jax.nn`; its log-sum-exp is
     -0.7 * float32's largest number.
@@ -122,11 +131,11 @@ def flash_attention(
       NotImplementedError: an extension together with implementation='cudnn'; implementation='mosaic_gpu' where it
         cannot run (when the call is compiled).
     """
-    if implementation not in (None, "xla", "mosaic_gpu", "cudnn"):
-        raise ValueError(f"implementation must be None, 'xla', 'mosaic_gpu' or 'cudnn', got {implementation!r}")
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {_IMPLEMENTATIONS}, got {implementation!r}")
     if implementation == "cudnn":
         extensions = {
-            "dropout_rate": dropout_rate != 0,
+            "dropout_rate": dropout_rate != 0 and not deterministic,
             "block_q": block_q is not None,
             "block_kv": block_kv is not None,
             "precision": precision is not None,
@@ -134,19 +143,19 @@ def flash_attention(
         for name, is_given in extensions.items():
             if is_given:
                 raise NotImplementedError(f"{name} is not supported by implementation='cudnn', which is jax.nn's")
-        return jax.nn.dot_product_attention(  # pyright: ignore[reportCallIssue]
+        return _jax_attention(
             query,
             key,
             value,
             bias,
             mask,
-            scale=scale,  # pyright: ignore[reportArgumentType]
+            scale=scale,
             is_causal=is_causal,
             query_seq_lengths=query_seq_lengths,
             key_value_seq_lengths=key_value_seq_lengths,
             local_window_size=local_window_size,
             implementation="cudnn",
-            **({"return_residual": True} if return_residual else {}),  # pyright: ignore[reportArgumentType]
+            **({"return_residual": True} if return_residual else {}),
         )
     out, *lse = attention(
         query,
@@ -161,10 +170,14 @@ def flash_attention(
         local_window_size=local_window_size,
         dropout_rate=dropout_rate,
         dropout_rng=dropout_rng,
+        deterministic=deterministic,
         block_q=block_q,
         block_kv=block_kv,
         precision=precision,
         needs_lse=return_residual,
-        implementation=implementation,
+        implementation=None if implementation == "xla" else implementation,
     )
     return (out, lax.stop_gradient(lse[0].astype(out.dtype))) if return_residual else out
+
+
+flash_attention.replaces = _jax_attention  # pyright: ignore[reportFunctionMemberAccess]

@@ -3,20 +3,23 @@
 Where `jax.nn.dot_product_attention` raises, the type of the error is the same.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 _FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
-def as_4d(x: Any, name: str) -> jax.Array:
+def as_4d(x: Any, name: str, asarray: Callable[[Any], Any] = jnp.asarray) -> Any:
     """An array of rank 4, with axes of size 1 put in front as `jax.nn` does."""
     if x is None:
         raise ValueError(f"{name} must be an array, got None")
-    x = jnp.asarray(x)
+    x = asarray(x)
     if x.ndim > 4:
         raise ValueError(f"{name} must have at most 4 dimensions, got shape {x.shape}")
     return x.reshape((1,) * (4 - x.ndim) + x.shape)
@@ -40,7 +43,7 @@ def check_query_key_value(query: jax.Array, key: jax.Array, value: jax.Array) ->
     if value.shape != key.shape:
         raise ValueError(f"value must have key's shape {key.shape}, got {value.shape}")
     if K == 0 or N % K != 0:
-        raise ValueError(f"query must have a multiple of key's {K} heads, got {N}")
+        raise ValueError(f"the number of query heads must be a multiple of key's {K} heads, got {N}")
 
 
 def check_broadcastable(x: jax.Array, name: str, shape: tuple[int, int, int, int]) -> None:
@@ -59,8 +62,11 @@ def as_bias(bias: Any, shape: tuple[int, int, int, int]) -> jax.Array:
     return bias
 
 
-def as_mask(mask: Any, shape: tuple[int, int, int, int]) -> jax.Array:
-    mask = as_4d(mask, "mask")
+def as_mask(mask: Any, shape: tuple[int, int, int, int], *, is_staged: bool) -> Any:
+    """A NumPy array if the mask is known while a program is recorded, of which it would be a constant."""
+    is_known = isinstance(mask, np.ndarray | jax.Array) and not isinstance(mask, Tracer)
+    is_known = is_known and (isinstance(mask, np.ndarray) or mask.is_fully_addressable)
+    mask = as_4d(mask, "mask", np.asarray if is_staged and is_known else jnp.asarray)
     if mask.dtype != jnp.bool_:
         raise ValueError(f"mask must have dtype bool, got {mask.dtype} (an additive mask is a bias)")
     check_broadcastable(mask, "mask", shape)
@@ -113,15 +119,24 @@ def as_scale(scale: Any, head_dim: int) -> jax.Array:
 
 
 def as_precision(precision: Any) -> Any:
-    """Hashable; the context's default is read here, at trace time, as an einsum would."""
+    """As JAX spells it in a product: None, a pair of `jax.lax.Precision`, or an algorithm.
+
+    The context's default is read here, at trace time, as an einsum would.
+    """
     if precision is None:
-        return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    names = [*jax.lax.Precision.__members__, *jax.lax.DotAlgorithmPreset.__members__]
-    for p in precision if isinstance(precision, tuple | list) else (precision,):
-        known = jax.lax.Precision | jax.lax.DotAlgorithmPreset | jax.lax.DotAlgorithm
-        if not (p is None or isinstance(p, known) or (isinstance(p, str) and p.upper() in names)):
-            raise ValueError(f"precision must be a jax.lax.Precision, DotAlgorithmPreset or a name of one, got {p!r}")
-    return tuple(precision) if isinstance(precision, list) else precision
+        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        return _canonical_precision(tuple(precision) if isinstance(precision, list) else precision)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"precision must be what JAX takes as such, got {precision!r}. JAX says: {error}") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _canonical_precision(precision: Any) -> Any:
+    """By JAX itself, so that this knows no names."""
+    x = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    jaxpr = jax.make_jaxpr(lambda a, b: jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision))(x, x)
+    return jaxpr.jaxpr.eqns[0].params["precision"]
 
 
 def check_dropout(dropout_rate: Any, dropout_rng: Any) -> None:
@@ -133,13 +148,25 @@ def check_dropout(dropout_rate: Any, dropout_rng: Any) -> None:
         raise ValueError(f"dropout_rng must be a PRNG key when dropout_rate > 0 (got {dropout_rate}), got None")
 
 
-def check_static(*, is_causal: Any, block_q: Any, block_kv: Any) -> None:
-    if not isinstance(is_causal, bool | np.bool_):
-        raise TypeError(f"is_causal must be a bool, got {is_causal!r}")
-    for name, block in (("block_q", block_q), ("block_kv", block_kv)):
-        if block is None:
-            continue
-        if not isinstance(block, int | np.integer) or isinstance(block, bool):
-            raise TypeError(f"{name} must be an int or None, got {block!r}")
-        if block < 1:
-            raise ValueError(f"{name} must be at least 1, got {block}")
+def as_static_bool(x: Any, name: str) -> bool:
+    """Also of None, integers and arrays with one of these, as `jax.nn` asks only whether they are true."""
+    if isinstance(x, Tracer):
+        raise TypeError(
+            f"{name} must be static, got a traced value: name it in static_argnames of jax.jit, "
+            f"or bind it beforehand with functools.partial(..., {name}=True)"
+        )
+    if isinstance(x, np.ndarray | jax.Array) and x.ndim == 0 and x.dtype.kind in "bi":
+        x = x.item()
+    if not (x is None or isinstance(x, int | np.integer | np.bool_)):
+        raise TypeError(f"{name} must be a bool, got {x!r}")
+    return bool(x)
+
+
+def as_block(block: Any, name: str) -> int | None:
+    if block is None:
+        return None
+    if not isinstance(block, int | np.integer) or isinstance(block, bool):
+        raise TypeError(f"{name} must be an int or None, got {block!r}")
+    if block < 1:
+        raise ValueError(f"{name} must be at least 1, got {block}")
+    return int(block)

@@ -5,11 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from . import _arguments as arguments
 from ._derivatives import flash_attention_core
 from ._dropout import Dropout, head_indices, make_dropout, threefry_words
-from ._masks import make_mask
+from ._masks import Band, clip_window_side, hide_constant_mask, make_mask
 from ._numerics import DEAD_ROW_LSE, accumulation_dtype
 from ._operands import Config, Inputs
 from ._sharding import over_explicit_axes
@@ -29,6 +31,7 @@ def attention(
     local_window_size: Any,
     dropout_rate: Any,
     dropout_rng: Any,
+    deterministic: Any,
     block_q: Any,
     block_kv: Any,
     precision: Any,
@@ -39,11 +42,10 @@ def attention(
 
     lse is (B, T, N) or (T, N), in accumulation dtype and differentiable.
     """
-    arguments.check_static(
-        is_causal=is_causal,
-        block_q=block_q,
-        block_kv=block_kv,
-    )
+    is_causal = arguments.as_static_bool(is_causal, "is_causal")
+    blocks = arguments.as_block(block_q, "block_q"), arguments.as_block(block_kv, "block_kv")
+    if arguments.as_static_bool(deterministic, "deterministic"):
+        dropout_rate = 0.0
     arguments.check_dropout(dropout_rate, dropout_rng)
     precision = arguments.as_precision(precision)
     query_4d, key_4d, value_4d = (
@@ -53,11 +55,16 @@ def attention(
     B, T, N, _ = query_4d.shape
     S = key_4d.shape[1]
     bias_4d = None if bias is None else arguments.as_bias(bias, (B, N, T, S))
-    mask_4d = None if mask is None else arguments.as_mask(mask, (B, N, T, S))
     window = arguments.as_window(local_window_size)
     query_lengths = arguments.as_lengths(query_seq_lengths, "query_seq_lengths", B)
     key_value_lengths = arguments.as_lengths(key_value_seq_lengths, "key_value_seq_lengths", B)
     scalar_scale = arguments.as_scale(scale, query_4d.shape[-1])
+    # A number becomes a tracer where what follows is recorded for a compiler. Elsewhere nothing is analysed.
+    is_staged = isinstance(scalar_scale if scale is None else jnp.asarray(0.0), Tracer)
+    mask_4d = None if mask is None else arguments.as_mask(mask, (B, N, T, S), is_staged=is_staged)
+    mask_band = Band()
+    if isinstance(mask_4d, np.ndarray):
+        mask_4d, mask_band = hide_constant_mask(mask_4d, T, S)
 
     dropout, dropout_key, head_index = None, None, None
     if dropout_rate > 0:
@@ -65,13 +72,15 @@ def attention(
         head_index = head_indices(B, N)
     static_window, traced_window = window, None
     if window is not None and not all(isinstance(side, int) for side in window):
-        static_window, traced_window = None, jnp.stack([jnp.asarray(side, jnp.int32) for side in window])
+        left, right = clip_window_side(window[0], -S, T), clip_window_side(window[1], -T, S)
+        static_window, traced_window = None, jnp.stack([left, right])
     partial = functools.partial(
         _attention,
-        is_causal=bool(is_causal),
+        is_causal=is_causal,
         static_window=static_window,
+        static_band=mask_band,
         dropout=dropout,
-        blocks=(block_q, block_kv),
+        blocks=blocks,
         precision=precision,
         needs_lse=needs_lse,
         implementation=implementation,
@@ -125,6 +134,7 @@ def _attention(
     head_index: jax.Array | None,
     is_causal: bool,
     static_window: tuple[int, int] | None,
+    static_band: Band,
     dropout: Dropout | None,
     blocks: tuple[int | None, int | None],
     precision: Any,
@@ -143,6 +153,7 @@ def _attention(
         S,
         is_causal=is_causal,
         static_window=static_window,
+        static_band=static_band,
         traced_window=traced_window,
         query_lengths=query_lengths,
         key_value_lengths=key_value_lengths,

@@ -6,6 +6,7 @@ for one kind of GPU alone (an export for several platforms) takes the pure JAX k
 
 import functools
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -108,11 +109,19 @@ def _why_not_mosaic_gpu(config: Config, inputs: Inputs, target: Target) -> str |
     is_asked = config.implementation == "mosaic_gpu"
     if config.implementation is not None and not is_asked:
         return f"implementation={config.implementation!r} was asked for"
-    return (
-        _why_not_platform(target)
-        or _why_not_call(config, inputs)
-        or _why_not_backend()
-        or _why_not_device(is_asked=is_asked)
+    reason = _why_not_platform(target) or _why_not_call(config, inputs) or _why_not_device(is_asked=is_asked)
+    if reason is None and (reason := _why_not_backend()) and not is_asked:
+        _warn_of_backend(reason)
+    return reason
+
+
+@functools.cache  # once in a process
+def _warn_of_backend(reason: str) -> None:
+    warnings.warn(
+        "flash_attention takes its pure JAX kernels on this Hopper GPU, several times slower than those for it: "
+        f"{reason}. `pip install 'jax-native-flash-attn[hopper]'` installs what they need; "
+        "implementation='pure_jax' asks for the slow ones and ends this warning.",
+        stacklevel=2,
     )
 
 
@@ -148,9 +157,9 @@ def _why_not_call(config: Config, inputs: Inputs) -> str | None:
 
 
 def _allows_tf32(precision: Any) -> bool:
-    """Whether XLA would multiply float32 so: by default, or where a name asks for it."""
-    each = precision if isinstance(precision, tuple) else (precision,)
-    return all(p in (None, jax.lax.Precision.DEFAULT, "default", "fastest", "tensorfloat32") for p in each)
+    """Whether XLA would multiply float32 so on a GPU: unless the highest precision is asked for, or an algorithm."""
+    allowing = (None, jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGH)
+    return all(p in allowing for p in (precision if type(precision) is tuple else (precision,)))
 
 
 @functools.cache

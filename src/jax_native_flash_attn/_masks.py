@@ -15,7 +15,7 @@ Three kinds of rows:
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,22 +65,85 @@ class MaskOperands(NamedTuple):
     key_value_length: jax.Array | None = None
 
 
+def make_band(T: int, S: int, *, is_causal: bool, window: tuple[int, int] | None, also: Band) -> Band:
+    """The band of a causal mask, a static window and another band, without a bound that cuts nothing off.
+
+    No bound is further out than the lengths, so that sums with positions stay inside int32.
+    """
+    lower, upper = (-T, S) if window is None else (max(-window[0], -T), min(window[1], S))
+    if is_causal:
+        upper = min(upper, 0)
+    lower = lower if also.lower is None else max(lower, also.lower)
+    upper = upper if also.upper is None else min(upper, also.upper)
+    return Band(None if lower <= 1 - T else min(lower, S), None if upper >= S - 1 else max(upper, -T))
+
+
+def hide_constant_mask(mask: np.ndarray, T: int, S: int) -> tuple[jax.Array | None, Band]:
+    """A mask that is a constant of a program, (B or 1, N or 1, T or 1, S or 1): as an array or, if it is one, a band.
+
+    XLA's constant folder would run the reductions that find what the array leaves empty, in seconds or minutes; the
+    barrier stops it.
+    """
+    band = _as_band(mask, T, S)
+    return (lax.optimization_barrier(jnp.asarray(mask)), Band()) if band is None else (None, band)
+
+
+def _as_band(mask: np.ndarray, T: int, S: int) -> Band | None:
+    """The band that this mask is, in all batch rows and heads; None if it is none."""
+    if mask.size == 0:
+        return None
+    rows, position = mask[0, 0], np.arange(T)
+    if not all(np.array_equal(mask[i], rows) for i in np.ndindex(mask.shape[:2])):
+        return None
+    rows = np.broadcast_to(rows, (rows.shape[0], S))
+    count = np.count_nonzero(rows, axis=1)
+    first, end = rows.argmax(1), S - rows[:, ::-1].argmax(1)
+    if not ((count == end - first) | (count == 0)).all():
+        return None
+    is_live, first, end = (np.broadcast_to(x, T) for x in (count > 0, first, end))
+    if not is_live.any():
+        return Band(S, None)
+    # A bound shows where it cuts a row that is left, else where it leaves no row.
+    starts, ends = is_live & (first > 0), is_live & (end < S)
+    one_row, other_row = is_live.argmax(), T - is_live[::-1].argmax()  # the first row with a key; behind the last
+    lower = first[starts][0] - position[starts][0] if starts.any() else S - other_row if other_row < T else None
+    upper = end[ends][0] - position[ends][0] - 1 if ends.any() else -one_row if one_row > 0 else None
+    lower, upper = (None if x is None else int(x) for x in (lower, upper))
+    band = Band(lower, upper)
+    start, stop = band.intervals(T, S)
+    is_same = np.where(is_live, (start == first) & (stop == end), stop <= start)
+    return band if is_same.all() else None
+
+
+def clip_window_side(side: Any, lowest: int, highest: int) -> jax.Array:
+    """A side of a traced window, cut off where it changes nothing any more; int32, from any integer dtype."""
+    if not isinstance(side, int):
+        # In its own dtype, which may be narrower than int32 or wider, signed or not.
+        bounds = jnp.iinfo(side.dtype)
+        side = jnp.clip(side, max(lowest, int(bounds.min)), min(highest, int(bounds.max)))
+    else:
+        side = min(max(side, lowest), highest)
+    return jnp.asarray(side, jnp.int32)
+
+
 def make_mask(
     T: int,
     S: int,
     *,
     is_causal: bool,
     static_window: tuple[int, int] | None,
+    static_band: Band,
     traced_window: jax.Array | None,
     query_lengths: jax.Array | None,
     key_value_lengths: jax.Array | None,
     allowed: jax.Array | None,
 ) -> tuple[Band, MaskOperands]:
-    """Intersect all masks of a call into one static band and the operands it cannot express."""
-    lower, upper = (None, None) if static_window is None else (-static_window[0], static_window[1])
-    if is_causal:
-        upper = 0 if upper is None else min(upper, 0)
-    band = Band(lower, upper)
+    """Intersect all masks of a call into one static band and the operands it cannot express.
+
+    `static_band` is what `hide_constant_mask` made of the mask.
+    """
+    band = make_band(T, S, is_causal=is_causal, window=static_window, also=static_band)
+    lower, upper = band.lower, band.upper
     start, stop = band.intervals(T, S)
     traced = (
         query_lengths is not None

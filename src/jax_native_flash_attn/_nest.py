@@ -210,7 +210,8 @@ class Nest(TileAccess):
         if self.mask.key_start is not None and self.mask.key_stop is not None:
             return self.row_slice(self.mask.key_start, at), self.row_slice(self.mask.key_stop, at)
         # From the position: a table would be a constant, which custom_partitioning does not take.
-        rows = jnp.repeat(self.row_positions(at), self.rows_per_position).reshape((1,) * (len(self.row_shape) - 1) + (-1,))
+        rows = jnp.repeat(self.row_positions(at), self.rows_per_position)
+        rows = rows.reshape((1,) * (len(self.row_shape) - 1) + (-1,))
         S = self.sizes.S
         start = jnp.zeros_like(rows) if self.band.lower is None else jnp.clip(rows + self.band.lower, 0, S)
         stop = jnp.full_like(rows, S) if self.band.upper is None else jnp.clip(rows + self.band.upper + 1, 0, S)
