@@ -46,8 +46,8 @@ class TileShape:
     `follows_band`: a row of tiles is one tile, which starts at the first key of its first row; otherwise tiles start at
     multiples of their size. `fuses_softmax`: XLA:CPU makes one kernel of a plain softmax and its products.
     `merges_lead`: batch rows and heads are one axis inside a tile. `joins_heads`: keys and values are read as they lie,
-    (S, K * H), in products for all heads at once. `is_sharded`: XLA splits its batch rows and heads over devices. Groups
-    then are an axis of their own, since XLA would gather one that is sharded to merge it with the rows.
+    (S, K * H), in products for all heads at once. `is_sharded`: XLA splits its batch rows and heads over devices. Its
+    groups then are an axis: XLA would gather one that is sharded to merge it with the rows.
     """
 
     batch: tuple[Any, ...]
