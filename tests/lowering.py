@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse
+from jax_native_flash_attn._linear import FirstDerivative
 
 PRIMITIVES = ("flash_attention", "flash_attention_linear_kernel")
 
@@ -220,6 +221,12 @@ class Bind(NamedTuple):
     @property
     def has_float64(self) -> bool:
         return any(dtype == np.float64 for _, dtype in self.avals)
+
+    @property
+    def is_first_order(self) -> bool:
+        """The forward kernel or the cotangent kernel: what Mosaic GPU has kernels for."""
+        kernel = dict(self.params).get("kernel")
+        return kernel is None or (isinstance(kernel, FirstDerivative) and kernel.flipped)
 
     def lowered(self) -> str:
         """The program for CUDA; 64-bit types must be on where they were when it was bound."""
