@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 
 
 def register(*primitives: Primitive) -> None:
-    """Give primitives their rules, if `jax.experimental.jet` was imported; importing it here would slow every import."""
+    """Give primitives their rules, if `jax.experimental.jet` was imported, which would slow every import of this."""
     jet = sys.modules.get("jax.experimental.jet")
     if jet is None or primitives[0] in jet.jet_rules:
         return
@@ -48,6 +49,11 @@ def register(*primitives: Primitive) -> None:
         terms = [[x[i] * factor[k] for k, x in enumerate(rest, 1)] for i in range(len(values))]
         return values, terms
 
+    # Derivatives name their residuals, and jet has no rule for names either.
+    named = jax.make_jaxpr(lambda x: checkpoint_name(x, ""))(0.0).eqns[0].primitive
+    jet.jet_rules.setdefault(
+        named, lambda x, terms, **params: (named.bind(*x, **params), [named.bind(t, **params) for t in terms[0]])
+    )
     for primitive in primitives:
         jet.jet_rules[primitive] = functools.partial(rule, primitive)
 
