@@ -176,7 +176,8 @@ x = jax.ShapeDtypeStruct((1, T, 2, 8), np.float32)
 random = np.random.default_rng(0).random((T, T)) < 0.5
 attention = lambda x: flash_attention(x, x, x, mask=random)
 jax.jit(attention).lower(x).compile()
-attention = lambda x: flash_attention(x, x, x, mask=jax.numpy.asarray(random), local_window_size=(9, 0))
+known = jax.numpy.asarray(random)
+attention = lambda x: flash_attention(x, x, x, mask=known, local_window_size=(9, 0))
 jax.jit(jax.grad(lambda x: attention(x).sum())).lower(x).compile()
 """
 

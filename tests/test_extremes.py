@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from jax_native_flash_attn import flash_attention
-from tests.environment import enable_x64, fast_compilation
+from jax_native_flash_attn import flash_attention, flash_attention_with_lse
+from tests.environment import enable_x64, fast_compilation, lenient_promotion
 from tests.oracle import float64_oracle
+from tests.reference import reference_attention
 
 FAST = fast_compilation()
 SHAPES = [(1, 10, 10, 2, 8), (2, 3, 7, 2, 8), (2, 7, 3, 2, 8), (1, 1, 1, 1, 4)]  # B, T, S, N, H
@@ -122,3 +123,55 @@ def test_block_sizes(causal: bool):
         if block_q == 4:
             for x, y in zip(gradient(*arrays, **options), wanted, strict=True):
                 np.testing.assert_allclose(x, y, atol=1e-5, err_msg=str(options))
+
+
+LENGTHS_OF_ZERO = [
+    *itertools.chain.from_iterable(itertools.combinations("BTSH", n) for n in (1, 2, 4)), ("K",), ("N",), ("N", "K")
+]  # fmt: skip
+WITH_ZEROS: dict[str, Any] = {
+    "plain": lambda **n: {},
+    "mask and bias": lambda B, T, S, N, **_: {
+        "mask": np.arange(B * T * S).reshape(B, 1, T, S) % 2 == 0, "bias": np.ones((1, N, T, S), np.float32)
+    },
+    "lengths": lambda B, **_: dict.fromkeys(
+        ("query_seq_lengths", "key_value_seq_lengths"), np.full(B, 2, np.int32)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", WITH_ZEROS)
+@pytest.mark.parametrize("zeros", LENGTHS_OF_ZERO, ids="".join)
+def test_axes_of_length_0(zeros: tuple[str, ...], options: str):
+    n = {"B": 2, "T": 3, "S": 4, "N": 2, "K": 2, "H": 4} | dict.fromkeys(zeros, 0)
+    query = np.ones((n["B"], n["T"], n["N"], n["H"]), np.float32)
+    key, value = np.random.default_rng(0).random((2, n["B"], n["S"], n["K"], n["H"]), np.float32)
+    given = {"scale": 1.0, **WITH_ZEROS[options](**n)}  # jax.nn's own scale divides by H
+    if "K" in zeros:
+        with pytest.raises(ValueError, match="heads"):  # jax.nn divides by zero
+            flash_attention(query, key, value, **given)
+        return
+
+    def results(attention: Any, **more: Any) -> Any:
+        call = functools.partial(attention, **given, **more)
+        gradient = jax.grad(lambda *x: (call(*x) ** 2).sum(), (0, 1, 2))
+        arrays = query, key, value
+        over_nothing = jax.vmap(call)(*(np.zeros((0, *x.shape), np.float32) for x in arrays))
+        return call(*arrays), gradient(*arrays), jax.jvp(call, arrays, arrays), jax.vmap(call)(
+            *(x[None] for x in arrays)
+        ), over_nothing  # fmt: skip
+
+    with lenient_promotion():
+        expected = results(reference_attention)
+    actual = results(flash_attention)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), actual, expected)
+    if zeros != ("H",):
+        return
+    # No dimension: what is left are bias and masks.
+    out, lse = flash_attention_with_lse(query, key, value, **given, dropout_rate=0.2, dropout_rng=jax.random.key(0))
+    with enable_x64():
+        as_if = [np.zeros((*x.shape[:-1], 1)) for x in (query, key, value)]
+        masks = {**given, "mask": given.get("mask")}
+        _, expected_lse = float64_oracle(*as_if, **masks)
+    assert out.shape == query.shape
+    is_row = np.ones(lse.shape, bool) if options != "lengths" else np.arange(3)[None, :, None] < np.full((2, 1, 2), 2)
+    np.testing.assert_allclose(np.where(is_row, lse, 0), np.where(is_row, expected_lse, 0), atol=1e-6)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import checkify
 
 from jax_native_flash_attn import flash_attention
 from tests.environment import enable_x64, fast_compilation
@@ -414,3 +415,26 @@ def test_temporary_memory_of_derivatives_is_linear(setting: str, mode: str):
     short, long = temporary_bytes(4096), temporary_bytes(16384)
     assert long <= 4.2 * short
     assert long < 16384**2  # bytes: an eighth of the dense weights
+
+
+@pytest.mark.parametrize("kind", ["value", "jit", "gradient", "jvp"])
+def test_checkify_finds_nan(kind: str):
+    query, key, value = arrays()
+    lengths = np.full(B, 20, np.int32)
+    call = lambda *x: flash_attention(*x, is_causal=True, key_value_seq_lengths=lengths)  # noqa: E731
+    function = {
+        "value": call,
+        "jit": jax.jit(call),
+        "gradient": jax.grad(lambda *x: call(*x).sum(), (0, 1, 2)),
+        "jvp": lambda *x: jax.jvp(call, x, x)[1],
+    }[kind]
+    checked = jax.jit(checkify.checkify(function, errors=checkify.nan_checks))
+    checked(query, key, value)[0].throw()
+    for position in range(3):
+        poisoned = [x.copy() for x in (query, key, value)]
+        poisoned[position][1, 3, 0, 0] = np.nan
+        assert "nan" in str(checked(*poisoned)[0].get())
+    # NaN in padding is harmless, and so no error.
+    if kind in ("value", "jit"):
+        key[:, 20:], value[:, 20:] = np.nan, np.nan
+        checked(query, key, value)[0].throw()

@@ -9,7 +9,8 @@ import numpy as np
 from jax.core import Tracer
 
 from . import _arguments as arguments
-from ._derivatives import flash_attention_core
+from . import _taylor
+from ._derivatives import flash_attention_core, flash_attention_p, linear_kernel_p
 from ._dropout import Dropout, head_indices, make_dropout, threefry_words
 from ._masks import Band, clip_window_side, hide_constant_mask, make_mask
 from ._numerics import DEAD_ROW_LSE, accumulation_dtype
@@ -98,7 +99,12 @@ def attention(
         "dropout_key": dropout_key,
         "head_index": head_index,
     }
+    _taylor.register(flash_attention_p, linear_kernel_p)
     results = over_explicit_axes(partial, operands, _OPERAND_LAYOUTS, needs_lse=needs_lse)
+    if is_staged:
+        # For `checkify`, which looks for NaN behind the operations that it knows, so not behind our primitives, and
+        # has no registry. XLA removes the product; its derivatives check tangents and cotangents.
+        results = [x * 1 for x in results]
     shape = jnp.asarray(query).shape
     return tuple(x.reshape(like) for x, like in zip(results, (shape, shape[:-1]), strict=False))
 
@@ -164,6 +170,10 @@ def _attention(
         # Padded rows may hold NaN, and their cotangents are zero: the two must not meet.
         is_row = jnp.arange(T, dtype=jnp.int32)[None, :] < query_lengths[:, None]
         query = jnp.where(is_row[..., None, None], query, 0)
+    H = query.shape[-1]
+    if H == 0:
+        # Logits are bias and masks alone, as with one dimension of zeros.
+        query, key, value = (jnp.pad(x, ((0, 0),) * 3 + ((0, 1),)) for x in (query, key, value))
     inputs = Inputs(
         query=query,
         key=key,
@@ -176,6 +186,7 @@ def _attention(
     )
     config = Config(band, dropout, *blocks, precision, needs_lse, implementation, rounds_out=True)
     out, *lses = flash_attention_core(config, inputs)
+    out = out if H > 0 else out[..., :0]
     if is_row is not None:
         out = jnp.where(is_row[..., None, None], out, 0)
     if not needs_lse:
