@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from attention_shapes import FORWARD, AttentionInputs, AttentionShape
 from machine import usable_cores
+from other_tree import flash_attention_of
 from timing import Call, temporary_bytes
 
 from jax_native_flash_attn import flash_attention
@@ -59,12 +60,15 @@ def compile_attention(
 
     Args:
         implementation: `flash` or `jax.nn`, either with `:name` for its `implementation=name`
-            argument; `flash@512x1024` for block_q=512 and block_kv=1024; or `torch`.
+            argument; `flash@512x1024` for block_q=512 and block_kv=1024; `flash=DIR`, see `other_tree.py`; or `torch`.
         shape: what to compute.
         mode: `forward` or `gradient`.
         inputs: arrays to compile for.
     """
     library, _, name = implementation.partition(":")
+    if library.startswith(f"{OURS}="):
+        other = flash_attention_of(library.removeprefix(f"{OURS}="))
+        return JaxAttention(other, name or None, shape, mode, inputs)
     ours, _, blocks = implementation.partition("@")
     if ours == OURS and blocks:
         block_q, block_kv = map(int, blocks.split("x"))

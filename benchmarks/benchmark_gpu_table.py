@@ -34,6 +34,7 @@ from attention_reference import largest_error, reference_results, select, with_c
 from attention_shapes import FORWARD, GPU_SHAPES, GRADIENT, MODES, AttentionInputs, AttentionShape, find_shape
 from gpu_report import tables, write_plot
 from machine import environment, header
+from other_tree import flash_attention_of
 from processes import run_in_turn, wait_for_turn
 from timing import interleaved_medians, repeated, seconds_per_call, temporary_bytes, warm_up
 
@@ -73,6 +74,8 @@ def random_inputs(shape: AttentionShape, seed: int = 0) -> AttentionInputs:
 def _function(library: str) -> Any:
     if library == OURS:
         return flash_attention
+    if library.startswith(f"{OURS}="):
+        return flash_attention_of(library.removeprefix(f"{OURS}="))
     if library == "jax.nn":
         return jax.nn.dot_product_attention
     if library == "tokamax":
@@ -222,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in GPU_SHAPES])
     parser.add_argument(
-        "--implementations", nargs="+", help="as flash:pure_jax or jax.nn:cudnn; default: what is installed"
+        "--implementations", nargs="+", help="as flash:pure_jax, jax.nn:cudnn, flash=DIR; default: what is installed"
     )
     parser.add_argument("--mode", choices=(FORWARD, GRADIENT, "both"), default="both")
     parser.add_argument("--max-dense-gib", type=float, default=48.0, help="jax.nn's dense code is left out above this")

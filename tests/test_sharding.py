@@ -1,7 +1,7 @@
 """Sharding on eight devices: no collective but the sums that the mathematics needs, and results sharded as query.
 
-Meshes of three kinds: auto (plain jit), explicit (sharding in types), and manual (shard_map). Of auto axes there are two
-ways: XLA splits the pure JAX kernels, and takes Mosaic GPU's as units. Here "unit" does that with pure JAX kernels.
+Meshes of three kinds: auto (plain jit), explicit (sharding in types), and manual (shard_map). Auto axes go two ways:
+XLA splits the pure JAX kernels, and takes Mosaic GPU's as units. Here "unit" does that with pure JAX kernels.
 """
 
 import functools

@@ -119,7 +119,7 @@ def lowering_rule(
             avals = [ShapedArray(x.shape, x.dtype, sharding=x.sharding) for x in ctx.avals_in]
             kernel = _over_explicit_batch(kernel, avals, ctx.avals_out, spec)
         if target.is_sharded:
-            values = gather_sliced_axes(values, operand_names, [x.shape for x in avals])
+            values = tuple(gather_sliced_axes(values, operand_names, [x.shape for x in avals]))
         results = mlir.lower_fun(kernel, multiple_results=True)(ctx.replace(avals_in=avals), *values)
         if target.is_sharded:
             results = gather_sliced_axes(results, result_names, [x.shape for x in ctx.avals_out])
