@@ -62,6 +62,6 @@ def test_series_of_a_gradient():
     query, key = normal(0, B, T, N, H), normal(1, B, S, N, H)
     gradient = jax.grad(lambda q: jnp.square(flash_attention(q, key, key)).sum())
     _, (first, second) = jet.jet(gradient, (query,), ([np.ones_like(query), np.zeros_like(query)],))
-    slope = lambda q: jax.jvp(gradient, (q,), (np.ones_like(q),))[1]  # noqa: E731
+    slope = lambda q: jax.jvp(gradient, (q,), (jnp.ones_like(q),))[1]  # noqa: E731
     np.testing.assert_allclose(first, slope(query), atol=1e-5)
-    np.testing.assert_allclose(second, jax.jvp(slope, (query,), (np.ones_like(query),))[1], atol=1e-5)
+    np.testing.assert_allclose(second, jax.jvp(slope, (jnp.asarray(query),), (jnp.ones_like(query),))[1], atol=1e-5)

@@ -132,11 +132,11 @@ def make_mask(
     *,
     is_causal: bool,
     static_window: tuple[int, int] | None,
-    static_band: Band,
     traced_window: jax.Array | None,
     query_lengths: jax.Array | None,
     key_value_lengths: jax.Array | None,
     allowed: jax.Array | None,
+    static_band: Band = Band(),
 ) -> tuple[Band, MaskOperands]:
     """Intersect all masks of a call into one static band and the operands it cannot express.
 
