@@ -109,6 +109,15 @@ def _sum(results: Any) -> jax.Array:
     return total
 
 
+def _weighed(results: Any) -> jax.Array:
+    """A linear function of derivatives: the sine of a large one would be noise, as rounding moves it by whole periods."""
+    wide = jnp.float64 if any(x.dtype == jnp.float64 for x in jax.tree.leaves(results)) else jnp.float32
+    total = jnp.zeros((), wide)
+    for x in jax.tree.leaves(results):
+        total += (x.astype(wide) * np.cos(np.arange(x.size)).reshape(x.shape).astype(wide)).sum()
+    return total
+
+
 class Programs:
     """Of one call: each transformation, of queries, keys and values or of everything that is a float."""
 
@@ -143,8 +152,11 @@ class Programs:
         loss = lambda f: lambda x: _sum(f(x))  # noqa: E731
         gradient = lambda f: jax.grad(loss(f))  # noqa: E731
         corner = lambda f: lambda x: jax.tree.map(lambda y: y[(0,) * (y.ndim - 3) + np.s_[0:2, 0, 0:2]], f(x))  # noqa: E731
-        slope = lambda f: lambda x: _sum(gradient(f)(x))  # noqa: E731
-        directional = lambda f: lambda x: _sum(jax.jvp(f, (x,), (x,))[1])  # noqa: E731
+        # A Jacobian with respect to a few elements of query; one of all has too many.
+        nudged = lambda f, x: lambda c: f({**x, "query": x["query"].at[..., 0:2, 0, 0:2].add(c)})  # noqa: E731
+        nothing = lambda x: jnp.zeros((2, 2), x["query"].dtype)  # noqa: E731
+        slope = lambda f: lambda x: _weighed(gradient(f)(x))  # noqa: E731
+        directional = lambda f: lambda x: _weighed(jax.jvp(f, (x,), (x,))[1])  # noqa: E731
         hvp = lambda f: lambda x: jax.jvp(gradient(f), (x,), (x,))[1]  # noqa: E731
         saved = jax.checkpoint_policies.save_only_these_names("flash_attention_out", "flash_attention_lse")
 
@@ -180,10 +192,10 @@ class Programs:
             "gradient of all": self._of(names, lambda f, x: gradient(f)(x)),
             "jvp": self._of(names, lambda f, x: jax.jvp(f, (x,), (x,))),
             "linearize": self._of(QKV, linearized),
-            "jacfwd": self._of(("query",), lambda f, x: jax.jacfwd(corner(f))(x)),
+            "jacfwd": self._of(("query",), lambda f, x: jax.jacfwd(nudged(corner(f), x))(nothing(x))),
             "jacrev": self._of(QKV, lambda f, x: jax.jacrev(corner(f))(x)),
             "forward over reverse": self._of(names, lambda f, x: hvp(f)(x)),
-            "hessian": self._of(("query",), lambda f, x: jax.hessian(loss(f))(x)),
+            "hessian": self._of(("query",), lambda f, x: jax.hessian(nudged(loss(f), x))(nothing(x))),
             "reverse over reverse": self._of(names, lambda f, x: jax.grad(slope(f))(x)),
             "reverse over forward": self._of(names, lambda f, x: jax.grad(directional(f))(x)),
             "third order": self._of(QKV, lambda f, x: jax.jvp(hvp(f), (x,), (x,))[1]),

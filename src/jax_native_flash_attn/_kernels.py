@@ -89,6 +89,7 @@ def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, .
             new_max = logits.max(-1, keepdims=True)
             if state is not None:
                 new_max = jnp.maximum(state.max_so_far, new_max)
+            new_max = lax.stop_gradient(new_max)  # out and lse do not depend on what is subtracted
             weights = tiles.exp(logits - new_max)
             denominator = weights.sum(-1, keepdims=True)
             if tiles.normalizes:

@@ -8,6 +8,7 @@ A directional derivative is JAX's own, forward or, transposed, in reverse mode t
 as Mosaic GPU's, or, in reverse, a loop with a run-time trip count.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 
 from . import _dispatch, _kernels
 from ._logits import Tiles
-from ._operands import Config, field_names
+from ._numerics import accumulation_dtype
+from ._operands import Config, Inputs, field_names
 from ._tiles import Target
 
 Leaves = tuple[jax.Array, ...]
@@ -108,12 +110,23 @@ class FirstDerivative:
         shapes = operand_shapes(self.outputs, residuals, linear)
         wanted = {names[slot.like]: shape for slot, shape in zip(self.outputs, shapes, strict=True)}
         inputs = jax.tree.unflatten(self.structure, leaves)
+        if target.has_rounded_out:
+            out, lse = self._forward(inputs, target)
         if self.flipped:
             results = _dispatch.cotangent(self.config, inputs, out, lse, operands, wanted, target)
         else:
             tiles = Tiles(self.config, inputs, target, further={**operands, "lse": lse})
             results = _kernels.tangent(tiles, out, lse, operands, wanted)
         return tuple(results[name] for name in wanted)
+
+    def _forward(self, inputs: Inputs, target: Target) -> Leaves:
+        """out and lse once more, of unrounded weights.
+
+        What rounding does to out is, in delta, the same for a whole row, and leaves a sum of dz where there should be
+        none. To a gradient that is one rounding more; but in derivatives of it, terms cancel that are many times larger.
+        """
+        config = replace(self.config, needs_lse=True, rounds_out=False, adds_rounded=False)
+        return _kernels.forward(Tiles(config, inputs, target))
 
     def is_opaque(self, residuals: Sequence[Any], target: Target) -> bool:
         inputs = jax.tree.unflatten(self.structure, residuals[:-2])
@@ -160,11 +173,14 @@ class DirectionalDerivative:
 
     def apply(self, residuals: Leaves, linear: Leaves, target: Target) -> Leaves:
         num_residuals = len(self.inner.residual_names)
+        dtypes = [x.dtype for x in operand_shapes(self.outputs, residuals, linear)]
+        query = residuals[self.residual_names.index("query")]
+        residuals, linear = tuple(map(_widened, residuals)), tuple(map(_widened, linear))
         likes = [slot.like for slot in self.tangents]
         shapes = [x.shape for x in operand_shapes(self.tangents, residuals, linear)]
         # `vmap` may have left either a residual or its tangent with an axis of size 1.
         full = [jnp.broadcast_shapes(residuals[i].shape, shape) for i, shape in zip(likes, shapes, strict=True)]
-        inner_target = target.under("reverse" if self.flipped else "forward")
+        inner_target = target.under("reverse" if self.flipped else "forward", query.dtype)
 
         def inner(*varying: jax.Array) -> Leaves:
             leaves = list(residuals)
@@ -174,11 +190,16 @@ class DirectionalDerivative:
             return self.inner.apply(inner_residuals, inner_linear, inner_target)
 
         primals = tuple(jnp.broadcast_to(residuals[i], shape) for i, shape in zip(likes, full, strict=True))
-        if not self.flipped:
-            tangents = tuple(jnp.broadcast_to(t, shape) for t, shape in zip(linear, full, strict=True))
-            return jax.jvp(inner, primals, tangents)[1]
-        cotangents = jax.vjp(inner, *primals)[1](linear)
-        return tuple(_sum_to(x, shape) for x, shape in zip(cotangents, shapes, strict=True))
+        # TensorFloat-32, which float32 is multiplied in by default, has no more digits than float16.
+        is_half = query.dtype == jnp.float16
+        with jax.default_matmul_precision("highest") if is_half else contextlib.nullcontext():
+            if not self.flipped:
+                tangents = tuple(jnp.broadcast_to(t, shape) for t, shape in zip(linear, full, strict=True))
+                results = jax.jvp(inner, primals, tangents)[1]
+            else:
+                cotangents = jax.vjp(inner, *primals)[1](linear)
+                results = tuple(_sum_to(x, shape) for x, shape in zip(cotangents, shapes, strict=True))
+        return tuple(x.astype(dtype) for x, dtype in zip(results, dtypes, strict=True))
 
     def is_opaque(self, residuals: Sequence[Any], target: Target) -> bool:
         return False
@@ -208,6 +229,11 @@ def operand_shapes(slots: Slots, residuals: Sequence[Any], linear: Sequence[Any]
 
 def pick(items: tuple, flags: Flags) -> tuple:
     return tuple(item for item, flag in zip(items, flags, strict=True) if flag)
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    """Derivatives of 16-bit numbers are sums of large terms that cancel, so that none of them may be rounded."""
+    return x.astype(accumulation_dtype(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _sum_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
