@@ -110,7 +110,7 @@ def _sum(results: Any) -> jax.Array:
 
 
 def _weighed(results: Any) -> jax.Array:
-    """A linear function of derivatives: the sine of a large one would be noise, as rounding moves it by whole periods."""
+    """A linear function of derivatives: the sine of a large one would be noise, as rounding moves it by periods."""
     wide = jnp.float64 if any(x.dtype == jnp.float64 for x in jax.tree.leaves(results)) else jnp.float32
     total = jnp.zeros((), wide)
     for x in jax.tree.leaves(results):

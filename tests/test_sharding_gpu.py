@@ -83,7 +83,7 @@ def test_heads_of_each_gpu(projection: str, kind: str, transformation: str) -> N
     N, K, H = PROJECTIONS[projection]
     rng = np.random.default_rng(0)
     shapes = (B, T, N, H), (B, T, K, H), (B, T, K, H)
-    arrays = [jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes]
+    arrays = tuple(jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
     spec = P(None, None, "model")
     axis_type = AxisType.Explicit if kind == "explicit" else AxisType.Auto
     mesh = jax.make_mesh((2,), ("model",), axis_types=(axis_type,), devices=jax.devices()[:2])
@@ -95,7 +95,7 @@ def test_heads_of_each_gpu(projection: str, kind: str, transformation: str) -> N
         mapped = jax.shard_map(whole, mesh=mesh, in_specs=(spec, (spec, spec)), out_specs=spec)
         return mapped(w, x) if kind == "shard_map" else whole(w, x)
 
-    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in arrays]
+    placed = tuple(jax.device_put(x, NamedSharding(mesh, spec)) for x in arrays)
     with jax.set_mesh(mesh):
         compiled = jax.jit(_transformed(sharded)[transformation]).lower(placed[0], placed[1:]).compile()
     assert collectives(compiled.as_text() or "") == {}

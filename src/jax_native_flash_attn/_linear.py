@@ -123,7 +123,7 @@ class FirstDerivative:
         """out and lse once more, of unrounded weights.
 
         What rounding does to out is, in delta, the same for a whole row, and leaves a sum of dz where there should be
-        none. To a gradient that is one rounding more; but in derivatives of it, terms cancel that are many times larger.
+        none. To a gradient that is one rounding more; but in derivatives of it, many times larger terms cancel.
         """
         config = replace(self.config, needs_lse=True, rounds_out=False, adds_rounded=False)
         return _kernels.forward(Tiles(config, inputs, target))
