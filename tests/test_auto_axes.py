@@ -90,16 +90,16 @@ def projected(attention: Callable[..., jax.Array], N: int, K: int, H: int) -> Ca
 PROJECTIONS = {
     "4 heads on 8": (4, 4, 8, (8,), P(None, "x")),
     "8 heads on 8": (8, 8, 8, (8,), P(None, "x")),
-    "16 heads on 8": (16, 16, 4, (8,), P(None, "x")),
     "12 heads on 8": (12, 12, 4, (8,), P(None, "x")),
     "16/2 heads on 8": (16, 2, 4, (8,), P(None, "x")),
-    "6/2 heads on 8": (6, 2, 8, (8,), P(None, "x")),
     "8/2 heads on 4 x 2": (8, 2, 8, (4, 2), P("y", "x")),
 }
 
 
-@pytest.mark.parametrize("as_units", [False, True], ids=["split", "units"])
-@pytest.mark.parametrize("transformation", ["value", "grad", "jvp", "hvp"])
+@pytest.mark.parametrize(
+    ("as_units", "transformation"),
+    [*((False, name) for name in ("value", "grad", "jvp", "hvp")), (True, "grad"), (True, "hvp")],
+)
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_fused_projection(
     projection: str, transformation: str, as_units: bool, monkeypatch: pytest.MonkeyPatch

@@ -88,5 +88,5 @@ def test_a_fused_projection(heads: tuple[int, int], transformation: str) -> None
     )
     assert "loop" not in ours
     assert ours.keys() - reference.keys() <= {"all-gather"}
-    if N >= len(devices()):
+    if len(devices()) <= N:
         assert sum(ours.values()) <= sum(reference.values())

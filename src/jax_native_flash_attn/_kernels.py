@@ -139,6 +139,9 @@ def tangent(
     An axis of size 1 in `results` is summed over.
     """
     nest, sizes = tiles.nest, tiles.sizes
+    # Where all keys of a row are in one tile, dlse is known before the product with the values. What is rounded for it
+    # is then p (dz - dlse), which is small where the dz of a row are much alike, and out is not needed.
+    is_centered = tiles.rounds_operands and nest.visits_one_key_tile
 
     def row_tile(at: RowTile, results: dict[str, jax.Array]) -> dict[str, jax.Array]:
         query, row_lse = tiles.query(at), tiles.rows(lse, at)
@@ -169,7 +172,10 @@ def tangent(
             dlogits = logits_tangent(key, columns, mask)
             if dlogits is not None:
                 dweights = weights * dlogits
-                dlse += dweights.sum(-1, keepdims=True)
+                row_dlse = dweights.sum(-1, keepdims=True)
+                dlse += row_dlse
+                if is_centered:
+                    dweights -= weights * row_dlse
                 value = tiles.value(at, columns, mask)
                 dropped = tiles.drop(dweights, keep)
                 dout += tiles.einsum("...rs,...sd->...rd", dropped, value)
@@ -182,7 +188,8 @@ def tangent(
         rows = nest.row_shape
         dout, dlse = nest.columns(at, key_tile, (tiles.zeros(*rows, sizes.D), tiles.zeros(*rows, 1)))
         if "out" in results:
-            dout -= dlse * nest.query_slice(out, at).astype(tiles.accumulate)
+            if not is_centered:
+                dout -= dlse * nest.query_slice(out, at).astype(tiles.accumulate)
             dout = nest.owned_rows(dout, at)
             results["out"] = nest.write_query(results["out"], dout, at, add=True)
         if "lse" in results:

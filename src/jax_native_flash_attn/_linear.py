@@ -111,6 +111,9 @@ class FirstDerivative:
         wanted = {names[slot.like]: shape for slot, shape in zip(self.outputs, shapes, strict=True)}
         inputs = jax.tree.unflatten(self.structure, leaves)
         if target.has_rounded_out:
+            if inputs.bias is not None and inputs.bias.shape[-1] == 1:
+                # What is alike for all keys changes no weight, hence nothing here that is differentiated.
+                inputs = inputs._replace(bias=jax.lax.stop_gradient(inputs.bias))
             out, lse = self._forward(inputs, target)
         if self.flipped:
             results = _dispatch.cotangent(self.config, inputs, out, lse, operands, wanted, target)
