@@ -56,6 +56,7 @@ for name, f, safe in (
     assert past == 0 if safe else past > 0.1 and not received
 
 layer = nn.MultiHeadDotProductAttention(2, dropout_rate=0.5, attention_fn=names_a_rate)
+received.clear()
 layer.apply(parameters, x, deterministic=True)
 print("in evaluation:", received)
 assert received == {"dropout_rate": 0.5}
