@@ -9,9 +9,9 @@
 # (jnp.einsum: the logits alone, "btnh,bsnh->bnts".)
 #
 # Why one guesses otherwise: with explicit axes the sharding is part of the type, and JAX raises where it cannot decide.
-# Multi-query models shard the heads of the query and keep the few keys whole, so this case is usual. 0.10.2 decides
-# for each product by its first operand, which in the second product of jax.nn is not the query's side. The
-# result is right but on every device whole, and no message says so. The same code stops with an error in 0.12.
+# Multi-query models shard the heads of the query and keep the few keys whole, so this case is usual. 0.10.2 takes the
+# sharding of the first operand of each product. In the second product of jax.nn jnp.einsum puts the value first. The
+# result is right, but whole on every device, and no message says so. The same code stops with an error in 0.12.
 set -euo pipefail
 python=
 for candidate in python3.13 python3.12 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python; do

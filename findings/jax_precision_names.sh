@@ -6,9 +6,9 @@
 #     bfloat16_3x, fastest: precision= takes them, the context raises ValueError "new enum value must be None or in ..."
 #
 # Why one guesses otherwise: the context is documented as the way to set the precision of products that one does not
-# write oneself, and both take the names of jax.lax.DotAlgorithmPreset. "fastest" and "bfloat16_3x" are among the names
-# that jax.lax.Precision gives: Precision("fastest") is DEFAULT and Precision("bfloat16_3x") is HIGH. A setting read
-# from a file and passed to precision= for a year fails when it is moved to the context.
+# write oneself, and both take names of jax.lax.DotAlgorithmPreset. "fastest" and "bfloat16_3x" are among the names
+# that jax.lax.Precision gives: Precision("fastest") is DEFAULT and Precision("bfloat16_3x") is HIGH. A setting
+# that precision= takes may fail when it is moved to the context.
 set -euo pipefail
 python=
 for candidate in python3.13 python3.12 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python; do
