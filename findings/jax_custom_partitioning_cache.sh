@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # JAX 0.12.0.1: the persistent compilation cache never finds a program with custom_partitioning over several devices.
 #
-# Seen in November 2026, CPU with 2 devices, Python 3.12. JAX 0.10.2 misses and refuses likewise. The function doubles an array.
+# Seen in November 2026, CPU with 2 devices, Python 3.12. JAX 0.10.2 misses and refuses likewise.
 #     plain, 2 device(s): hits of three processes 0 1 1; files: 1
 #     custom, 1 device(s): hits of three processes 0 1 1; files: 1
 #     custom, 2 device(s): hits of three processes 0 0 0; files: 3
@@ -69,7 +69,12 @@ def run(*arguments):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-for kind, devices, expected, files in (("plain", 2, "0 1 1", 1), ("custom", 1, "0 1 1", 1), ("custom", 2, "0 0 0", 3), ("flag", 2, "0 1 1", 1)):
+for kind, devices, expected, files in (
+    ("plain", 2, "0 1 1", 1),
+    ("custom", 1, "0 1 1", 1),
+    ("custom", 2, "0 0 0", 3),
+    ("flag", 2, "0 1 1", 1),
+):
     with tempfile.TemporaryDirectory() as cache:
         hits = " ".join(run(cache, kind, str(devices), "compile") for _ in range(3))
         print(f"{kind}, {devices} device(s): hits of three processes {hits}; files: {len(os.listdir(cache))}")

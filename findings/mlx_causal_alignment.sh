@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# MLX 0.32.4: mask="causal" is aligned to the end, with fewer keys than queries too; a row without keys is a mean or NaN.
+# MLX 0.32.4: mask="causal" is aligned to the end, with fewer keys too; a row without keys is a mean or NaN.
 #
 # Seen in November 2026, mlx with mlx-cpu, Linux, CPU, Python 3.12. All logits are equal; the value of key j is j.
 #     2 queries, 4 keys, "causal":  1.0, 1.5             key j is seen from query i when j <= i + 2
