@@ -189,3 +189,10 @@ def test_the_compiler_folds_no_mask():
     )
     assert process.returncode == 0, process.stderr
     assert "Constant folding an instruction" not in process.stderr, process.stderr
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1, 1, 1), (3, 1)], ids=str)
+def test_without_any_key(shape: tuple[int, ...]) -> None:
+    query, key = np.ones((2, 3, 2, 4), np.float32), np.ones((2, 0, 2, 4), np.float32)
+    out = jax.jit(lambda query: flash_attention(query, key, key, mask=np.ones(shape, bool)))(query)
+    np.testing.assert_array_equal(out, np.zeros_like(query))

@@ -363,6 +363,29 @@ def test_explicit_batch_and_auto_heads(transformation: str):
     assert_close(results, unsharded(transformation))
 
 
+@pytest.mark.parametrize("transformation", ["value", "grad"])
+@pytest.mark.parametrize("constrained", [P(None, None, "model", None), P("model", None, None, None)], ids=str)
+def test_auto_axis_of_a_mesh_with_an_explicit_one(constrained: P, transformation: str):
+    # No explicit axis shards anything: XLA splits the call over the other.
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Auto))
+    sharding = NamedSharding(mesh, constrained)
+
+    def f(*x: Any) -> jax.Array:
+        x = tuple(jax.lax.with_sharding_constraint(a, sharding) for a in x)
+        return jax.lax.with_sharding_constraint(flash_attention(*x, is_causal=True, **BLOCKS), sharding)
+
+    def transform(f: Callable[..., Any]) -> Callable[..., Any]:
+        return f if transformation == "value" else jax.grad(lambda *x: jnp.sin(f(*x)).sum(), (0, 1, 2))
+
+    inputs = arrays()[:3]
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(transform(f), compiler_options=FAST).lower(*inputs).compile()
+        results = compiled(*inputs)
+    assert set(collectives(compiled.as_text())) <= {"all-gather"}  # of the arguments, or of the results
+    expected = jax.jit(transform(functools.partial(flash_attention, is_causal=True, **BLOCKS)), compiler_options=FAST)
+    assert_close(results, expected(*inputs))
+
+
 @pytest.mark.parametrize("transformation", ["value", "grad", "hvp"])
 def test_shard_map_over_the_batch_with_heads_auto(transformation: str):
     mesh = make_mesh("auto")
@@ -416,6 +439,26 @@ def test_vmap_over_a_sharded_axis(partitioned: str, transformation: str):
     for x in jax.tree.leaves(results):
         assert_sharded_as(x, mesh, spec)
     assert_close(results, jax.jit(transform(jax.vmap(attention)), compiler_options=FAST)(*inputs))
+
+
+@pytest.mark.skipif(OLD_JAX, reason="older JAX has no Mosaic GPU backend that we use")
+@pytest.mark.parametrize("transformation", ["value", "grad"])
+@pytest.mark.parametrize("kinds", [(AxisType.Explicit,) * 2, (AxisType.Explicit, AxisType.Auto)], ids=str)
+def test_hopper_kernels_beside_a_mesh_that_shards_nothing(
+    kinds: Any, transformation: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_dispatch, "_compute_capabilities", lambda: frozenset({"9.0"}))
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=kinds)
+    x = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
+
+    def value(*x: Any) -> jax.Array:
+        return flash_attention(*x, is_causal=True)
+
+    f = value if transformation == "value" else jax.grad(lambda *x: value(*x).astype(jnp.float32).sum(), (0, 1, 2))
+    with jax.set_mesh(mesh):
+        text = jax.jit(f).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    # An auto axis may shard the call, and XLA then splits the pure JAX kernels.
+    assert ("mosaic_gpu" in text) == (AxisType.Auto not in kinds)
 
 
 # ---- two processes

@@ -90,7 +90,7 @@ def hide_constant_mask(mask: np.ndarray, T: int, S: int) -> tuple[jax.Array | No
 
 def _as_band(mask: np.ndarray, T: int, S: int) -> Band | None:
     """The band that this mask is, in all batch rows and heads; None if it is none."""
-    if mask.size == 0:
+    if mask.size == 0 or T == 0 or S == 0:
         return None
     rows, position = mask[0, 0], np.arange(T)
     if not all(np.array_equal(mask[i], rows) for i in np.ndindex(mask.shape[:2])):

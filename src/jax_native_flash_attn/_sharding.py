@@ -10,6 +10,7 @@ Batch axes and heads shard. A result that lacks such an axis (the gradient of
 a bias shared by the batch, say) is summed over its mesh axes; nothing else is ever communicated.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -20,7 +21,7 @@ import jax
 from jax import lax
 from jax.core import ShapedArray
 from jax.interpreters import mlir
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from ._partitioning import as_unit, gather_sliced_axes, needs_devices, uses_shardy
@@ -106,10 +107,11 @@ def lowering_rule(
             # An exported program may not hold what fixes a layout.
             fixes_layouts=platform == "cuda" and is_only and not module.lowering_parameters.for_export,
         )
-        has_auto_axes = kinds <= {AxisType.Auto} and getattr(module.axis_context, "num_devices", 1) > 1
-        is_split = has_auto_axes or {AxisType.Manual, AxisType.Auto} <= kinds
-        # `custom_partitioning` cannot name the mesh axes that are left where some are manual.
-        is_unit = has_auto_axes and partitioning is not None and is_opaque(avals, target, **params)
+        has_several = getattr(module.axis_context, "num_devices", 1) > 1 or AxisType.Manual in kinds
+        is_split = has_several and (not kinds or AxisType.Auto in kinds)
+        # `custom_partitioning` cannot name the mesh axes that are left where some are of another kind.
+        can_be_unit = is_split and kinds <= {AxisType.Auto} and partitioning is not None
+        is_unit = can_be_unit and is_opaque(avals, target, **params)
         target = target._replace(is_sharded=is_split and not is_unit)
         kernel = functools.partial(function, target=target, **params)
         spec = _explicit_spec(ctx.avals_in)
@@ -120,7 +122,10 @@ def lowering_rule(
             kernel = _over_explicit_batch(kernel, avals, ctx.avals_out, spec)
         if target.is_sharded:
             values = tuple(gather_sliced_axes(values, operand_names, [x.shape for x in avals]))
-        results = mlir.lower_fun(kernel, multiple_results=True)(ctx.replace(avals_in=avals), *values)
+        # Nor with explicit axes in the types of what it makes of nothing, where no operand is sharded over them.
+        is_outside = AxisType.Explicit in kinds and not any(spec)
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())) if is_outside else contextlib.nullcontext():
+            results = mlir.lower_fun(kernel, multiple_results=True)(ctx.replace(avals_in=avals), *values)
         if target.is_sharded:
             results = gather_sliced_axes(results, result_names, [x.shape for x in ctx.avals_out])
         return results
