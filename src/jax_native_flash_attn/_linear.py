@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from . import _dispatch, _kernels
 from ._logits import Tiles
 from ._numerics import accumulation_dtype
-from ._operands import Config, Inputs, field_names
+from ._operands import Config, Inputs, field_names, sum_to
 from ._tiles import Target
 
 Leaves = tuple[jax.Array, ...]
@@ -176,7 +176,7 @@ class DirectionalDerivative:
 
     def apply(self, residuals: Leaves, linear: Leaves, target: Target) -> Leaves:
         num_residuals = len(self.inner.residual_names)
-        dtypes = [x.dtype for x in operand_shapes(self.outputs, residuals, linear)]
+        wanted = operand_shapes(self.outputs, residuals, linear)
         query = residuals[self.residual_names.index("query")]
         residuals, linear = tuple(map(_widened, residuals)), tuple(map(_widened, linear))
         likes = [slot.like for slot in self.tangents]
@@ -200,9 +200,8 @@ class DirectionalDerivative:
                 tangents = tuple(jnp.broadcast_to(t, shape) for t, shape in zip(linear, full, strict=True))
                 results = jax.jvp(inner, primals, tangents)[1]
             else:
-                cotangents = jax.vjp(inner, *primals)[1](linear)
-                results = tuple(_sum_to(x, shape) for x, shape in zip(cotangents, shapes, strict=True))
-        return tuple(x.astype(dtype) for x, dtype in zip(results, dtypes, strict=True))
+                results = jax.vjp(inner, *primals)[1](linear)
+        return tuple(sum_to(x, like) for x, like in zip(results, wanted, strict=True))
 
     def is_opaque(self, residuals: Sequence[Any], target: Target) -> bool:
         return False
@@ -237,8 +236,3 @@ def pick(items: tuple, flags: Flags) -> tuple:
 def _widened(x: jax.Array) -> jax.Array:
     """Derivatives of 16-bit numbers are sums of large terms that cancel, so that none of them may be rounded."""
     return x.astype(accumulation_dtype(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-
-def _sum_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    axes = tuple(i for i, (n, m) in enumerate(zip(x.shape, shape, strict=True)) if n != m)
-    return x.sum(axes, keepdims=True) if axes else x
