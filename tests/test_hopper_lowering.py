@@ -4,9 +4,9 @@ Full: every transformation of `lowering.Programs` x mask x {bfloat16, float32} x
 x what else a call may have (`lowering.OPTIONS`), with value, gradient and second order of two kinds.
 So is the former for float16, but for the kernels that Mosaic GPU has, which are lowered with the latter alone.
 Sampled: of the former's kernels that Mosaic GPU has, those of value and gradient and of every fourth other program,
-which rotates with mask and 64-bit types, as head dimension and option do. Beside the latter, dtype, head dimension and 64-bit
-types rotate such that every option, and every mask, meets each dtype with and without 64-bit types. Every second of
-those calls has value and gradient alone; the others the second order too, and the pure JAX kernels in several tiles.
+which rotates with mask and 64-bit types, as head dimension and option do. Beside the latter, dtype, head dimension and
+64-bit types rotate such that every option, and every mask, meets each dtype with and without 64-bit types. Every second
+of those calls has value and gradient alone; the others the second order too, and pure JAX in several tiles.
 
 Tracing is quick, and lowering a Mosaic kernel takes up to a second: a kernel is lowered once in each process.
 """

@@ -163,6 +163,51 @@ def test_two_runs_are_bitwise_equal(shape: tuple[int, ...]) -> None:
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
+def _last_row(call: Any, *operands: Any) -> Any:
+    """Out and gradients of the last batch row, of all that `call` takes."""
+
+    def run(operands: Any) -> Any:
+        out, pullback = jax.vjp(lambda *floats: call(*floats, *operands[3:]), *operands[:3])
+        return jax.tree.map(lambda x: x[-1].astype(jnp.float32), (out, pullback(out)))
+
+    return jax.tree.map(np.asarray, jax.jit(run)(operands))
+
+
+def _check_last_row(found: Any, expected: Any) -> None:
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2 * float(jnp.finfo(jnp.bfloat16).eps) * np.abs(y).max())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["elements", "bias", "mask"])
+def test_offsets_beyond_32_bits(kind: str) -> None:
+    """More than 2**31 elements in query, or in a bias or mask: the last batch row is as by itself."""
+    B, T, S, N, K, H = (17, 8192, 8192, 128, 128, 128) if kind == "elements" else (3, 4096, 4096, 50, 50, 64)
+    operands = _arrays(B, T, S, N, K, H)
+    options: list[str] = []
+    if kind != "elements":
+        scores = jax.random.normal(jax.random.key(1), (B, N, T, S), jnp.bfloat16)
+        operands.append(scores if kind == "bias" else scores > 0)
+        options.append(kind)
+
+    def call(query: Any, key: Any, value: Any, *others: Any) -> Any:
+        return mosaic_attention(query, key, value, **dict(zip(options, others, strict=True)))
+
+    _check_last_row(_last_row(call, *operands), _last_row(call, *(x[-1:] for x in operands)))
+
+
+@pytest.mark.gpu
+def test_dropout_of_more_than_32_bits_of_scores() -> None:
+    operands = _arrays(3, 6000, 4096, 70, 70, 64)
+    options: Any = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(3)}
+    implementations: Any = ("mosaic_gpu", "pure_jax")
+    found, expected = (
+        _last_row(functools.partial(flash_attention, implementation=implementation, **options), *operands)
+        for implementation in implementations
+    )
+    _check_last_row(found, expected)
+
+
 @pytest.mark.gpu
 def test_vmap_over_some_operands() -> None:
     query, key, value = _arrays(2, 100, 150, 4, 2, 64)
