@@ -25,8 +25,8 @@ from benchmark_gpu_table import attention, live_fraction, random_inputs
 from processes import run_in_turn, wait_for_turn
 from timing import interleaved_medians, repeated, warm_up
 
-from jax_native_flash_attn import _mosaic_call
-from jax_native_flash_attn._mosaic_blocks import Blocks
+from jax_native_flash_attn._kernels.hopper import family
+from jax_native_flash_attn._kernels.hopper.blocks import Blocks
 
 _SECONDS = 1e-3  # of one sample: shorter calls are repeated in one program
 _RATE = 400e12  # operations per second, to guess how often
@@ -60,7 +60,7 @@ def lowered(name: str, candidate: str, *, needs_lse: bool) -> Any:
         arguments = (inputs.query, inputs.key, inputs.value, inputs.bias)
         return jax.vjp(function, arguments)[0] if needs_lse else function(arguments)
 
-    call_module: Any = _mosaic_call
+    call_module: Any = family
     choose = call_module.forward_blocks
     if blocks is not None:
         call_module.forward_blocks = lambda *_, **__: blocks

@@ -18,8 +18,8 @@ from machine import header
 from timing import interleaved_seconds
 from tqdm import tqdm
 
-from jax_native_flash_attn import _logits
-from jax_native_flash_attn._tiles import TileShape, choose_tile, largest_divisor
+from jax_native_flash_attn._kernels.xla import tiles
+from jax_native_flash_attn._kernels.xla.shapes import TileShape, choose_tile, largest_divisor
 
 _BLOCKS = (128, 256, 512, 1024, 2048, 4096)
 
@@ -80,7 +80,7 @@ def _heads_in_a_tile(limit: int | None) -> Iterator[None]:
             return tile
         return dataclasses.replace(tile, batch=(1,) * len(tile.batch), heads=largest_divisor(sizes.K, limit))
 
-    with mock.patch.object(_logits, "choose_tile", limited):
+    with mock.patch.object(tiles, "choose_tile", limited):
         yield
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse
-from jax_native_flash_attn._linear import FirstDerivative
+from jax_native_flash_attn._autodiff.linear import FirstDerivative
 
 PRIMITIVES = ("flash_attention", "flash_attention_linear_kernel")
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from jax_native_flash_attn import _forms, _kernels, _tiles, _xla, flash_attention
-from jax_native_flash_attn._logits import Tiles
+from jax_native_flash_attn import flash_attention
+from jax_native_flash_attn._kernels.xla import family, forms, kernels, shapes
+from jax_native_flash_attn._kernels.xla.tiles import Tiles
 from tests.cases import FAST_COMPILATION, Case, cases, check_case
 
 
@@ -37,12 +38,12 @@ def _accelerator() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tiles, "__init__", init)
         patch.setattr(Tiles, "einsum", _einsum)
-        patch.setattr(_tiles, "ACCELERATOR_SCORES", 1 << 14)
-        patch.setattr(_forms, "ACCELERATOR_SCORES", 1 << 14)
-        patch.setattr(_tiles, "_ACCELERATOR_LEAST", 1 << 11)
-        patch.setattr(_tiles, "_ACCELERATOR_KEYS", 1 << 10)
-        patch.setattr(_forms, "_LARGE", 1 << 10)
-        patch.setattr(_forms, "_LARGE_TILE", 1 << 9)
+        patch.setattr(shapes, "ACCELERATOR_SCORES", 1 << 14)
+        patch.setattr(forms, "ACCELERATOR_SCORES", 1 << 14)
+        patch.setattr(shapes, "_ACCELERATOR_LEAST", 1 << 11)
+        patch.setattr(shapes, "_ACCELERATOR_KEYS", 1 << 10)
+        patch.setattr(forms, "_LARGE", 1 << 10)
+        patch.setattr(forms, "_LARGE_TILE", 1 << 9)
         yield
     jax.clear_caches()
 
@@ -101,13 +102,13 @@ def _arrays(scale: float) -> list[jax.Array]:
 @pytest.mark.parametrize(("scale", "is_bounded"), [(1.0, True), (4.0, False), (np.nan, False)])
 def test_bounds_are_decided_at_run_time(scale: float, is_bounded: bool, monkeypatch: pytest.MonkeyPatch):
     taken = []
-    forward = _kernels.forward
+    forward = kernels.forward
 
     def watched(tiles: Tiles, bounds: jax.Array | None = None) -> Any:
         jax.debug.callback(lambda: taken.append(bounds is not None))
         return forward(tiles, bounds)
 
-    monkeypatch.setattr(_xla._kernels, "forward", watched)
+    monkeypatch.setattr(family.kernels, "forward", watched)
     jax.clear_caches()
     jax.block_until_ready(flash_attention(*_arrays(scale)))
     jax.effects_barrier()

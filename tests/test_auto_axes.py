@@ -20,7 +20,8 @@ from jax.experimental import serialize_executable
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_native_flash_attn import _dispatch, flash_attention
+from jax_native_flash_attn import flash_attention
+from jax_native_flash_attn._kernels import select
 from tests.environment import DEVICE_COUNT, fast_compilation, lenient_promotion
 
 pytestmark = pytest.mark.skipif(jax.device_count() < DEVICE_COUNT, reason="needs eight devices")
@@ -111,8 +112,8 @@ def test_fused_projection(
     mesh = auto_mesh(*mesh_shape)
     expected = jax.jit(transformed(projected(ATTENTIONS["jax.nn"], N, K, H))[transformation])(w, x)
     if as_units:
-        monkeypatch.setattr(_dispatch, "forward_is_opaque", lambda *unused: True)
-        monkeypatch.setattr(_dispatch, "cotangent_is_opaque", lambda *unused: True)
+        monkeypatch.setattr(select, "forward_is_opaque", lambda *unused: True)
+        monkeypatch.setattr(select, "cotangent_is_opaque", lambda *unused: True)
     found = {}
     for name, attention in ATTENTIONS.items():
         f = transformed(projected(attention, N, K, H))[transformation]

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_native_flash_attn import _forms, _kernels, _numerics, flash_attention, flash_attention_with_lse
+from jax_native_flash_attn import flash_attention, flash_attention_with_lse
+from jax_native_flash_attn._kernels.xla import forms, kernels, quirks
 from tests.cases import FAST_COMPILATION, Case, check_case
 from tests.environment import lenient_promotion
 from tests.oracle import (
@@ -51,7 +52,7 @@ OPTIONS = {
 def test_bfloat16_products_and_shapes(
     options: str, shape: str, has_hardware: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_numerics, "cpu_multiplies_bfloat16", lambda: has_hardware)
+    monkeypatch.setattr(quirks, "cpu_multiplies_bfloat16", lambda: has_hardware)
     case = OPTIONS[options]
     B = SHAPES[shape][0]
     lengths = case.key_value_seq_lengths and case.key_value_seq_lengths[:B]
@@ -170,7 +171,7 @@ def test_mask_of_documents(
     documents: int, has_dead_rows: bool, is_bounded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Few and many occupied tiles take different forms, decided at run time, with and without bounds."""
-    monkeypatch.setattr(_forms, "_CPU_LARGE", 1 if is_bounded else 1 << 62)
+    monkeypatch.setattr(forms, "_CPU_LARGE", 1 if is_bounded else 1 << 62)
     L = 1024
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.standard_normal((1, L, 1, 8)), jnp.float32) for _ in range(3))
@@ -202,14 +203,14 @@ def test_mask_of_documents(
 def test_bounds_of_logits(masks: str, magnitude: float, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is subtracted from the logits is decided at run time, and where tiles are large or small alike."""
     taken = []
-    forward = _kernels.forward
+    forward = kernels.forward
 
     def watched(tiles: Any, bounds: Any = None) -> Any:
         jax.debug.callback(lambda: taken.append(bounds is not None))
         return forward(tiles, bounds)
 
-    monkeypatch.setattr(_kernels, "forward", watched)
-    monkeypatch.setattr(_forms, "_CPU_LARGE", 1)
+    monkeypatch.setattr(kernels, "forward", watched)
+    monkeypatch.setattr(forms, "_CPU_LARGE", 1)
     rng = np.random.default_rng(0)
     shapes = (2, 131, 4, 16), (2, 139, 2, 16), (2, 139, 2, 16)
     allowed = jnp.asarray(rng.random((2, 1, 131, 139)) < 0.5)
@@ -243,7 +244,7 @@ def test_bounds_of_logits(masks: str, magnitude: float, dtype: str, monkeypatch:
 
 def test_bfloat16_gradient_of_scale_through_out_and_lse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where products round their operands it comes from sums that need the cotangent of lse apart; a row is dead."""
-    monkeypatch.setattr(_numerics, "cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(quirks, "cpu_multiplies_bfloat16", lambda: True)
     rng = np.random.default_rng(0)
     query, key, value, dout = (jnp.asarray(rng.standard_normal((1, 70, 2, 16)), jnp.bfloat16) for _ in range(4))
     dlse = jnp.asarray(rng.standard_normal((1, 70, 2)), jnp.bfloat16)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn import dropout_keep_mask, flash_attention
-from jax_native_flash_attn._dropout import make_dropout
+from jax_native_flash_attn._semantics.dropout import make_dropout
 from tests.environment import bernoulli, enable_x64, fast_compilation
 from tests.oracle import float64_oracle
 

@@ -11,20 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_native_flash_attn import _dispatch, _kernels, flash_attention, flash_attention_with_lse
-from jax_native_flash_attn._masks import make_mask
-from jax_native_flash_attn._mosaic_blocks import Blocks, Chip, forward_blocks, shared_bytes
-from jax_native_flash_attn._tiles import Sizes
+from jax_native_flash_attn import flash_attention, flash_attention_with_lse
+from jax_native_flash_attn._kernels import select
+from jax_native_flash_attn._kernels.hopper.blocks import Blocks, Chip, forward_blocks, shared_bytes
+from jax_native_flash_attn._kernels.xla import kernels
+from jax_native_flash_attn._semantics.masks import make_mask
+from jax_native_flash_attn._semantics.sizes import Sizes
 from tests.cases import Case, check_case, enable_x64
 
-needs_backend = pytest.mark.skipif(_dispatch._why_not_backend() is not None, reason=str(_dispatch._why_not_backend()))
+needs_backend = pytest.mark.skipif(select._why_not_backend() is not None, reason=str(select._why_not_backend()))
 mosaic_attention = functools.partial(flash_attention, implementation="mosaic_gpu")
 
 
 @pytest.fixture(autouse=True)
 def _hopper(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("gpu"):
-        reason = _dispatch._why_not_backend() or _dispatch._why_not_device(is_asked=False)
+        reason = select._why_not_backend() or select._why_not_device(is_asked=False)
         if reason:
             pytest.skip(reason)
 
@@ -433,7 +435,7 @@ def test_kernels_compute_intervals_from_lengths_of_keys_alone(masks: dict[str, A
 @needs_backend
 @pytest.mark.parametrize(("items", "workers", "parts"), [(1, 1, 1), (300, 132, 1), (264, 132, 2), (7, 132, 3)])
 def test_every_item_has_one_worker(items: int, workers: int, parts: int) -> None:
-    from jax_native_flash_attn._mosaic_work import Work
+    from jax_native_flash_attn._kernels.hopper.scheduler import Work
 
     work = Work((items,), 1, parts, 1, min(workers, items * parts))
     rounds, rest = divmod(work.items, work.workers)
@@ -501,7 +503,7 @@ def no_pure_jax(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("took the pure JAX kernels")
 
     for name in ("forward", "cotangent"):
-        monkeypatch.setattr(_kernels, name, refuse)
+        monkeypatch.setattr(kernels, name, refuse)
 
 
 GRADIENTS: dict[str, dict[str, Any]] = {
@@ -572,7 +574,7 @@ def test_gradients_of_shared_operands_lower_for_cuda(shared: str, kind: str) -> 
 
 @needs_backend
 def test_pure_jax_unless_asked_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "_compute_capabilities", frozenset)
+    monkeypatch.setattr(select, "_compute_capabilities", frozenset)
     assert "mosaic_gpu" not in _lowered(None, "cuda")
     assert "mosaic_gpu" not in _lowered("pure_jax", "cuda")
 
@@ -580,14 +582,14 @@ def test_pure_jax_unless_asked_without_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
 @needs_backend
 @pytest.mark.parametrize(("capability", "expected"), [("9.0", True), ("8.0", False), ("10.0", False)])
 def test_dispatch_by_compute_capability(capability: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "_compute_capabilities", lambda: frozenset({capability}))
+    monkeypatch.setattr(select, "_compute_capabilities", lambda: frozenset({capability}))
     for implementation in (None, "xla"):
         assert ("mosaic_gpu" in _lowered(implementation, "cuda")) == expected
     assert "mosaic_gpu" not in _lowered("pure_jax", "cuda")
 
 
 def test_several_platforms_take_pure_jax(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "_compute_capabilities", lambda: frozenset({"9.0"}))
+    monkeypatch.setattr(select, "_compute_capabilities", lambda: frozenset({"9.0"}))
     assert "mosaic_gpu" not in _lowered(None, "cpu", "cuda")
 
 
@@ -610,7 +612,7 @@ def test_asking_where_it_cannot_run_is_an_error(reason: str, arrays: Any, option
 
 @needs_backend
 def test_unsupported_calls_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "_compute_capabilities", lambda: frozenset({"9.0"}))
+    monkeypatch.setattr(select, "_compute_capabilities", lambda: frozenset({"9.0"}))
     assert "mosaic_gpu" not in _lowered(None, "cuda", arrays=_types(1, 128, 128, 2, 2, 40))
     float32 = _types(1, 128, 128, 2, 2, 64, jnp.float32)
     assert "mosaic_gpu" in _lowered(None, "cuda", arrays=float32)
@@ -623,7 +625,7 @@ def test_unsupported_calls_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_warning_on_a_hopper_gpu_without_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "_why_not_backend", lambda: "no module named absl")
+    monkeypatch.setattr(select, "_why_not_backend", lambda: "no module named absl")
     for capabilities, implementation, warns in (
         ({"9.0"}, "pure_jax", False),
         (set(), None, False),
@@ -631,7 +633,7 @@ def test_one_warning_on_a_hopper_gpu_without_the_backend(monkeypatch: pytest.Mon
         ({"9.0"}, None, True),
         ({"9.0"}, None, False),  # once
     ):
-        monkeypatch.setattr(_dispatch, "_compute_capabilities", lambda c=capabilities: frozenset(c))
+        monkeypatch.setattr(select, "_compute_capabilities", lambda c=capabilities: frozenset(c))
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             assert "mosaic_gpu" not in _lowered(implementation, "cuda")
@@ -646,7 +648,7 @@ def test_one_warning_on_a_hopper_gpu_without_the_backend(monkeypatch: pytest.Mon
     ("owned", "visits"), [(144, 256), (288, 256), (48, 384), (1, 10), (1, 1000), (5000, 3), (7, 1)]
 )
 def test_parts_of_the_gradient_of_bias_keep_multiprocessors_busy(owned: int, visits: int) -> None:
-    from jax_native_flash_attn._mosaic_dbias import _visits_of_a_part
+    from jax_native_flash_attn._kernels.hopper.dbias import _visits_of_a_part
 
     part = _visits_of_a_part(owned, visits)
     parts = -(-visits // part)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jax_native_flash_attn._logits import Tiles
+from jax_native_flash_attn._kernels.xla.tiles import Tiles
 from tests.lowering import Call
 from tests.test_hopper_numbers import check_transformation
 

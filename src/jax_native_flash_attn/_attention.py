@@ -9,13 +9,13 @@ import numpy as np
 from jax.core import Tracer
 
 from . import _arguments as arguments
-from . import _taylor
-from ._derivatives import flash_attention_core, flash_attention_p, linear_kernel_p
-from ._dropout import Dropout, head_indices, make_dropout, threefry_words
-from ._masks import Band, clip_window_side, hide_constant_mask, make_mask
-from ._numerics import DEAD_ROW_LSE, accumulation_dtype
-from ._operands import Config, Inputs
-from ._sharding import over_explicit_axes
+from ._autodiff import taylor
+from ._autodiff.primitives import flash_attention_core, flash_attention_p, linear_kernel_p
+from ._semantics.call import Config, Inputs
+from ._semantics.dropout import Dropout, head_indices, make_dropout, threefry_words
+from ._semantics.masks import Band, clip_window_side, hide_constant_mask, make_mask
+from ._semantics.numerics import DEAD_ROW_LSE, accumulation_dtype
+from ._sharding.lowering import over_explicit_axes
 
 
 def attention(
@@ -99,7 +99,7 @@ def attention(
         "dropout_key": dropout_key,
         "head_index": head_index,
     }
-    _taylor.register(flash_attention_p, linear_kernel_p)
+    taylor.register(flash_attention_p, linear_kernel_p)
     results = over_explicit_axes(partial, operands, _OPERAND_LAYOUTS, needs_lse=needs_lse)
     if is_staged:
         # For `checkify`, which looks for NaN behind the operations that it knows, so not behind our primitives, and

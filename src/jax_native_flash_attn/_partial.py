@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from ._attention import attention
-from ._numerics import accumulation_dtype
+from ._semantics.numerics import accumulation_dtype
 
 
 def flash_attention_with_lse(

@@ -1,0 +1,257 @@
+"""Block shapes of the Mosaic GPU kernels: one table per chip generation, filled by `benchmarks/tune_mosaic.py`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ..._semantics.sizes import Sizes, static_size
+
+_SHARED_MEMORY = 227 * 1024  # bytes that one block may use on Hopper
+_RESERVED = 3 * 1024  # for barriers, the compiler and, in the backward, vectors
+
+
+class Chip(NamedTuple):
+    """What of a GPU decides: compute capability and number of multiprocessors. By default an H100 or H200."""
+
+    capability: str = "9.0"
+    cores: int = 132
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Shape of one block's work.
+
+    Attributes:
+      block_q: query rows of one compute warpgroup, a multiple of 64.
+      block_kv: keys of one tile, a multiple of 64.
+      stages: tiles of keys and values in shared memory at once.
+      warpgroups: how many compute, each with its own rows; one more loads.
+      weights_in_shared: whether the softmax weights reach the second product through shared memory, not registers.
+      persistent: whether a block goes through several items of work, so that loads of the next overlap the last.
+      takes_turns: whether the warpgroups issue their products in turn, so that they do not all compute softmax at once.
+      parts: of the keys; each is an item of its own, and the results are merged.
+      cost: of a row and key, beside other shapes for the same kind of call; as measured.
+    """
+
+    block_q: int
+    block_kv: int
+    stages: int
+    warpgroups: int
+    weights_in_shared: bool = False
+    persistent: bool = False
+    takes_turns: bool = False
+    parts: int = 1
+    cost: float = 1.0
+
+    @property
+    def rows(self) -> int:
+        return self.block_q * self.warpgroups
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Per thread: of the compute warpgroups, and of the one that loads."""
+        return {1: (240, 24), 2: (240, 24), 3: (160, 24), 4: (112, 24)}[self.warpgroups]
+
+
+_FEW_ROWS, _PLAIN, _UNMASKED = "few rows", "plain", "plain, without a mask"
+_SCORES, _SHORT_SCORES = "bias or mask over T and S", "likewise, with short T"
+_BIAS = "bias over T and S that products start with"
+_FLOAT32 = "float32"
+
+# Of the forward kernel. By compute capability, then kind of call and largest head dimension: shapes in order of
+# preference; the first whose buffers fit is taken. Of `_TIMED` kinds, among those that fit the one that takes the least
+# time, by the cost of its rounds of items: more warpgroups hide more, and leave more idle at the end.
+_FORWARD: dict[str, dict[tuple[str, int], tuple[Blocks, ...]]] = {
+    "9.0": {
+        (_FEW_ROWS, 128): (Blocks(64, 128, 3, 1), Blocks(64, 64, 3, 1), Blocks(64, 64, 2, 1)),
+        (_FEW_ROWS, 256): (Blocks(64, 64, 2, 1),),
+        (_PLAIN, 64): (Blocks(64, 128, 3, 2, persistent=True),),
+        (_UNMASKED, 64): (
+            Blocks(64, 128, 3, 2, persistent=True),
+            Blocks(64, 64, 4, 4, persistent=True, cost=0.94),
+        ),
+        (_PLAIN, 128): (Blocks(64, 128, 2, 2, persistent=True), Blocks(64, 128, 2, 2)),
+        (_PLAIN, 256): (Blocks(64, 64, 2, 2, weights_in_shared=True),),
+        (_BIAS, 64): (
+            Blocks(64, 128, 3, 3, persistent=True, takes_turns=True, cost=0.90),
+            Blocks(64, 128, 2, 3, persistent=True, takes_turns=True, cost=0.90),
+            Blocks(64, 64, 3, 4, persistent=True, cost=0.94),
+            Blocks(64, 64, 2, 4, persistent=True, cost=0.94),
+            Blocks(64, 128, 2, 2, persistent=True, takes_turns=True),
+        ),
+        (_SHORT_SCORES, 64): (
+            Blocks(64, 64, 3, 3, persistent=True, takes_turns=True),
+            Blocks(64, 64, 2, 3, persistent=True, takes_turns=True),
+            Blocks(64, 64, 2, 2, persistent=True, takes_turns=True),
+        ),
+        (_SCORES, 128): (
+            Blocks(64, 128, 2, 2, persistent=True, takes_turns=True),
+            Blocks(64, 128, 2, 2, takes_turns=True),
+            Blocks(64, 64, 2, 2, persistent=True, takes_turns=True),
+            Blocks(64, 64, 2, 2, takes_turns=True),
+            Blocks(64, 64, 2, 1),
+        ),
+        (_SCORES, 256): (
+            Blocks(64, 64, 2, 2, weights_in_shared=True),
+            Blocks(64, 64, 2, 2),
+            Blocks(64, 64, 2, 1),
+            Blocks(64, 64, 1, 1),
+        ),
+        (_FLOAT32, 64): (Blocks(64, 64, 3, 2, weights_in_shared=True), Blocks(64, 64, 2, 2, weights_in_shared=True)),
+        (_FLOAT32, 128): (Blocks(64, 64, 2, 2, weights_in_shared=True), Blocks(64, 64, 1, 2, weights_in_shared=True)),
+    },
+}
+_TIMED = {_UNMASKED, _BIAS}
+_DEFAULT = "9.0"  # for a chip that nobody has measured
+_FEW, _SHORT = 64, 1024  # query rows
+_SHORT_ITEM = 1 << 16  # keys, or query rows, that an item of the backward visits, times columns (64 at least)
+_LEAST_TILES = 8  # of a part: its beginning and its end cost about two
+_MERGE_TILES = 3  # what merging costs, in tiles
+
+
+def forward_blocks(
+    sizes: Sizes,
+    score_bytes: int,
+    *,
+    column_bytes: int,
+    has_dropout: bool,
+    itemsize: int,
+    chip: Chip,
+    is_masked: bool = True,
+    starts_with_bias: bool = False,
+) -> Blocks:
+    """Block shape of the forward kernel.
+
+    Args:
+      sizes: axis sizes of the call.
+      score_bytes: of one score of bias and mask in shared memory.
+      column_bytes: likewise, of vectors along the keys, for each key.
+      has_dropout: whether there is dropout.
+      itemsize: bytes of an element of query, 4 for float32.
+      chip: what it runs on.
+      is_masked: whether a tile can need a mask.
+      starts_with_bias: whether products start with a bias over T and S.
+    """
+    table = _FORWARD.get(chip.capability, _FORWARD[_DEFAULT])
+    kinds = [_FEW_ROWS] if sizes.T <= _FEW else [_SHORT_SCORES, _SCORES] if score_bytes else [_PLAIN]
+    if sizes.T > _FEW and sizes.H <= 64 and not has_dropout:
+        kinds = [_BIAS] if starts_with_bias and score_bytes == 2 else kinds  # no float32, no mask over T and S
+        kinds = [_UNMASKED] if kinds == [_PLAIN] and not is_masked else kinds
+    if itemsize == 4:
+        kinds = [_FLOAT32]
+    if sizes.T > _SHORT and _SHORT_SCORES in kinds:
+        kinds.remove(_SHORT_SCORES)
+    rows = [(kinds.index(kind), limit, kind) for kind, limit in table if kind in kinds and limit >= sizes.H]
+    _, head_dim, kind = min(rows)
+    candidates = table[kind, head_dim]
+    if has_dropout:
+        # The random bits need as many registers as the scores.
+        candidates = tuple(replace(x, block_kv=64) for x in candidates)
+    room = _SHARED_MEMORY - _RESERVED
+    fits = [x for x in candidates if shared_bytes(x, sizes.H, score_bytes, column_bytes, itemsize) <= room]
+
+    def duration(x: Blocks) -> float:
+        items = max(1, static_size(sizes.batch)) * sizes.N * -(-sizes.T // x.rows)
+        return -(-items // chip.cores) * x.rows * x.cost
+
+    if kind in _TIMED:
+        fits.sort(key=duration)
+    blocks = fits[0] if fits else candidates[-1]
+    items = max(1, static_size(sizes.batch)) * sizes.N * -(-sizes.T // blocks.rows)
+    return replace(blocks, parts=_parts(items, -(-sizes.S // blocks.block_kv), chip.cores))
+
+
+def _parts(items: int, tiles: int, cores: int) -> int:
+    """Parts of the keys that keep all multiprocessors busy, where there are fewer items than those."""
+
+    def duration(parts: int) -> int:
+        """In tiles."""
+        rounds = -(-items * parts // cores)
+        return rounds * (-(-tiles // parts) + 2) + (_MERGE_TILES if parts > 1 else 0)
+
+    # At most four rounds: partial results then take a few MiB, whatever the lengths.
+    return min(range(1, max(1, min(tiles // _LEAST_TILES, 4 * cores // items)) + 1), key=duration)
+
+
+def _takes_persistent(sizes: Sizes, visited: int, *, is_even: bool) -> bool:
+    """Whether blocks of the backward go through several items, whose loads then overlap (5 to 10% of a gradient).
+
+    With long items there is nothing to gain, and with 1024 keys and 128 columns 2% to lose; items that take different
+    times are better given to whichever multiprocessor is free.
+    """
+    return is_even and sizes.H <= 128 and visited * max(sizes.H, 64) <= _SHORT_ITEM
+
+
+def dquery_blocks(sizes: Sizes, score_bytes: int, *, with_scale: bool, is_even: bool) -> Blocks:
+    """Block shape of the kernel for the gradient of query (and of scale: its sum takes shared memory too).
+
+    `is_even`: items take about the same time, but for what a causal mask makes of them.
+    """
+    persistent = _takes_persistent(sizes, sizes.S, is_even=is_even)
+    return _first_that_fits(
+        lambda x: (
+            2 * sizes.H * (2 * (1 + x.persistent) * x.rows + (2 * x.stages - 1) * x.block_kv)
+            + (x.stages - 1) * x.rows * x.block_kv * score_bytes
+            + 4096 * with_scale
+        ),
+        # Moments for the gradient of scale take registers that three warpgroups do not have.
+        *(
+            Blocks(64, 64, stages, min(warpgroups, 3 - with_scale), persistent=each)
+            for each in ((True, False) if persistent else (False,))
+            for warpgroups in (_warpgroups(sizes, sizes.T), 1)
+            for stages in (3, 2)
+        ),
+    )
+
+
+def dkey_dvalue_blocks(sizes: Sizes, score_bytes: int, *, needs_dlogits: bool, is_even: bool) -> Blocks:
+    """Of the kernel for the gradients of key and value: there block_kv keys belong to one warpgroup."""
+    persistent = _takes_persistent(sizes, sizes.T * sizes.G, is_even=is_even)
+    return _first_that_fits(
+        lambda x: (
+            2 * sizes.H * (1 + x.persistent) * (1 + needs_dlogits) * x.warpgroups * x.block_kv
+            + 4 * sizes.H * x.stages * x.block_q
+            + x.stages * x.warpgroups * x.block_kv * x.block_q * score_bytes
+        ),
+        *(
+            Blocks(block_q, 64, stages, 1 if sizes.S <= 64 else 2, persistent=each)
+            for each in ((True, False) if persistent else (False,))
+            for block_q, stages in ((64, 3 if sizes.H <= 64 else 2), (64, 2), (32, 3), (32, 2), (32, 1))
+        ),
+    )
+
+
+def dbias_blocks(sizes: Sizes, score_bytes: int, *, has_key_mask: bool) -> Blocks:
+    """Of the kernel for the gradient of bias. With a vector along 128 keys, tiles would not fit into the registers."""
+    return _first_that_fits(
+        lambda x: x.stages * (4 * sizes.H * (x.rows + x.block_kv) + x.rows * x.block_kv * score_bytes),
+        *(
+            Blocks(64, block_kv, stages, warpgroups)
+            for warpgroups in (_warpgroups(sizes, sizes.T) if has_key_mask else 1 if sizes.T <= 64 else 2, 1)
+            for block_kv in ((64,) if has_key_mask else (128, 64))
+            for stages in (3, 2)
+        ),
+        Blocks(64, 64, 1, 1),
+    )
+
+
+def _warpgroups(sizes: Sizes, rows: int) -> int:
+    """How many compute; a third one has to do with 160 registers per thread, and saves less than rows that are none."""
+    if rows <= 64:
+        return 1
+    return 3 if sizes.H <= 64 and rows >= 384 and -rows % 192 <= -rows % 128 + rows / 16 else 2
+
+
+def _first_that_fits(shared_bytes: Callable[[Blocks], int], *candidates: Blocks) -> Blocks:
+    """By the bytes of matrices."""
+    return next(x for x in candidates if shared_bytes(x) <= _SHARED_MEMORY - _RESERVED)
+
+
+def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int, column_bytes: int, itemsize: int) -> int:
+    """Shared memory of the forward kernel, but for barriers."""
+    rows_like = itemsize * blocks.rows * head_dim
+    tile = blocks.block_kv * (2 * itemsize * head_dim + blocks.rows * score_bytes + column_bytes)
+    weights = itemsize * blocks.rows * blocks.block_kv if blocks.weights_in_shared else 0
+    out = rows_like if blocks.persistent else 0
+    lse = 4 * blocks.rows if itemsize < 4 else 0
+    return rows_like + blocks.stages * tile + weights + out + lse

@@ -1,0 +1,70 @@
+"""From a primitive's operands to a Mosaic GPU kernel: block shapes, and rows that share a key/value head."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+
+from ..._semantics.call import Config, Inputs
+from ..._semantics.masks import Band
+from .blocks import Chip, forward_blocks
+from .forward import forward as forward_kernel
+from .operands import column_bytes, score_bytes, starts_with_bias
+
+_FEW_ROWS = 64  # of one warpgroup
+
+
+def forward(config: Config, inputs: Inputs, chip: Chip | None = None) -> tuple[jax.Array, ...]:
+    """As `select.forward`, on `chip` (None: a common one)."""
+    z, mask, chip = inputs.sizes, inputs.mask, chip or Chip()
+    if z.G > 1 and z.T * z.G <= _FEW_ROWS and config.dropout is None:
+        packed_config, packed = _pack_groups(config, inputs)
+        results = list(forward(packed_config, packed, chip))
+        for i, x in enumerate(results):
+            if config.needs_lse and i == 1:
+                x = jnp.swapaxes(x.reshape(*z.batch, z.K, z.T, z.G), -1, -2).reshape(*z.batch, z.N, z.T)
+            else:
+                x = jnp.swapaxes(x.reshape(*z.batch, z.T, z.G, z.K, z.D), -2, -3).reshape(*z.batch, z.T, z.N, z.D)
+            results[i] = x
+        return tuple(results)
+    blocks = forward_blocks(
+        z,
+        score_bytes(inputs),
+        column_bytes=column_bytes(inputs),
+        has_dropout=config.dropout is not None,
+        itemsize=inputs.query.dtype.itemsize,
+        chip=chip,
+        is_masked=config.band != Band() or mask.key_start is not None or mask.key_value_length is not None,
+        starts_with_bias=starts_with_bias(inputs),
+    )
+    return forward_kernel(config, inputs, blocks, chip.cores)
+
+
+def _pack_groups(config: Config, inputs: Inputs) -> tuple[Config, Inputs]:
+    """The query heads of a group as further rows (t, g) of one head: with few rows, a block then reads keys once."""
+    z, mask = inputs.sizes, inputs.mask
+
+    def rows(x: jax.Array | None, trailing: int) -> jax.Array | None:
+        """(..., N or 1, T or 1, trailing axes) -> (..., K or 1, T * G or 1, trailing axes)"""
+        if x is None or x.shape[x.ndim - trailing - 2 :][:2] == (1, 1):
+            return x
+        at = x.ndim - trailing - 2
+        heads = (1, 1) if x.shape[at] == 1 else (z.K, z.G)
+        shape = (*x.shape[:at], *heads, *x.shape[at + 1 :])
+        x = jnp.broadcast_to(x.reshape(shape), (*shape[: at + 1], z.G, z.T, *shape[at + 3 :]))
+        return jnp.swapaxes(x, at + 1, at + 2).reshape(*shape[: at + 1], z.T * z.G, *shape[at + 3 :])
+
+    grouped = inputs.query.reshape(*inputs.query.shape[:-2], z.K, z.G, z.H)
+    query = jnp.moveaxis(grouped, -2, -3).reshape(*inputs.query.shape[:-3], z.T * z.G, z.K, z.H)
+    start, stop = mask.key_start, mask.key_stop
+    if start is None and config.band != Band():
+        # From positions: a table would be a constant, which custom_partitioning does not take.
+        row = jnp.arange(z.T, dtype=jnp.int32).reshape((1,) * (len(z.batch) + 1) + (z.T,))
+        lower, upper = config.band.lower, config.band.upper
+        start = jnp.zeros_like(row) if lower is None else jnp.clip(row + lower, 0, z.S)
+        stop = jnp.full_like(row, z.S) if upper is None else jnp.clip(row + upper + 1, 0, z.S)
+    packed_mask = mask._replace(
+        key_start=rows(start, 0), key_stop=rows(stop, 0), allowed=rows(mask.allowed, 1), dead=rows(mask.dead, 0)
+    )
+    packed = inputs._replace(query=query, bias=rows(inputs.bias, 1), mask=packed_mask)
+    return replace(config, band=Band(is_cut=config.band == Band(is_cut=True))), packed

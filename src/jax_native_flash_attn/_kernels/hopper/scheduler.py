@@ -1,0 +1,164 @@
+"""Which block of threads computes what: the items of a forward call, their order, and their parts of the keys.
+
+An item is one block of query rows of one head, against all of its key/value tiles or one part of them. There are as
+many *workers* (blocks of threads that stay) as multiprocessors, and each takes every so-manieth item, so that the loads
+of its next item run beside the end of the last. Round after round the order of the workers turns: where items get
+shorter along the list, as with a causal mask, that balances.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from ..._semantics.masks import Band, ColumnRange
+from .device.pallas import unravel
+
+_BALANCED_ROUNDS = 8
+
+
+class Item(NamedTuple):
+    """One item of a worker, whose tiles are visited last one first.
+
+    Attributes:
+      count: tiles of the worker's items before; the ring of slots goes on from there.
+      head: index (batch..., N).
+      block, part: of the query rows, and of the keys.
+      ranges: its tiles.
+      is_empty: whether the part has no tiles; the one in `ranges` then counts for nothing.
+    """
+
+    count: Any
+    head: tuple[Any, ...]
+    block: Any
+    part: Any
+    ranges: ColumnRange
+    is_empty: Any
+
+    @property
+    def num_tiles(self) -> Any:
+        return self.ranges.stop - self.ranges.first
+
+    def tile(self, i: Any) -> Any:
+        """The i-th one visited."""
+        return self.ranges.stop - 1 - i
+
+
+@dataclass(frozen=True)
+class Work:
+    """The items of a call.
+
+    Attributes:
+      heads: sizes of the batch axes and N.
+      blocks: of query rows, the last one first: with a causal mask it has the most tiles.
+      parts: of each block's key/value tiles.
+      group: heads that run side by side, a divisor of their number.
+      workers: blocks of threads; one for each item if there are that many.
+      batch_fastest: whether heads that differ in their batch row are neighbours: those share a bias.
+    """
+
+    heads: tuple[int, ...]
+    blocks: int
+    parts: int
+    group: int
+    workers: int
+    batch_fastest: bool = False
+
+    @property
+    def items(self) -> int:
+        return math.prod(self.heads) * self.blocks * self.parts
+
+    @property
+    def is_single(self) -> bool:
+        return self.workers >= self.items
+
+    @property
+    def buffers(self) -> int:
+        """For what a backward kernel keeps of an item; that of the next is loaded while this one's is in use."""
+        return 1 if self.is_single else 2
+
+    def buffer(self, k: Any, wg: Any, warpgroups: int) -> Any:
+        """Which of `buffers * warpgroups` has what warpgroup wg keeps of the k-th item."""
+        return wg if self.is_single else lax.rem(jnp.int32(k), jnp.int32(self.buffers)) * warpgroups + wg
+
+    def item(self, n: Any) -> tuple[tuple[Any, ...], Any, Any]:
+        """Head (batch..., N), block and part of item n."""
+        num_heads = math.prod(self.heads)
+        group, block, part, member = unravel(n, (num_heads // self.group, self.blocks, self.parts, self.group))
+        head = group * self.group + member
+        block = jnp.int32(self.blocks - 1) - block
+        if self.batch_fastest:
+            *batch, heads = self.heads
+            index, *rows = unravel(head, (heads, *batch))
+            return (*rows, index), block, part
+        return unravel(head, self.heads), block, part
+
+    def place(self, k: Any, worker: Any) -> Any:
+        """Of a worker in round k."""
+        return jnp.where(lax.rem(jnp.int32(k), jnp.int32(2)) == 0, worker, self.workers - 1 - worker)
+
+    def for_each(self, worker: Any, body: Callable[[Any, Any, Any], Any]) -> None:
+        """`count = body(k, n, count)` for the k-th item n of a worker; the counts add up what the items before had."""
+        if self.is_single:
+            body(jnp.int32(0), worker, jnp.int32(0))
+            return
+        rounds, rest = divmod(self.items, self.workers)
+
+        def step(k: Any, count: Any) -> Any:
+            return body(k, k * self.workers + self.place(k, worker), count)
+
+        mine = rounds + (self.place(rounds, worker) < rest).astype(jnp.int32)
+        lax.fori_loop(0, mine, step, jnp.int32(0))
+
+    def for_each_item(
+        self, worker: Any, ranges_of: Callable[[Any, Any], ColumnRange], body: Callable[[Any, Item], None]
+    ) -> None:
+        """`body(k, item)` for the k-th item of a worker; `ranges_of(head, block)` are tiles of all parts."""
+
+        def run(k: Any, n: Any, count: Any) -> Any:
+            head, block, part = self.item(n)
+            ranges, is_empty = part_of(ranges_of(head, block), part, self.parts)
+            item = Item(count, head, block, part, ranges, is_empty)
+            body(k, item)
+            return count + item.num_tiles
+
+        self.for_each(worker, run)
+
+
+def plan(
+    heads: tuple[int, ...],
+    blocks: int,
+    group: int,
+    cores: int | None,
+    band: Band,
+    *,
+    parts: int = 1,
+    batch_fastest: bool = False,
+) -> Work:
+    """`Work` for so many multiprocessors; one worker for each item for None, and where the turns would not balance.
+
+    With a causal `band`, blocks have more tiles the later they are. Each group of heads is then a list that starts long
+    and ends short, and only a long list balances; the GPU gives new blocks to whichever multiprocessor is free.
+    """
+    items = math.prod(heads) * blocks * parts
+    is_uneven = band.upper is not None and band.lower is None
+    if cores is None or (is_uneven and group * blocks * parts < _BALANCED_ROUNDS * cores):
+        cores = items
+    return Work(heads, blocks, parts, group, min(items, cores), batch_fastest)
+
+
+def part_of(ranges: ColumnRange, part: Any, parts: int) -> tuple[ColumnRange, Any]:
+    """The tiles of one part, at least one, and whether there are none for it (which that one stands in for)."""
+    if parts == 1:
+        return ranges, False
+    tiles = ranges.stop - ranges.first
+    first = ranges.first + lax.div(tiles * part, jnp.int32(parts))
+    stop = ranges.first + lax.div(tiles * (part + 1), jnp.int32(parts))
+    is_empty = stop == first
+    stop = jnp.maximum(stop, first + 1)
+    full_first = jnp.minimum(jnp.maximum(ranges.full_first, first), stop)
+    full_stop = jnp.minimum(jnp.maximum(ranges.full_stop, full_first), stop)
+    return ColumnRange(first, full_first, full_stop, stop), is_empty

@@ -1,0 +1,283 @@
+"""Tile geometry: shapes of arrays, shape of a tile, and which key/value tiles a query tile visits."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..._semantics.sizes import Sizes, static_size
+from . import quirks
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """A tile holds some batch rows, some key/value heads with their groups, block_q rows, block_kv columns.
+
+    `follows_band`: a row of tiles is one tile, which starts at the first key of its first row; otherwise tiles start at
+    multiples of their size. `fuses_softmax`: XLA:CPU makes one kernel of a plain softmax and its products.
+    `merges_lead`: batch rows and heads are one axis inside a tile. `joins_heads`: keys and values are read as they lie,
+    (S, K * H), in products for all heads at once. `is_sharded`: XLA splits its batch rows and heads over devices. Its
+    groups then are an axis: XLA would gather one that is sharded to merge it with the rows.
+    """
+
+    batch: tuple[Any, ...]
+    heads: int
+    block_q: int
+    block_kv: int
+    follows_band: bool = False
+    fuses_softmax: bool = False
+    merges_lead: bool = False
+    joins_heads: bool = False
+    is_sharded: bool = False
+
+    def holds_whole_heads(self, sizes: Sizes) -> bool:
+        """Whether it is all rows and keys of several heads: it is empty only if all of their batch rows are padding."""
+        return (self.block_q, self.block_kv) == (sizes.T, sizes.S) and static_size(self.batch) * self.heads > 1
+
+
+@dataclass(frozen=True)
+class AcceleratorForm:
+    """What decides a tile's shape on an accelerator, beside the sizes.
+
+    Attributes:
+      varies_in_batch: every batch row has its own intervals (lengths), so that other tiles are empty in each.
+      splits_rows: take at least two key/value tiles; inside that loop XLA fuses more into the products.
+      reads_keys: the query rows are so few that reading the keys is what costs.
+      keeps_batch: take all batch rows at once, over which a result is summed.
+    """
+
+    varies_in_batch: bool = False
+    splits_rows: bool = False
+    reads_keys: bool = False
+    keeps_batch: bool = False
+
+
+# Elements (query rows x keys, over all heads, unless said) of a tile ...
+_CPU_SHARED = {"forward": 1 << 20, "derivative": 1 << 21}  # ... that several heads share where one has fewer
+_CPU_WHOLE_SCORES = 1 << 20  # ... of a whole problem
+_CPU_FUSED = 1 << 22  # ... of a plain softmax that XLA fuses with its products; its scratch then is 16 MiB
+# ... of query and key in such a tile, which then stay in a core's cache
+_CPU_OPERANDS = 1 << 19
+# ... of query and key of a whole problem in one tile, without loops, slices and writes into a larger array
+_CPU_WHOLE = {"forward": 1 << 18, "forward, 16 bit": 1 << 21, "derivative": 1 << 22}
+_CPU_KEYS = 1 << 19  # ... of the keys, where few rows make reading them what costs
+_CPU_REVERSE = 1 << 22  # ... in reverse mode through a kernel
+ACCELERATOR_SCORES = 1 << 28  # ... of float32 scores: 1 GiB for each temporary
+_ACCELERATOR_KEYS = 1 << 28  # ... of the keys, where few rows make reading them what costs
+_ACCELERATOR_LEAST = 1 << 25  # ... that hide the launches of its kernels
+
+_WIDEST_BAND = 1025  # keys: 1024 and the diagonal
+_CPU_BAND_ROWS, _ACCELERATOR_BAND_ROWS = 256, 1024
+
+
+def choose_tile(
+    sizes: Sizes,
+    platform: str,
+    *,
+    block_q: int | None,
+    block_kv: int | None,
+    is_banded: bool,
+    is_masked: bool,
+    is_elementwise: bool,
+    has_documents: bool,
+    band_width: int | None,
+    key_stop: int,
+    fuses_softmax: bool,
+    joins_heads: bool,
+    is_derivative: bool,
+    has_16_bits: bool,
+    converts: bool,
+    collects_rounded: bool,
+    all_heads: bool,
+    form: AcceleratorForm,
+) -> TileShape:
+    """The one place where tile shapes are chosen; `benchmarks/tune_tiles.py` made the measurements.
+
+    Args:
+      sizes: axis sizes of the call.
+      platform: 'cpu' or anything else.
+      block_q, block_kv: what the caller asked for, or None.
+      is_banded: whether rows attend an interval of the keys only; smaller tiles then skip more.
+      is_masked: whether that, or a boolean mask, may leave tiles empty.
+      is_elementwise: whether a bias, boolean mask or dropout changes single scores.
+      has_documents: whether a boolean mask leaves few blocks of rows and keys; yet smaller tiles skip yet more.
+      band_width: keys of a row, where nothing but a narrow static band bounds them.
+      key_stop: no row attends keys from here on.
+      fuses_softmax: whether XLA:CPU can make one kernel of the call: a softmax, perhaps masked, between two products.
+      joins_heads: whether the kernel can take products for all heads at once.
+      is_derivative: whether the kernel is a derivative, or makes what one needs: XLA then shares work between the two.
+      has_16_bits: whether products take 16-bit operands.
+      converts: whether products take operands of another dtype than the call's.
+      collects_rounded: whether loops collect results of 16 bits as such.
+      all_heads: ask for all batch rows and heads at once (reverse mode through a kernel: slicing one head out of an
+        array would make its transpose touch the whole array for every tile).
+      form: what else decides on an accelerator.
+    """
+    band_tile = _band_tile(sizes, platform, block_q, band_width, all_heads)
+    if band_tile is not None and block_kv is None:
+        return band_tile
+    heads = max(1, static_size(sizes.batch) * sizes.K * sizes.G)
+    num_keys = min(sizes.S, max(1, key_stop))
+    is_decoding = sizes.T * sizes.G < 64 and num_keys > 1024
+    if platform != "cpu":
+        tile = _accelerator_tile(sizes, block_q, block_kv, num_keys, is_banded, form)
+        return replace(tile, batch=sizes.batch) if all_heads else tile
+    kind = "derivative" if is_derivative else "forward"
+    if not all_heads:
+        # Large products are the fastest: one head at a time, square if possible. Where masks may leave tiles empty,
+        # smaller ones skip more; of four heads, their products are as fast.
+        is_small = is_masked and sizes.N >= 4 and min(sizes.T, num_keys) < 8192
+        side = 512 if is_small else 1024
+        if has_documents and min(sizes.T, num_keys) <= 2048:
+            side = 256
+        columns = min(4096, max(side, side**2 // (sizes.T * sizes.G)))
+        rows = max(1, min(4096, max(side, side**2 // num_keys)) // sizes.G)
+        if is_small:
+            rows = max(rows, min(side, _CPU_SHARED[kind] // (side * sizes.G)))
+        if kind == "forward" and not (is_masked or is_elementwise):
+            columns = max(columns, 2 * side)
+        if is_decoding:
+            columns = min(4096, max(1024, _CPU_KEYS // (sizes.K * sizes.H)))
+    else:
+        side = _square(_CPU_REVERSE // heads)
+        rows, columns = side, side
+        whole_rows = max(1, _CPU_REVERSE // heads) // max(1, sizes.S)
+        if not is_banded and whole_rows >= min(128, sizes.T):
+            rows, columns = min(2048, 1 << (whole_rows.bit_length() - 1)), sizes.S
+    is_asked = block_q is not None or block_kv is not None
+    block_q = balanced_block(sizes.T, block_q or rows)
+    block_kv = balanced_block(num_keys, block_kv or columns)
+    if all_heads:
+        return TileShape(sizes.batch, sizes.K, block_q, block_kv)
+    # Derivatives have the keys of each head copied anyway.
+    joins_heads &= is_decoding and not is_derivative and _cpu_joined_rows(has_16_bits) >= sizes.T * sizes.N
+    if has_16_bits and sizes.has_few_scores and not (is_asked or joins_heads) and num_keys == sizes.S:
+        # In loops XLA collects results of 16 bits, and before JAX 0.11 reads operands, in 32 bits as a whole: more than
+        # what a tile saves. Where keys are what is large, small tiles of them stay in a core's cache.
+        reads_whole = quirks.CPU_CONVERTS_BEFORE_LOOPS or (is_derivative and not is_decoding)
+        if reads_whole or sizes.G * sizes.T >= sizes.S:
+            return TileShape(sizes.batch, sizes.K, sizes.T, sizes.S, merges_lead=True)
+    if is_decoding:
+        if not joins_heads:
+            return _with_heads(sizes, block_q, block_kv, _CPU_KEYS // (block_kv * sizes.H))
+        batch = (1,) * len(sizes.batch)
+        # Slices of keys and values are copies, and of 16 bits, before JAX 0.11, even conversions of whole arrays.
+        skips = is_banded and not has_16_bits and 4 * block_kv < sizes.S
+        most_scores = 4 * _CPU_WHOLE_SCORES if has_16_bits else _CPU_WHOLE_SCORES
+        if not (is_asked or skips or converts) and heads * sizes.T * sizes.S <= most_scores:
+            batch, block_q, block_kv = sizes.batch, sizes.T, sizes.S
+        return TileShape(batch, sizes.K, block_q, block_kv, merges_lead=True, joins_heads=True)
+    per_head = max(1, sizes.G * block_q * block_kv)
+    is_whole = block_q == sizes.T and block_kv == sizes.S and not sizes.has_few_scores
+    if fuses_softmax and is_whole and per_head <= 1 << 16:
+        return replace(_with_heads(sizes, block_q, block_kv, _CPU_FUSED // per_head), fuses_softmax=True)
+    operands = max(1, (sizes.G * block_q + block_kv) * sizes.H)
+    limit = min(_CPU_SHARED[kind] // per_head, _CPU_OPERANDS // operands)
+    whole = _CPU_WHOLE["forward, 16 bit" if has_16_bits and not is_derivative else kind]
+    if collects_rounded and is_masked and sizes.has_few_scores:
+        # Operands of a whole problem are all in 32 bits at once, those of a loop never.
+        whole = _CPU_WHOLE["forward"]
+    if heads // sizes.G * operands <= whole and heads // sizes.G * per_head <= _CPU_WHOLE_SCORES:
+        limit = heads
+    return _with_heads(sizes, block_q, block_kv, limit)
+
+
+def _cpu_joined_rows(has_16_bits: bool) -> int:
+    """Query rows of all heads, up to which each times the keys of all heads takes less than copying keys by head."""
+    if not has_16_bits:
+        return 8
+    if quirks.cpu_multiplies_bfloat16():
+        return 64
+    return 32 if quirks.CPU_CONVERTS_BEFORE_LOOPS else 0
+
+
+def _accelerator_tile(
+    sizes: Sizes, block_q: int | None, block_kv: int | None, num_keys: int, is_banded: bool, form: AcceleratorForm
+) -> TileShape:
+    """Kernel launches and bandwidth decide: all heads, and batch rows unless each has its own empty tiles."""
+    batch = tuple(n if isinstance(n, int) else 1 for n in sizes.batch)
+    if form.varies_in_batch and not form.reads_keys:
+        least = sizes.N * min(sizes.T, 2048) * min(num_keys, 1024)
+        batch = _batch_within(sizes.batch, _ACCELERATOR_LEAST // least)
+    elif not (is_banded or form.keeps_batch or form.reads_keys):
+        batch = _batch_within(sizes.batch, ACCELERATOR_SCORES // max(1, sizes.N * sizes.T * num_keys))
+    per_head = max(1, ACCELERATOR_SCORES // max(1, math.prod(batch) * sizes.N))
+    rows = columns = _square(per_head)
+    whole_rows = per_head // num_keys
+    if form.reads_keys:
+        rows, columns = sizes.T, num_keys
+        if is_banded:
+            columns = max(1024, _ACCELERATOR_KEYS // (math.prod(batch) * sizes.K * sizes.H))
+    elif form.varies_in_batch:
+        columns = min(columns, 1024)
+        rows = min(4096, max(rows, per_head // columns))
+    elif not is_banded and whole_rows >= min(128, sizes.T):
+        # No online softmax, which saves a pass over the scores; the tiles that a band leaves out are worth more.
+        rows = sizes.T if whole_rows >= sizes.T else min(2048, 1 << (whole_rows.bit_length() - 1))
+        columns = num_keys
+        if form.splits_rows:
+            rows, columns = min(4096, 2 * rows), -(-num_keys // 2)
+    block_q, block_kv = balanced_block(sizes.T, block_q or rows), balanced_block(num_keys, block_kv or columns)
+    return TileShape(batch, sizes.K, block_q, block_kv)
+
+
+def _square(elements: int) -> int:
+    return min(2048, max(128, 1 << (math.isqrt(max(1, elements)).bit_length() - 1)))
+
+
+def _band_tile(
+    sizes: Sizes, platform: str, block_q: int | None, width: int | None, all_heads: bool
+) -> TileShape | None:
+    """All the keys of some rows in one tile, if that is less than half of S: softmax needs no correction then."""
+    if width is None or width > _WIDEST_BAND:
+        return None
+    rows = _CPU_BAND_ROWS if platform == "cpu" else _ACCELERATOR_BAND_ROWS
+    block_q = balanced_block(sizes.T, block_q or max(1, rows // sizes.G))
+    block_kv = -(-(block_q + width - 1) // 64) * 64
+    if 2 * block_kv > sizes.S:
+        return None
+    if platform == "cpu" and not all_heads:
+        tile = _with_heads(sizes, block_q, block_kv, _CPU_SHARED["forward"] // (sizes.G * block_q * block_kv))
+        return replace(tile, follows_band=True)
+    limit = _CPU_REVERSE if platform == "cpu" else ACCELERATOR_SCORES
+    if static_size(sizes.batch) * sizes.N * block_q * block_kv > limit:
+        return None
+    return TileShape(sizes.batch, sizes.K, block_q, block_kv, follows_band=True)
+
+
+def _with_heads(sizes: Sizes, block_q: int, block_kv: int, limit: int) -> TileShape:
+    """As many key/value heads in a tile as `limit` allows, then batch rows from the innermost batch axis outwards."""
+    heads = largest_divisor(sizes.K, limit)
+    batch = _batch_within(sizes.batch, limit // heads if heads == sizes.K else 1)
+    return TileShape(batch, heads, block_q, block_kv, merges_lead=True)
+
+
+def _batch_within(batch: tuple[Any, ...], limit: int) -> tuple[int, ...]:
+    """As many batch rows as `limit` allows, from the innermost batch axis outwards."""
+    taken, is_full, rows = 1, True, []
+    for n in reversed(batch):
+        rows.append(largest_divisor(n, limit // taken) if is_full and isinstance(n, int) else 1)
+        taken, is_full = taken * rows[-1], is_full and rows[-1] == n
+    return tuple(reversed(rows))
+
+
+def largest_divisor(n: int, limit: int) -> int:
+    """The largest divisor of n that is at most `limit`."""
+    return max(d for d in range(1, max(1, min(n, limit)) + 1) if n % d == 0)
+
+
+def balanced_block(length: int, block: int) -> int:
+    """At most about `block`, such that blocks of equal size cover `length` with little overlap.
+
+    Up to an eighth more is better than one block more.
+
+    A length that the block does not divide (a prime, say) is cut into as many blocks of nearly equal size; the last
+    one then overlaps the one before by a few rows, which the tile's owner rule ignores.
+    """
+    if length <= block:
+        return max(1, length)
+    if length % block == 0:
+        return block
+    count = -(-8 * length // (9 * block))
+    even = -(-length // count)
+    granule = 16 if block % 16 == 0 else 1
+    return min(-(-even // granule) * granule, length)
