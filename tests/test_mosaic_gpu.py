@@ -131,7 +131,7 @@ def _arrays(*sizes: Any) -> list[jax.Array]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", ["many items", "one row, keys split", "rows, keys split"])
 @pytest.mark.parametrize("options", ["bias", "bias of all", "mask", "mask of keys", "sparse mask", "traced window"])
-def test_masks_and_biases_over_items_and_parts(shape: str, options: str) -> None:
+def test_masks_and_biases_over_items_and_splits(shape: str, options: str) -> None:
     check_case(_case(shape, options), mosaic_attention)
 
 
@@ -379,21 +379,21 @@ def test_default_takes_the_kernel_on_hopper() -> None:
 
 
 def _blocks(T: int, S: int, heads: int, H: int, *, chip: Chip = Chip(), **settings: Any) -> Blocks:  # noqa: B008
-    defaults: dict[str, Any] = {"score_bytes": 0, "column_bytes": 0, "has_dropout": False, "itemsize": 2}
+    defaults: dict[str, Any] = {"term_bytes": 0, "column_bytes": 0, "has_dropout": False, "itemsize": 2}
     return forward_blocks(Sizes((1,), T, S, heads, 1, H, H), **(defaults | settings), chip=chip)
 
 
 @pytest.mark.parametrize("H", [16, 64, 128, 256])
 @pytest.mark.parametrize("T", [1, 64, 65, 4096])
 @pytest.mark.parametrize(
-    "settings", [{}, {"score_bytes": 2}, {"score_bytes": 1, "column_bytes": 4}, {"has_dropout": True}]
+    "settings", [{}, {"term_bytes": 2}, {"term_bytes": 1, "column_bytes": 4}, {"has_dropout": True}]
 )
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_blocks_for_every_kind_of_call(H: int, T: int, settings: dict[str, Any], itemsize: int) -> None:
     if itemsize == 4 and (H > 128 or T <= 64):
         pytest.skip("pure JAX")
     blocks = _blocks(T, 4096, 8, H, itemsize=itemsize, **settings)
-    scores = (settings.get(name, 0) for name in ("score_bytes", "column_bytes"))
+    scores = (settings.get(name, 0) for name in ("term_bytes", "column_bytes"))
     assert shared_bytes(blocks, H, *scores, itemsize) <= 224 * 1024  # barriers take up to 2.7 KiB more
     assert blocks.rows == 64 or T > 64
 
@@ -403,10 +403,10 @@ def test_a_chip_that_nobody_measured_has_the_default_blocks() -> None:
 
 
 def test_keys_are_split_only_where_multiprocessors_would_idle() -> None:
-    assert _blocks(1, 32768, 8, 128).parts * 8 > 0.8 * Chip().cores
-    assert _blocks(1, 32768, 1024, 128).parts == 1
-    assert _blocks(1, 512, 1, 128).parts == 1
-    assert _blocks(1, 32768, 8, 128, chip=Chip(cores=16)).parts == 2
+    assert _blocks(1, 32768, 8, 128).splits * 8 > 0.8 * Chip().cores
+    assert _blocks(1, 32768, 1024, 128).splits == 1
+    assert _blocks(1, 512, 1, 128).splits == 1
+    assert _blocks(1, 32768, 8, 128, chip=Chip(cores=16)).splits == 2
 
 
 @pytest.mark.parametrize(
@@ -433,11 +433,11 @@ def test_kernels_compute_intervals_from_lengths_of_keys_alone(masks: dict[str, A
 
 
 @needs_backend
-@pytest.mark.parametrize(("items", "workers", "parts"), [(1, 1, 1), (300, 132, 1), (264, 132, 2), (7, 132, 3)])
-def test_every_item_has_one_worker(items: int, workers: int, parts: int) -> None:
-    from jax_native_flash_attn._kernels.hopper.scheduler import Work
+@pytest.mark.parametrize(("items", "workers", "splits"), [(1, 1, 1), (300, 132, 1), (264, 132, 2), (7, 132, 3)])
+def test_every_item_has_one_worker(items: int, workers: int, splits: int) -> None:
+    from jax_native_flash_attn._kernels.hopper.scheduler import TileScheduler
 
-    work = Work((items,), 1, parts, 1, min(workers, items * parts))
+    work = TileScheduler((items,), 1, splits, 1, min(workers, items * splits))
     rounds, rest = divmod(work.items, work.workers)
     taken = []
     for worker in range(work.workers):
@@ -647,13 +647,13 @@ def test_one_warning_on_a_hopper_gpu_without_the_backend(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("owned", "visits"), [(144, 256), (288, 256), (48, 384), (1, 10), (1, 1000), (5000, 3), (7, 1)]
 )
-def test_parts_of_the_gradient_of_bias_keep_multiprocessors_busy(owned: int, visits: int) -> None:
-    from jax_native_flash_attn._kernels.hopper.dbias import _visits_of_a_part
+def test_splits_of_the_gradient_of_bias_keep_multiprocessors_busy(owned: int, visits: int) -> None:
+    from jax_native_flash_attn._kernels.hopper.host.dbias_plan import visits_of_a_split
 
-    part = _visits_of_a_part(owned, visits)
-    parts = -(-visits // part)
-    assert parts * owned <= 16 * Chip().cores or parts == 1
-    rounds = -(-owned * parts // Chip().cores)
+    split = visits_of_a_split(owned, visits)
+    splits = -(-visits // split)
+    assert splits * owned <= 16 * Chip().cores or splits == 1
+    rounds = -(-owned * splits // Chip().cores)
     ideal = max(1, owned * visits / Chip().cores)
     if owned * visits >= 32 * Chip().cores:  # else beginnings and ends decide
-        assert rounds * part <= 1.25 * ideal, (rounds, part)
+        assert rounds * split <= 1.25 * ideal, (rounds, split)

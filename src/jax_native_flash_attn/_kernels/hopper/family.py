@@ -9,7 +9,7 @@ from ..._semantics.call import Config, Inputs
 from ..._semantics.masks import Band
 from .blocks import Chip, forward_blocks
 from .forward import forward as forward_kernel
-from .operands import column_bytes, score_bytes, starts_with_bias
+from .host.operands import column_bytes, starts_with_bias, term_bytes
 
 _FEW_ROWS = 64  # of one warpgroup
 
@@ -29,7 +29,7 @@ def forward(config: Config, inputs: Inputs, chip: Chip | None = None) -> tuple[j
         return tuple(results)
     blocks = forward_blocks(
         z,
-        score_bytes(inputs),
+        term_bytes(inputs),
         column_bytes=column_bytes(inputs),
         has_dropout=config.dropout is not None,
         itemsize=inputs.query.dtype.itemsize,
