@@ -1,5 +1,6 @@
 """Launches of the backward kernels."""
 
+import functools
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ def dquery(call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_s
     plan = DQueryPlan.make(call, blocks, out_dtype, cores, with_scale=with_scale)
     operands, T = plan.operands(call), call.sizes.T
     results: DQueryOuts = launch(
-        lambda *refs: dquery_kernel.kernel(plan, *refs),
+        functools.partial(dquery_kernel.kernel, plan),
         operands,
         out_types=plan.out_types(),
         scratch=plan.buffers(operands.forward),
@@ -43,7 +44,7 @@ def dkey_dvalue(call: Backward, blocks: Blocks, wanted: KeyGradients, cores: int
     plan = KeyPlan.make(call, blocks, wanted, cores)
     operands = plan.operands(call)
     results: KeyGradients = launch(
-        lambda *refs: dkey_dvalue_kernel.kernel(plan, *refs),
+        functools.partial(dkey_dvalue_kernel.kernel, plan),
         operands,
         out_types=plan.out_types(),
         scratch=plan.buffers(operands.forward),
@@ -58,7 +59,7 @@ def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.A
     plan, z = DBiasPlan.make(call, blocks, wanted), call.sizes
     operands = plan.operands(call)
     result: jax.Array = launch(
-        lambda *refs: dbias_kernel.kernel(plan, *refs),
+        functools.partial(dbias_kernel.kernel, plan),
         operands,
         out_types=plan.out_type(),
         scratch=plan.buffers(operands.forward),

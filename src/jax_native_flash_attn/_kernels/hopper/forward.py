@@ -1,5 +1,7 @@
 """Launch of the forward kernel; of results over splits of the keys, their combination."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -61,7 +63,7 @@ def _split_forward(config: Config, inputs: Inputs, blocks: Blocks, cores: int, *
     operands = prepare(config, inputs, blocks.rows, blocks.block_kv, TmaLoad(z.H, inputs.query.dtype))
     plan = ForwardPlan.make(config, inputs, operands, blocks, cores, **wanted)
     results = launch(
-        lambda *refs: kernel(plan, *refs),
+        functools.partial(kernel, plan),
         operands,
         out_types=plan.out_types(),
         scratch=plan.buffers(operands),

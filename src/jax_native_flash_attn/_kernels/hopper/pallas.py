@@ -196,6 +196,11 @@ class TmaStore(NamedTuple):
         return row if self.is_tiled else jnp.minimum(row, 2**30 + 1)
 
 
+def zeros(*shape: int) -> jax.Array:
+    """A matrix in registers."""
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+
 def spread(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     """A vector along one axis of a matrix, broadcast along the other."""
     return lax.broadcast_in_dim(x, shape, [axis])
@@ -222,14 +227,6 @@ def unravel(index: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
 def broadcast_index(index: Sequence[Any], shape: Sequence[int]) -> tuple[Any, ...]:
     """An index into an array that may have size 1, and then broadcasts, in any axis."""
     return tuple(0 if size == 1 else i for i, size in zip(index, shape, strict=True))
-
-
-def heads_per_group(num_heads: int, bytes_per_head: float, cache_bytes: float) -> int:
-    """How many heads run side by side: as many as leave their keys and values in the L2 cache."""
-    limit = max(1, int(cache_bytes / max(1.0, bytes_per_head)))
-    group = max(d for d in range(1, min(num_heads, limit) + 1) if num_heads % d == 0)
-    # The slowest axis of a grid has 16 bits.
-    return group if num_heads // group < 1 << 16 else num_heads
 
 
 def round_up(n: int, multiple: int) -> int:

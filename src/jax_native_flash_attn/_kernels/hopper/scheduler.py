@@ -18,6 +18,7 @@ from ..._semantics.masks import Band, ColumnRange
 from .pallas import unravel
 
 _BALANCED_ROUNDS = 8
+_CACHE_BYTES = 24e6  # of what blocks that run at once should share: half of Hopper's L2 cache
 
 
 class Item(NamedTuple):
@@ -148,6 +149,14 @@ def schedule(
     if cores is None or (is_uneven and group * blocks * splits < _BALANCED_ROUNDS * cores):
         cores = items
     return TileScheduler(heads, blocks, splits, group, min(items, cores), batch_fastest)
+
+
+def heads_per_group(num_heads: int, bytes_per_head: float) -> int:
+    """How many heads run side by side: as many as leave in the L2 cache what the blocks of a head share."""
+    limit = max(1, int(_CACHE_BYTES / max(1.0, bytes_per_head)))
+    group = max(d for d in range(1, min(num_heads, limit) + 1) if num_heads % d == 0)
+    # The slowest axis of a grid has 16 bits.
+    return group if num_heads // group < 1 << 16 else num_heads
 
 
 def split_of(ranges: ColumnRange, split: Any, splits: int) -> tuple[ColumnRange, Any]:

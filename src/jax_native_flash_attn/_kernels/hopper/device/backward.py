@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from ...._semantics.numerics import LOG2E
 from ..operands import RowOperands
-from ..pallas import plgpu
 from .context import KernelContext
 from .logits import RowVectors, TileLogits, TileTerms
 from .units import to_base_2
@@ -22,10 +21,6 @@ from .units import to_base_2
 @dataclass(frozen=True)
 class BackwardContext(KernelContext):
     row_operands: RowOperands
-
-
-def zeros(*shape: int) -> jax.Array:
-    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
 
 
 def scaled_lse(rows: RowOperands, lse: jax.Array) -> jax.Array:

@@ -16,10 +16,10 @@ from jax import lax
 
 from ..host.dbias_plan import DBiasBuffers, DBiasPlan
 from ..operands import BackwardOperands
-from ..pallas import ROW, Views, load, pl, plgpu, store, unravel, warp_specialize
-from .backward import BackwardContext, logits_cotangent, softmax_weights, zeros
+from ..pallas import ROW, Views, load, pl, plgpu, store, unravel, warp_specialize, zeros
+from .backward import BackwardContext, logits_cotangent, softmax_weights
 from .logits import TileLogits
-from .masks import Intervals
+from .masks import Intervals, is_outside
 from .transfers import Ring, Terms, key_slice, query_slice, row_slice
 
 
@@ -109,7 +109,7 @@ class BiasTiles:
         *head, block = (a if n > 1 else b for a, b, n in zip(index, self.own, plan.visited, strict=True))
         ranges = intervals.ranges(tuple(head), block, plan.blocks.rows)
         attends = (tile >= ranges.first) & (tile < ranges.stop)
-        return Visit(tuple(head), block, tile, attends, (tile < ranges.full_first) | (tile >= ranges.full_stop))
+        return Visit(tuple(head), block, tile, attends, is_outside(ranges, tile))
 
 
 def _load(context: DBiasContext, block: BiasTiles) -> None:

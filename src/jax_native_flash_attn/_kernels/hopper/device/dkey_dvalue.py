@@ -28,8 +28,8 @@ from jax import lax
 
 from ..host.dkey_dvalue_plan import KeyBuffers, KeyGradients, KeyPlan
 from ..operands import BackwardOperands
-from ..pallas import COLUMN, hide_from_compiler, load, pl, plgpu, store, warp_specialize
-from .backward import logits_cotangent, scaled_lse, softmax_weights, zeros
+from ..pallas import COLUMN, hide_from_compiler, load, pl, plgpu, store, warp_specialize, zeros
+from .backward import logits_cotangent, scaled_lse, softmax_weights
 from .dkey_dvalue_context import KeyBlock, KeyContext, Visit
 from .logits import RowVectors, TileLogits, TileTerms
 from .transfers import query_slice, row_slice

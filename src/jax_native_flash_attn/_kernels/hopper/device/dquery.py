@@ -28,10 +28,10 @@ from jax import lax
 
 from ..host.dquery_plan import DQueryBuffers, DQueryOuts, DQueryPlan
 from ..operands import BackwardOperands
-from ..pallas import hide_from_compiler, pl, plgpu, warp_specialize
+from ..pallas import hide_from_compiler, pl, plgpu, warp_specialize, zeros
 from ..scheduler import Item
-from .backward import zeros
 from .dquery_context import DQueryContext, DQueryRows
+from .masks import is_outside
 from .transfers import key_slice, query_slice
 
 _MAX_PIPELINED = 192  # head dimension
@@ -123,7 +123,8 @@ def _step(rows: DQueryRows, i: Any, carry: tuple) -> tuple:
         s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
         dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
         so_far = tuple(ref[...] for ref in moment_refs)
-        ds_ref[...], so_far = rows.dlogits(s, dp, terms, i, rows.is_edge(i), so_far)
+        is_edge = context.intervals.is_later_edge(item.ranges, item.tile(i), context.blocks.rows)
+        ds_ref[...], so_far = rows.dlogits(s, dp, terms, i, is_edge, so_far)
         for ref, x in zip(moment_refs, so_far, strict=True):
             ref[...] = x
         context.value_ring.release(value_slot)
@@ -148,7 +149,7 @@ def _one_by_one(rows: DQueryRows) -> tuple[jax.Array, tuple]:
         buffer = hide_from_compiler(rows.buffer)
         products: Any = pl.run_state(lambda state: rows.issue(state[0], state[1], buffer, slot, value_slot))
         s, dp = products((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
-        masked = rows.has_edges and rows.is_outside(i)
+        masked = rows.has_edges and is_outside(item.ranges, item.tile(i))
         if not context.terms.tiled:  # those come with the values, and are yet to be read
             context.value_ring.release(value_slot)
         terms = rows.logits.tile_terms(rows.vectors, item.tile(i), value_slot)

@@ -11,9 +11,9 @@ from jax import lax
 
 from ..host.dquery_plan import NUM_MOMENTS, DQueryBuffers, DQueryOuts, DQueryPlan
 from ..operands import BackwardOperands
-from ..pallas import ROW, Views, load, pl, plgpu, store
+from ..pallas import ROW, Views, load, pl, plgpu, store, zeros
 from ..scheduler import Item
-from .backward import BackwardContext, logits_cotangent, scaled_lse, softmax_weights, zeros
+from .backward import BackwardContext, logits_cotangent, scaled_lse, softmax_weights
 from .logits import TileLogits, TileTerms
 from .masks import Intervals
 from .overlap import THREAD_COLUMNS, fold_columns, order_before_wgmma_wait
@@ -91,18 +91,6 @@ class DQueryRows:
     def has_edges(self) -> bool:
         return self.context.intervals.has_left_edge or self.context.intervals.has_right_edge
 
-    def is_outside(self, i: Any) -> Any:
-        """Of the tiles that all rows attend."""
-        tile, ranges = self.item.tile, self.item.ranges
-        return (tile(i) < ranges.full_first) | (tile(i) >= ranges.full_stop)
-
-    def is_edge(self, i: Any) -> Any:
-        """Whether a tile behind the first needs a mask."""
-        intervals = self.context.intervals
-        if not intervals.has_left_edge and intervals.right_tiles(self.context.blocks.rows) <= 1:
-            return False  # the first tile was the only one
-        return self.is_outside(i)
-
     def dlogits(self, s: Any, dp: Any, terms: TileTerms, i: Any, masked: Any, moments: tuple) -> tuple[Any, tuple]:
         """dS in the dtype of products, and the moments with those of this tile, within each thread."""
         logits, vectors, tile = self.logits, self.vectors, self.item.tile
@@ -146,8 +134,9 @@ class DQueryRows:
         """Start writing the results: dS K, not yet multiplied by the scale, and the moments."""
         context, plan, item = self.context, self.context.plan, self.item
         buffers, outs, block_q = context.buffers, context.outs, context.blocks.block_q
-        for i, x in enumerate(moments):
-            buffers.moments[i, context.wg] = x.sum(axis=1)  # pyright: ignore[reportOptionalSubscript]
+        if buffers.moments is not None:
+            for i, x in enumerate(moments):
+                buffers.moments[i, context.wg] = x.sum(axis=1)
         if plan.is_wide:
             plgpu.barrier_arrive(buffers.all_done)
             plgpu.barrier_wait(buffers.all_done)

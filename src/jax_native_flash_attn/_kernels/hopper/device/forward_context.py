@@ -11,7 +11,7 @@ from jax import lax
 
 from ..host.forward_plan import ForwardBuffers, ForwardOuts, ForwardPlan
 from ..operands import Operands
-from ..pallas import Views, pl, plgpu, store
+from ..pallas import Views, pl, plgpu, store, zeros
 from ..scheduler import Item
 from .context import KernelContext
 from .logits import TileLogits
@@ -79,9 +79,7 @@ class Rows:
             scale=scale,
             starts_with_bias=context.plan.starts_with_bias,
         )
-        self.no_output = plgpu.layout_cast(
-            jnp.zeros((blocks.block_q, context.sizes.H), jnp.float32), plgpu.Layout.WGMMA
-        )
+        self.no_output = zeros(blocks.block_q, context.sizes.H)
 
     def slot(self, i: Any) -> Any:
         """Of keys and of values."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ...._semantics.numerics import LN2, LOG2E, lowest
-from ..pallas import ROW, columns_of, load, pl, plgpu
+from ..pallas import ROW, columns_of, load, pl, plgpu, zeros
 from ..scheduler import Item
 from .forward_context import ForwardContext, Rows
 from .logits import RowVectors, TileTerms
@@ -83,14 +83,6 @@ def _first_is_edge(rows: Rows) -> Any:
     if intervals.is_traced or intervals.is_cut:
         return (ranges.stop - 1 < ranges.full_first) | (ranges.stop > ranges.full_stop)
     return intervals.has_right_edge or intervals.has_left_edge
-
-
-def _is_edge(rows: Rows, i: Any) -> Any:
-    """Whether a tile behind the first needs a mask."""
-    intervals, item, ranges = rows.context.intervals, rows.item, rows.item.ranges
-    if not intervals.has_left_edge and intervals.right_tiles(rows.context.blocks.rows) <= 1:
-        return False  # the first tile was the only one
-    return (item.tile(i) < ranges.full_first) | (item.tile(i) >= ranges.full_stop)
 
 
 def _scale_query(rows: Rows) -> None:
@@ -168,7 +160,7 @@ def _first_tile(softmax: Softmax, is_edge: Any) -> tuple[Any, Any, Any]:
     block_q = context.blocks.block_q
     top = plgpu.layout_cast(jnp.full((block_q,), _LOWEST, jnp.float32), ROW)
     # Each thread sums its own columns; the threads of a row add up at the end.
-    total = plgpu.layout_cast(jnp.zeros((block_q, THREAD_COLUMNS), jnp.float32), plgpu.Layout.WGMMA)
+    total = zeros(block_q, THREAD_COLUMNS)
     start = rows.slot(0)
     context.key_ring.wait_until_ready(start)
     terms = logits.tile_terms(softmax.vectors, rows.item.tile(0), start)
@@ -205,9 +197,8 @@ def _step(softmax: Softmax, no_weights: Any, i: Any, carry: tuple) -> tuple:
         if takes_turns:
             plgpu.barrier_arrive(turn.at[lax.rem(rows.wg + 1, jnp.int32(warpgroups))])
         s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-        p_ref[...], top_ref[...], total_ref[...], correction_ref[...] = softmax(
-            s, terms, i, top, total, _is_edge(rows, i)
-        )
+        is_edge = context.intervals.is_later_edge(rows.item.ranges, rows.item.tile(i), context.blocks.rows)
+        p_ref[...], top_ref[...], total_ref[...], correction_ref[...] = softmax(s, terms, i, top, total, is_edge)
         context.key_ring.release(slot)
         order_before_wgmma_wait(total_ref[...])
 

@@ -10,7 +10,7 @@ from jax import lax
 
 from ...._semantics.numerics import LN2, LOG2E, lowest
 from ..operands import LogitTerm, TermKind
-from ..pallas import COLUMN, ROW, broadcast_index, columns_of, iota, load, pl, plgpu, spread
+from ..pallas import COLUMN, ROW, broadcast_index, columns_of, iota, load, pl, plgpu, spread, zeros
 from .context import KernelContext
 from .overlap import widened
 from .transfers import TermRefs
@@ -144,7 +144,7 @@ class TileLogits:
         do between them and the exponentials. It is divided by the unit.
         """
         if not self.starts_with_bias or terms.bias is None:
-            return plgpu.layout_cast(jnp.zeros(self.shape, jnp.float32), plgpu.Layout.WGMMA), terms
+            return zeros(*self.shape), terms
         if self.adds_mask:
             addend = self._clipped(terms.bias) * (1.0 / self.unit.size)
             return addend + terms.mask, TileTerms(None, None)

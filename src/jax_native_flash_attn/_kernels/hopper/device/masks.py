@@ -20,6 +20,11 @@ from ..operands import DEAD, Operands, QueryTiles, RowIntervals
 from ..pallas import broadcast_index, iota, load, pl, spread
 
 
+def is_outside(ranges: ColumnRange, tile: Any) -> Any:
+    """Whether a tile is none of those that all rows attend in full."""
+    return (tile < ranges.full_first) | (tile >= ranges.full_stop)
+
+
 @dataclass(frozen=True)
 class Intervals:
     """The interval masks of a call, as a kernel sees them.
@@ -43,9 +48,18 @@ class Intervals:
     skips_dead_rows: bool = False
 
     @classmethod
-    def make(cls, band: Band, sizes: Sizes, block_kv: int, operands: Operands, **options: Any) -> "Intervals":
+    def make(
+        cls,
+        band: Band,
+        sizes: Sizes,
+        block_kv: int,
+        operands: Operands,
+        *,
+        query_tiles: QueryTiles | None = None,
+        skips_dead_rows: bool = False,
+    ) -> "Intervals":
         traced, length, is_cut = operands.intervals, operands.length, operands.is_cut
-        return cls(band, sizes.T, sizes.S, block_kv, traced, length, is_cut, **options)
+        return cls(band, sizes.T, sizes.S, block_kv, traced, length, is_cut, query_tiles, skips_dead_rows)
 
     @property
     def has_length(self) -> bool:
@@ -79,6 +93,12 @@ class Intervals:
         full_stop = np.maximum(stop[first] // self.block_kv, -(-start[last] // self.block_kv))
         # Cut off, a block has no more of them, and at least the one with the cut.
         return int(np.maximum(end - full_stop, int(self.is_cut)).max())
+
+    def is_later_edge(self, ranges: ColumnRange, tile: Any, block_rows: int) -> Any:
+        """Whether a tile that is visited behind the first one needs a mask."""
+        if not self.has_left_edge and self.right_tiles(block_rows) <= 1:
+            return False  # the first tile was the only one
+        return is_outside(ranges, tile)
 
     @property
     def is_traced(self) -> bool:

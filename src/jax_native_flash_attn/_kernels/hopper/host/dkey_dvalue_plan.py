@@ -11,13 +11,12 @@ from ...._semantics.call import Config
 from ...._semantics.sizes import Sizes
 from ..blocks import Blocks
 from ..operands import BackwardOperands, Operands, TermBuffers
-from ..pallas import TmaLoad, TmaStore, heads_per_group, plgpu, swizzle_bytes
-from ..scheduler import TileScheduler, schedule
+from ..pallas import TmaLoad, TmaStore, plgpu, swizzle_bytes
+from ..scheduler import TileScheduler, heads_per_group, schedule
 from .backward import Backward
 from .intervals import query_tiles
 from .operands import prepare, term_buffers
 
-_CACHE_BYTES = 24e6
 # Head dimensions (above the first, up to the second) for which the softmax runs beside products of its own warpgroup:
 # masked calls take 2 to 6% less there. Elsewhere it takes up to 3% more.
 _OVERLAPPED = 64, 128
@@ -85,7 +84,7 @@ class KeyPlan:
         summed = tuple(n if m == 1 else 1 for n, m in zip(z.batch, batch, strict=True))
         # A block belongs to one head of keys, and visits all members: the query heads of its group in what is summed.
         kv_heads, num_members = (*batch, z.K), math.prod(summed) * z.G
-        group = heads_per_group(math.prod(kv_heads), 4 * z.T * z.H * num_members, _CACHE_BYTES)
+        group = heads_per_group(math.prod(kv_heads), 4 * z.T * z.H * num_members)
         num_blocks = -(-z.S // (blocks.warpgroups * blocks.block_kv))
         scheduler = schedule(kv_heads, num_blocks, group, cores if blocks.persistent else None, call.config.band)
         scale_is_summed = any(n > 1 and m > 1 for n, m in zip(call.inputs.scale.shape, summed, strict=True))

@@ -11,12 +11,11 @@ from ...._semantics.call import Config
 from ...._semantics.sizes import Sizes
 from ..blocks import Blocks
 from ..operands import BackwardOperands, Operands, TermBuffers
-from ..pallas import TmaLoad, TmaStore, heads_per_group, plgpu
-from ..scheduler import TileScheduler, schedule
+from ..pallas import TmaLoad, TmaStore, plgpu
+from ..scheduler import TileScheduler, heads_per_group, schedule
 from .backward import Backward
 from .operands import prepare, term_buffers
 
-_CACHE_BYTES = 24e6
 NUM_MOMENTS = 3
 
 
@@ -81,7 +80,7 @@ class DQueryPlan:
     @classmethod
     def make(cls, call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_scale: bool) -> "DQueryPlan":
         z, dtype, heads = call.sizes, call.inputs.query.dtype, (*call.sizes.batch, call.sizes.N)
-        group = heads_per_group(math.prod(heads), 4 * z.S * z.H / z.G, _CACHE_BYTES)
+        group = heads_per_group(math.prod(heads), 4 * z.S * z.H / z.G)
         is_persistent = blocks.persistent and jnp.dtype(out_dtype) == dtype
         num_blocks = -(-z.T // blocks.rows)
         scheduler = schedule(heads, num_blocks, group, cores if is_persistent else None, call.config.band)

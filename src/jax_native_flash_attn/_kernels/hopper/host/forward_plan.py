@@ -11,11 +11,10 @@ from ...._semantics.call import Config, Inputs
 from ...._semantics.sizes import Sizes
 from ..blocks import Blocks
 from ..operands import Operands, TermBuffers, TermKind
-from ..pallas import TmaLoad, TmaStore, heads_per_group, matrix_buffer, plgpu, swizzle_bytes
-from ..scheduler import TileScheduler, schedule
+from ..pallas import TmaLoad, TmaStore, matrix_buffer, plgpu, swizzle_bytes
+from ..scheduler import TileScheduler, heads_per_group, schedule
 from .operands import starts_with_bias, term_buffers
 
-_CACHE_BYTES = 24e6  # of keys and values that blocks which run at once should share: half of Hopper's L2 cache
 _LONG_ITEM = 8  # tiles
 
 
@@ -99,7 +98,7 @@ class ForwardPlan:
         scheduler = schedule(
             heads,
             -(-z.T // blocks.rows),
-            heads_per_group(math.prod(heads), 2 * dtype.itemsize * z.S * z.H / z.G, _CACHE_BYTES),
+            heads_per_group(math.prod(heads), 2 * dtype.itemsize * z.S * z.H / z.G),
             cores if blocks.persistent else None,
             config.band,
             splits=blocks.splits,
