@@ -47,22 +47,22 @@ class DBiasContext(BackwardContext):
     def of(cls, plan: DBiasPlan, operands: BackwardOperands, out: Any, buffers: DBiasBuffers) -> "DBiasContext":
         forward, blocks, tma = operands.forward, plan.blocks, plan.tma
         return cls(
-            plan.config,
-            plan.sizes,
-            blocks,
-            forward,
-            Terms.make(forward, buffers.terms),
-            Intervals.make(plan.config.band, plan.sizes, blocks.block_kv, forward),
-            lax.axis_index("wg"),
-            operands.rows,
-            plan,
-            out,
-            buffers,
-            tma.views(buffers.query),
-            tma.views(buffers.dout),
-            tma.views(buffers.key),
-            tma.views(buffers.value),
-            Ring(blocks.stages, buffers.ready, buffers.free),
+            config=plan.config,
+            sizes=plan.sizes,
+            blocks=blocks,
+            operands=forward,
+            terms=Terms.make(forward, buffers.terms),
+            intervals=Intervals.make(plan.config.band, plan.sizes, blocks.block_kv, forward),
+            wg=lax.axis_index("wg"),
+            row_operands=operands.rows,
+            plan=plan,
+            out=out,
+            buffers=buffers,
+            query=tma.views(buffers.query),
+            dout=tma.views(buffers.dout),
+            key=tma.views(buffers.key),
+            value=tma.views(buffers.value),
+            ring=Ring(blocks.stages, buffers.ready, buffers.free),
         )
 
 

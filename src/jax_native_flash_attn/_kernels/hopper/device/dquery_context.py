@@ -17,7 +17,7 @@ from .backward import BackwardContext, logits_cotangent, scaled_lse, softmax_wei
 from .logits import TileLogits, TileTerms
 from .masks import Intervals
 from .overlap import THREAD_COLUMNS, fold_columns, order_before_wgmma_wait
-from .transfers import Ring, Terms, clean_padding, query_slice, row_slice
+from .transfers import Ring, Terms, by_first_warpgroup, clean_padding, query_slice, row_slice
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,24 @@ class DQueryContext(BackwardContext):
         (query, dout), (query_loaded, dout_loaded) = views[0], views[-1]
         forward, blocks = operands.forward, plan.blocks
         return cls(
-            plan.config,
-            plan.sizes,
-            blocks,
-            forward,
-            Terms.make(forward, buffers.terms),
-            Intervals.make(plan.config.band, plan.sizes, blocks.block_kv, forward, skips_dead_rows=True),
-            lax.axis_index("wg"),
-            operands.rows,
-            plan,
-            outs,
-            buffers,
-            Views(query, query_loaded),
-            Views(dout, dout_loaded),
-            result,
-            plan.tma.views(buffers.key),
-            plan.tma.views(buffers.value),
-            Ring(blocks.stages, buffers.key_ready, buffers.key_free),
-            Ring(plan.value_stages, buffers.value_ready, buffers.value_free),
+            config=plan.config,
+            sizes=plan.sizes,
+            blocks=blocks,
+            operands=forward,
+            terms=Terms.make(forward, buffers.terms),
+            intervals=Intervals.make(plan.config.band, plan.sizes, blocks.block_kv, forward, skips_dead_rows=True),
+            wg=lax.axis_index("wg"),
+            row_operands=operands.rows,
+            plan=plan,
+            outs=outs,
+            buffers=buffers,
+            query=Views(query, query_loaded),
+            dout=Views(dout, dout_loaded),
+            result=result,
+            key=plan.tma.views(buffers.key),
+            value=plan.tma.views(buffers.value),
+            key_ring=Ring(blocks.stages, buffers.key_ready, buffers.key_free),
+            value_ring=Ring(plan.value_stages, buffers.value_ready, buffers.value_free),
         )
 
 
@@ -113,16 +113,12 @@ class DQueryRows:
             return
         length = intervals.length(self.item.head)
 
-        @pl.when((tile(i) + 1) * context.blocks.block_kv > length)
-        def _clean() -> None:
-            @pl.when(context.wg == 0)
-            def _first() -> None:
-                clean_padding(context.key.tiles.at[self.key_slot(i)], tile(i), length)
-                clean_padding(context.value.tiles.at[self.value_slot(i)], tile(i), length)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(clean)
+        def work() -> None:
+            clean_padding(context.key.tiles.at[self.key_slot(i)], tile(i), length)
+            clean_padding(context.value.tiles.at[self.value_slot(i)], tile(i), length)
 
-            plgpu.barrier_wait(clean)
+        is_padded = (tile(i) + 1) * context.blocks.block_kv > length
+        pl.when(is_padded)(lambda: by_first_warpgroup(context.wg, clean, work))
 
     def issue(self, s_ref: Any, dp_ref: Any, buffer: Any, key_slot: Any, value_slot: Any) -> None:
         """The products S and dP; `buffer` is that of these rows."""

@@ -17,7 +17,7 @@ from .context import KernelContext
 from .logits import TileLogits
 from .masks import Intervals
 from .overlap import rounded_to_tf32
-from .transfers import Ring, Terms, clean_padding, query_slice
+from .transfers import Ring, Terms, by_first_warpgroup, clean_padding, query_slice
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,22 @@ class ForwardContext(KernelContext):
         else:
             query, out = plan.tma.views(buffers.query), buffers.out
         return cls(
-            plan.config,
-            plan.sizes,
-            blocks,
-            operands,
-            Terms.make(operands, buffers.terms),
-            Intervals.make(plan.config.band, plan.sizes, blocks.block_kv, operands),
-            lax.axis_index("wg"),
-            plan,
-            outs,
-            buffers,
-            query,
-            plan.tma.views(buffers.key),
-            plan.value_tma.views(buffers.value),
-            out,
-            Ring(blocks.stages, buffers.key_ready, buffers.key_free),
-            Ring(blocks.stages, buffers.value_ready, buffers.value_free),
+            config=plan.config,
+            sizes=plan.sizes,
+            blocks=blocks,
+            operands=operands,
+            terms=Terms.make(operands, buffers.terms),
+            intervals=Intervals.make(plan.config.band, plan.sizes, blocks.block_kv, operands),
+            wg=lax.axis_index("wg"),
+            plan=plan,
+            outs=outs,
+            buffers=buffers,
+            query=query,
+            key=plan.tma.views(buffers.key),
+            value=plan.value_tma.views(buffers.value),
+            out=out,
+            key_ring=Ring(blocks.stages, buffers.key_ready, buffers.key_free),
+            value_ring=Ring(blocks.stages, buffers.value_ready, buffers.value_free),
         )
 
 
@@ -97,13 +97,7 @@ class Rows:
 
         @pl.when((tile + 1) * context.blocks.block_kv > length)
         def _clean() -> None:
-            @pl.when(self.wg == 0)
-            def _first() -> None:
-                clean_padding(value.at[slot], tile, length)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(clean.at[slot])
-
-            plgpu.barrier_wait(clean.at[slot])
+            by_first_warpgroup(self.wg, clean.at[slot], lambda: clean_padding(value.at[slot], tile, length))
 
     def as_operand(self, p: Any) -> Any:
         """Weights where the second product takes them: what is in registers, or a reference once they are stored."""

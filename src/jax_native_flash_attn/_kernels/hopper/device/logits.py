@@ -34,7 +34,7 @@ class RowVectors(NamedTuple):
 
 
 class TileTerms(NamedTuple):
-    """Bias and mask of a tile, in registers."""
+    """Bias and mask of a tile, in registers; the order of fields is that in which a barrier takes them."""
 
     mask: jax.Array | None
     bias: jax.Array | None

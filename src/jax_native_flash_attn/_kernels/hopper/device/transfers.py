@@ -1,5 +1,6 @@
 """Tiles of operands in global memory, what leads from there to shared memory, and clean padding."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +114,18 @@ class Ring:
 
     def release(self, slot: Any) -> None:
         plgpu.barrier_arrive(self.free.at[slot])
+
+
+def by_first_warpgroup(wg: Any, done: Any, work: Callable[[], None]) -> None:
+    """Have compute warpgroup 0 change shared memory while the others wait; `done` is a barrier that it completes."""
+
+    @pl.when(wg == 0)
+    def _first() -> None:
+        work()
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(done)
+
+    plgpu.barrier_wait(done)
 
 
 def clean_padding(buffer: Any, tile: Any, length: Any) -> None:
