@@ -16,8 +16,6 @@ from ..scheduler import TileScheduler, heads_per_group, schedule
 from .backward import Backward
 from .operands import prepare, term_buffers
 
-NUM_MOMENTS = 3
-
 
 class Moments(NamedTuple):
     """For the gradient of scale, of each row, (batch..., N, T) in float32: sums over the keys, with x = q . k."""
@@ -25,6 +23,9 @@ class Moments(NamedTuple):
     dz_x: Any
     dz: Any
     p_x: Any
+
+
+NUM_MOMENTS = len(Moments._fields)
 
 
 @jax.tree_util.register_dataclass
