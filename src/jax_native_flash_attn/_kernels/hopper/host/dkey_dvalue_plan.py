@@ -37,8 +37,8 @@ class KeyBuffers:
     """Shared memory and barriers.
 
     Attributes:
-      key, value: at the end, the memory of a key holds its gradient; so that of a value, which a pass for the gradient
-        of value alone has no need of: it takes the memory of a key.
+      key, value: at the end, the memory of a key holds its gradient, and that of a value likewise. No value is loaded
+        for the gradient of value alone, which then leaves through the memory of the key.
       *_ready: completed by TMA: the data are there.
       keys_free: completed by the compute warpgroup whose keys they are, once their gradients have left.
       rows_free: completed by all compute warpgroups: the slot may be loaded again.
