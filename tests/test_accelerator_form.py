@@ -13,6 +13,7 @@ from hypothesis import given, settings
 
 from jax_native_flash_attn import flash_attention
 from jax_native_flash_attn._kernels.xla import family, forms, kernels, shapes
+from jax_native_flash_attn._kernels.xla.plan import Plan, make_plan
 from jax_native_flash_attn._kernels.xla.tiles import Tiles
 from tests.cases import FAST_COMPILATION, Case, cases, check_case
 
@@ -21,7 +22,7 @@ def _einsum(self: Tiles, subscripts: str, *operands: jax.Array, dtype: Any = Non
     """As `Tiles.einsum`; XLA:CPU cannot run every product of 16-bit floats."""
     return jnp.einsum(
         subscripts,
-        *(x.astype(dtype or self.product).astype(self.accumulate) for x in operands),
+        *(x.astype(dtype or self.plan.product).astype(self.plan.accumulate) for x in operands),
         precision=self.config.precision,
     )
 
@@ -29,14 +30,13 @@ def _einsum(self: Tiles, subscripts: str, *operands: jax.Array, dtype: Any = Non
 @pytest.fixture(autouse=True, scope="module")
 def _accelerator() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
     """Every kernel is made for an accelerator, with limits so small that these calls take each of the forms."""
-    make = Tiles.__init__
 
-    def init(self: Tiles, config: Any, inputs: Any, target: Any, **options: Any) -> None:
-        make(self, config, inputs, target._replace(platform="accelerator"), **options)
+    def planned(call: Any, target: Any, **options: Any) -> Plan:
+        return make_plan(call, target._replace(platform="accelerator"), **options)
 
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tiles, "__init__", init)
+        patch.setattr(family, "make_plan", planned)
         patch.setattr(Tiles, "einsum", _einsum)
         patch.setattr(shapes, "ACCELERATOR_SCORES", 1 << 14)
         patch.setattr(forms, "ACCELERATOR_SCORES", 1 << 14)

@@ -112,8 +112,7 @@ def test_fused_projection(
     mesh = auto_mesh(*mesh_shape)
     expected = jax.jit(transformed(projected(ATTENTIONS["jax.nn"], N, K, H))[transformation])(w, x)
     if as_units:
-        monkeypatch.setattr(select, "forward_is_opaque", lambda *unused: True)
-        monkeypatch.setattr(select, "cotangent_is_opaque", lambda *unused: True)
+        monkeypatch.setattr(select, "is_opaque", lambda *unused: True)
     found = {}
     for name, attention in ATTENTIONS.items():
         f = transformed(projected(attention, N, K, H))[transformation]

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import pytest
 
-from jax_native_flash_attn._kernels import select
+from jax_native_flash_attn._kernels.hopper import support
 from tests.environment import enable_x64
 from tests.lowering import DTYPES, HEAD_DIMS, MASKS, OPTIONS, Bind, Call, Programs, binds
 
@@ -35,13 +35,13 @@ _lowered: dict[tuple[Bind, bool], str] = {}
 
 @pytest.fixture(autouse=True)
 def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "_compute_capabilities", lambda: frozenset({"9.0"}))
+    monkeypatch.setattr(support, "_compute_capabilities", lambda: frozenset({"9.0"}))
 
 
 @without_backend
 def test_the_mosaic_gpu_backend_can_be_imported():
     """Where JAX has it, tests must not pass for lack of it."""
-    assert select._why_not_backend() is None
+    assert support._why_not_backend() is None
 
 
 def _lower(bind: Bind, x64: bool) -> str:

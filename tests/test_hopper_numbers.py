@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_native_flash_attn._kernels import select
+from jax_native_flash_attn._kernels.hopper import support
 from tests.environment import bernoulli, enable_x64
 from tests.lowering import HEAD_DIMS, MASKS, OPTIONS, B, Call, N, Programs, S, T
 from tests.oracle import Masking, assert_as_accurate_as_dense, dense_float64
@@ -150,7 +150,7 @@ def _id(x: Any) -> str:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "call"), _calls(), ids=_id)
 def test_transformations_on_a_gpu(name: str, call: Call):
-    reason = select._why_not_backend() or select._why_not_device(is_asked=False)
+    reason = support._why_not_backend() or support._why_not_device(is_asked=False)
     if reason:
         pytest.skip(reason)
     check_transformation(name, call)

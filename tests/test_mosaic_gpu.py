@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse
-from jax_native_flash_attn._kernels import select
+from jax_native_flash_attn._kernels.hopper import support
 from jax_native_flash_attn._kernels.hopper.blocks import Blocks, Chip, forward_blocks, shared_bytes
 from jax_native_flash_attn._kernels.xla import kernels
 from jax_native_flash_attn._semantics.masks import make_mask
 from jax_native_flash_attn._semantics.sizes import Sizes
 from tests.cases import Case, check_case, enable_x64
 
-needs_backend = pytest.mark.skipif(select._why_not_backend() is not None, reason=str(select._why_not_backend()))
+needs_backend = pytest.mark.skipif(support._why_not_backend() is not None, reason=str(support._why_not_backend()))
 mosaic_attention = functools.partial(flash_attention, implementation="mosaic_gpu")
 
 
 @pytest.fixture(autouse=True)
 def _hopper(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("gpu"):
-        reason = select._why_not_backend() or select._why_not_device(is_asked=False)
+        reason = support._why_not_backend() or support._why_not_device(is_asked=False)
         if reason:
             pytest.skip(reason)
 
@@ -574,7 +574,7 @@ def test_gradients_of_shared_operands_lower_for_cuda(shared: str, kind: str) -> 
 
 @needs_backend
 def test_pure_jax_unless_asked_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "_compute_capabilities", frozenset)
+    monkeypatch.setattr(support, "_compute_capabilities", frozenset)
     assert "mosaic_gpu" not in _lowered(None, "cuda")
     assert "mosaic_gpu" not in _lowered("pure_jax", "cuda")
 
@@ -582,14 +582,14 @@ def test_pure_jax_unless_asked_without_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
 @needs_backend
 @pytest.mark.parametrize(("capability", "expected"), [("9.0", True), ("8.0", False), ("10.0", False)])
 def test_dispatch_by_compute_capability(capability: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "_compute_capabilities", lambda: frozenset({capability}))
+    monkeypatch.setattr(support, "_compute_capabilities", lambda: frozenset({capability}))
     for implementation in (None, "xla"):
         assert ("mosaic_gpu" in _lowered(implementation, "cuda")) == expected
     assert "mosaic_gpu" not in _lowered("pure_jax", "cuda")
 
 
 def test_several_platforms_take_pure_jax(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "_compute_capabilities", lambda: frozenset({"9.0"}))
+    monkeypatch.setattr(support, "_compute_capabilities", lambda: frozenset({"9.0"}))
     assert "mosaic_gpu" not in _lowered(None, "cpu", "cuda")
 
 
@@ -612,7 +612,7 @@ def test_asking_where_it_cannot_run_is_an_error(reason: str, arrays: Any, option
 
 @needs_backend
 def test_unsupported_calls_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "_compute_capabilities", lambda: frozenset({"9.0"}))
+    monkeypatch.setattr(support, "_compute_capabilities", lambda: frozenset({"9.0"}))
     assert "mosaic_gpu" not in _lowered(None, "cuda", arrays=_types(1, 128, 128, 2, 2, 40))
     float32 = _types(1, 128, 128, 2, 2, 64, jnp.float32)
     assert "mosaic_gpu" in _lowered(None, "cuda", arrays=float32)
@@ -625,7 +625,7 @@ def test_unsupported_calls_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_warning_on_a_hopper_gpu_without_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "_why_not_backend", lambda: "no module named absl")
+    monkeypatch.setattr(support, "_why_not_backend", lambda: "no module named absl")
     for capabilities, implementation, warns in (
         ({"9.0"}, "pure_jax", False),
         (set(), None, False),
@@ -633,7 +633,7 @@ def test_one_warning_on_a_hopper_gpu_without_the_backend(monkeypatch: pytest.Mon
         ({"9.0"}, None, True),
         ({"9.0"}, None, False),  # once
     ):
-        monkeypatch.setattr(select, "_compute_capabilities", lambda c=capabilities: frozenset(c))
+        monkeypatch.setattr(support, "_compute_capabilities", lambda c=capabilities: frozenset(c))
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             assert "mosaic_gpu" not in _lowered(implementation, "cuda")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from jax_native_flash_attn._kernels.xla import family
 from jax_native_flash_attn._kernels.xla.tiles import Tiles
 from tests.lowering import Call
 from tests.test_hopper_numbers import check_transformation
@@ -18,11 +19,11 @@ from tests.test_hopper_numbers import check_transformation
 
 def _einsum(self: Tiles, subscripts: str, *operands: jax.Array, dtype: Any = None) -> jax.Array:
     def rounded(x: jax.Array) -> jax.Array:
-        x = x.astype(dtype or self.product).astype(self.accumulate)
+        x = x.astype(dtype or self.plan.product).astype(self.plan.accumulate)
         is_exact = jax.config.jax_default_matmul_precision == "highest"  # pyright: ignore[reportAttributeAccessIssue]
         return x if is_exact or x.dtype != jnp.float32 else lax.reduce_precision(x, 8, 10)
 
-    return jnp.einsum(subscripts, *map(rounded, operands), preferred_element_type=self.accumulate)
+    return jnp.einsum(subscripts, *map(rounded, operands), preferred_element_type=self.plan.accumulate)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,7 +36,7 @@ def _accelerator() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
 
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tiles, "__init__", init)
+        patch.setattr(family, "make_plan", planned)
         patch.setattr(Tiles, "einsum", _einsum)
         yield
     jax.clear_caches()
