@@ -1,7 +1,7 @@
 """Are the lowered programs of two checkouts the same? No call runs, and no GPU is needed.
 
     python benchmarks/compare_programs.py --before ../before/src --after src
-    python benchmarks/compare_programs.py --before ../before/src --after src --only 'cuda .*dropout' --save /tmp/programs
+    python benchmarks/compare_programs.py --before ../before/src --after src --only 'cuda .*dropout' --save programs
 
 One process for each checkout, both at once, lowers the same calls: for the CPU, the shapes of the CPU grid and small
 shapes with every mask and option; for CUDA, as on a Hopper GPU, kernels of Mosaic GPU. Compared are StableHLO and the
@@ -10,8 +10,10 @@ difference. What a call raises is compared as its program is. Exits with 1 if an
 """
 
 import argparse
+import contextlib
 import difflib
 import importlib
+import itertools
 import json
 import os
 import re
@@ -25,7 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from attention_shapes import AttentionShape, grid_shapes
+from attention_shapes import grid_shapes
 
 _PACKAGE = "jax_native_flash_attn"
 _LINES_OF_DIFF = 20
@@ -44,9 +46,9 @@ class _Call(NamedTuple):
     platform: str
     floats: _Arrays
     others: _Arrays
-    static: dict[str, Any]
+    static: _Arrays
+    is_vmapped: bool
     transformations: tuple[str, ...]
-    is_vmapped: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,23 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {line[:200]}")
     raising = sum(text.startswith("raises ") for text in after.values())
     seconds = time.perf_counter() - start
-    print(
-        f"{len(before | after)} calls, {len(differing)} differ ({raising} raise; JAX {jax.__version__}, {seconds:.0f} s)"
-    )
+    print(f"{len(before | after)} calls, {len(differing)} differ")
+    print(f"{raising} of them raise; JAX {jax.__version__}, {seconds:.0f} s")
     return int(bool(differing)) if after else 2
 
 
 def _lower_in_processes(sources: dict[str, Path], folder: Path, only: str) -> list[dict[str, str]]:
     children = []
     for name, source in sources.items():
-        if not (source / _PACKAGE / "__init__.py").exists():
-            sys.exit(f"--{name} must name a folder that contains the package {_PACKAGE}, got {source}")
-    for name, source in sources.items():
-        path = os.pathsep.join([str(source.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, __file__, "--after", str(source), "--only", only]
-        command += ["--write", str(folder / f"{name}.json")]
-        children.append(subprocess.Popen(command, env=environment))
+        environment = os.environ | {"PYTHONPATH": str(source.resolve()), "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, __file__, "--before", source, "--after", source, "--only", only]
+        children.append(subprocess.Popen([*command, "--write", folder / f"{name}.json"], env=environment))
     if any([child.wait() for child in children]):
         sys.exit("a process that lowers failed")
     return [json.loads((folder / f"{name}.json").read_text()) for name in sources]
@@ -108,40 +104,35 @@ def _lower_all(only: str, source: Path) -> dict[str, str]:
     _pretend_hopper()
     kernels = _record_mosaic_modules()
     programs = {}
-    for call in (*_grid_calls(), *_small_calls(), *_cuda_calls()):
+    for call in _calls():
         for transformation in call.transformations:
-            name = f"{call.platform} {call.name}, {transformation}"
+            name = f"{call.name}, {transformation}"
             if not re.search(only, name):
                 continue
             kernels.clear()
-            function = _transformed(package.flash_attention, call, transformation)
+            function = jax.jit(_transformed(package.flash_attention, call, transformation))
             try:
-                traced = jax.jit(function).trace(call.floats, call.others)
-                text = traced.lower(lowering_platforms=(call.platform,)).as_text()
+                lowered = function.trace(call.floats, call.others).lower(lowering_platforms=(call.platform,))
+                programs[name] = "\n".join(map(_normalised, (lowered.as_text(), *kernels)))
             except Exception as error:  # compared as programs are
                 programs[name] = f"raises {type(error).__name__}: {error}"
-            else:
-                programs[name] = "\n".join(map(_normalised, (text, *kernels)))
     return programs
 
 
 def _pretend_hopper() -> None:
     """Select kernels as on a Hopper GPU."""
-    for module in ("_kernels.select", "_dispatch"):  # its name today, and before
-        try:
-            found = importlib.import_module(f"{_PACKAGE}.{module}")
-        except ModuleNotFoundError:
-            continue
-        if hasattr(found, "_compute_capabilities"):
-            found._compute_capabilities = lambda: frozenset({"9.0"})
+    for name in ("_kernels.select", "_dispatch"):  # its name today, and before
+        with contextlib.suppress(ModuleNotFoundError):
+            module: Any = importlib.import_module(f"{_PACKAGE}.{name}")
+            module._compute_capabilities = lambda: frozenset({"9.0"})
             return
-    raise RuntimeError("no module has _compute_capabilities")
+    raise RuntimeError("no module is known that has _compute_capabilities")
 
 
 def _record_mosaic_modules() -> list[str]:
     """The list that each Mosaic kernel's module is appended to, before it is serialised with its locations."""
-    core = importlib.import_module("jax.experimental.mosaic.gpu.core")
-    serialise: Callable[..., Any] = core._run_serde_pass
+    core: Any = importlib.import_module("jax.experimental.mosaic.gpu.core")
+    serialise = core._run_serde_pass
     kernels: list[str] = []
 
     def record(module: Any, **options: Any) -> Any:
@@ -157,8 +148,7 @@ def _normalised(text: str) -> str:
     names: dict[str, str] = {}
 
     def rename(match: re.Match[str]) -> str:
-        symbol = match[0]
-        return names.setdefault(symbol, f"@f{len(names)}") if symbol.startswith("@") else symbol
+        return names.setdefault(match[0], f"@f{len(names)}") if match[0].startswith("@") else match[0]
 
     return _SYMBOL.sub(rename, _PAYLOAD.sub(r"\1", text))
 
@@ -185,60 +175,44 @@ def _transformed(attention: Callable[..., Any], call: _Call, transformation: str
     return {"value": value, "gradient": gradient, "jvp": jvp_of(value), "hvp": jvp_of(gradient)}[transformation]
 
 
-def _array(shape: Sequence[int], dtype: str) -> jax.ShapeDtypeStruct:
+def _array(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
 
 
 def _call(name: str, platform: str, sizes: Sequence[int], dtype: str, options: str, *transformations: str) -> _Call:
     """A call with sizes (B, T, S, N, K, H) and `options`, keys of the tables below joined by '+'."""
     b, t, s, n, k, h = sizes
-    floats = {name: _array((b, s, k, h), dtype) for name in ("key", "value")} | {"query": _array((b, t, n, h), dtype)}
-    arrays: _Arrays = {
-        "traced window": {"left": _array((), "int32")},
-        "key mask": {"mask": _array((b, 1, 1, s), "bool")},
-        "score mask": {"mask": _array((b, n, t, s), "bool")},
-        "row mask": {"mask": _array((b, 1, t, 1), "bool")},
-        "key lengths": {"key_value_seq_lengths": _array((b,), "int32")},
-        "row lengths": {"query_seq_lengths": _array((b,), "int32")},
-        "dropout": {"dropout_rng": jax.eval_shape(lambda: jax.random.key(0))},
-    }
-    extra_floats: _Arrays = {
-        "score bias": {"bias": _array((b, n, t, s), dtype)},
-        "key bias": {"bias": _array((b, 1, 1, s), dtype)},
-        "row bias": {"bias": _array((1, n, t, 1), dtype)},
-        "scale": {"scale": _array((), "float32")},
-    }
-    statics: dict[str, dict[str, Any]] = {
-        "causal": {"is_causal": True},
-        "window": {"local_window_size": (40, 8)},
-        "dropout": {"dropout_rate": 0.25},
-        "tiles": {"block_q": 32, "block_kv": 64},
-        "residual": {"return_residual": True},
-        "precision": {"precision": "highest"},
-    }
+    query, key = _array((b, t, n, h), dtype), _array((b, s, k, h), dtype)
+    floats: _Arrays = {"query": query, "key": key, "value": key}
     others: _Arrays = {}
-    static: dict[str, Any] = {}
-    chosen = [option for option in options.split("+") if option]
-    for option in chosen:
-        if option not in {*arrays, *extra_floats, *statics, "vmap"}:
-            raise ValueError(f"unknown option {option!r}")
-        others |= arrays.get(option, {})
-        floats |= extra_floats.get(option, {})
-        static |= statics.get(option, {})
-    is_vmapped = "vmap" in chosen
-    if is_vmapped:
+    static: _Arrays = {}
+    table: dict[str, tuple[_Arrays, _Arrays]] = {
+        "score bias": (floats, {"bias": _array((b, n, t, s), dtype)}),
+        "key bias": (floats, {"bias": _array((b, 1, 1, s), dtype)}),
+        "row bias": (floats, {"bias": _array((1, n, t, 1), dtype)}),
+        "scale": (floats, {"scale": _array((), "float32")}),
+        "traced window": (others, {"left": _array((), "int32")}),
+        "key mask": (others, {"mask": _array((b, 1, 1, s), "bool")}),
+        "score mask": (others, {"mask": _array((b, n, t, s), "bool")}),
+        "row mask": (others, {"mask": _array((b, 1, t, 1), "bool")}),
+        "key lengths": (others, {"key_value_seq_lengths": _array((b,), "int32")}),
+        "row lengths": (others, {"query_seq_lengths": _array((b,), "int32")}),
+        "dropout": (others, {"dropout_rng": jax.eval_shape(lambda: jax.random.key(0))}),
+        "causal": (static, {"is_causal": True}),
+        "window": (static, {"local_window_size": (40, 8)}),
+        "tiles": (static, {"block_q": 32, "block_kv": 64}),
+        "residual": (static, {"return_residual": True}),
+        "precision": (static, {"precision": "highest"}),
+        "vmap": (static, {}),
+    }
+    chosen = options.split("+") if options else []
+    for arguments, more in map(table.__getitem__, chosen):
+        arguments |= more
+    static["dropout_rate"] = 0.25 if "dropout" in chosen else 0.0
+    if "vmap" in chosen:
         floats = {name: _array((3, *array.shape), array.dtype) for name, array in floats.items()}
-    return _Call(f"{name} {options or 'plain'} {dtype}", platform, floats, others, static, transformations, is_vmapped)
-
-
-def _grid_calls() -> Iterator[_Call]:
-    def sizes(shape: AttentionShape) -> tuple[int, ...]:
-        lengths = (shape.batch, shape.query_length, shape.key_value_length)
-        return (*lengths, shape.num_heads, shape.num_key_value_heads, shape.head_dim)
-
-    for shape in grid_shapes(160):
-        options = "causal" if shape.is_causal else ""
-        yield _call(f"grid {shape.name}", "cpu", sizes(shape), shape.dtype, options, "value", "gradient")
+    name = f"{platform} {name} {options or 'plain'} {dtype}"
+    return _Call(name, platform, floats, others, static, "vmap" in chosen, transformations)
 
 
 _KINDS = (
@@ -246,40 +220,41 @@ _KINDS = (
     *("key lengths+row lengths", "score bias", "key bias", "row bias", "dropout", "vmap", "scale"),
     *("tiles+causal+score bias", "tiles+traced window+dropout", "residual", "causal+key mask+precision"),
 )
+_CPU = (
+    ("small", (2, 130, 150, 2, 2, 32), _KINDS),
+    ("gqa", (2, 130, 150, 4, 2, 32), ("", "causal", "score bias", "dropout+tiles")),
+    ("decoding", (2, 1, 600, 4, 2, 32), ("", "key lengths", "key bias")),
+)
+_CUDA = (
+    ("small", (2, 130, 150, 4, 2, 64), "bfloat16", (*_KINDS[:14], "residual")),
+    ("small", (2, 130, 150, 4, 2, 64), "float32", ("", "causal", "score bias")),
+    *((f"head {h}", (2, 300, 300, 4, 4, h), "bfloat16", ("causal",)) for h in (128, 256, 80)),
+    ("long", (1, 16384, 16384, 32, 8, 128), "bfloat16", ("causal",)),
+    ("long", (2, 4096, 4096, 16, 16, 64), "bfloat16", ("",)),
+    ("decoding", (4, 1, 32768, 32, 8, 128), "bfloat16", ("", "key lengths")),
+)
 
 
-def _small_calls() -> Iterator[_Call]:
-    all_transformations = ("value", "gradient", "jvp", "hvp")
-    for dtype in ("float32", "bfloat16"):
-        for options in _KINDS:
-            yield _call("small", "cpu", (2, 130, 150, 2, 2, 32), dtype, options, *all_transformations)
-        for options in ("", "causal", "score bias", "dropout+tiles"):
-            yield _call("gqa", "cpu", (2, 130, 150, 4, 2, 32), dtype, options, *all_transformations)
-        for options in ("", "key lengths", "key bias"):
-            yield _call("decoding", "cpu", (2, 1, 600, 4, 2, 32), dtype, options, *all_transformations)
-
-
-def _cuda_calls() -> Iterator[_Call]:
-    """Mosaic's kernels."""
+def _calls() -> Iterator[_Call]:
     both = ("value", "gradient")
-    for options in (*_KINDS[:14], "residual"):
-        yield _call("small", "cuda", (2, 130, 150, 4, 2, 64), "bfloat16", options, *both)
-    for head_dim in (128, 256, 80):
-        yield _call(f"head {head_dim}", "cuda", (2, 300, 300, 4, 4, head_dim), "bfloat16", "causal", *both)
-    for options in ("", "causal", "score bias"):
-        yield _call("small", "cuda", (2, 130, 150, 4, 2, 64), "float32", options, *both)
-    yield _call("long", "cuda", (1, 16384, 16384, 32, 8, 128), "bfloat16", "causal", *both)
-    yield _call("long", "cuda", (2, 4096, 4096, 16, 16, 64), "bfloat16", "", *both)
-    for lengths in ("", "key lengths"):
-        yield _call("decoding", "cuda", (4, 1, 32768, 32, 8, 128), "bfloat16", lengths, *both)
+    for shape in grid_shapes(160):
+        lengths = (shape.batch, shape.query_length, shape.key_value_length)
+        sizes = (*lengths, shape.num_heads, shape.num_key_value_heads, shape.head_dim)
+        yield _call(f"grid {shape.name}", "cpu", sizes, shape.dtype, "causal" if shape.is_causal else "", *both)
+    for dtype, (name, sizes, kinds) in itertools.product(("float32", "bfloat16"), _CPU):
+        for options in kinds:
+            yield _call(name, "cpu", sizes, dtype, options, *both, "jvp", "hvp")
+    for name, sizes, dtype, kinds in _CUDA:
+        for options in kinds:
+            yield _call(name, "cuda", sizes, dtype, options, *both)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", type=Path, default=Path("src"), metavar="DIR", help="contains the package")
-    parser.add_argument("--after", type=Path, default=Path("src"), metavar="DIR", help="contains the package")
+    for name in ("--before", "--after"):
+        parser.add_argument(name, type=Path, required=True, metavar="DIR", help="contains the package")
     parser.add_argument("--only", default="", metavar="REGEX", help="the calls with such a name")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="keep the programs, as before.json and after.json")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="keep the programs there, as JSON")
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)  # in the process that lowers --after
     return parser.parse_args(argv)
 
