@@ -3,7 +3,7 @@
     python benchmarks/compare_programs.py --before ../before/src --after src
     python benchmarks/compare_programs.py --before ../before/src --after src --only 'cuda .*dropout' --save programs
 
-One process for each checkout, both at once, lowers the same calls: for the CPU, the shapes of the CPU grid and small
+One process for each checkout, both at once, lowers the same calls: for the CPU, shapes of the CPU grid and small
 shapes with every mask and option; for CUDA, as on a Hopper GPU, kernels of Mosaic GPU. Compared are StableHLO and the
 modules of the Mosaic kernels, both without source locations and names of functions, so moved and renamed code makes no
 difference. What a call raises is compared as its program is. Exits with 1 if any differ.
@@ -89,8 +89,7 @@ def _lower_in_processes(sources: dict[str, Path], folder: Path, only: str) -> li
 def _first_difference(before: str, after: str) -> list[str]:
     """A unified diff from the first line that differs; of whole programs it would take minutes."""
     old, new = before.splitlines(), after.splitlines()
-    pairs = enumerate(zip(old, new, strict=False))
-    first = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
+    first = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
     lines = slice(max(0, first - 3), first + 2 * _LINES_OF_DIFF)
     diff = list(difflib.unified_diff(old[lines], new[lines], lineterm="", n=3))
     return [f"line {first + 1} of {len(old)} before, {len(new)} after", *diff[3 : 3 + _LINES_OF_DIFF]]
@@ -120,8 +119,7 @@ def _lower_all(only: str, source: Path) -> dict[str, str]:
 
 
 def _pretend_hopper() -> None:
-    """Select kernels as on a Hopper GPU."""
-    for name in ("_kernels.select", "_dispatch"):  # its name today, and before
+    for name in ("_kernels.select", "_dispatch"):  # where kernels are selected, today and before
         with contextlib.suppress(ModuleNotFoundError):
             module: Any = importlib.import_module(f"{_PACKAGE}.{name}")
             module._compute_capabilities = lambda: frozenset({"9.0"})
@@ -237,7 +235,7 @@ _CUDA = (
 
 def _calls() -> Iterator[_Call]:
     both = ("value", "gradient")
-    for shape in grid_shapes(160):
+    for shape in grid_shapes(80):
         lengths = (shape.batch, shape.query_length, shape.key_value_length)
         sizes = (*lengths, shape.num_heads, shape.num_key_value_heads, shape.head_dim)
         yield _call(f"grid {shape.name}", "cpu", sizes, shape.dtype, "causal" if shape.is_causal else "", *both)
