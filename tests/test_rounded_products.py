@@ -28,11 +28,9 @@ def _einsum(self: Tiles, subscripts: str, *operands: jax.Array, dtype: Any = Non
 
 @pytest.fixture(autouse=True, scope="module")
 def _accelerator() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
-    make = Tiles.__init__
-
-    def init(self: Tiles, config: Any, inputs: Any, target: Any, **options: Any) -> None:
-        platform = "cpu" if inputs.query.dtype == jnp.float64 else "accelerator"
-        make(self, config, inputs, target._replace(platform=platform), **options)
+    def planned(call: Any, target: Any, **options: Any) -> Plan:
+        platform = "cpu" if call.inputs.query.dtype == jnp.float64 else "accelerator"
+        return make_plan(call, target._replace(platform=platform), **options)
 
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
