@@ -119,7 +119,7 @@ def _lower_all(only: str, source: Path) -> dict[str, str]:
 
 
 def _pretend_hopper() -> None:
-    for name in ("_kernels.select", "_dispatch"):  # where kernels are selected, today and before
+    for name in ("_kernels.hopper.support", "_dispatch"):  # where devices are probed, today and before
         with contextlib.suppress(ModuleNotFoundError):
             module: Any = importlib.import_module(f"{_PACKAGE}.{name}")
             module._compute_capabilities = lambda: frozenset({"9.0"})

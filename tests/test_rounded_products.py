@@ -12,6 +12,7 @@ import pytest
 from jax import lax
 
 from jax_native_flash_attn._kernels.xla import family
+from jax_native_flash_attn._kernels.xla.plan import Plan, make_plan
 from jax_native_flash_attn._kernels.xla.tiles import Tiles
 from tests.lowering import Call
 from tests.test_hopper_numbers import check_transformation
