@@ -1,4 +1,4 @@
-"""The operands of a call as the kernels get them: the static part, the arrays, and the axes of each array."""
+"""A call: as its arguments were checked, and as kernels get it; and what is known of each array by its name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +10,41 @@ import jax.numpy as jnp
 from .dropout import Dropout
 from .masks import Band, MaskOperands
 from .sizes import Sizes
+
+
+class Settings(NamedTuple):
+    """What is static in a checked call. `static_band` is what a constant mask was, if it was a band."""
+
+    is_causal: bool
+    static_window: tuple[int, int] | None
+    static_band: Band
+    dropout: Dropout | None
+    block_q: int | None
+    block_kv: int | None
+    precision: Any
+    needs_lse: bool
+    implementation: str | None
+    is_staged: bool
+
+
+class Arrays(NamedTuple):
+    """The arrays of a checked call, named as in `OPERANDS`; None where the call has none.
+
+    query, key, value, bias and mask have rank 4; scale and traced_window (2,) are not batched; `head_index` numbers the
+    heads for dropout.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    scale: jax.Array
+    bias: jax.Array | None = None
+    mask: jax.Array | None = None
+    traced_window: jax.Array | None = None
+    query_lengths: jax.Array | None = None
+    key_value_lengths: jax.Array | None = None
+    dropout_key: jax.Array | None = None
+    head_index: jax.Array | None = None
 
 
 @dataclass(frozen=True)

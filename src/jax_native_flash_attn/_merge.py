@@ -1,68 +1,12 @@
-"""Attention over parts of the keys, and how parts combine: the building blocks of ring attention and split decoding."""
+"""How attention over parts of the keys combines: for ring attention and split decoding."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
 
-from ._attention import attention
 from ._semantics.numerics import accumulation_dtype
-
-
-def flash_attention_with_lse(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-    *,
-    scale: ArrayLike | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: Any = None,
-    dropout_rate: float = 0.0,
-    dropout_rng: jax.Array | None = None,
-    deterministic: bool = False,
-    block_q: int | None = None,
-    block_kv: int | None = None,
-    precision: Any = None,
-) -> tuple[jax.Array, jax.Array]:
-    """As `flash_attention`, and the log-sum-exp of the logits, both differentiable in every mode.
-
-    (`flash_attention(..., return_residual=True)` follows `jax.nn`: its log-sum-exp has key's dtype and no gradient.)
-
-    Args: as `flash_attention`.
-
-    Returns:
-      out, of query's shape and dtype, and lse, (B, T, N) or (T, N), float32 (float64 for float64 inputs). A row without
-      any key has the constant lse -0.7 * float32's largest number.
-
-    Raises: as `flash_attention`.
-    """
-    out, lse = attention(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        dropout_rate=dropout_rate,
-        dropout_rng=dropout_rng,
-        deterministic=deterministic,
-        block_q=block_q,
-        block_kv=block_kv,
-        precision=precision,
-        needs_lse=True,
-    )
-    return out, lse
 
 
 def merge_attention(outs: Sequence[jax.Array], lses: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
