@@ -27,7 +27,7 @@ from jax import lax
 from ..._semantics.call import Call
 from ..._semantics.numerics import accumulation_dtype
 from ..protocol import Forward, LinearPass, Pass, Target
-from . import kernels
+from . import cotangent, forward, tangent
 from .plan import Plan, make_plan
 from .tiles import Tiles
 
@@ -68,36 +68,36 @@ class XlaKernels:
             summed_over_batch="bias" in wanted and math.prod(wanted["bias"].shape[-2:]) > 1,
             rounds_weights="scale" not in wanted,
         )
-        return kernels.cotangent(Tiles(call, plan), given.out, given.lse, given.operands, wanted)
+        return cotangent.cotangent(Tiles(call, plan), given.out, given.lse, given.operands, wanted)
 
     def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
         plan = make_plan(call, target, further={**given.operands, "lse": given.lse})
-        return kernels.tangent(Tiles(call, plan), given.out, given.lse, given.operands, given.wanted)
+        return tangent.tangent(Tiles(call, plan), given.out, given.lse, given.operands, given.wanted)
 
 
 def _usual_forward(call: Call, target: Target) -> tuple[jax.Array, ...]:
-    return kernels.forward(Tiles(call, make_plan(call, target)))
+    return forward.forward(Tiles(call, make_plan(call, target)))
 
 
 def _forward(call: Call, target: Target) -> tuple[jax.Array, ...]:
-    """As `kernels.forward`."""
+    """As `forward.forward`."""
     usual = make_plan(call, target)
     tiles = Tiles(call, usual)
     finite = make_plan(call, target, assumes_finite=True)
     if finite.tile != usual.tile:
-        results = kernels.forward(Tiles(call, finite))
+        results = forward.forward(Tiles(call, finite))
         is_finite = jnp.isfinite(results[0].sum())  # of a large array faster than isfinite of each
-        return lax.cond(is_finite, lambda: results, lambda: kernels.forward(tiles))
+        return lax.cond(is_finite, lambda: results, lambda: forward.forward(tiles))
     small = Tiles(call, make_plan(call, target, has_documents=True))
     has_documents = None if small.plan.tile == usual.tile else small.nest.occupied_share <= _FEW_TILES
 
     def by_documents(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, ...]:
         def large() -> tuple[jax.Array, ...]:
-            return kernels.forward(tiles, bounds)
+            return forward.forward(tiles, bounds)
 
         if has_documents is None:
             return large()
-        return lax.cond(has_documents, lambda: kernels.forward(small, bounds), large)
+        return lax.cond(has_documents, lambda: forward.forward(small, bounds), large)
 
     if not usual.may_be_bounded:
         return by_documents(tiles)
