@@ -17,7 +17,7 @@ from jax_native_flash_attn._kernels.hopper.blocks import Blocks, Chip, forward_b
 from jax_native_flash_attn._kernels.xla import kernels
 from jax_native_flash_attn._semantics.masks import make_mask
 from jax_native_flash_attn._semantics.sizes import Sizes
-from tests.cases import Case, check_case, enable_x64
+from tests.support.cases import Case, check_case, enable_x64
 
 needs_backend = pytest.mark.skipif(select._why_not_backend() is not None, reason=str(select._why_not_backend()))
 mosaic_attention = functools.partial(flash_attention, implementation="mosaic_gpu")
