@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import pytest
 
-from jax_native_flash_attn._kernels import select
 from tests.support.environment import enable_x64
 from tests.support.lowering import DTYPES, HEAD_DIMS, MASKS, OPTIONS, Bind, Call, Programs, binds
+from tests.support.targets import pretend_gpu, why_no_backend
 
 HAS_BACKEND = jax.__version_info__ >= (0, 10)
 without_backend = pytest.mark.skipif(not HAS_BACKEND, reason=f"JAX {jax.__version__} has no Mosaic GPU backend we use")
@@ -35,13 +35,13 @@ _lowered: dict[tuple[Bind, bool], str] = {}
 
 @pytest.fixture(autouse=True)
 def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "_compute_capabilities", lambda: frozenset({"9.0"}))
+    pretend_gpu(monkeypatch, "9.0")
 
 
 @without_backend
 def test_the_mosaic_gpu_backend_can_be_imported():
     """Where JAX has it, tests must not pass for lack of it."""
-    assert select._why_not_backend() is None
+    assert why_no_backend() is None
 
 
 def _lower(bind: Bind, x64: bool) -> str:

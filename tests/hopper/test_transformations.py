@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from jax_native_flash_attn._kernels import select
 from tests.support.lowering import HEAD_DIMS, MASKS, OPTIONS, Call, Programs
+from tests.support.targets import why_no_hopper
 from tests.support.transformations import check_transformation
 
 _TRANSFORMATIONS = tuple(Programs(Call("bfloat16", 64, "none", "bias of scores", False)).all())
@@ -34,8 +34,7 @@ def _id(x: Any) -> str:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "call"), _calls(), ids=_id)
 def test_transformations_on_a_gpu(name: str, call: Call):
-    reason = select._why_not_backend() or select._why_not_device(is_asked=False)
-    if reason:
+    if reason := why_no_hopper():
         pytest.skip(reason)
     check_transformation(name, call)
 

@@ -20,9 +20,9 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_native_flash_attn import flash_attention
-from jax_native_flash_attn._kernels import select
 from tests.support.environment import DEVICE_COUNT, fast_compilation, lenient_promotion
 from tests.support.programs import collective_elements
+from tests.support.targets import pretend_whole_kernels
 
 pytestmark = pytest.mark.skipif(jax.device_count() < DEVICE_COUNT, reason="needs eight devices")
 
@@ -97,8 +97,7 @@ def test_fused_projection(
     mesh = auto_mesh(*mesh_shape)
     expected = jax.jit(transformed(projected(ATTENTIONS["jax.nn"], N, K, H))[transformation])(w, x)
     if as_units:
-        monkeypatch.setattr(select, "forward_is_opaque", lambda *unused: True)
-        monkeypatch.setattr(select, "cotangent_is_opaque", lambda *unused: True)
+        pretend_whole_kernels(monkeypatch)
     found = {}
     for name, attention in ATTENTIONS.items():
         f = transformed(projected(attention, N, K, H))[transformation]

@@ -20,9 +20,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse, merge_attention
-from jax_native_flash_attn._kernels import select
 from tests.support.environment import DEVICE_COUNT, fast_compilation
 from tests.support.programs import collective_counts
+from tests.support.targets import pretend_gpu, pretend_whole_kernels
 
 pytestmark = pytest.mark.skipif(jax.device_count() < DEVICE_COUNT, reason="needs eight devices")
 
@@ -49,8 +49,7 @@ def partitioned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """The kind of a mesh; "unit" is auto axes with kernels that XLA is not to split."""
     if request.param != "unit":
         return request.param
-    monkeypatch.setattr(select, "forward_is_opaque", lambda *unused: True)
-    monkeypatch.setattr(select, "cotangent_is_opaque", lambda *unused: True)
+    pretend_whole_kernels(monkeypatch)
     return "auto"
 
 
@@ -441,7 +440,7 @@ def test_vmap_over_a_sharded_axis(partitioned: str, transformation: str):
 def test_hopper_kernels_beside_a_mesh_that_shards_nothing(
     kinds: Any, transformation: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(select, "_compute_capabilities", lambda: frozenset({"9.0"}))
+    pretend_gpu(monkeypatch, "9.0")
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=kinds)
     x = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
 
