@@ -146,6 +146,29 @@ def check_mask(arguments: dict[str, Any], B: int, N: int, T: int, S: int) -> Non
         np.testing.assert_array_equal(np.broadcast_to(cut, expected.shape), expected)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"key_value_lengths": 2}, True),
+        ({"key_value_lengths": 2, "is_causal": True}, True),
+        ({"is_causal": True}, False),
+        ({"key_value_lengths": 2, "query_lengths": 2}, False),
+        ({"key_value_lengths": 2, "static_window": (3, 0)}, False),
+        ({"key_value_lengths": 2, "static_window": (10**6, -2)}, False),
+        ({"key_value_lengths": 2, "traced_window": 2}, False),
+        ({"key_value_lengths": 2, "allowed": (1, 1, 5, 7)}, False),
+    ],
+)
+def test_kernels_compute_intervals_from_lengths_of_keys_alone(given: dict[str, Any], expected: bool) -> None:
+    names = ("static_window", "traced_window", "query_lengths", "key_value_lengths", "allowed")
+    arguments = {name: given.get(name) for name in names}
+    for name in ("traced_window", "query_lengths", "key_value_lengths"):
+        arguments[name] = None if arguments[name] is None else jnp.ones(2, jnp.int32)
+    arguments["allowed"] = None if arguments["allowed"] is None else jnp.ones((1, 1, 5, 7), bool)
+    band, _ = masks.make_mask(5, 7, is_causal=given.get("is_causal", False), **arguments)
+    assert band.is_cut == expected
+
+
 @pytest.mark.parametrize("block_kv", [1, 2, 3, 4, 8, 16])
 @pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
 def test_classes_of_tiles(block_kv: int, xp: Any):
