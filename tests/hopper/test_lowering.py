@@ -125,6 +125,18 @@ def test_gradients_lower_for_cuda_without_a_gpu(options: str, head_dim: int) -> 
 
 
 @pytest.mark.usefixtures("no_pure_jax")
+def test_three_warpgroups_of_the_gradient_of_bias_fit_into_shared_memory() -> None:
+    T = 384
+    mask = jax.ShapeDtypeStruct((2, 1, 1, T), bool)
+
+    def gradient(bias: jax.Array, mask: jax.Array, *arrays: jax.Array) -> jax.Array:
+        return jax.grad(lambda bias: mosaic_attention(*arrays, bias, mask).astype(jnp.float32).sum())(bias)
+
+    operands = jax.ShapeDtypeStruct((1, 4, T, T), jnp.float32), mask, *make_types(2, T, T, 4, 4, 64)
+    assert "mosaic_gpu" in jax.jit(gradient).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.usefixtures("no_pure_jax")
 @pytest.mark.parametrize(
     ("shared", "kind"),
     [
