@@ -1,4 +1,4 @@
-"""Time flash_attention over tile sizes: the measurements behind `choose_tile` in `_tiles.py`.
+"""Time flash_attention over tile sizes: the measurements behind `choose_tile` in `shapes.py`.
 
 uv run python benchmarks/tune_tiles.py --shapes 1x4096x8x64 gqa-1x4096x8/2x64-causal --mode forward
 uv run python benchmarks/tune_tiles.py --shapes 4x512x16x64 --blocks 512x512 --heads 1 2 4 8 16
@@ -18,7 +18,7 @@ from machine import header
 from timing import interleaved_seconds
 from tqdm import tqdm
 
-from jax_native_flash_attn._kernels.xla import tiles
+from jax_native_flash_attn._kernels.xla import plan
 from jax_native_flash_attn._kernels.xla.shapes import TileShape, choose_tile, largest_divisor
 
 _BLOCKS = (128, 256, 512, 1024, 2048, 4096)
@@ -80,7 +80,7 @@ def _heads_in_a_tile(limit: int | None) -> Iterator[None]:
             return tile
         return dataclasses.replace(tile, batch=(1,) * len(tile.batch), heads=largest_divisor(sizes.K, limit))
 
-    with mock.patch.object(tiles, "choose_tile", limited):
+    with mock.patch.object(plan, "choose_tile", limited):
         yield
 
 

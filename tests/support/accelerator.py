@@ -9,23 +9,24 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from jax_native_flash_attn._kernels.xla import family
+from jax_native_flash_attn._kernels.xla.plan import Plan, make_plan
 from jax_native_flash_attn._kernels.xla.tiles import Tiles
 
 
 @contextlib.contextmanager
 def accelerator_kernels(*, rounds_float32: bool = False) -> Iterator[pytest.MonkeyPatch]:
     """All but those of float64. `rounds_float32`: products are in TensorFloat-32 unless more is asked for."""
-    make = Tiles.__init__
 
-    def init(self: Tiles, config: Any, inputs: Any, target: Any, **options: Any) -> None:
-        platform = "cpu" if inputs.query.dtype == jnp.float64 else "accelerator"
-        make(self, config, inputs, target._replace(platform=platform), **options)
+    def planned(call: Any, target: Any, **options: Any) -> Plan:
+        platform = "cpu" if call.inputs.query.dtype == jnp.float64 else "accelerator"
+        return make_plan(call, target._replace(platform=platform), **options)
 
     def einsum(self: Tiles, subscripts: str, *operands: jax.Array, dtype: Any = None) -> jax.Array:
         """As `Tiles.einsum`; XLA:CPU cannot run every product of 16-bit floats."""
 
         def rounded(x: jax.Array) -> jax.Array:
-            x = x.astype(dtype or self.product).astype(self.accumulate)
+            x = x.astype(dtype or self.plan.product).astype(self.plan.accumulate)
             is_exact = jax.config.jax_default_matmul_precision == "highest"  # pyright: ignore[reportAttributeAccessIssue]
             rounds = rounds_float32 and not is_exact and x.dtype == jnp.float32
             return lax.reduce_precision(x, 8, 10) if rounds else x
@@ -34,7 +35,7 @@ def accelerator_kernels(*, rounds_float32: bool = False) -> Iterator[pytest.Monk
 
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tiles, "__init__", init)
+        patch.setattr(family, "make_plan", planned)
         patch.setattr(Tiles, "einsum", einsum)
         yield patch
     jax.clear_caches()

@@ -1,4 +1,4 @@
-"""Derivative, batching and lowering rules: two primitives around the kernels of `kernels.py`.
+"""Derivative, batching and lowering rules: two primitives around the passes of a kernel family.
 
 `flash_attention_p` computes (out, lse). Its JVP binds `linear_kernel_p`, which applies a `LinearKernel`: a map that is
 linear in some operands, given others (the residuals), and that knows its transpose. Hence
@@ -22,8 +22,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from .._kernels import select
-from .._kernels.protocol import Target
-from .._semantics.call import FLOAT_FIELDS, Config, Inputs, field_names
+from .._kernels.protocol import Pass, Target
+from .._semantics.call import OPERANDS, Call, Config, Inputs, field_names
 from .._semantics.numerics import accumulation_dtype
 from .._sharding import lowering
 from .linear import DirectionalDerivative, FirstDerivative, Flags, Leaves, LinearKernel, Slot, operand_shapes, pick
@@ -54,7 +54,8 @@ def _apply_forward(*leaves: Any, config: Config, structure: Any) -> Any:
 
 
 def _forward(*leaves: jax.Array, config: Config, structure: Any, target: Target) -> Leaves:
-    return select.forward(config, jax.tree.unflatten(structure, leaves), target)
+    results = select.forward(Call(config, jax.tree.unflatten(structure, leaves)), target)
+    return tuple(x for x in results if x is not None)
 
 
 def _forward_abstract_eval(*leaves: Any, config: Config, structure: Any, **unused: Any) -> list[Any]:
@@ -80,7 +81,7 @@ def _forward_jvp(primals: Any, tangents: Any, *, config: Config, structure: Any,
     out, lse, *rounded = (checkpoint_name(x, f"flash_attention_{name}") for name, x in named)
     rounded = rounded[0] if rounded else out
     names = field_names(structure)
-    varying = [i for i, t in enumerate(tangents) if names[i] in FLOAT_FIELDS and not _is_zero(t)]
+    varying = [i for i, t in enumerate(tangents) if OPERANDS[names[i]].is_differentiable and not _is_zero(t)]
     residuals = (*primals, out, lse)
     slots = (Slot(len(primals)), Slot(len(primals) + 1))[: 2 if asked.needs_lse else 1]
     kernel = FirstDerivative(config, structure, tuple(map(Slot, varying)), slots)
@@ -114,7 +115,7 @@ def _forward_batch(args: Any, dims: Any, *, config: Config, structure: Any, **un
 
 
 def _forward_is_opaque(leaves: Sequence[Any], target: Target, *, config: Config, structure: Any) -> bool:
-    return select.forward_is_opaque(config, jax.tree.unflatten(structure, leaves), target)
+    return select.is_opaque(Call(config, jax.tree.unflatten(structure, leaves)), Pass.FORWARD, target)
 
 
 def _forward_layouts(*, config: Config, structure: Any) -> lowering.Layouts:

@@ -61,25 +61,57 @@ class Inputs(NamedTuple):
         return Sizes(batch_of(arrays), T, S, K, N // K, H, D)
 
 
-# Axes behind the batch axes; also of results, which are laid out as the field of the same name.
-LAYOUTS = {
-    "query": "TNH",
-    "key": "SKH",
-    "value": "SKD",
-    "scale": "",
-    "bias": "NTS",
-    "key_start": "NT",
-    "key_stop": "NT",
-    "allowed": "NTS",
-    "dead": "NT",
-    "key_value_length": "",
-    "dropout_key": "W",
-    "head_index": "N",
-    "out": "TND",
-    "lse": "NT",
+class Call(NamedTuple):
+    """A call as kernels get it. What is decided from it needs no more of the arrays than their types."""
+
+    config: Config
+    inputs: Inputs
+
+    @property
+    def sizes(self) -> Sizes:
+        return self.inputs.sizes
+
+
+class Operand(NamedTuple):
+    """What is known of an array by its name.
+
+    Attributes:
+      axes: a letter for each; B is the axis of the batch, or of a kernel several (an axis for each enclosing `vmap`).
+        B, N and K may be sharded.
+      is_differentiable: whether it has a gradient.
+    """
+
+    axes: str
+    is_differentiable: bool = False
+
+
+# Every array, of the public functions' arguments, of the kernels' and of their results; a derivative is as its primal.
+OPERANDS = {
+    "query": Operand("BTNH", is_differentiable=True),
+    "key": Operand("BSKH", is_differentiable=True),
+    "value": Operand("BSKD", is_differentiable=True),
+    "scale": Operand("B", is_differentiable=True),
+    "bias": Operand("BNTS", is_differentiable=True),
+    # Masks as they are given, ...
+    "mask": Operand("BNTS"),
+    "traced_window": Operand("W"),
+    "query_lengths": Operand("B"),
+    "key_value_lengths": Operand("B"),
+    # ... and as kernels get them: see `MaskOperands`.
+    "key_start": Operand("BNT"),
+    "key_stop": Operand("BNT"),
+    "allowed": Operand("BNTS"),
+    "dead": Operand("BNT"),
+    "key_value_length": Operand("B"),
+    "dropout_key": Operand("BW"),
+    "head_index": Operand("BN"),
+    # Results.
+    "out": Operand("BTND"),
+    "lse": Operand("BNT"),
 }
 
-FLOAT_FIELDS = ("query", "key", "value", "scale", "bias")
+# Axes behind the batch axes.
+LAYOUTS = {name: operand.axes.removeprefix("B") for name, operand in OPERANDS.items()}
 
 
 def _fields(inputs: Inputs) -> dict[str, Any]:

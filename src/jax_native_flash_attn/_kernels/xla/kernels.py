@@ -68,7 +68,7 @@ def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, .
         empty = OnlineSoftmax(
             tiles.zeros(*rows, sizes.D),
             tiles.zeros(*rows, 1),
-            jnp.full((*rows, 1), lowest(tiles.accumulate), tiles.accumulate)
+            jnp.full((*rows, 1), lowest(tiles.plan.accumulate), tiles.plan.accumulate)
             if bounds is None
             else tiles.rows(bounds, at),
         )
@@ -81,7 +81,7 @@ def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, .
                 weights = tiles.split(tiles.stored(tiles.exp(tiles.joined(logits) - tiles.joined(state.max_so_far))))
                 return OnlineSoftmax(
                     state.numerator + tiles.weighted(weights, value),
-                    state.denominator + weights.astype(tiles.accumulate).sum(-1, keepdims=True),
+                    state.denominator + weights.astype(tiles.plan.accumulate).sum(-1, keepdims=True),
                     state.max_so_far,
                 )
             if tiles.changes_products(mask):
@@ -92,7 +92,7 @@ def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, .
             new_max = lax.stop_gradient(new_max)  # out and lse do not depend on what is subtracted
             weights = tiles.exp(logits - new_max)
             denominator = weights.sum(-1, keepdims=True)
-            if tiles.normalizes:
+            if tiles.plan.normalizes:
                 weights /= denominator
             dropped = tiles.drop(weights, tiles.keep(at, columns))
             numerator = tiles.weighted(dropped, value)
@@ -114,14 +114,14 @@ def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, .
         if tiles.inputs.mask.key_start is not None:
             # Padded rows may have visited no tile at all.
             denominator = jnp.where(denominator == 0, 1, denominator)
-        out = state.numerator if tiles.normalizes else state.numerator / denominator
+        out = state.numerator if tiles.plan.normalizes else state.numerator / denominator
         written = (nest.write_query(results[0], out, at, add=False),)
         if tiles.config.needs_lse:
             lse = state.max_so_far + jnp.log(denominator)
             written += (nest.write_row(results[1], lse[..., 0], at, add=False),)
         return written
 
-    results = (jnp.zeros((*sizes.batch, sizes.T, sizes.N, sizes.D), tiles.out_dtype),)
+    results = (jnp.zeros((*sizes.batch, sizes.T, sizes.N, sizes.D), tiles.plan.out_dtype),)
     if tiles.config.needs_lse:
         results += (tiles.zeros(*sizes.batch, sizes.N, sizes.T),)
     return nest.rows(row_tile, results)
@@ -141,7 +141,7 @@ def tangent(
     nest, sizes = tiles.nest, tiles.sizes
     # Where all keys of a row are in one tile, dlse is known before the product with the values. What is rounded for it
     # is then p (dz - dlse), which is small where the dz of a row are much alike, and out is not needed.
-    is_centered = tiles.rounds_operands and nest.visits_one_key_tile
+    is_centered = tiles.plan.rounds_operands and nest.visits_one_key_tile
 
     def row_tile(at: RowTile, results: dict[str, jax.Array]) -> dict[str, jax.Array]:
         query, row_lse = tiles.query(at), tiles.rows(lse, at)
@@ -189,7 +189,7 @@ def tangent(
         dout, dlse = nest.columns(at, key_tile, (tiles.zeros(*rows, sizes.D), tiles.zeros(*rows, 1)))
         if "out" in results:
             if not is_centered:
-                dout -= dlse * nest.query_slice(out, at).astype(tiles.accumulate)
+                dout -= dlse * nest.query_slice(out, at).astype(tiles.plan.accumulate)
             dout = nest.owned_rows(dout, at)
             results["out"] = nest.write_query(results["out"], dout, at, add=True)
         if "lse" in results:
@@ -222,23 +222,23 @@ def cotangent(
     # the same, as P_t is 1 and the dz of a row add up to dl_t (a dead row has neither, since its lse is a constant to
     # the caller); and the error of delta, times p_ts, drops out, as does that of lse (the sum of rounded weights, where
     # logits have bounds), by which all of a row is multiplied.
-    uses_moments = "scale" in results and tiles.rounds_operands
+    uses_moments = "scale" in results and tiles.plan.rounds_operands
     needs_query = "query" in results or ("scale" in results and not uses_moments)
     has_out = "out" in cotangents
     # Where all keys of a row are in one tile, delta can be had from the weights instead of from out.
-    has_whole_rows = has_out and "lse" not in cotangents and nest.visits_one_key_tile and tiles.transposes_weights
+    has_whole_rows = has_out and "lse" not in cotangents and nest.visits_one_key_tile and tiles.plan.transposes_weights
     # A product is fast on CPU only if its left operand contracts its last axis. For the gradients of key and value,
     # either the weights are transposed, or the row operands and, in the end, the results: (batch..., K, H, S).
     zeros = {name: tiles.zeros_for(name, like) for name, like in results.items()}
-    transposed = [name for name in ("key", "value") if name in results and not tiles.transposes_weights]
+    transposed = [name for name in ("key", "value") if name in results and not tiles.plan.transposes_weights]
     zeros |= {name: jnp.moveaxis(zeros[name], -3, -1) for name in transposed}
 
     def add_key_product(
         result: jax.Array, rows: jax.Array, weights: jax.Array, at: RowTile, columns: ColumnTile
     ) -> jax.Array:
         """weights^T @ rows onto a result; rows are transposed if the result is."""
-        dtype = tiles.transposed_product
-        if tiles.transposes_weights:
+        dtype = tiles.plan.transposed_product
+        if tiles.plan.transposes_weights:
             return nest.add_key(result, tiles.einsum("...rs,...rh->...sh", weights, rows, dtype=dtype), at, columns)
         product = tiles.einsum("...hr,...rs->...hs", rows, weights, dtype=dtype)
         return nest.add_key_transposed(result, product, at, columns)
@@ -251,25 +251,25 @@ def cotangent(
         dout = tiles.zeros(*rows, sizes.D)
         if has_out:
             dout = nest.owned_rows(nest.query_slice(cotangents["out"], at), at)
-            dout = dout.astype(tiles.accumulate)
+            dout = dout.astype(tiles.plan.accumulate)
         if has_out and not has_whole_rows:
-            delta += (dout * nest.query_slice(out, at).astype(tiles.accumulate)).sum(-1, keepdims=True)
+            delta += (dout * nest.query_slice(out, at).astype(tiles.plan.accumulate)).sum(-1, keepdims=True)
         dlse = tiles.zeros(*rows, 1)
         if "lse" in cotangents:
-            dlse += nest.owned_rows(tiles.rows(cotangents["lse"], at), at).astype(tiles.accumulate)
+            dlse += nest.owned_rows(tiles.rows(cotangents["lse"], at), at).astype(tiles.plan.accumulate)
             delta -= dlse
         live_dout, delta = tiles.live_rows(dout, at), tiles.live_rows(delta, at)
         row_lse, delta = tiles.joined(row_lse), tiles.joined(delta)
-        has_cotangents = (live_dout != 0).any() | (delta != 0).any() if tiles.passes_weights else False
-        live_dout = live_dout.astype(tiles.product)
+        has_cotangents = (live_dout != 0).any() | (delta != 0).any() if tiles.plan.passes_weights else False
+        live_dout = live_dout.astype(tiles.plan.product)
 
         def scaled(query: jax.Array) -> jax.Array:
-            return query.astype(tiles.accumulate) * tiles.scale(at)
+            return query.astype(tiles.plan.accumulate) * tiles.scale(at)
 
         key_operands = {"key": scaled(query), "value": dout}
-        if not tiles.transposes_weights:
+        if not tiles.plan.transposes_weights:
             key_operands = {name: jnp.swapaxes(x, -1, -2) for name, x in key_operands.items()}
-        key_operands = {name: x.astype(tiles.transposed_product) for name, x in key_operands.items()}
+        key_operands = {name: x.astype(tiles.plan.transposed_product) for name, x in key_operands.items()}
 
         def key_tile(columns: ColumnTile, mask: TileMask | None, state: CotangentState) -> CotangentState:
             dquery, moments, results = state.dquery, state.moments, dict(state.results)
@@ -277,7 +277,7 @@ def cotangent(
             keep = None if keep is None else tiles.joined(keep)
             key = tiles.key(at, columns, mask)
             logits = tiles.joined(tiles.logits(query, key, at, columns, mask))
-            if tiles.makes_softmax_again:
+            if tiles.plan.makes_softmax_again:
                 weights = tiles.exp(logits - logits.max(-1, keepdims=True))
                 weights /= weights.sum(-1, keepdims=True)
             else:
@@ -297,9 +297,9 @@ def cotangent(
                     dweights = tiles.drop(dweights, keep)
                     dlogits = dweights - ((weights * dweights).sum(-1, keepdims=True) if has_whole_rows else delta)
                 dlogits = weights * dlogits.astype(weights.dtype)
-                return tiles.stored(dlogits) if tiles.fuses_tiles else tiles.through_mask(dlogits, mask)
+                return tiles.stored(dlogits) if tiles.plan.fuses_tiles else tiles.through_mask(dlogits, mask)
 
-            if tiles.passes_weights:
+            if tiles.plan.passes_weights:
                 # XLA fuses into a product only what enters its computation as a parameter: hence one of its own.
                 is_needed = has_cotangents | ~jnp.isfinite(tiles.value(at, columns, mask)).all()
                 dlogits = lax.cond(is_needed, logits_cotangent, lambda weights: 0 * weights, weights)
@@ -307,19 +307,19 @@ def cotangent(
                 dlogits = logits_cotangent(weights)
             dlogits = tiles.split(dlogits)
             if moments:
-                dz, scores = dlogits.astype(tiles.accumulate), tiles.scores(query, key)
-                p = tiles.split(weights).astype(tiles.accumulate)
+                dz, scores = dlogits.astype(tiles.plan.accumulate), tiles.scores(query, key)
+                p = tiles.split(weights).astype(tiles.plan.accumulate)
                 terms = dz * scores, dz, p * scores, p
                 moments = tuple(sum_ + x.sum(-1, keepdims=True) for sum_, x in zip(moments, terms, strict=True))
             if "key" in results:
                 rows = key_operands["key"]
-                if tiles.converts_late:
+                if tiles.plan.converts_late:
                     late_query, dlogits = lax.optimization_barrier((query, dlogits))
                     rows = scaled(late_query)
                 results["key"] = add_key_product(results["key"], rows, dlogits, at, columns)
             if "bias" in results:
                 add = not tiles.visits_once("bias", results["bias"].shape)
-                dbias = dlogits.astype(tiles.accumulate)
+                dbias = dlogits.astype(tiles.plan.accumulate)
                 results["bias"] = nest.write_score(results["bias"], dbias, at, columns, add=add)
             if dquery is not None:
                 dquery += tiles.einsum("...rs,...sh->...rh", dlogits, key)
@@ -338,7 +338,7 @@ def cotangent(
                 terms = (dz_scores - dz * mean) / p + dlse * mean
             else:
                 assert dquery is not None
-                terms = dquery * query.astype(tiles.accumulate)
+                terms = dquery * query.astype(tiles.plan.accumulate)
             dscale = terms.sum((-1, -2))
             results["scale"] = nest.add_batch(results["scale"], dscale, at)
         return results
