@@ -74,7 +74,7 @@ def check_name(implementation: str) -> str:
     return implementation
 
 
-def _parse(implementation: str) -> tuple[str, str | None, dict[str, int]]:
+def _parse(implementation: str) -> tuple[str, str | None, dict[str, Any]]:
     """Library, its argument `implementation`, and block shapes."""
     library, _, name = implementation.partition(":")
     ours, _, blocks = library.partition("@")
