@@ -86,7 +86,7 @@ def _summarise(cases: Sequence[Case], implementation: str, repeated: int, *, goa
     print(f"largest {largest}{verdict(not surely, _LARGEST_GOAL)}")
     print(f"above {_LARGEST_GOAL}: {above} ({above / len(found):.1%}), with the whole interval: {surely}")
     print(f"the worst {min(_WORST, len(found))}:\n")
-    worst = CaseTable((implementation, REFERENCE))
+    worst = CaseTable((implementation, REFERENCE), echoes=False)
     for _, case in found[:_WORST]:
         worst.add_case(case)
     print(worst)

@@ -45,10 +45,10 @@ def _print_kernels(title: str, call: Call, least: float) -> None:
                     kernels[event.name].append(event.duration_ns / 1e6)
     total = sum(map(sum, kernels.values()))
     print(f"\n{title}: {total / _CALLS:.3f} ms in kernels")
-    table = Table(["kernel", "ms", "launches"])
+    table = Table(["kernel", "ms", "launches"], echoes=False)
     for kernel, times in sorted(kernels.items(), key=lambda item: -sum(item[1])):
         if sum(times) >= least * total:
-            table.rows.append([kernel[:90], f"{sum(times) / _CALLS:.3f}", f"{len(times) / _CALLS:.0f}"])
+            table.add(kernel[:90], f"{sum(times) / _CALLS:.3f}", f"{len(times) / _CALLS:.0f}")
     print(table, flush=True)
 
 

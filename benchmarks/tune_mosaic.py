@@ -86,7 +86,7 @@ def measure(name: str, candidates: list[str], options: Any) -> None:
                 print(f"{name} {candidate}: {reason_of(error)}", flush=True)
     wait_for_turn()
     shape = _find(name)
-    inputs, selection = make_inputs(shape), select(shape, 2**22)
+    inputs, selection = make_inputs(shape), select(shape, 2**21)
     reference = reference_results(shape, inputs, selection)
     calls, errors, counts = {}, {}, {}
     for candidate, (future, count) in programs.items():
@@ -103,11 +103,11 @@ def measure(name: str, candidates: list[str], options: Any) -> None:
     samples = {candidate: seconds / counts[candidate] for candidate, seconds in samples.items()}
     medians = {candidate: float(np.median(seconds)) for candidate, seconds in samples.items()}
     best = min(medians, key=lambda candidate: medians[candidate], default="")
-    table = Table(["shape", "candidate", "ms", "TFLOP/s", "to the best [95%]", "error"], labels=2)
+    table = Table(["shape", "candidate", "ms", "TFLOP/s", "to the best [95%]", "error"], labels=2, echoes=False)
     for candidate in sorted(medians, key=lambda candidate: medians[candidate]):
         rate = shape.operations(FORWARD) / medians[candidate] / 1e12
         numbers = f"{medians[candidate] * 1e3:.4f}", f"{rate:.0f}", str(ratio(samples[candidate], samples[best]))
-        table.rows.append([name, candidate, *numbers, f"{errors[candidate]:.1e}"])
+        table.add(name, candidate, *numbers, f"{errors[candidate]:.1e}")
     print(table, flush=True)
 
 

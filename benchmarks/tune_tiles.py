@@ -71,7 +71,7 @@ def _tune(
     medians = {name: float(np.median(seconds)) for name, seconds in samples.items()}
     unit = REFERENCE if REFERENCE in samples else OURS
     print(f"\n{shape.name} {mode}")
-    with Table(["implementation", "ms", f"ratio to {unit} [95%]", "temp MiB"]) as table:
+    with Table(["implementation", "ms", f"ratio to {unit} [95%]", "temp MiB"], echoes=False) as table:
         for name in sorted(medians, key=lambda name: medians[name]):
             found = ratio(samples[name], samples[unit])
             table.add(name, milliseconds(medians[name]), str(found), mebibytes(temporary[name]))

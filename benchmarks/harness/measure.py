@@ -1,17 +1,18 @@
 """Measures one attention shape in one mode with several implementations side by side."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from harness.errors import largest_error, reference_results, select, with_cotangent_on
+from harness.errors import Float64Array, Selection, largest_error, reference_results, select, with_cotangent_on
 from harness.implementations import REFERENCE, CompiledAttention, calls_per_program, compile_attention, is_ours
-from harness.inputs import make_inputs
+from harness.inputs import AttentionInputs, make_inputs
 from harness.memory import can_measure_resident, peak_resident_bytes
 from harness.shapes import AttentionShape
 from harness.suites import goal_of
@@ -20,7 +21,7 @@ from harness.timing import Ratio, Samples, interleaved_seconds, ratio, warm_up
 Report = Callable[[str], None]
 
 # Waiting for an accelerator costs about as much as a small call, so calls share a wait.
-_SAMPLE_SECONDS_ON_ACCELERATOR = 0.02
+_SAMPLE_SECONDS_ON_ACCELERATOR = 5e-3
 # An error of this part of the largest element is no rounding: whoever makes it is no peer.
 _WRONG = 0.1
 
@@ -179,6 +180,25 @@ def compile_case(
         return dict(zip(implementations, pool.map(compiled, implementations), strict=True))
 
 
+class _Checked(NamedTuple):
+    """A call whose results are compared."""
+
+    inputs: AttentionInputs
+    selection: Selection
+    reference: dict[str, Float64Array]
+
+
+# Both modes of a shape are measured after each other.
+_inputs = functools.lru_cache(maxsize=1)(make_inputs)
+
+
+@functools.lru_cache(maxsize=1)
+def _checked(shape: AttentionShape, seed: int, max_scores: int) -> _Checked:
+    selection = select(shape, max_scores)
+    inputs = with_cotangent_on(_inputs(shape, seed), selection)
+    return _Checked(inputs, selection, reference_results(shape, inputs, selection))
+
+
 def time_case(
     shape: AttentionShape,
     mode: str,
@@ -187,13 +207,13 @@ def time_case(
     report: Report = lambda stage: None,
 ) -> Case:
     """Check and time what `compile_case` returned."""
-    inputs = make_inputs(shape, settings.seed)
-    selection = select(shape, settings.max_checked_scores)
-    checked_inputs = with_cotangent_on(inputs, selection)
-    reference = None
+    report("inputs")
+    inputs = _inputs(shape, settings.seed)
     if settings.check_results:
         report("float64 reference")
-        reference = reference_results(shape, checked_inputs, selection)
+        checked = _checked(shape, settings.seed, settings.max_checked_scores)
+    else:
+        checked = None
     measurements = {name: Measurement() for name in compiled}
     calls, per_program, estimates = {}, {}, {}
     for name, attention in compiled.items():
@@ -207,10 +227,10 @@ def time_case(
             report(f"{name}: first call")
             # The first call also shows whether memory suffices.
             start = time.perf_counter()
-            result = jax.block_until_ready(attention.bind(checked_inputs)())
+            result = jax.block_until_ready(attention.bind(inputs if checked is None else checked.inputs)())
             first_seconds = time.perf_counter() - start
-            if reference is not None:
-                measurement.error = largest_error(attention.named_results(result), reference, selection)
+            if checked is not None:
+                measurement.error = largest_error(attention.named_results(result), checked.reference, checked.selection)
             del result
             if settings.measure_resident and can_measure_resident():
                 report(f"{name}: resident memory")

@@ -25,13 +25,15 @@ Item = TypeVar("Item")
 class Table:
     """A Markdown table, printed when the `with` block ends, also by an error.
 
-    Meanwhile each row is a line of standard error, unless that is a terminal, where `progress` shows a bar.
+    Meanwhile each row is a line of standard error, if it `echoes` and unless that is a terminal, where `progress` shows
+    a bar. The first `labels` columns are text, the others numbers.
     """
 
-    def __init__(self, columns: Sequence[str], labels: int = 1):
+    def __init__(self, columns: Sequence[str], labels: int = 1, *, echoes: bool = True):
         self.columns = list(columns)
         self.rows: list[list[str]] = []
         self._align = ["left" if i < labels else "right" for i in range(len(columns))]
+        self._echoes = echoes and not sys.stderr.isatty()
         self._started = time.monotonic()
 
     def __enter__(self) -> "Table":
@@ -42,7 +44,7 @@ class Table:
 
     def add(self, *cells: str) -> None:
         self.rows.append(list(cells))
-        if not sys.stderr.isatty():
+        if self._echoes:
             elapsed = time.monotonic() - self._started
             print(f"{elapsed:5.0f} s: {' | '.join(self.rows[-1])}", file=sys.stderr, flush=True)
 
@@ -64,7 +66,9 @@ def progress(items: Iterable[Item], label: Callable[[Item], str]) -> Iterable[It
 class CaseTable(Table):
     """One row for each case: times, ratios to jax.nn with their intervals, memory and errors."""
 
-    def __init__(self, implementations: Sequence[str], *, goals: bool = False, resident: bool = False):
+    def __init__(
+        self, implementations: Sequence[str], *, goals: bool = False, resident: bool = False, echoes: bool = True
+    ):
         self._implementations = list(implementations)
         self._compared = [x for x in implementations if x != REFERENCE and REFERENCE in implementations]
         self._goals, self._resident = goals, resident
@@ -77,7 +81,7 @@ class CaseTable(Table):
             "error",
             *(["goal", "verdict"] if goals else []),
         ]
-        super().__init__(columns, labels=2)
+        super().__init__(columns, labels=2, echoes=echoes)
         self._reasons: list[str] = []
 
     def add_case(self, case: Case) -> None:
@@ -109,7 +113,8 @@ class CaseTable(Table):
 
 def peer_table(cases: Sequence[Case], implementations: Sequence[str], ceiling: float | None, *, goals: bool) -> Table:
     """Cases of one mode beside their best peer; `ceiling` are the operations per second that rates are a part of."""
-    table = Table(["case", *implementations, "best peer", "ours / best [95%]", *(["verdict"] if goals else [])])
+    columns = ["case", *implementations, "best peer", "ours / best [95%]", *(["verdict"] if goals else [])]
+    table = Table(columns, echoes=False)
 
     def cell(case: Case, each: Measurement) -> str:
         if each.seconds is None:
@@ -124,7 +129,7 @@ def peer_table(cases: Sequence[Case], implementations: Sequence[str], ceiling: f
         found = case.ratio_to_best
         cells = [cell(case, case.measurements.get(name, Measurement())) for name in implementations]
         verdict = [formatted(found, lambda x: x.verdict(1.0))] if goals else []
-        table.rows.append([case.shape.name, *cells, case.best_peer or _MISSING, formatted(found, str), *verdict])
+        table.add(case.shape.name, *cells, case.best_peer or _MISSING, formatted(found, str), *verdict)
     return table
 
 
