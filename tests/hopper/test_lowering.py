@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_native_flash_attn._kernels.xla import kernels
+from jax_native_flash_attn._kernels.xla.family import XlaKernels
 from tests.support.hopper import (
     CAUSAL,
     SHAPES,
@@ -72,7 +72,7 @@ def no_pure_jax(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("took the pure JAX kernels")
 
     for name in ("forward", "cotangent"):
-        monkeypatch.setattr(kernels, name, refuse)
+        monkeypatch.setattr(XlaKernels, name, refuse)
 
 
 GRADIENTS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 
 from jax_native_flash_attn import flash_attention
-from jax_native_flash_attn._kernels.xla import family, forms, kernels, shapes
+from jax_native_flash_attn._kernels.xla import forms, shapes
+from jax_native_flash_attn._kernels.xla import forward as kernel
 from jax_native_flash_attn._kernels.xla.tiles import Tiles
 from tests.support.accelerator import accelerator_kernels
 from tests.support.cases import FAST_COMPILATION, Case, cases, check_case
@@ -85,13 +86,13 @@ def _arrays(scale: float) -> list[jax.Array]:
 @pytest.mark.parametrize(("scale", "is_bounded"), [(1.0, True), (4.0, False), (np.nan, False)])
 def test_bounds_are_decided_at_run_time(scale: float, is_bounded: bool, monkeypatch: pytest.MonkeyPatch):
     taken = []
-    forward = kernels.forward
+    forward = kernel.forward
 
     def watched(tiles: Tiles, bounds: jax.Array | None = None) -> Any:
         jax.debug.callback(lambda: taken.append(bounds is not None))
         return forward(tiles, bounds)
 
-    monkeypatch.setattr(family.kernels, "forward", watched)
+    monkeypatch.setattr(kernel, "forward", watched)
     jax.clear_caches()
     jax.block_until_ready(flash_attention(*_arrays(scale)))
     jax.effects_barrier()

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse
-from jax_native_flash_attn._kernels.xla import forms, kernels, quirks
+from jax_native_flash_attn._kernels.xla import forms, quirks
+from jax_native_flash_attn._kernels.xla import forward as kernel
 from tests.support.cases import FAST_COMPILATION, Case, check_case
 from tests.support.environment import lenient_promotion
 from tests.support.oracle import (
@@ -203,13 +204,13 @@ def test_mask_of_documents(
 def test_bounds_of_logits(masks: str, magnitude: float, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is subtracted from the logits is decided at run time, and where tiles are large or small alike."""
     taken = []
-    forward = kernels.forward
+    forward = kernel.forward
 
     def watched(tiles: Any, bounds: Any = None) -> Any:
         jax.debug.callback(lambda: taken.append(bounds is not None))
         return forward(tiles, bounds)
 
-    monkeypatch.setattr(kernels, "forward", watched)
+    monkeypatch.setattr(kernel, "forward", watched)
     monkeypatch.setattr(forms, "_CPU_LARGE", 1)
     rng = np.random.default_rng(0)
     shapes = (2, 131, 4, 16), (2, 139, 2, 16), (2, 139, 2, 16)

@@ -44,11 +44,16 @@ def allowed_pairs(
     query_seq_lengths: Any = None,
     key_value_seq_lengths: Any = None,
     local_window_size: Any = None,
+    rows: Any = None,
 ) -> np.ndarray:
-    """Which query row may attend which key, as booleans of shape (B, N, T, S)."""
-    B, _, T, S = shape
-    t, s = np.arange(T)[:, None], np.arange(S)[None, :]
-    allowed = np.ones(shape, bool)
+    """Which query row may attend which key, as booleans of shape (B, N, T, S).
+
+    Of the query rows numbered `rows` alone, where given: those are then the rows of `mask` and of the result.
+    """
+    B, N, T, S = shape
+    rows = np.arange(T) if rows is None else np.asarray(rows)
+    t, s = rows[:, None], np.arange(S)[None, :]
+    allowed = np.ones((B, N, len(rows), S), bool)
     if mask is not None:
         allowed &= to_4d(np.asarray(mask))
     if is_causal:
@@ -56,7 +61,7 @@ def allowed_pairs(
     if local_window_size is not None:
         left, right = np.broadcast_to(np.asarray(local_window_size), (2,))
         allowed &= (t - left <= s) & (s <= t + right)
-    allowed &= valid_rows(B, T, query_seq_lengths)[:, None, :, None]
+    allowed &= valid_rows(B, T, query_seq_lengths)[:, None, rows, None]
     allowed &= valid_rows(B, S, key_value_seq_lengths)[:, None, None, :]
     return allowed
 

@@ -127,7 +127,9 @@ def cotangent(
             weights = tiles.stored(weights)
             if "value" in results and has_out:
                 dropped = tiles.split(tiles.drop(weights, keep))
-                results["value"] = _add_key_product(tiles, results["value"], key_operands["value"], dropped, at, columns)
+                results["value"] = _add_key_product(
+                    tiles, results["value"], key_operands["value"], dropped, at, columns
+                )
             if not needs_logits:
                 return CotangentState(dquery, moments, results)
 

@@ -1,8 +1,8 @@
 """The tangent (JVP) of attention: its four equations (`forward.py`) differentiated.
 
-    dz_ts = scale * (dq_t . k_s + q_t . dk_s) + dscale * q_t . k_s + dbias_ts
-    dlse_t = sum_s p_ts dz_ts
-    dout_t = sum_s c_ts p_ts dz_ts v_s - dlse_t out_t + sum_s c_ts p_ts dv_s
+dz_ts = scale * (dq_t . k_s + q_t . dk_s) + dscale * q_t . k_s + dbias_ts
+dlse_t = sum_s p_ts dz_ts
+dout_t = sum_s c_ts p_ts dz_ts v_s - dlse_t out_t + sum_s c_ts p_ts dv_s
 """
 
 from collections.abc import Mapping

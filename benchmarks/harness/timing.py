@@ -1,16 +1,20 @@
-"""Time and memory of calls that are compared with each other in one process."""
+"""Times of calls that are compared with each other in one process, and their ratios."""
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from numpy.typing import NDArray
 
 Call = Callable[[], Any]
+# Seconds of one call, (rounds, calls in a round). Row i of all calls of a case was measured at about the same time.
+Samples = NDArray[np.float64]
 
 # More calls of one function in one round than this tell nothing new.
 _MAX_CALLS_PER_ROUND = 5
+_RESAMPLES = 2000
 
 
 def seconds_per_call(call: Call, calls: int = 1) -> float:
@@ -33,7 +37,7 @@ def interleaved_seconds(
     max_repeats: int = 100,
     sample_seconds: float = 0.0,
     on_round: Callable[[int, int], None] | None = None,
-) -> dict[str, list[float]]:
+) -> dict[str, Samples]:
     """Seconds of every call, measured in turn so that a slow phase of the machine hits them all.
 
     Each call runs twice before anything is counted, first to compile it where that is left to do.
@@ -67,23 +71,48 @@ def interleaved_seconds(
         round_seconds = sum(samples_per_round[name] * sample[name] for name in calls)
         repeats = min(max_repeats, max(min_repeats, int(time_budget / round_seconds)))
 
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds = {name: np.empty((repeats, samples_per_round[name])) for name in calls}
     for done in range(repeats):
         order = list(calls)
         if done % 2:
             order.reverse()
         for name in order:
-            for _ in range(samples_per_round[name]):
-                seconds[name].append(seconds_per_call(calls[name], shared[name]))
+            for i in range(samples_per_round[name]):
+                seconds[name][done, i] = seconds_per_call(calls[name], shared[name])
         if on_round is not None:
             on_round(done + 1, repeats)
     return seconds
 
 
-def interleaved_medians(calls: Mapping[str, Call], **settings: Any) -> dict[str, float]:
-    """Median seconds of every call; `settings` are those of `interleaved_seconds`."""
-    measured = interleaved_seconds(calls, **settings)
-    return {name: statistics.median(samples) for name, samples in measured.items()}
+class Ratio(NamedTuple):
+    """A ratio of two medians, and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def verdict(self, goal: float) -> str:
+        """A goal is missed where the whole interval is above it: noise misses none."""
+        return "met" if self.low <= goal else "missed"
+
+
+def ratio(samples: Samples, baseline: Samples) -> Ratio:
+    """Median of `samples` as a fraction of that of `baseline`.
+
+    The interval is a bootstrap over the rounds, which both of `interleaved_seconds` share: a slow phase of the machine
+    is in both medians of a resample.
+    """
+    rounds = len(samples)
+    chosen = np.random.default_rng(0).integers(rounds, size=(_RESAMPLES, rounds))
+
+    def medians(x: Samples) -> NDArray[np.float64]:
+        return np.median(x[chosen].reshape(_RESAMPLES, -1), axis=1)
+
+    low, high = np.percentile(medians(samples) / medians(baseline), (2.5, 97.5))
+    return Ratio(float(np.median(samples) / np.median(baseline)), float(low), float(high))
 
 
 def warm_up(calls: Mapping[str, Call], seconds: float = 0.15) -> None:
@@ -111,12 +140,3 @@ def repeated(function: Callable[[Any], Any], count: int) -> Callable[[Any], Any]
         return jax.lax.fori_loop(0, count, step, (arguments, nothing))[1]
 
     return call
-
-
-def temporary_bytes(compiled: Any) -> int | None:
-    """Bytes that the compiler reserves beside inputs and outputs, or None if it does not say.
-
-    On a CPU this misses the scratch of some fused loops; resident_memory.py does not.
-    """
-    analysis = compiled.memory_analysis()
-    return None if analysis is None else int(analysis.temp_size_in_bytes)

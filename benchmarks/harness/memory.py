@@ -1,8 +1,7 @@
-"""Peak resident memory of one attention call, measured in a process of its own.
+"""Memory of one attention call: what the compiler reserves, and the peak of a process.
 
-The compiler's temporary bytes miss the scratch of some fused loops on a CPU, so memory is checked
-this way too. In a process that did other work before, memory that the allocator kept would serve the
-call unseen.
+The former misses the scratch of some fused loops on a CPU. The latter is measured in a process of its own: in one that
+did other work before, memory that the allocator kept would serve the call unseen.
 """
 
 import contextlib
@@ -10,16 +9,24 @@ import ctypes
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
-from attention_calls import compile_attention
-from attention_shapes import AttentionShape, make_inputs
+
+from harness.inputs import make_inputs
+from harness.shapes import AttentionShape
 
 _STATUS = Path("/proc/self/status")
 _RESET_PEAK = Path("/proc/self/clear_refs")
 
 
-def can_measure() -> bool:
+def temporary_bytes(compiled: Any) -> int | None:
+    """Bytes that the compiler reserves beside inputs and outputs, or None if it does not say."""
+    analysis = compiled.memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes)
+
+
+def can_measure_resident() -> bool:
     """Whether the system lets a process reset its high-water mark, as Linux does."""
     return _RESET_PEAK.exists() and jax.default_backend() == "cpu"
 
@@ -36,10 +43,12 @@ def peak_resident_bytes(implementation: str, shape: AttentionShape, mode: str, s
 
 
 def _peak_in_this_process(implementation: str, shape: AttentionShape, mode: str, seed: int) -> int:
+    from harness.implementations import compile_attention  # which imports `temporary_bytes`
+
     if shape.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     inputs = make_inputs(shape, seed)
-    call = compile_attention(implementation, shape, mode, inputs).bind(inputs)
+    call = compile_attention(implementation, shape, mode).bind(inputs)
     # What the compiler freed and the C library kept would serve the call without raising the mark.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
