@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from harness.shapes import grid_shapes
+from harness.suites import grid_shapes
 
 _PACKAGE = "jax_native_flash_attn"
 _LINES_OF_DIFF = 20
