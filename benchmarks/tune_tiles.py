@@ -21,7 +21,7 @@ from harness.shapes import FORWARD, AttentionShape
 from harness.suites import find_shape
 from harness.timing import interleaved_seconds, ratio
 
-from jax_native_flash_attn._kernels.xla import tiles
+from jax_native_flash_attn._kernels.xla import plan
 from jax_native_flash_attn._kernels.xla.shapes import TileShape, choose_tile, largest_divisor
 
 _BLOCKS = (128, 256, 512, 1024, 2048, 4096)
@@ -87,7 +87,7 @@ def _heads_in_a_tile(limit: int | None) -> Iterator[None]:
             return tile
         return dataclasses.replace(tile, batch=(1,) * len(tile.batch), heads=largest_divisor(sizes.K, limit))
 
-    with mock.patch.object(tiles, "choose_tile", limited):
+    with mock.patch.object(plan, "choose_tile", limited):
         yield
 
 

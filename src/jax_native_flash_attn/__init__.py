@@ -1,7 +1,7 @@
 """FlashAttention in pure JAX: a drop-in replacement for `jax.nn.dot_product_attention`."""
 
-from ._api import flash_attention
-from ._partial import flash_attention_with_lse, merge_attention
+from ._api import flash_attention, flash_attention_with_lse
+from ._merge import merge_attention
 from ._semantics.dropout import dropout_keep_mask
 
 __all__ = ["dropout_keep_mask", "flash_attention", "flash_attention_with_lse", "merge_attention"]
