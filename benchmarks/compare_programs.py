@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from harness.shapes import grid_shapes
+from harness.options import command_line
+from harness.suites import grid_shapes
 
 _PACKAGE = "jax_native_flash_attn"
 _LINES_OF_DIFF = 20
@@ -248,7 +249,7 @@ def _calls() -> Iterator[_Call]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     for name in ("--before", "--after"):
         parser.add_argument(name, type=Path, required=True, metavar="DIR", help="contains the package")
     parser.add_argument("--only", default="", metavar="REGEX", help="the calls with such a name")

@@ -36,11 +36,13 @@ def choose(call: Call, which: Pass, target: Target) -> Kernels:
     """
     found, asked = reasons(call, which, target), call.config.implementation
     if asked is not None and found[asked] is not None and target.differentiated is None:
-        forward = found if which is Pass.FORWARD else reasons(call, Pass.FORWARD, target)
+        forward = reasons(call, Pass.FORWARD, target)
         if forward[asked] is not None:
-            listed = "; ".join(f"{name}: {reason or 'runs'}" for name, reason in forward.items())
+            others = "; ".join(
+                f"{name!r}: {reason or 'runs here'}" for name, reason in forward.items() if name != asked
+            )
             raise NotImplementedError(
-                f"implementation={asked!r} does not run here: {forward[asked]} (of all: {listed})"
+                f"implementation={asked!r} does not run here: {forward[asked]}. Of the others, {others}"
             )
     return next(family for family in FAMILIES if found[family.name] is None)
 

@@ -118,13 +118,7 @@ def cotangent(
             keep = tiles.keep(at, columns)
             keep = None if keep is None else tiles.joined(keep)
             key = tiles.key(at, columns, mask)
-            logits = tiles.joined(tiles.logits(query, key, at, columns, mask))
-            if tiles.plan.makes_softmax_again:
-                weights = tiles.exp(logits - logits.max(-1, keepdims=True))
-                weights /= weights.sum(-1, keepdims=True)
-            else:
-                weights = tiles.exp(logits - row_lse)
-            weights = tiles.stored(weights)
+            weights = _weights(tiles, tiles.joined(tiles.logits(query, key, at, columns, mask)), row_lse)
             if "value" in results and has_out:
                 dropped = tiles.split(tiles.drop(weights, keep))
                 results["value"] = _add_key_product(
@@ -184,6 +178,16 @@ def cotangent(
     sums = nest.rows(lambda at, sums: row_tile(at, dict(sums)), zeros)
     sums |= {name: jnp.moveaxis(sums[name], -1, -3) for name in transposed}
     return {name: tiles.summed(name, sums[name], like) for name, like in results.items()}
+
+
+def _weights(tiles: Tiles, logits: jax.Array, lse: jax.Array) -> jax.Array:
+    """p of a tile, as `Tiles.joined`."""
+    if tiles.plan.makes_softmax_again:
+        weights = tiles.exp(logits - logits.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+    else:
+        weights = tiles.exp(logits - lse)
+    return tiles.stored(weights)
 
 
 def _add_key_product(

@@ -1,7 +1,7 @@
 """How a pass of a call runs in pure JAX: tile shape, dtypes, and which of several equal forms. One frozen value."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -69,6 +69,14 @@ class Plan:
     transposes_weights: bool
     converts_late: bool
     takes_polynomial: bool
+
+    def __str__(self) -> str:
+        tile = self.tile
+        flags = [field.name for x in (self, tile) for field in fields(x) if getattr(x, field.name) is True]
+        return (
+            f"{tile.block_q} x {tile.block_kv} tiles of batch rows {tile.batch} and {tile.heads} key/value heads, "
+            f"products in {self.product}, accumulated in {self.accumulate}; {', '.join(flags) or 'no special form'}"
+        )
 
     def loops(self, call: Call) -> Nest:
         """The loops over the tiles of a call."""
