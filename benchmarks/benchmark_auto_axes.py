@@ -7,8 +7,8 @@ there, and beside ours under explicit axes, which runs on the shards in a `shard
 calls.
 """
 
-import argparse
 import os
+from collections.abc import Sequence
 from typing import Any
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -16,10 +16,13 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from harness.machine import header
+from harness.memory import temporary_bytes
+from harness.options import command_line
+from harness.report import Table, mebibytes, progress
+from harness.shapes import FORWARD, MODES
+from harness.timing import interleaved_seconds, ratio
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from machine import header
-from timing import interleaved_medians, temporary_bytes
-from tqdm import tqdm
 
 from jax_native_flash_attn import flash_attention
 
@@ -27,7 +30,7 @@ from jax_native_flash_attn import flash_attention
 SHAPES = {"cpu": [(8, 512, 8, 8, 64), (4, 2048, 4, 4, 64), (8, 1024, 8, 2, 64)], "gpu": [(8, 4096, 32, 8, 128)]}
 
 
-def compiled_calls(shape: tuple[int, ...], dtype: str, *, is_causal: bool, with_gradient: bool) -> dict[str, Any]:
+def compiled_calls(shape: tuple[int, ...], dtype: str, *, is_causal: bool, mode: str) -> dict[str, Any]:
     """Name -> (compiled program, its arguments)."""
     B, T, N, K, H = shape
     count = jax.device_count()
@@ -51,38 +54,33 @@ def compiled_calls(shape: tuple[int, ...], dtype: str, *, is_causal: bool, with_
         sharding = NamedSharding(mesh, PartitionSpec("data", None, "model"))
         placed = [jax.device_put(x, sharding) for x in arrays]
         with jax.set_mesh(mesh):
-            programs[name] = jax.jit(gradient if with_gradient else forward).lower(*placed).compile(), placed
+            programs[name] = jax.jit(forward if mode == FORWARD else gradient).lower(*placed).compile(), placed
     return programs
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--time-budget", type=float, default=6.0, help="seconds for each line")
-    options = parser.parse_args()
-    print(header(), f"{jax.device_count()} devices", sep="\n")
-    lines = ["| B x T x N/K x H | mode | time, ours auto / explicit | ours auto / jax.nn auto | temporary MiB |"]
-    lines.append("|---|---|---|---|---|")
+def main(argv: Sequence[str] | None = None) -> None:
+    options = command_line(__doc__, modes=MODES, dtype="float32", time_per_case=6.0).parse_args(argv)
+    print(header(), f"{jax.device_count()} devices", sep="\n", flush=True)
+    columns = "ours auto / explicit [95%]", "ours auto / jax.nn auto [95%]", "temporary MiB of these three"
     cases = [
-        (shape, is_causal, with_gradient)
+        (shape, is_causal, mode)
         for shape in SHAPES["cpu" if jax.default_backend() == "cpu" else "gpu"]
         for is_causal in (False, True)
-        for with_gradient in (False, True)
+        for mode in options.modes
     ]
-    for shape, is_causal, with_gradient in tqdm(cases):
-        programs = compiled_calls(shape, options.dtype, is_causal=is_causal, with_gradient=with_gradient)
-        times = interleaved_medians(
-            {name: lambda f=f, x=x: f(*x) for name, (f, x) in programs.items()}, time_budget=options.time_budget
-        )
-        memory = {name: (temporary_bytes(f) or 0) / 2**20 for name, (f, _) in programs.items()}
-        B, T, N, K, H = shape
-        mode = ("causal " if is_causal else "") + ("gradient" if with_gradient else "forward")
-        ratios = [times["ours, auto"] / times[name] for name in ("ours, explicit", "jax.nn, auto")]
-        lines.append(
-            f"| {B}x{T}x{N}/{K}x{H} | {mode} | {ratios[0]:.2f} | {ratios[1]:.2f} | "
-            f"{memory['ours, auto']:.1f} : {memory['ours, explicit']:.1f} : {memory['jax.nn, auto']:.1f} |"
-        )
-    print(*lines, sep="\n")
+    with Table(["B x T x N/K x H", "mode", *columns], labels=2) as table:
+        for shape, is_causal, mode in progress(cases, str):
+            programs = compiled_calls(shape, options.dtype, is_causal=is_causal, mode=mode)
+            calls = {name: lambda f=f, x=x: f(*x) for name, (f, x) in programs.items()}
+            samples = interleaved_seconds(calls, time_budget=options.time_per_case)
+            B, T, N, K, H = shape
+            others = "ours, explicit", "jax.nn, auto"
+            table.add(
+                f"{B}x{T}x{N}/{K}x{H}",
+                f"causal {mode}" if is_causal else mode,
+                *(str(ratio(samples["ours, auto"], samples[name])) for name in others),
+                " : ".join(mebibytes(temporary_bytes(programs[name][0]) or 0) for name in ("ours, auto", *others)),
+            )
 
 
 if __name__ == "__main__":

@@ -2,19 +2,20 @@
 
     python benchmarks/benchmark_features.py
 
-Each line compares two programs on the same inputs; the goal is the largest ratio that we accept.
+Each line compares two programs on the same inputs; the goal (`--goals`) is the largest ratio that we accept.
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from machine import header
-from timing import interleaved_medians
-from tqdm import tqdm
+from harness.machine import header
+from harness.options import command_line
+from harness.report import Table, milliseconds, progress
+from harness.shapes import GRADIENT, MODES
+from harness.timing import interleaved_seconds, ratio
 
 from jax_native_flash_attn import flash_attention
 
@@ -74,9 +75,9 @@ def comparisons(length: int) -> Iterator[Comparison]:
         return jnp.einsum("bnts,bsnh->btnh", probabilities, value)
 
     def in_mode(mode: str, f: Function) -> Function:
-        return gradient(f) if mode == "gradient" else f
+        return gradient(f) if mode == GRADIENT else f
 
-    for mode in ("forward", "gradient"):
+    for mode in MODES:
         against_plain = (in_mode(mode, plain), x)
         yield Comparison(f"{mode}, lengths T/2 : none", in_mode(mode, padded), x, *against_plain, 0.6)
         yield Comparison(
@@ -98,36 +99,27 @@ def comparisons(length: int) -> Iterator[Comparison]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, time_per_case=4.0, goals=False)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--time-budget", type=float, default=4.0, help="seconds for each line (default: %(default)s)")
     options = parser.parse_args(argv)
     print(header())
-    print(f"B 1, T = S = {options.length}, 4 heads of 64, float32\n")
-    print(f"| {'comparison':38} |        ms |     to ms | ratio | goal | verdict |")
-    print(f"|{'-' * 40}|{'-' * 11}|{'-' * 11}|{'-' * 7}|{'-' * 6}|{'-' * 9}|")
-    lines = list(comparisons(options.length))
-    with tqdm(lines, unit="line", disable=None, leave=False) as progress:
-        for line in progress:
-            progress.set_description_str(line.name)
-            compiled = {
-                name: jax.jit(function).lower(*arguments).compile()
-                for name, function, arguments in (
-                    ("ours", line.function, line.arguments),
-                    ("baseline", line.baseline, line.baseline_arguments),
+    print(f"B 1, T = S = {options.length}, 4 heads of 64, float32\n", flush=True)
+    columns = ["comparison", "ms", "to ms", "ratio [95%]", *(["goal", "verdict"] if options.goals else [])]
+    with Table(columns) as table:
+        for line in progress(comparisons(options.length), lambda line: line.name):
+            ours, baseline = (
+                (jax.jit(function).lower(*arguments).compile(), arguments)
+                for function, arguments in (
+                    (line.function, line.arguments),
+                    (line.baseline, line.baseline_arguments),
                 )
-            }
-            calls = {
-                "ours": lambda run=compiled["ours"], x=line.arguments: run(*x),
-                "baseline": lambda run=compiled["baseline"], x=line.baseline_arguments: run(*x),
-            }
-            seconds = interleaved_medians(calls, time_budget=options.time_budget)
-            ratio = seconds["ours"] / seconds["baseline"]
-            verdict = "met" if ratio <= line.goal else "missed"
-            progress.write(
-                f"| {line.name:38} | {1e3 * seconds['ours']:9.1f} | {1e3 * seconds['baseline']:9.1f} "
-                f"| {ratio:5.2f} | {line.goal:4.1f} | {verdict:7} |"
             )
+            calls = {"ours": lambda f=ours: f[0](*f[1]), "baseline": lambda f=baseline: f[0](*f[1])}
+            samples = interleaved_seconds(calls, time_budget=options.time_per_case)
+            found = ratio(samples["ours"], samples["baseline"])
+            times = (milliseconds(float(np.median(samples[name]))) for name in ("ours", "baseline"))
+            goal = [f"{line.goal:.1f}", found.verdict(line.goal)] if options.goals else []
+            table.add(line.name, *times, str(found), *goal)
 
 
 if __name__ == "__main__":

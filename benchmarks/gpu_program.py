@@ -6,17 +6,18 @@ Needs the CUDA plugin of JAX (`jax-cuda13-plugin`, `jax-cuda13-pjrt`, no CUDA li
 autotuner may take cuBLAS for a product; fusions are the same. Bytes of an operand that is sliced count in full.
 """
 
-import argparse
-import functools
 import re
 from collections.abc import Sequence
 
 import jax
-from attention_shapes import FORWARD, MODES, find_shape
-from benchmark_gpu_table import compilable, random_inputs
+from harness.implementations import jax_call
+from harness.inputs import input_types
+from harness.memory import temporary_bytes
+from harness.options import chosen_cases, command_line
+from harness.programs import computations
+from harness.shapes import FORWARD
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
-from timing import temporary_bytes
 
 # What XLA asks a device for; figures of NVIDIA's H100 SXM.
 _H100 = """
@@ -41,37 +42,20 @@ _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", type=find_shape, required=True)
-    parser.add_argument("--implementations", nargs="+", default=("flash:pure_jax", "jax.nn"))
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=[FORWARD])
+    parser = command_line(__doc__, ["shapes"], implementations=["flash:pure_jax", "jax.nn"], modes=(FORWARD,))
     parser.add_argument("--least-mib", type=float, default=1.0, help="leave out smaller kernels")
     options = parser.parse_args(argv)
     topology = topologies.get_topology_desc("1x1x1", "cuda", target_config=_H100, topology="1x1x1")
     sharding = SingleDeviceSharding(topology.devices[0])
-    for shape in options.shapes:
-        spec = jax.eval_shape(functools.partial(random_inputs, shape))
-        spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), spec)
-        for mode in options.mode:
-            for name in options.implementations:
-                traced = jax.jit(compilable(name, shape, mode)).trace(spec)
-                compiled = traced.lower(lowering_platforms=("cuda",)).compile()
-                temporary = (temporary_bytes(compiled) or 0) / 2**20
-                print(f"\n{shape.name} {mode} {name}: {temporary:.0f} MiB of temporary memory")
-                _print_program(compiled.as_text() or "", options.least_mib)
-
-
-def _print_program(text: str, least_mib: float) -> None:
-    computations: dict[str, list[str]] = {}
-    name = entry = ""
-    for line in text.splitlines():
-        if match := re.match(r"(ENTRY )?%([\w.\-]+) .*\{$", line):
-            name = match.group(2)
-            computations[name] = []
-            entry = name if match.group(1) else entry
-        elif line.startswith("  ") and name:
-            computations[name].append(line.strip())
-    _print_computation(entry, computations, least_mib, "")
+    for shape, mode in chosen_cases(options):
+        types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), input_types(shape))
+        for name in options.implementations:
+            traced = jax.jit(jax_call(name, shape, mode)).trace(types)
+            compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+            temporary = (temporary_bytes(compiled) or 0) / 2**20
+            print(f"\n{shape.name} {mode} {name}: {temporary:.0f} MiB of temporary memory")
+            entry, found = computations(compiled.as_text() or "")
+            _print_computation(entry, found, options.least_mib, "")
 
 
 def _print_computation(name: str, computations: dict[str, list[str]], least_mib: float, indent: str) -> None:

@@ -14,9 +14,12 @@ import sys
 from collections.abc import Sequence
 
 import jax
-from attention_shapes import MODES, find_shape
-from benchmark_gpu_table import compile_call, random_inputs
-from machine import header
+from harness.implementations import JaxAttention
+from harness.inputs import make_inputs
+from harness.machine import header
+from harness.options import chosen_cases, command_line
+from harness.report import Table
+from harness.shapes import MODES, AttentionShape
 
 _TIME = "gpu__time_duration.sum"
 _PERCENT = ".avg.pct_of_peak_sustained_elapsed"
@@ -34,46 +37,39 @@ _LEAST = 0.02
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", required=True)
-    parser.add_argument("--implementations", nargs="+", default=("flash", "jax.nn:cudnn"))
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--as-profiled", action="store_true", help="make the one call, under ncu")
+    parser = command_line(__doc__, ["shapes"], implementations=["flash", "jax.nn:cudnn"], modes=MODES)
+    parser.add_argument("--as-profiled", action="store_true", help=argparse.SUPPRESS)  # one call, under ncu
     options = parser.parse_args(argv)
+    cases = [(name, *case) for case in chosen_cases(options) for name in options.implementations]
     if options.as_profiled:
-        _call_once(options.implementations[0], options.shapes[0], options.mode[0])
+        _call_once(*cases[0])
         return
-    print(header())
-    print(f"| case | kernel | {' | '.join(_METRICS)} |")
-    print("|---" * (2 + len(_METRICS)) + "|")
-    for shape in options.shapes:
-        for mode in options.mode:
-            for name in options.implementations:
-                if mode in find_shape(shape).modes:
-                    _print_kernels(shape, mode, name)
+    print(header(), flush=True)
+    with Table(["case", "kernel", *_METRICS], labels=2) as table:
+        for case in cases:
+            _add_kernels(table, *case)
 
 
-def _call_once(name: str, shape_name: str, mode: str) -> None:
-    shape = find_shape(shape_name)
-    executable, inputs = compile_call(name, shape, mode), random_inputs(shape)
-    jax.block_until_ready(executable(inputs))
+def _call_once(name: str, shape: AttentionShape, mode: str) -> None:
+    call = JaxAttention(name, shape, mode).bind(make_inputs(shape))
+    jax.block_until_ready(call())
     driver = ctypes.CDLL("libcuda.so.1")
     driver.cuProfilerStart()
-    jax.block_until_ready(executable(inputs))
+    jax.block_until_ready(call())
     driver.cuProfilerStop()
 
 
-def _print_kernels(shape: str, mode: str, name: str) -> None:
+def _add_kernels(table: Table, name: str, shape: AttentionShape, mode: str) -> None:
     profiler = [
         *("ncu", "--csv", "--clock-control", "none", "--cache-control", "none", "--profile-from-start", "off"),
         *("--metrics", ",".join(_METRICS.values())),
     ]
-    call = ["--shapes", shape, "--implementations", name, "--mode", mode, "--as-profiled"]
+    call = ["--shapes", shape.name, "--implementations", name, "--mode", mode, "--as-profiled"]
     done = subprocess.run([*profiler, sys.executable, __file__, *call], capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if done.returncode or start is None:
-        print(f"{shape} {mode} {name}: {(done.stdout + done.stderr)[-1500:]}")
+        print(f"{shape.name} {mode} {name}: {(done.stdout + done.stderr)[-1500:]}")
         return
     kernels: dict[str, tuple[str, dict[str, float]]] = {}
     for row in csv.DictReader(lines[start:]):
@@ -90,7 +86,7 @@ def _print_kernels(shape: str, mode: str, name: str) -> None:
                 f"{values[_TIME]:.1f}",
                 *(f"{values.get(x, float('nan')):.0f}" for x in list(_METRICS.values())[1:]),
             ]
-            print(f"| {shape} {mode} {name} | {kernel[:60]} | {' | '.join(cells)} |", flush=True)
+            table.add(f"{shape.name} {mode} {name}", kernel[:60], *cells)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,13 @@ Peers that this machine lacks (cudnn needs a GPU, tokamax its package) get a das
 The options say in which dtype "ours" runs, and whether with 64-bit types.
 """
 
-import argparse
-import contextlib
 import dataclasses
 import functools
 import importlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # Sharding needs several devices, which a processor can pretend to have. Before JAX starts.
@@ -25,9 +23,11 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from harness.machine import header
+from harness.options import command_line
+from harness.oracle import enable_x64, float64_oracle
+from harness.report import Table, progress
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from machine import header
-from tqdm import tqdm
 
 from jax_native_flash_attn import flash_attention
 
@@ -78,46 +78,15 @@ def implementations(dtype: str, head_dim: int) -> dict[str, Implementation | Non
     return {name: x and dataclasses.replace(x, head_dim=head_dim) for name, x in columns.items()}
 
 
-def dense(
-    query: Any,
-    key: Any,
-    value: Any,
-    bias: Any = None,
-    *,
-    scale: Any = None,
-    key_value_seq_lengths: Any = None,
-    dropout_rate: float = 0.0,
-    dropout_rng: Any = None,
-) -> jax.Array:
-    """The mathematics, in float64 if its inputs are."""
-    logits = jnp.einsum("btnh,bsnh->bnts", query, key) * (1 / np.sqrt(query.shape[-1]) if scale is None else scale)
-    if bias is not None:
-        logits += bias
-    if key_value_seq_lengths is not None:
-        is_key = jnp.arange(key.shape[1]) < jnp.asarray(key_value_seq_lengths)[:, None]
-        logits = jnp.where(is_key[:, None, None, :], logits, -jnp.inf)
-        value = jnp.where(is_key[:, :, None, None], value, 0)
-    probs = jax.nn.softmax(logits)
-    if dropout_rng is not None:
-        probs *= keep() / (1 - dropout_rate)
-    return jnp.einsum("bnts,bsnh->btnh", probs, value)
+def dense(*arrays: Any, dropout_rng: Any = None, **options: Any) -> jax.Array:
+    """The tests' oracle, in float64, as an implementation: `flash_attention` with the mask of `keep` for any key."""
+    return float64_oracle(*arrays, keep=None if dropout_rng is None else keep(), **options)[0]
 
 
 @functools.cache
 def keep() -> np.ndarray:
-    """The dropout mask. With 64-bit types on, bernoulli draws other numbers: so first called before `float64`."""
+    """The dropout mask. With 64-bit types on, bernoulli draws other numbers: so first called before `enable_x64`."""
     return np.asarray(jax.random.bernoulli(jax.random.key(SEED), 1 - RATE, (B, N, T, T)))
-
-
-@contextlib.contextmanager
-def float64() -> Iterator[None]:
-    """64-bit types, under the name that the installed JAX has for them."""
-    if hasattr(jax, "enable_x64"):
-        with jax.enable_x64(True):
-            yield
-    else:
-        with importlib.import_module("jax.experimental").enable_x64():
-            yield
 
 
 def inputs(dtype: str, head_dim: int) -> dict[str, np.ndarray]:
@@ -224,7 +193,7 @@ def compare(results: Callable[[Attention, dict[str, Any]], Any], implementation:
         return [np.asarray(leaf).astype(np.float64) for leaf in leaves]
 
     actual = transformed(implementation.call, implementation.dtype)
-    with float64():
+    with enable_x64():
         expected = transformed(dense, "float64")
     return verdict(actual, expected, implementation.tolerance)
 
@@ -240,7 +209,7 @@ def verdict(actual: Sequence[np.ndarray], expected: Sequence[np.ndarray], tolera
 
 
 def softmax_of_float64(implementation: Implementation) -> str:
-    with float64():
+    with enable_x64():
         expected = jax.jit(dense)(*qkv(inputs("float64", implementation.head_dim)))
         actual = jax.jit(implementation.call)(*qkv(inputs("float64", implementation.head_dim)))
         return verdict([np.asarray(actual)], [np.asarray(expected)], 1e-13)
@@ -273,7 +242,7 @@ def sharded(implementation: Implementation, kind: AxisType) -> str:
     if count:
         return f"{count} collectives"
     actual = [np.asarray(g).astype(np.float64) for g in compiled(*placed)]
-    with float64():
+    with enable_x64():
         expected = [np.asarray(g) for g in jax.jit(gradient(dense))(*qkv(inputs("float64", implementation.head_dim)))]
     return verdict(actual, expected, implementation.tolerance)
 
@@ -297,7 +266,7 @@ def cell(row: Callable[[Implementation], str], column: Implementation | None) ->
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
     names = ["jax.nn", "cudnn", "tokamax", "ours"]
     parser.add_argument("--columns", nargs="+", choices=names, default=names, metavar="COLUMN")
@@ -313,11 +282,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(header(), flush=True)
     what = f"head dimension {options.head_dim}, 64-bit types {'on' if options.x64 else 'off'}"
     titles = [f"{name} ({x.dtype}, {what})" if x else name for name, x in columns.items()]
-    print(f"\n| transformation | {' | '.join(titles)} |")
-    print("|---" * (len(columns) + 1) + "|")
-    for name in tqdm(options.rows, leave=False):
-        cells = [cell(ROWS[name], column) for column in columns.values()]
-        tqdm.write(f"| {name} | {' | '.join(cells)} |")
+    print(flush=True)
+    with Table(["transformation", *titles], labels=1 + len(columns)) as table:
+        for name in progress(options.rows, str):
+            table.add(name, *(cell(ROWS[name], column) for column in columns.values()))
 
 
 if __name__ == "__main__":

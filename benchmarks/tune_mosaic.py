@@ -6,7 +6,7 @@
 
 Each candidate is `block_q x block_kv x stages w warpgroups`, behind it an s for softmax weights in shared memory, a p
 for persistent blocks, a t for products in turn, and `/4` for four splits of the keys; or a peer, as `jax.nn:cudnn` (see
-benchmark_gpu_table.py). Needs a Hopper GPU. What it finds belongs into the table in `blocks.py`.
+benchmark_gpu_table.py --help). Needs a Hopper GPU. What it finds belongs into the table in `_kernels/hopper/blocks.py`.
 
 Each shape has a process of its own, which starts again without a candidate that gives no result in time.
 """
@@ -19,17 +19,22 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-from attention_reference import largest_error, reference_results, select
-from attention_shapes import FORWARD, GPU_SHAPES, AttentionShape, find_shape
-from benchmark_gpu_table import attention, live_fraction, random_inputs
-from processes import run_in_turn, wait_for_turn
-from timing import interleaved_medians, repeated, warm_up
+import numpy as np
+from harness.errors import largest_error, reference_results, select
+from harness.implementations import attention, calls_per_program, repeated
+from harness.inputs import input_types, make_inputs
+from harness.measure import reason_of
+from harness.options import command_line
+from harness.processes import run_in_turn, wait_for_turn
+from harness.report import Table
+from harness.shapes import FORWARD, AttentionShape
+from harness.suites import GPU_SHAPES, find_shape
+from harness.timing import interleaved_seconds, ratio, warm_up
 
 from jax_native_flash_attn._kernels.hopper import family
 from jax_native_flash_attn._kernels.hopper.blocks import Blocks
 
-_SECONDS = 1e-3  # of one sample: shorter calls are repeated in one program
-_RATE = 400e12  # operations per second, to guess how often
+_SECONDS = 1e-3  # of one program: shorter calls are repeated in it
 
 
 def parse_blocks(text: str) -> Blocks | None:
@@ -50,22 +55,20 @@ def _find(name: str) -> AttentionShape:
 def lowered(name: str, candidate: str, *, needs_lse: bool) -> Any:
     """The lowered program, and how often it computes the call."""
     shape = _find(name)
-    flops = 4 * shape.score_elements * shape.head_dim * live_fraction(shape)
-    count = max(1, min(64, round(_SECONDS * _RATE / flops)))
+    count = calls_per_program(shape.operations(FORWARD), _SECONDS)
     blocks = parse_blocks(candidate)
     implementation = candidate if blocks is None else "flash:mosaic_gpu"
 
     def call(inputs: Any) -> Any:
         function = functools.partial(attention, implementation, shape, inputs=inputs)
-        arguments = (inputs.query, inputs.key, inputs.value, inputs.bias)
-        return jax.vjp(function, arguments)[0] if needs_lse else function(arguments)
+        return jax.vjp(function, inputs.differentiated)[0] if needs_lse else function(inputs.differentiated)
 
     call_module: Any = family
     choose = call_module.forward_blocks
     if blocks is not None:
         call_module.forward_blocks = lambda *_, **__: blocks
     try:
-        traced = jax.jit(repeated(call, count)).trace(jax.eval_shape(functools.partial(random_inputs, shape)))
+        traced = jax.jit(repeated(call, count)).trace(input_types(shape))
         return traced.lower(lowering_platforms=("cuda",)), count
     finally:
         call_module.forward_blocks = choose
@@ -80,11 +83,11 @@ def measure(name: str, candidates: list[str], options: Any) -> None:
                 program, count = lowered(name, candidate, needs_lse=options.lse)
                 programs[candidate] = pool.submit(program.compile), count
             except Exception as error:
-                print(f"{name} {candidate}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+                print(f"{name} {candidate}: {reason_of(error)}", flush=True)
     wait_for_turn()
     shape = _find(name)
-    inputs, selection = random_inputs(shape), select(shape, 2**22)
-    reference = reference_results(shape, FORWARD, inputs, selection)
+    inputs, selection = make_inputs(shape), select(shape, 2**21)
+    reference = reference_results(shape, inputs, selection)
     calls, errors, counts = {}, {}, {}
     for candidate, (future, count) in programs.items():
         print(f"TRY {candidate}", flush=True)
@@ -93,24 +96,27 @@ def measure(name: str, candidates: list[str], options: Any) -> None:
             errors[candidate] = largest_error({"out": executable(inputs)}, reference, selection)
             calls[candidate], counts[candidate] = functools.partial(executable, inputs), count
         except Exception as error:
-            print(f"{name} {candidate}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            print(f"{name} {candidate}: {reason_of(error)}", flush=True)
     print("TRY timing", flush=True)
     warm_up(calls)
-    seconds = interleaved_medians(calls, repeats=options.repeats, sample_seconds=1e-2) if calls else {}
-    flops = 4 * shape.score_elements * shape.head_dim * live_fraction(shape)
-    for text, value in sorted(seconds.items(), key=lambda item: item[1] / counts[item[0]]):
-        each = value / counts[text]
-        rate = flops / each / 1e12
-        print(f"{name:34} {text:16} {each * 1e3:8.4f} ms {rate:5.0f} TF/s  error {errors[text]:.1e}", flush=True)
+    samples = interleaved_seconds(calls, repeats=options.repeats, sample_seconds=1e-2) if calls else {}
+    samples = {candidate: seconds / counts[candidate] for candidate, seconds in samples.items()}
+    medians = {candidate: float(np.median(seconds)) for candidate, seconds in samples.items()}
+    best = min(medians, key=lambda candidate: medians[candidate], default="")
+    table = Table(["shape", "candidate", "ms", "TFLOP/s", "to the best [95%]", "error"], labels=2, echoes=False)
+    for candidate in sorted(medians, key=lambda candidate: medians[candidate]):
+        rate = shape.operations(FORWARD) / medians[candidate] / 1e12
+        numbers = f"{medians[candidate] * 1e3:.4f}", f"{rate:.0f}", str(ratio(samples[candidate], samples[best]))
+        table.add(name, candidate, *numbers, f"{errors[candidate]:.1e}")
+    print(table, flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, repeats=7)
     parser.add_argument("shapes", nargs="+", help="SHAPE, or SHAPE=CANDIDATE,CANDIDATE")
     parser.add_argument("--blocks", nargs="+", default=["64x128x2w2", "64x128x2w2p"])
     parser.add_argument("--lse", action="store_true", help="with log-sum-exp and float32 output, as for derivatives")
     parser.add_argument("--timeout", type=float, default=20.0, help="seconds for all candidates of a shape")
-    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     left: dict[str, list[str]] = {}

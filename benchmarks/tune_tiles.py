@@ -1,38 +1,43 @@
-"""Time flash_attention over tile sizes: the measurements behind `choose_tile` in `_tiles.py`.
+"""Time flash_attention over tile sizes: the measurements behind `choose_tile` in `_kernels/xla/shapes.py`.
 
 uv run python benchmarks/tune_tiles.py --shapes 1x4096x8x64 gqa-1x4096x8/2x64-causal --mode forward
 uv run python benchmarks/tune_tiles.py --shapes 4x512x16x64 --blocks 512x512 --heads 1 2 4 8 16
 """
 
-import argparse
 import contextlib
 import dataclasses
 import itertools
-import statistics
 from collections.abc import Iterator, Sequence
 from unittest import mock
 
-from attention_calls import OURS, REFERENCE, UNSUPPORTED, compile_attention
-from attention_shapes import FORWARD, MODES, NAMED_SHAPES, AttentionShape, find_shape, make_inputs
-from machine import header
-from timing import interleaved_seconds
-from tqdm import tqdm
+import numpy as np
+from harness.implementations import OURS, REFERENCE, compile_attention
+from harness.inputs import make_inputs
+from harness.machine import header
+from harness.measure import reason_of
+from harness.options import chosen_cases, command_line
+from harness.report import Table, mebibytes, milliseconds, progress
+from harness.shapes import FORWARD, AttentionShape
+from harness.suites import find_shape
+from harness.timing import interleaved_seconds, ratio
 
-from jax_native_flash_attn._kernels.xla import tiles
+from jax_native_flash_attn._kernels.xla import plan
 from jax_native_flash_attn._kernels.xla.shapes import TileShape, choose_tile, largest_divisor
 
 _BLOCKS = (128, 256, 512, 1024, 2048, 4096)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = _parse(argv)
+    shapes = [find_shape("1x4096x8x64"), find_shape("1x4096x8x64-causal")]
+    parser = command_line(__doc__, shapes=shapes, modes=(FORWARD,), time_per_case=10.0, max_dense_gib=4.0)
+    parser.add_argument("--blocks", nargs="*", default=[], metavar="QxKV", help="tile sizes, all pairs by default")
+    parser.add_argument("--heads", nargs="*", type=int, default=[], help="key/value heads in a tile")
+    options = parser.parse_args(argv)
     print(header(), flush=True)
     blocks = [tuple(map(int, text.split("x"))) for text in options.blocks]
     blocks = blocks or list(itertools.product(_BLOCKS, _BLOCKS))
-    for name in options.shapes:
-        shape = find_shape(name)
-        for mode in options.mode or MODES:
-            _tune(shape, mode, blocks, options.heads, options.time_budget, options.max_dense_gib)
+    for shape, mode in chosen_cases(options):
+        _tune(shape, mode, blocks, options.heads, options.time_per_case, options.max_dense_gib)
 
 
 def _tune(
@@ -40,7 +45,7 @@ def _tune(
     mode: str,
     blocks: Sequence[tuple[int, ...]],
     heads: Sequence[int],
-    time_budget: float,
+    time_per_case: float,
     max_dense_gib: float,
 ) -> None:
     inputs = make_inputs(shape)
@@ -51,23 +56,25 @@ def _tune(
     if shape.dense_bytes(mode) <= max_dense_gib * 2**30:
         names[REFERENCE] = (REFERENCE, None)
     calls, temporary = {}, {}
-    for name, (implementation, limit) in tqdm(names.items(), desc=f"{shape.name} {mode}: compile", leave=False):
+    for name, (implementation, limit) in progress(names.items(), lambda item: f"{shape.name} {mode}: {item[0]}"):
         try:
             with _heads_in_a_tile(limit):
-                compiled = compile_attention(implementation, shape, mode, inputs)
+                compiled = compile_attention(implementation, shape, mode)
                 calls[name] = compiled.bind(inputs)
                 calls[name]()
-        except UNSUPPORTED as error:
-            print(f"{name}: {type(error).__name__}")
+        except Exception as error:  # too large for the memory, say
+            print(f"{name}: {reason_of(error)}")
             calls.pop(name, None)
             continue
         temporary[name] = compiled.temporary_bytes or 0
-    seconds = interleaved_seconds(calls, time_budget=time_budget, sample_seconds=0.01)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    unit = medians.get(REFERENCE, medians[OURS])
-    print(f"\n{shape.name} {mode}: milliseconds, ratio to {REFERENCE if REFERENCE in medians else OURS}, temporary MiB")
-    for name in sorted(medians, key=lambda name: medians[name]):
-        print(f"  {name:28} {medians[name] * 1e3:9.3f} {medians[name] / unit:7.3f} {temporary[name] / 2**20:9.1f}")
+    samples = interleaved_seconds(calls, time_budget=time_per_case, sample_seconds=0.01)
+    medians = {name: float(np.median(seconds)) for name, seconds in samples.items()}
+    unit = REFERENCE if REFERENCE in samples else OURS
+    print(f"\n{shape.name} {mode}")
+    with Table(["implementation", "ms", f"ratio to {unit} [95%]", "temp MiB"], echoes=False) as table:
+        for name in sorted(medians, key=lambda name: medians[name]):
+            found = ratio(samples[name], samples[unit])
+            table.add(name, milliseconds(medians[name]), str(found), mebibytes(temporary[name]))
 
 
 @contextlib.contextmanager
@@ -80,20 +87,8 @@ def _heads_in_a_tile(limit: int | None) -> Iterator[None]:
             return tile
         return dataclasses.replace(tile, batch=(1,) * len(tile.batch), heads=largest_divisor(sizes.K, limit))
 
-    with mock.patch.object(tiles, "choose_tile", limited):
+    with mock.patch.object(plan, "choose_tile", limited):
         yield
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["1x4096x8x64", "1x4096x8x64-causal"], metavar="SHAPE")
-    parser.add_argument("--blocks", nargs="*", default=[], metavar="QxKV", help="tile sizes, all pairs by default")
-    parser.add_argument("--heads", nargs="*", type=int, default=[], help="key/value heads in a tile")
-    parser.add_argument("--mode", nargs="*", choices=MODES, default=[FORWARD])
-    parser.add_argument("--time-budget", type=float, default=10.0, help="seconds of each table")
-    parser.add_argument("--max-dense-gib", type=float, default=4.0, help="leave jax.nn out beyond this")
-    parser.add_argument("--list-shapes", action="version", version="\n".join(NAMED_SHAPES))
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Configuration of the test run; tests/environment.py has what run_generated.py needs as well."""
+"""Configuration of the test run; tests/support/environment.py has what run_generated.py needs as well."""
 
 import os
 from collections.abc import Iterator
 
 import pytest
 
-from tests import environment
+from tests.support import environment
 
 environment.configure()
 

@@ -1,8 +1,17 @@
 """FlashAttention in pure JAX: a drop-in replacement for `jax.nn.dot_product_attention`."""
 
-from ._api import flash_attention
-from ._partial import flash_attention_with_lse, merge_attention
+from ._api import flash_attention, flash_attention_with_lse
+from ._explain import Explanation, PassExplanation, explain
+from ._merge import merge_attention
 from ._semantics.dropout import dropout_keep_mask
 
-__all__ = ["dropout_keep_mask", "flash_attention", "flash_attention_with_lse", "merge_attention"]
+__all__ = [
+    "Explanation",
+    "PassExplanation",
+    "dropout_keep_mask",
+    "explain",
+    "flash_attention",
+    "flash_attention_with_lse",
+    "merge_attention",
+]
 __version__ = "0.1.0"

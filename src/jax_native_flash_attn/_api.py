@@ -1,11 +1,13 @@
-"""The public function: its signature and its mathematics."""
+"""The public functions: their signatures and their mathematics."""
 
 from typing import Any, Literal, overload
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from ._arguments import check
 from ._attention import attention
 
 Implementation = Literal["xla", "pure_jax", "mosaic_gpu", "cudnn"]
@@ -157,7 +159,7 @@ def flash_attention(
             implementation="cudnn",
             **({"return_residual": True} if return_residual else {}),
         )
-    out, *lse = attention(
+    checked = check(
         query,
         key,
         value,
@@ -177,7 +179,62 @@ def flash_attention(
         needs_lse=return_residual,
         implementation=None if implementation == "xla" else implementation,
     )
+    out, *lse = attention(*checked, jnp.asarray(query).shape)
     return (out, lax.stop_gradient(lse[0].astype(out.dtype))) if return_residual else out
 
 
 flash_attention.replaces = _jax_attention  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def flash_attention_with_lse(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: ArrayLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: Any = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: jax.Array | None = None,
+    deterministic: bool = False,
+    block_q: int | None = None,
+    block_kv: int | None = None,
+    precision: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """As `flash_attention`, and the log-sum-exp of the logits, both differentiable in every mode.
+
+    (`flash_attention(..., return_residual=True)` follows `jax.nn`: its log-sum-exp has key's dtype and no gradient.)
+
+    Args: as `flash_attention`.
+
+    Returns:
+      out, of query's shape and dtype, and lse, (B, T, N) or (T, N), float32 (float64 for float64 inputs). A row without
+      any key has the constant lse -0.7 * float32's largest number.
+
+    Raises: as `flash_attention`.
+    """
+    checked = check(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
+        deterministic=deterministic,
+        block_q=block_q,
+        block_kv=block_kv,
+        precision=precision,
+        needs_lse=True,
+    )
+    out, lse = attention(*checked, jnp.asarray(query).shape)
+    return out, lse

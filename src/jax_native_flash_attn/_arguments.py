@@ -12,6 +12,81 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from ._semantics.call import Arrays, Settings
+from ._semantics.dropout import check_dropout, head_indices, make_dropout, threefry_words
+from ._semantics.masks import Band, clip_window_side, hide_constant_mask
+
+
+def check(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any,
+    mask: Any,
+    *,
+    scale: Any,
+    is_causal: Any,
+    query_seq_lengths: Any,
+    key_value_seq_lengths: Any,
+    local_window_size: Any,
+    dropout_rate: Any,
+    dropout_rng: Any,
+    deterministic: Any,
+    block_q: Any,
+    block_kv: Any,
+    precision: Any,
+    needs_lse: bool,
+    implementation: str | None = None,
+) -> tuple[Settings, Arrays]:
+    """The one place that knows the public names; see `flash_attention`."""
+    is_causal = as_static_bool(is_causal, "is_causal")
+    blocks = as_block(block_q, "block_q"), as_block(block_kv, "block_kv")
+    if as_static_bool(deterministic, "deterministic"):
+        dropout_rate = 0.0
+    check_dropout(dropout_rate, dropout_rng)
+    precision = as_precision(precision)
+    query, key, value = (as_4d(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value")))
+    check_query_key_value(query, key, value)
+    B, T, N, H = query.shape
+    S = key.shape[1]
+    bias = None if bias is None else as_bias(bias, (B, N, T, S))
+    window = as_window(local_window_size)
+    query_lengths = as_lengths(query_seq_lengths, "query_seq_lengths", B)
+    key_value_lengths = as_lengths(key_value_seq_lengths, "key_value_seq_lengths", B)
+    scalar_scale = as_scale(scale, H)
+    # A number becomes a tracer where what follows is recorded for a compiler. Elsewhere nothing is analysed.
+    is_staged = isinstance(scalar_scale if scale is None else jnp.asarray(0.0), Tracer)
+    mask = None if mask is None else as_mask(mask, (B, N, T, S), is_staged=is_staged)
+    band = Band()
+    if isinstance(mask, np.ndarray):
+        mask, band = hide_constant_mask(mask, T, S)
+    dropout, dropout_key, head_index = None, None, None
+    if dropout_rate > 0:
+        dropout, dropout_key = make_dropout(dropout_rate), threefry_words(dropout_rng)
+        head_index = head_indices(B, N)
+    static_window, traced_window = window, None
+    if window is not None and not all(isinstance(side, int) for side in window):
+        left, right = clip_window_side(window[0], -S, T), clip_window_side(window[1], -T, S)
+        static_window, traced_window = None, jnp.stack([left, right])
+    settings = Settings(
+        is_causal, static_window, band, dropout, *blocks, precision, needs_lse, implementation, is_staged
+    )
+    arrays = Arrays(
+        query=query,
+        key=key,
+        value=value,
+        scale=scalar_scale,
+        bias=bias,
+        mask=mask,
+        traced_window=traced_window,
+        query_lengths=query_lengths,
+        key_value_lengths=key_value_lengths,
+        dropout_key=dropout_key,
+        head_index=head_index,
+    )
+    return settings, arrays
+
+
 _FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -137,15 +212,6 @@ def _canonical_precision(precision: Any) -> Any:
     x = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     jaxpr = jax.make_jaxpr(lambda a, b: jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision))(x, x)
     return jaxpr.jaxpr.eqns[0].params["precision"]
-
-
-def check_dropout(dropout_rate: Any, dropout_rng: Any) -> None:
-    if not isinstance(dropout_rate, int | float | np.floating):
-        raise TypeError(f"dropout_rate must be a Python number (static), got {type(dropout_rate).__name__}")
-    if not 0 <= dropout_rate <= 1:
-        raise ValueError(f"dropout_rate must be in [0, 1], got {dropout_rate}")
-    if dropout_rate > 0 and dropout_rng is None:
-        raise ValueError(f"dropout_rng must be a PRNG key when dropout_rate > 0 (got {dropout_rate}), got None")
 
 
 def as_static_bool(x: Any, name: str) -> bool:

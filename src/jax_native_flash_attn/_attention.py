@@ -1,200 +1,104 @@
-"""From checked arguments to the core and back: the steps of one call, in order."""
+"""From a checked call to the kernels and back: the steps of one call, in order."""
 
-import functools
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
-from . import _arguments as arguments
 from ._autodiff import taylor
 from ._autodiff.primitives import flash_attention_core, flash_attention_p, linear_kernel_p
-from ._semantics.call import Config, Inputs
-from ._semantics.dropout import Dropout, head_indices, make_dropout, threefry_words
-from ._semantics.masks import Band, clip_window_side, hide_constant_mask, make_mask
+from ._semantics.call import Arrays, Call, Config, Inputs, Settings
+from ._semantics.masks import make_mask
 from ._semantics.numerics import DEAD_ROW_LSE, accumulation_dtype
-from ._sharding.lowering import over_explicit_axes
+from ._sharding.explicit import over_explicit_axes
 
 
-def attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    bias: Any,
-    mask: Any,
-    *,
-    scale: Any,
-    is_causal: Any,
-    query_seq_lengths: Any,
-    key_value_seq_lengths: Any,
-    local_window_size: Any,
-    dropout_rate: Any,
-    dropout_rng: Any,
-    deterministic: Any,
-    block_q: Any,
-    block_kv: Any,
-    precision: Any,
-    needs_lse: bool,
-    implementation: str | None = None,
-) -> tuple[jax.Array, ...]:
-    """Check all arguments (see `flash_attention`); out as query and, if needed, lse.
+def attention(settings: Settings, arrays: Arrays, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """out, of `shape`, and, if needed, lse, (..., T, N), in accumulation dtype; both differentiable.
 
-    lse is (B, T, N) or (T, N), in accumulation dtype and differentiable.
+    `shape` is that of query as it was given.
     """
-    is_causal = arguments.as_static_bool(is_causal, "is_causal")
-    blocks = arguments.as_block(block_q, "block_q"), arguments.as_block(block_kv, "block_kv")
-    if arguments.as_static_bool(deterministic, "deterministic"):
-        dropout_rate = 0.0
-    arguments.check_dropout(dropout_rate, dropout_rng)
-    precision = arguments.as_precision(precision)
-    query_4d, key_4d, value_4d = (
-        arguments.as_4d(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value"))
-    )
-    arguments.check_query_key_value(query_4d, key_4d, value_4d)
-    B, T, N, _ = query_4d.shape
-    S = key_4d.shape[1]
-    bias_4d = None if bias is None else arguments.as_bias(bias, (B, N, T, S))
-    window = arguments.as_window(local_window_size)
-    query_lengths = arguments.as_lengths(query_seq_lengths, "query_seq_lengths", B)
-    key_value_lengths = arguments.as_lengths(key_value_seq_lengths, "key_value_seq_lengths", B)
-    scalar_scale = arguments.as_scale(scale, query_4d.shape[-1])
-    # A number becomes a tracer where what follows is recorded for a compiler. Elsewhere nothing is analysed.
-    is_staged = isinstance(scalar_scale if scale is None else jnp.asarray(0.0), Tracer)
-    mask_4d = None if mask is None else arguments.as_mask(mask, (B, N, T, S), is_staged=is_staged)
-    mask_band = Band()
-    if isinstance(mask_4d, np.ndarray):
-        mask_4d, mask_band = hide_constant_mask(mask_4d, T, S)
-
-    dropout, dropout_key, head_index = None, None, None
-    if dropout_rate > 0:
-        dropout, dropout_key = make_dropout(dropout_rate), threefry_words(dropout_rng)
-        head_index = head_indices(B, N)
-    static_window, traced_window = window, None
-    if window is not None and not all(isinstance(side, int) for side in window):
-        left, right = clip_window_side(window[0], -S, T), clip_window_side(window[1], -T, S)
-        static_window, traced_window = None, jnp.stack([left, right])
-    partial = functools.partial(
-        _attention,
-        is_causal=is_causal,
-        static_window=static_window,
-        static_band=mask_band,
-        dropout=dropout,
-        blocks=blocks,
-        precision=precision,
-        needs_lse=needs_lse,
-        implementation=implementation,
-    )
-    operands = {
-        "query": query_4d,
-        "key": key_4d,
-        "value": value_4d,
-        "bias": bias_4d,
-        "mask": mask_4d,
-        "scale": scalar_scale,
-        "traced_window": traced_window,
-        "query_lengths": query_lengths,
-        "key_value_lengths": key_value_lengths,
-        "dropout_key": dropout_key,
-        "head_index": head_index,
-    }
     taylor.register(flash_attention_p, linear_kernel_p)
-    results = over_explicit_axes(partial, operands, _OPERAND_LAYOUTS, needs_lse=needs_lse)
-    if is_staged:
-        # For `checkify`, which looks for NaN behind the operations that it knows, so not behind our primitives, and
-        # has no registry. XLA removes the product; its derivatives check tangents and cotangents.
-        results = [x * 1 for x in results]
-    shape = jnp.asarray(query).shape
-    return tuple(x.reshape(like) for x, like in zip(results, (shape, shape[:-1]), strict=False))
+    with jax.named_scope("flash_attention"):
+        results = over_explicit_axes(lambda arrays: _attend(settings, arrays), arrays, needs_lse=settings.needs_lse)
+        if settings.is_staged:
+            # For `checkify`, which looks for NaN behind the operations that it knows, so not behind our primitives, and
+            # has no registry. XLA removes the product; its derivatives check tangents and cotangents.
+            results = [x * 1 for x in results]
+        return tuple(x.reshape(like) for x, like in zip(results, (shape, shape[:-1]), strict=False))
 
 
-# "." is an axis that is never sharded.
-_OPERAND_LAYOUTS = {
-    "query": "BTNH",
-    "key": "BSKH",
-    "value": "BSKH",
-    "bias": "BNTS",
-    "mask": "BNTS",
-    "scale": "",
-    "traced_window": ".",
-    "query_lengths": "B",
-    "key_value_lengths": "B",
-    "dropout_key": ".",
-    "head_index": "BN",
-}
+def _attend(settings: Settings, arrays: Arrays) -> tuple[jax.Array, ...]:
+    """out (B, T, N, H) and, if needed, lse (B, T, N) in accumulation dtype."""
+    query = arrays.query
+    B, T, N, H = query.shape
+    if 0 in (B, T, N, arrays.key.shape[1]):
+        lse = jnp.full((B, T, N), -jnp.inf, accumulation_dtype(query.dtype))
+        return (jnp.zeros_like(query), lse)[: 2 if settings.needs_lse else 1]
+    call, is_row = prepare(settings, arrays)
+    out, *lses = flash_attention_core(*call)
+    out = out if H > 0 else out[..., :0]
+    if is_row is not None:
+        out = jnp.where(is_row[..., None, None], out, 0)
+    if not settings.needs_lse:
+        return (out,)
+    (lse,) = lses
+    if call.inputs.mask.dead is not None:
+        lse = jnp.where(call.inputs.mask.dead, DEAD_ROW_LSE, lse)
+    lse = jnp.moveaxis(lse, 1, 2)
+    if is_row is not None:
+        lse = jnp.where(is_row[..., None], lse, DEAD_ROW_LSE)
+    return out, lse
 
 
-def _attention(
-    *,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None,
-    mask: jax.Array | None,
-    scale: jax.Array,
-    traced_window: jax.Array | None,
-    query_lengths: jax.Array | None,
-    key_value_lengths: jax.Array | None,
-    dropout_key: jax.Array | None,
-    head_index: jax.Array | None,
-    is_causal: bool,
-    static_window: tuple[int, int] | None,
-    static_band: Band,
-    dropout: Dropout | None,
-    blocks: tuple[int | None, int | None],
-    precision: Any,
-    needs_lse: bool,
-    implementation: str | None,
-) -> tuple[jax.Array, ...]:
-    """out (B, T, N, H) and, if needed, lse (B, T, N) in accumulation dtype, of checked 4-D arguments."""
-    B, T, N, _ = query.shape
-    S = key.shape[1]
-    accumulate = accumulation_dtype(query.dtype)
-    if 0 in (B, T, N, S):
-        return (jnp.zeros_like(query), jnp.full((B, T, N), -jnp.inf, accumulate))[: 2 if needs_lse else 1]
+class Prepared(NamedTuple):
+    """What kernels get, and which rows (B, T) are not padding (None: all)."""
 
-    band, mask_operands = make_mask(
+    call: Call
+    is_row: jax.Array | None
+
+
+def prepare(settings: Settings, arrays: Arrays) -> Prepared:
+    """All masks as one, and operands as kernels expect them; of the shards of arrays as well."""
+    query, key, value = arrays.query, arrays.key, arrays.value
+    T, S = query.shape[1], key.shape[1]
+    band, mask = make_mask(
         T,
         S,
-        is_causal=is_causal,
-        static_window=static_window,
-        static_band=static_band,
-        traced_window=traced_window,
-        query_lengths=query_lengths,
-        key_value_lengths=key_value_lengths,
-        allowed=mask,
+        is_causal=settings.is_causal,
+        static_window=settings.static_window,
+        static_band=settings.static_band,
+        traced_window=arrays.traced_window,
+        query_lengths=arrays.query_lengths,
+        key_value_lengths=arrays.key_value_lengths,
+        allowed=arrays.mask,
     )
     is_row = None
-    if query_lengths is not None:
+    if arrays.query_lengths is not None:
         # Padded rows may hold NaN, and their cotangents are zero: the two must not meet.
-        is_row = jnp.arange(T, dtype=jnp.int32)[None, :] < query_lengths[:, None]
+        is_row = jnp.arange(T, dtype=jnp.int32)[None, :] < arrays.query_lengths[:, None]
         query = jnp.where(is_row[..., None, None], query, 0)
-    H = query.shape[-1]
-    if H == 0:
+    if query.shape[-1] == 0:
         # Logits are bias and masks alone, as with one dimension of zeros.
         query, key, value = (jnp.pad(x, ((0, 0),) * 3 + ((0, 1),)) for x in (query, key, value))
     inputs = Inputs(
         query=query,
         key=key,
         value=value,
-        scale=scale.astype(accumulate)[None],
-        bias=bias,
-        mask=mask_operands,
-        dropout_key=None if dropout_key is None else dropout_key[None],
-        head_index=head_index,
+        scale=arrays.scale.astype(accumulation_dtype(query.dtype))[None],
+        bias=arrays.bias,
+        mask=mask,
+        dropout_key=None if arrays.dropout_key is None else arrays.dropout_key[None],
+        head_index=arrays.head_index,
     )
-    config = Config(band, dropout, *blocks, precision, needs_lse, implementation, rounds_out=True)
-    out, *lses = flash_attention_core(config, inputs)
-    out = out if H > 0 else out[..., :0]
-    if is_row is not None:
-        out = jnp.where(is_row[..., None, None], out, 0)
-    if not needs_lse:
-        return (out,)
-    (lse,) = lses
-    if mask_operands.dead is not None:
-        lse = jnp.where(mask_operands.dead, DEAD_ROW_LSE, lse)
-    lse = jnp.moveaxis(lse, 1, 2)
-    if is_row is not None:
-        lse = jnp.where(is_row[..., None], lse, DEAD_ROW_LSE)
-    return out, lse
+    config = Config(
+        band,
+        settings.dropout,
+        settings.block_q,
+        settings.block_kv,
+        settings.precision,
+        settings.needs_lse,
+        settings.implementation,
+        rounds_out=True,
+    )
+    return Prepared(Call(config, inputs), is_row)

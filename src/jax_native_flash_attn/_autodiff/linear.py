@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from .._kernels import select
-from .._kernels.protocol import Target
-from .._kernels.xla import kernels
-from .._kernels.xla.tiles import Tiles
-from .._semantics.call import Config, Inputs, field_names, sum_to
+from .._kernels.protocol import LinearPass, Pass, Target
+from .._semantics.call import Call, Config, Inputs, field_names, sum_to
 from .._semantics.numerics import accumulation_dtype
+from . import row_bias
 
 Leaves = tuple[jax.Array, ...]
 Flags = tuple[bool, ...]
@@ -116,11 +115,9 @@ class FirstDerivative:
                 # What is alike for all keys changes no weight, hence nothing here that is differentiated.
                 inputs = inputs._replace(bias=jax.lax.stop_gradient(inputs.bias))
             out, lse = self._forward(inputs, target)
-        if self.flipped:
-            results = select.cotangent(self.config, inputs, out, lse, operands, wanted, target)
-        else:
-            tiles = Tiles(self.config, inputs, target, further={**operands, "lse": lse})
-            results = kernels.tangent(tiles, out, lse, operands, wanted)
+        given = LinearPass(out, lse, operands, wanted)
+        run = row_bias.cotangent if self.flipped else select.tangent
+        results = run(Call(self.config, inputs), given, target)
         return tuple(results[name] for name in wanted)
 
     def _forward(self, inputs: Inputs, target: Target) -> Leaves:
@@ -130,11 +127,13 @@ class FirstDerivative:
         none. To a gradient that is one rounding more; but in derivatives of it, many times larger terms cancel.
         """
         config = replace(self.config, needs_lse=True, rounds_out=False, adds_rounded=False)
-        return kernels.forward(Tiles(config, inputs, target))
+        results = select.forward(Call(config, inputs), target)
+        assert results.lse is not None
+        return results.out, results.lse
 
     def is_opaque(self, residuals: Sequence[Any], target: Target) -> bool:
-        inputs = jax.tree.unflatten(self.structure, residuals[:-2])
-        return self.flipped and select.cotangent_is_opaque(self.config, inputs, target)
+        call = Call(self.config, jax.tree.unflatten(self.structure, residuals[:-2]))
+        return select.is_opaque(call, Pass.COTANGENT if self.flipped else Pass.TANGENT, target)
 
     def transpose(self) -> LinearKernel:
         return replace(self, flipped=not self.flipped)

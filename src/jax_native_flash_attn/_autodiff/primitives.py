@@ -1,4 +1,4 @@
-"""Derivative, batching and lowering rules: two primitives around the kernels of `kernels.py`.
+"""Derivative, batching and lowering rules: two primitives around the passes of a kernel family.
 
 `flash_attention_p` computes (out, lse). Its JVP binds `linear_kernel_p`, which applies a `LinearKernel`: a map that is
 linear in some operands, given others (the residuals), and that knows its transpose. Hence
@@ -22,10 +22,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from .._kernels import select
-from .._kernels.protocol import Target
-from .._semantics.call import FLOAT_FIELDS, Config, Inputs, field_names
+from .._kernels.protocol import Pass, Target
+from .._semantics.call import OPERANDS, Call, Config, Inputs, field_names
 from .._semantics.numerics import accumulation_dtype
-from .._sharding import lowering
+from .._sharding import lowering, types
 from .linear import DirectionalDerivative, FirstDerivative, Flags, Leaves, LinearKernel, Slot, operand_shapes, pick
 
 
@@ -36,7 +36,7 @@ def _is_zero(tangent: Any) -> bool:
 def _batch_operands(args: Sequence[jax.Array], dims: Sequence[int | None]) -> list[jax.Array]:
     """Batch axes to the front; operands that are not batched get one of size 1 and broadcast inside the kernels."""
     pairs = zip(args, dims, strict=True)
-    return lowering.shard_alike([x[None] if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in pairs])
+    return types.shard_alike([x[None] if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in pairs])
 
 
 # ---- out, lse
@@ -54,18 +54,19 @@ def _apply_forward(*leaves: Any, config: Config, structure: Any) -> Any:
 
 
 def _forward(*leaves: jax.Array, config: Config, structure: Any, target: Target) -> Leaves:
-    return select.forward(config, jax.tree.unflatten(structure, leaves), target)
+    results = select.forward(Call(config, jax.tree.unflatten(structure, leaves)), target)
+    return tuple(x for x in results if x is not None)
 
 
 def _forward_abstract_eval(*leaves: Any, config: Config, structure: Any, **unused: Any) -> list[Any]:
     inputs: Inputs = jax.tree.unflatten(structure, leaves)
     z, dtype = inputs.sizes, accumulation_dtype(inputs.query.dtype)
     out_dtype = inputs.query.dtype if config.rounds_out else dtype
-    results = [lowering.result_aval(leaves, (*z.batch, z.T, z.N, z.D), out_dtype)]
+    results = [types.result_aval(leaves, (*z.batch, z.T, z.N, z.D), out_dtype)]
     if config.needs_lse:
-        results.append(lowering.result_aval(leaves, (*z.batch, z.N, z.T), dtype))
+        results.append(types.result_aval(leaves, (*z.batch, z.N, z.T), dtype))
     if config.adds_rounded:
-        results.append(lowering.result_aval(leaves, (*z.batch, z.T, z.N, z.D), inputs.query.dtype))
+        results.append(types.result_aval(leaves, (*z.batch, z.T, z.N, z.D), inputs.query.dtype))
     return results
 
 
@@ -80,7 +81,7 @@ def _forward_jvp(primals: Any, tangents: Any, *, config: Config, structure: Any,
     out, lse, *rounded = (checkpoint_name(x, f"flash_attention_{name}") for name, x in named)
     rounded = rounded[0] if rounded else out
     names = field_names(structure)
-    varying = [i for i, t in enumerate(tangents) if names[i] in FLOAT_FIELDS and not _is_zero(t)]
+    varying = [i for i, t in enumerate(tangents) if OPERANDS[names[i]].is_differentiable and not _is_zero(t)]
     residuals = (*primals, out, lse)
     slots = (Slot(len(primals)), Slot(len(primals) + 1))[: 2 if asked.needs_lse else 1]
     kernel = FirstDerivative(config, structure, tuple(map(Slot, varying)), slots)
@@ -114,7 +115,7 @@ def _forward_batch(args: Any, dims: Any, *, config: Config, structure: Any, **un
 
 
 def _forward_is_opaque(leaves: Sequence[Any], target: Target, *, config: Config, structure: Any) -> bool:
-    return select.forward_is_opaque(config, jax.tree.unflatten(structure, leaves), target)
+    return select.is_opaque(Call(config, jax.tree.unflatten(structure, leaves)), Pass.FORWARD, target)
 
 
 def _forward_layouts(*, config: Config, structure: Any) -> lowering.Layouts:
@@ -146,7 +147,7 @@ def _split(args: Sequence[Any], kernel: LinearKernel) -> tuple[tuple, tuple]:
 
 def _linear_abstract_eval(*args: Any, kernel: LinearKernel, **unused: Any) -> list[Any]:
     shapes = operand_shapes(kernel.outputs, *_split(args, kernel))
-    return [lowering.result_aval(args, x.shape, x.dtype) for x in shapes]
+    return [types.result_aval(args, x.shape, x.dtype) for x in shapes]
 
 
 def _linear_jvp(primals: Any, tangents: Any, *, kernel: LinearKernel, **unused: Any) -> tuple:
@@ -184,7 +185,7 @@ def _linear_batch(args: Any, dims: Any, *, kernel: LinearKernel, **unused: Any) 
     residuals, linear = _split(_batch_operands(args, dims), kernel)
     shapes = operand_shapes(kernel.inputs, residuals, linear)
     linear = [jnp.broadcast_to(x, like.shape) for x, like in zip(linear, shapes, strict=True)]
-    results = _apply_linear(*lowering.shard_alike([*residuals, *linear]), kernel=kernel)
+    results = _apply_linear(*types.shard_alike([*residuals, *linear]), kernel=kernel)
     return results, [0] * len(results)
 
 
@@ -244,4 +245,4 @@ ad.primitive_transposes[linear_kernel_p] = _linear_transpose
 def flash_attention_core(config: Config, inputs: Inputs) -> list[jax.Array]:
     """out (batch..., T, N, D) and, if needed, lse (batch..., N, T), in accumulation dtype; differentiable."""
     leaves, structure = jax.tree.flatten(inputs)
-    return _apply_forward(*lowering.vary_alike(leaves), config=config, structure=structure)
+    return _apply_forward(*types.vary_alike(leaves), config=config, structure=structure)

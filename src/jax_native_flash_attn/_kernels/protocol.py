@@ -1,8 +1,21 @@
-"""What a kernel is lowered for."""
+"""What a kernel family is: what it is asked for, what it answers, and what a kernel is lowered for."""
 
-from typing import Any, Literal, NamedTuple
+import enum
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Protocol
 
+import jax
 import numpy as np
+
+from .._semantics.call import Call
+
+
+class Pass(enum.Enum):
+    """What a kernel computes: attention, its tangent (JVP), or the transpose of its tangent (VJP)."""
+
+    FORWARD = "forward"
+    TANGENT = "tangent"
+    COTANGENT = "cotangent"
 
 
 class Target(NamedTuple):
@@ -37,3 +50,62 @@ class Target(NamedTuple):
         return self._replace(
             differentiated="reverse" if self.is_reversed else mode, has_rounded_out=self.has_rounded_out or rounds
         )
+
+
+class Forward(NamedTuple):
+    """Results of the forward pass.
+
+    Attributes:
+      out: (batch..., T, N, D), in query's dtype if `Config.rounds_out`, else in accumulation dtype.
+      lse: (batch..., N, T), in accumulation dtype, or None if the call does not need it.
+      rounded: out in query's dtype as well, or None if the call does not ask for it.
+    """
+
+    out: jax.Array
+    lse: jax.Array | None = None
+    rounded: jax.Array | None = None
+
+
+class LinearPass(NamedTuple):
+    """A tangent or a cotangent that is asked for.
+
+    Attributes:
+      out, lse: residuals, as the forward pass gave them.
+      operands: tangents by name, of some of the differentiable operands; or cotangents, of 'out' and/or 'lse'.
+      wanted: shapes and dtypes of the results by name; an axis of size 1 is summed over.
+    """
+
+    out: jax.Array
+    lse: jax.Array
+    operands: Mapping[str, jax.Array]
+    wanted: Mapping[str, jax.ShapeDtypeStruct]
+
+
+class Kernels(Protocol):
+    """A kernel family.
+
+    Attributes:
+      name: what `implementation=` calls it.
+      is_opaque: whether XLA cannot split its kernels over devices.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def is_opaque(self) -> bool: ...
+    def supports(self, call: Call, which: Pass, target: Target) -> str | None:
+        """Why the family cannot do this pass of the call here, or None if it can; of arrays the types suffice."""
+        ...
+
+    def plan(self, call: Call, which: Pass, target: Target) -> Any:
+        """What a pass takes (tile or block shapes, dtypes): a frozen value that prints well; of arrays the types do."""
+        ...
+
+    def forward(self, call: Call, target: Target) -> Forward: ...
+    def cotangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
+        """Cotangents of some of the differentiable operands, by name."""
+        ...
+
+    def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
+        """Tangents of 'out' and/or 'lse', by name."""
+        ...

@@ -1,4 +1,4 @@
-"""The operands of a call as the kernels get them: the static part, the arrays, and the axes of each array."""
+"""A call: as its arguments were checked, and as kernels get it; and what is known of each array by its name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +10,41 @@ import jax.numpy as jnp
 from .dropout import Dropout
 from .masks import Band, MaskOperands
 from .sizes import Sizes
+
+
+class Settings(NamedTuple):
+    """What is static in a checked call. `static_band` is what a constant mask was, if it was a band."""
+
+    is_causal: bool
+    static_window: tuple[int, int] | None
+    static_band: Band
+    dropout: Dropout | None
+    block_q: int | None
+    block_kv: int | None
+    precision: Any
+    needs_lse: bool
+    implementation: str | None
+    is_staged: bool
+
+
+class Arrays(NamedTuple):
+    """The arrays of a checked call, named as in `OPERANDS`; None where the call has none.
+
+    query, key, value, bias and mask have rank 4; scale and traced_window (2,) are not batched; `head_index` numbers the
+    heads for dropout.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    scale: jax.Array
+    bias: jax.Array | None = None
+    mask: jax.Array | None = None
+    traced_window: jax.Array | None = None
+    query_lengths: jax.Array | None = None
+    key_value_lengths: jax.Array | None = None
+    dropout_key: jax.Array | None = None
+    head_index: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -61,25 +96,57 @@ class Inputs(NamedTuple):
         return Sizes(batch_of(arrays), T, S, K, N // K, H, D)
 
 
-# Axes behind the batch axes; also of results, which are laid out as the field of the same name.
-LAYOUTS = {
-    "query": "TNH",
-    "key": "SKH",
-    "value": "SKD",
-    "scale": "",
-    "bias": "NTS",
-    "key_start": "NT",
-    "key_stop": "NT",
-    "allowed": "NTS",
-    "dead": "NT",
-    "key_value_length": "",
-    "dropout_key": "W",
-    "head_index": "N",
-    "out": "TND",
-    "lse": "NT",
+class Call(NamedTuple):
+    """A call as kernels get it. What is decided from it needs no more of the arrays than their types."""
+
+    config: Config
+    inputs: Inputs
+
+    @property
+    def sizes(self) -> Sizes:
+        return self.inputs.sizes
+
+
+class Operand(NamedTuple):
+    """What is known of an array by its name.
+
+    Attributes:
+      axes: a letter for each; B is the axis of the batch, or of a kernel several (an axis for each enclosing `vmap`).
+        B, N and K may be sharded.
+      is_differentiable: whether it has a gradient.
+    """
+
+    axes: str
+    is_differentiable: bool = False
+
+
+# Every array, of the public functions' arguments, of the kernels' and of their results; a derivative is as its primal.
+OPERANDS = {
+    "query": Operand("BTNH", is_differentiable=True),
+    "key": Operand("BSKH", is_differentiable=True),
+    "value": Operand("BSKD", is_differentiable=True),
+    "scale": Operand("B", is_differentiable=True),
+    "bias": Operand("BNTS", is_differentiable=True),
+    # Masks as they are given, ...
+    "mask": Operand("BNTS"),
+    "traced_window": Operand("W"),
+    "query_lengths": Operand("B"),
+    "key_value_lengths": Operand("B"),
+    # ... and as kernels get them: see `MaskOperands`.
+    "key_start": Operand("BNT"),
+    "key_stop": Operand("BNT"),
+    "allowed": Operand("BNTS"),
+    "dead": Operand("BNT"),
+    "key_value_length": Operand("B"),
+    "dropout_key": Operand("BW"),
+    "head_index": Operand("BN"),
+    # Results.
+    "out": Operand("BTND"),
+    "lse": Operand("BNT"),
 }
 
-FLOAT_FIELDS = ("query", "key", "value", "scale", "bias")
+# Axes behind the batch axes.
+LAYOUTS = {name: operand.axes.removeprefix("B") for name, operand in OPERANDS.items()}
 
 
 def _fields(inputs: Inputs) -> dict[str, Any]:

@@ -9,12 +9,11 @@ Hence the mask depends neither on block sizes nor on sharding, nor on whether at
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from .._arguments import check_dropout
 
 _WORD = np.uint32(0xFFFF)
 
@@ -178,3 +177,12 @@ def dropout_keep_mask(dropout_rng: jax.Array, dropout_rate: float, shape: tuple[
         T,
         S,
     )
+
+
+def check_dropout(dropout_rate: Any, dropout_rng: Any) -> None:
+    if not isinstance(dropout_rate, int | float | np.floating):
+        raise TypeError(f"dropout_rate must be a Python number (static), got {type(dropout_rate).__name__}")
+    if not 0 <= dropout_rate <= 1:
+        raise ValueError(f"dropout_rate must be in [0, 1], got {dropout_rate}")
+    if dropout_rate > 0 and dropout_rng is None:
+        raise ValueError(f"dropout_rng must be a PRNG key when dropout_rate > 0 (got {dropout_rate}), got None")

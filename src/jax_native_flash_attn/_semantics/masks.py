@@ -40,12 +40,16 @@ class Band:
         """How many keys a row may attend, if bounded on both sides."""
         return None if self.lower is None or self.upper is None else self.upper - self.lower + 1
 
+    def interval(self, rows: Any, S: int, xp: Any = np) -> tuple[Any, Any]:
+        """The keys [start, stop) of `rows`: positions of any shape, in NumPy or, with xp=jax.numpy, traced."""
+        start = xp.zeros_like(rows) if self.lower is None else xp.clip(rows + self.lower, 0, S)
+        stop = xp.full_like(rows, S) if self.upper is None else xp.clip(rows + self.upper + 1, 0, S)
+        return start, stop
+
     def intervals(self, T: int, S: int) -> tuple[np.ndarray, np.ndarray]:
-        """`key_start` and `key_stop`, each (T,) int32."""
-        rows = np.arange(T)
-        start = np.zeros(T, int) if self.lower is None else rows + self.lower
-        stop = np.full(T, S) if self.upper is None else rows + self.upper + 1
-        return np.clip(start, 0, S).astype(np.int32), np.clip(stop, 0, S).astype(np.int32)
+        """`key_start` and `key_stop` of all rows, each (T,) int32."""
+        start, stop = self.interval(np.arange(T), S)
+        return start.astype(np.int32), stop.astype(np.int32)
 
 
 class MaskOperands(NamedTuple):

@@ -2,9 +2,10 @@
 
 How a kernel gets its shard depends on the kind of the mesh axes:
 
-- auto axes (plain `jit`): `_partitioning.py`;
-- explicit axes: the sharding is part of the types, so the whole call is put into a `shard_map` over it;
-- manual axes (inside `shard_map`): a kernel already sees its shard; only the types must say over which axes it varies.
+- auto axes (plain `jit`): `auto.py`;
+- explicit axes: `explicit.py`;
+- manual axes (inside `shard_map`): a kernel already sees its shard; only the types must say over which axes it varies
+  (`types.py`).
 
 Batch axes and heads shard. A result that lacks such an axis (the gradient of
 a bias shared by the batch, say) is summed over its mesh axes; nothing else is ever communicated.
@@ -12,75 +13,20 @@ a bias shared by the batch, say) is summed over its mesh axes; nothing else is e
 
 import contextlib
 import functools
-import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax import lax
 from jax.core import ShapedArray
 from jax.interpreters import mlir
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
+from jax.sharding import AbstractMesh, AxisType
 
 from .._kernels.protocol import Target
 from .auto import as_unit, gather_sliced_axes, needs_devices, uses_shardy
+from .types import axis_names, explicit_spec
 
 Layouts = tuple[tuple[str, ...], tuple[str, ...]]
 """Names (keys of `LAYOUTS`) of a primitive's operands and results."""
-
-# ---- manual axes
-
-
-def _varying_axes(aval: Any) -> frozenset:
-    """The manual mesh axes over which values of this type differ."""
-    return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying
-
-
-def vary_alike(operands: Sequence[jax.Array]) -> list[jax.Array]:
-    """Make all operands vary over the manual axes that any of them does; the transpose of this is a `psum`."""
-    axes = frozenset().union(*(_varying_axes(jax.typeof(x)) for x in operands))
-
-    def cast(x: jax.Array) -> jax.Array:
-        missing = tuple(axes - _varying_axes(jax.typeof(x)))
-        if not missing:
-            return x
-        if hasattr(lax, "pcast"):
-            return lax.pcast(x, missing, to="varying")
-        return lax.pvary(x, missing)  # pyright: ignore[reportAttributeAccessIssue]
-
-    return [cast(x) for x in operands]
-
-
-def result_aval(operands: Sequence[Any], shape: tuple[int, ...], dtype: DTypeLike) -> ShapedArray:
-    """Type of a result, given those of the operands: it varies over the manual axes that any of them does.
-
-    Over explicit axes only its leading axes are sharded, those that `vmap` added, and like the operands'.
-    """
-    widest = max(operands, key=lambda aval: len(_varying_axes(aval)))
-    key = "vma" if hasattr(widest, "vma") else "manual_axis_type"
-    spec = [axis if n != 1 else None for axis, n in zip(_explicit_spec(operands), shape, strict=False)]
-    sharding = NamedSharding(widest.sharding.mesh, PartitionSpec(*spec, *(None,) * (len(shape) - len(spec))))
-    return ShapedArray(shape, dtype, sharding=sharding, **{key: getattr(widest, key)})
-
-
-def _explicit_spec(avals: Sequence[Any]) -> list[Any]:
-    """For each leading axis, the explicit mesh axes over which any of these arrays is sharded."""
-    columns = itertools.zip_longest(*(aval.sharding.spec for aval in avals))
-    return [next((axis for axis in column if axis is not None), None) for column in columns]
-
-
-def shard_alike(operands: Sequence[jax.Array]) -> list[jax.Array]:
-    """Shard the leading axes of all operands as that of any is (those of size 1 excepted)."""
-    wanted = _explicit_spec([jax.typeof(x) for x in operands])
-    if not any(wanted):
-        return list(operands)
-    specs = [[axis if n != 1 else None for axis, n in zip(wanted, x.shape, strict=False)] for x in operands]
-    return [jax.sharding.reshard(x, PartitionSpec(*spec)) for x, spec in zip(operands, specs, strict=True)]
-
-
-# ---- lowering
 
 
 def lowering_rule(
@@ -114,7 +60,7 @@ def lowering_rule(
         is_unit = can_be_unit and is_opaque(avals, target, **params)
         target = target._replace(is_sharded=is_split and not is_unit)
         kernel = functools.partial(function, target=target, **params)
-        spec = _explicit_spec(ctx.avals_in)
+        spec = explicit_spec(ctx.avals_in)
         if is_unit:
             kernel = as_unit(kernel, operand_names, result_names, avals, ctx.avals_out)
         elif any(spec):
@@ -134,7 +80,7 @@ def lowering_rule(
 
 
 def partitioning(is_opaque: Callable[..., bool], operands: Sequence[Any], **params: Any) -> Any:
-    """Parameter of the primitives, see `_partitioning.py`: not None where a unit may be lowered for several devices."""
+    """Parameter of the primitives, see `auto.py`: not None where a unit may be lowered for several devices."""
     if jax.device_count() == 1 or not uses_shardy():
         return None
     return needs_devices() if is_opaque(operands, Target("cuda"), **params) else None
@@ -145,73 +91,8 @@ def _over_explicit_batch(kernel: Callable, operands: Sequence[Any], results: Seq
     return jax.shard_map(
         lambda *shards: tuple(kernel(*shards)),
         mesh=operands[0].sharding.mesh,
-        axis_names={name for axis in spec for name in _axis_names(axis)},
+        axis_names={name for axis in spec for name in axis_names(axis)},
         in_specs=tuple(x.sharding.spec for x in operands),
         out_specs=tuple(x.sharding.spec for x in results),
         check_vma=False,
     )
-
-
-# ---- explicit axes
-
-
-def over_explicit_axes(
-    attention: Callable, operands: dict[str, Any], layouts: dict[str, str], *, needs_lse: bool
-) -> Any:
-    """Call `attention(**operands)`; in a `shard_map` over the explicit mesh axes that shard query, if any.
-
-    Args:
-      attention: returns out (B, T, N, H) and, if needed, lse (B, T, N).
-      operands: arrays by name, or None.
-      layouts: the axis letters of each, of B, T, S, N, K, H and others.
-    """
-    query_type = jax.typeof(operands["query"])
-    mesh, spec = query_type.sharding.mesh, (*query_type.sharding.spec, None, None, None, None)[:4]
-    if AxisType.Explicit not in mesh.axis_types:
-        return attention(**operands)
-    present = {name: x for name, x in operands.items() if x is not None}
-    if spec[1] is not None or spec[3] is not None:
-        raise ValueError(
-            f"query may be sharded over batch and heads, got {query_type.str_short(True)}: gather its other axes with "
-            "jax.sharding.reshard, or shard the sequence with shard_map and merge partial attentions"
-        )
-    mesh_axes = {"B": spec[0], "N": spec[2], "K": spec[2]}
-    num_kv_heads = present["key"].shape[2]
-    head_shards = _num_shards(mesh, spec[2])
-    if num_kv_heads % head_shards:
-        if num_kv_heads > 1:
-            raise ValueError(
-                f"key has {num_kv_heads} heads, which do not divide over the {head_shards} shards of query's heads: "
-                "shard the heads over fewer devices, or repeat key and value heads"
-            )
-        mesh_axes["K"] = None
-
-    def spec_of(name: str, x: Any) -> PartitionSpec:
-        letters = layouts[name][-x.ndim :] if x.ndim else ""
-        return PartitionSpec(*(mesh_axes.get(c) if n > 1 else None for c, n in zip(letters, x.shape, strict=True)))
-
-    specs = {name: spec_of(name, x) for name, x in present.items()}
-    placed = {name: jax.sharding.reshard(x, specs[name]) for name, x in present.items()}
-    out_specs = PartitionSpec(spec[0], None, spec[2], None), PartitionSpec(spec[0], None, spec[2])
-    absent = dict.fromkeys(operands.keys() - present.keys())
-    manual = {*_axis_names(spec[0]), *_axis_names(spec[2])}
-    if not manual:
-        return attention(**placed, **absent)
-    # By default all axes that no `vmap` maps over: JAX before 0.10 does not like to be left with some explicit ones.
-    axis_names: dict[str, Any] = {} if set(mesh.axis_types) == {AxisType.Explicit} else {"axis_names": manual}
-    return jax.shard_map(
-        lambda arrays: attention(**arrays, **absent),
-        mesh=mesh,
-        **axis_names,
-        in_specs=(specs,),
-        out_specs=out_specs[: 2 if needs_lse else 1],
-    )(placed)
-
-
-def _axis_names(mesh_axis: Any) -> tuple[str, ...]:
-    """An entry of a `PartitionSpec` as a tuple."""
-    return mesh_axis if isinstance(mesh_axis, tuple) else () if mesh_axis is None else (mesh_axis,)
-
-
-def _num_shards(mesh: Any, mesh_axis: Any) -> int:
-    return math.prod(mesh.shape[name] for name in _axis_names(mesh_axis))

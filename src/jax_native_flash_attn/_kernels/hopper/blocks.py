@@ -8,6 +8,7 @@ from ..._semantics.sizes import Sizes, static_size
 
 _SHARED_MEMORY = 227 * 1024  # bytes that one block may use on Hopper
 _RESERVED = 3 * 1024  # for barriers, the compiler and, in the backward, vectors
+_BARRIERS = 1024  # of these, for barriers and the compiler
 
 
 class Chip(NamedTuple):
@@ -224,7 +225,8 @@ def dkey_dvalue_blocks(sizes: Sizes, term_bytes: int, *, needs_dlogits: bool, is
 def dbias_blocks(sizes: Sizes, term_bytes: int, *, has_key_mask: bool) -> Blocks:
     """Of the kernel for the gradient of bias. With a vector along 128 keys, tiles would not fit into the registers."""
     return _first_that_fits(
-        lambda x: x.stages * (4 * sizes.H * (x.rows + x.block_kv) + x.rows * x.block_kv * term_bytes),
+        # Three warpgroups' vectors (lse and delta) take more than what is reserved for them.
+        lambda x: x.stages * (4 * sizes.H * (x.rows + x.block_kv) + x.rows * (8 + x.block_kv * term_bytes)),
         *(
             Blocks(64, block_kv, stages, warpgroups)
             for warpgroups in (_warpgroups(sizes, sizes.T) if has_key_mask else 1 if sizes.T <= 64 else 2, 1)
@@ -232,6 +234,7 @@ def dbias_blocks(sizes: Sizes, term_bytes: int, *, has_key_mask: bool) -> Blocks
             for stages in (3, 2)
         ),
         Blocks(64, 64, 1, 1),
+        reserved=_BARRIERS,
     )
 
 
@@ -242,9 +245,9 @@ def _warpgroups(sizes: Sizes, rows: int) -> int:
     return 3 if sizes.H <= 64 and rows >= 384 and -rows % 192 <= -rows % 128 + rows / 16 else 2
 
 
-def _first_that_fits(shared_bytes: Callable[[Blocks], int], *candidates: Blocks) -> Blocks:
-    """By the bytes of matrices."""
-    return next(x for x in candidates if shared_bytes(x) <= _SHARED_MEMORY - _RESERVED)
+def _first_that_fits(shared_bytes: Callable[[Blocks], int], *candidates: Blocks, reserved: int = _RESERVED) -> Blocks:
+    """By the bytes of what is not in `reserved`."""
+    return next(x for x in candidates if shared_bytes(x) <= _SHARED_MEMORY - reserved)
 
 
 def shared_bytes(blocks: Blocks, head_dim: int, term_bytes: int, column_bytes: int, itemsize: int) -> int:

@@ -18,13 +18,17 @@ Documents (CPU). A boolean mask that allows blocks along the diagonal wants tile
 large tiles, in which products are twice as fast.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..._semantics.call import Config, Inputs
-from ..protocol import Target
-from . import kernels
+from ..._semantics.call import Call
+from ..._semantics.numerics import accumulation_dtype
+from ..protocol import Forward, LinearPass, Pass, Target
+from . import cotangent, forward, tangent
+from .plan import Plan, make_plan
 from .tiles import Tiles
 
 _LARGEST_BOUND = 35.0
@@ -32,36 +36,80 @@ _ROUNDING = 1.001  # of norms and products
 _FEW_TILES = 0.3  # of small tiles with an allowed key: then they win
 
 
-def forward(config: Config, inputs: Inputs, target: Target) -> tuple[jax.Array, ...]:
-    """As `kernels.forward`."""
-    tiles = Tiles(config, inputs, target)
-    finite = Tiles(config, inputs, target, assumes_finite=True)
-    if finite.nest.tile != tiles.nest.tile:
-        results = kernels.forward(finite)
+class XlaKernels:
+    """See `Kernels`. It supports every call."""
+
+    name = "pure_jax"
+    is_opaque = False
+
+    def supports(self, call: Call, which: Pass, target: Target) -> str | None:
+        return None
+
+    def plan(self, call: Call, which: Pass, target: Target) -> Plan:
+        """Of the usual form; derivatives of query, key and value."""
+        if which is Pass.FORWARD:
+            return make_plan(call, target)
+        return make_plan(call, target, further={})
+
+    def forward(self, call: Call, target: Target) -> Forward:
+        # Of the forms, JAX differentiates the usual one alone.
+        results = _forward(call, target) if target.differentiated is None else _usual_forward(call, target)
+        out, lse = results[0], results[1] if call.config.needs_lse else None
+        dtype = call.inputs.query.dtype
+        out_dtype = dtype if call.config.rounds_out else accumulation_dtype(dtype)
+        return Forward(out.astype(out_dtype), lse, out.astype(dtype) if call.config.adds_rounded else None)
+
+    def cotangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
+        wanted = given.wanted
+        plan = make_plan(
+            call,
+            target,
+            further={**given.operands, "lse": given.lse},
+            summed_over_batch="bias" in wanted and math.prod(wanted["bias"].shape[-2:]) > 1,
+            rounds_weights="scale" not in wanted,
+        )
+        return cotangent.cotangent(Tiles(call, plan), given.out, given.lse, given.operands, wanted)
+
+    def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
+        plan = make_plan(call, target, further={**given.operands, "lse": given.lse})
+        return tangent.tangent(Tiles(call, plan), given.out, given.lse, given.operands, given.wanted)
+
+
+def _usual_forward(call: Call, target: Target) -> tuple[jax.Array, ...]:
+    return forward.forward(Tiles(call, make_plan(call, target)))
+
+
+def _forward(call: Call, target: Target) -> tuple[jax.Array, ...]:
+    """As `forward.forward`."""
+    usual = make_plan(call, target)
+    tiles = Tiles(call, usual)
+    finite = make_plan(call, target, assumes_finite=True)
+    if finite.tile != usual.tile:
+        results = forward.forward(Tiles(call, finite))
         is_finite = jnp.isfinite(results[0].sum())  # of a large array faster than isfinite of each
-        return lax.cond(is_finite, lambda: results, lambda: kernels.forward(tiles))
-    small = Tiles(config, inputs, target, has_documents=True)
-    has_documents = None if small.nest.tile == tiles.nest.tile else small.nest.occupied_share <= _FEW_TILES
+        return lax.cond(is_finite, lambda: results, lambda: forward.forward(tiles))
+    small = Tiles(call, make_plan(call, target, has_documents=True))
+    has_documents = None if small.plan.tile == usual.tile else small.nest.occupied_share <= _FEW_TILES
 
     def by_documents(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, ...]:
         def large() -> tuple[jax.Array, ...]:
-            return kernels.forward(tiles, bounds)
+            return forward.forward(tiles, bounds)
 
         if has_documents is None:
             return large()
-        return lax.cond(has_documents, lambda: kernels.forward(small, bounds), large)
+        return lax.cond(has_documents, lambda: forward.forward(small, bounds), large)
 
-    if not tiles.may_be_bounded:
+    if not usual.may_be_bounded:
         return by_documents(tiles)
-    bounded = Tiles(config, inputs, target, is_bounded=True)
-    bounds = _bounds(inputs, bounded)
+    bounded = Tiles(call, make_plan(call, target, is_bounded=True))
+    bounds = _bounds(call, bounded.plan)
     is_bounded = (bounds <= _LARGEST_BOUND).all()
     return lax.cond(is_bounded, lambda: by_documents(bounded, bounds), lambda: by_documents(tiles))
 
 
-def _bounds(inputs: Inputs, tiles: Tiles) -> jax.Array:
+def _bounds(call: Call, plan: Plan) -> jax.Array:
     """Of the absolute logits of each row, (batch..., N, T), in accumulation dtype; not finite if the inputs are not."""
-    z, dtype = tiles.sizes, tiles.accumulate
+    z, dtype, inputs = plan.sizes, plan.accumulate, call.inputs
     query, key = (jnp.square(x.astype(dtype)).sum(-1) for x in (inputs.query, inputs.key))
     if inputs.mask.key_value_length is not None:
         positions = jnp.arange(z.S, dtype=jnp.int32).reshape((1,) * (key.ndim - 2) + (-1, 1))

@@ -111,7 +111,7 @@ class Forms:
         return self.makes_softmax_again(nest) or (self.is_active and nest.visits_one_key_tile and not self.needs_lse)
 
     def passes_weights(self, tile: TileShape) -> bool:
-        """Whether the weights enter a computation of their own as a parameter; see `xla.kernels.cotangent`.
+        """Whether the weights enter a computation of their own as a parameter; see `cotangent.py`.
 
         It is skipped where cotangents are zero, of which the derivatives need not be.
         """

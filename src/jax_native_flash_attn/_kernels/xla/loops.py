@@ -212,8 +212,7 @@ class Nest(TileAccess):
         rows = jnp.repeat(self.row_positions(at), self.rows_per_position)
         rows = rows.reshape((1,) * (len(self.row_shape) - 1) + (-1,))
         S = self.sizes.S
-        start = jnp.zeros_like(rows) if self.band.lower is None else jnp.clip(rows + self.band.lower, 0, S)
-        stop = jnp.full_like(rows, S) if self.band.upper is None else jnp.clip(rows + self.band.upper + 1, 0, S)
+        start, stop = self.band.interval(rows, S, jnp)
         return start, stop
 
     def _tile_mask(self, at: RowTile, columns: ColumnTile) -> TileMask:

@@ -1,0 +1,161 @@
+"""The family of kernels for Hopper GPUs, by Pallas' Mosaic GPU backend: what it supports, and where.
+
+Without that backend, which this module does not import: JAX before 0.10 lacks it, and it needs `absl`.
+"""
+
+import functools
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..._semantics.call import Call
+from ..protocol import Forward, LinearPass, Pass, Target
+from .blocks import Chip
+
+_JAX_WITH_BACKEND = (0, 10)
+_COMPUTE_CAPABILITY = 9  # Hopper: wgmma exists on no other
+_FEW_ROWS = 64  # with which copies of float32 keys and values would cost more than attention
+
+
+class HopperKernels:
+    """See `Kernels`."""
+
+    name = "mosaic_gpu"
+    is_opaque = True
+
+    def supports(self, call: Call, which: Pass, target: Target) -> str | None:
+        if target.differentiated is not None:
+            return "JAX cannot differentiate its kernels: derivatives of derivatives are pure JAX's, asked for or not"
+        is_asked = call.config.implementation == self.name
+        reason = _why_not_platform(target) or _why_not_call(call) or _why_not_pass(call, which)
+        reason = reason or _why_not_device(is_asked=is_asked)
+        if reason is None and (reason := _why_not_backend()) and not is_asked:
+            _warn_of_backend(reason)
+        return reason
+
+    def plan(self, call: Call, which: Pass, target: Target) -> Any:
+        from . import cotangent, family
+
+        if which is Pass.COTANGENT:
+            return cotangent.plan(call.config, call.inputs, _chip())
+        return family.plan(call.config, call.inputs, _chip())
+
+    def forward(self, call: Call, target: Target) -> Forward:
+        from . import family
+
+        config = call.config
+        out, *others = family.forward(config, call.inputs, _chip())
+        lse = others.pop(0) if config.needs_lse else None
+        return Forward(out, lse, others[0] if config.adds_rounded else None)
+
+    def cotangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
+        from . import cotangent
+
+        residuals = given.out, given.lse
+        return cotangent.cotangent(call.config, call.inputs, *residuals, given.operands, given.wanted, _chip())
+
+    def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
+        raise NotImplementedError(_why_not_pass(call, Pass.TANGENT))
+
+
+def _why_not_pass(call: Call, which: Pass) -> str | None:
+    if which is Pass.TANGENT:
+        return "it has no kernel for tangents"
+    if which is Pass.COTANGENT and call.inputs.query.dtype == jnp.float32:
+        return "wgmma transposes no tile of float32, which gradients need"
+    return None
+
+
+@functools.cache  # once in a process
+def _warn_of_backend(reason: str) -> None:
+    warnings.warn(
+        "flash_attention takes its pure JAX kernels on this Hopper GPU, several times slower than those for it: "
+        f"{reason}. `pip install 'jax-native-flash-attn[hopper]'` installs what they need; "
+        "implementation='pure_jax' asks for the slow ones and ends this warning.",
+        stacklevel=2,
+    )
+
+
+def _why_not_platform(target: Target) -> str | None:
+    if target.platform != "cuda":
+        return f"the call is compiled for {target.platform}, not for an NVIDIA GPU alone"
+    if target.is_sharded:
+        return "XLA partitions this call (symbolic shapes, or manual and automatic mesh axes at once)"
+    return None
+
+
+def _why_not_call(call: Call) -> str | None:
+    config, inputs = call
+    dtype, H = inputs.query.dtype, inputs.query.shape[-1]
+    if not all(isinstance(n, int) for x in jax.tree.leaves(inputs) for n in x.shape):
+        return "its shapes are symbolic"
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"it takes bfloat16, float16 and float32, got {dtype}"
+    if dtype == jnp.float32:
+        if not _allows_tf32(config.precision):
+            return f"it multiplies float32 in TensorFloat-32, and precision is {config.precision}"
+        if H > 128 or inputs.sizes.T <= _FEW_ROWS:
+            return (
+                f"of float32 it takes head dimensions up to 128 and more than {_FEW_ROWS} query rows, "
+                f"got {H} and {inputs.sizes.T}"
+            )
+    if H % 16 or not 16 <= H <= 256 or inputs.sizes.D != H:
+        return f"it takes head dimensions that are multiples of 16 up to 256, got {H}"
+    if config.block_q is not None or config.block_kv is not None:
+        return "block_q and block_kv are for the pure JAX kernels"
+    if isinstance(config.precision, jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset):
+        return f"precision {config.precision} names an algorithm"
+    return None
+
+
+def _allows_tf32(precision: Any) -> bool:
+    """Whether XLA would multiply float32 so on a GPU: unless the highest precision is asked for, or an algorithm."""
+    allowing = (None, jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGH)
+    return all(p in allowing for p in (precision if type(precision) is tuple else (precision,)))
+
+
+@functools.cache
+def _why_not_backend() -> str | None:
+    if jax.__version_info__[:2] < _JAX_WITH_BACKEND:
+        return f"it needs JAX {'.'.join(map(str, _JAX_WITH_BACKEND))}, this is {jax.__version__}"
+    try:
+        from . import cotangent, family  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        return f"Pallas' Mosaic GPU backend cannot be imported: {error}"
+    return None
+
+
+def _why_not_device(*, is_asked: bool) -> str | None:
+    """Devices of another kind than Hopper. Without any GPU here, a program is lowered for elsewhere: only if asked."""
+    found = _compute_capabilities()
+    if not found:
+        return None if is_asked else "there is no GPU here"
+    others = {x for x in found if int(x.split(".")[0]) != _COMPUTE_CAPABILITY}
+    return f"it needs compute capability {_COMPUTE_CAPABILITY}.x, got {', '.join(sorted(others))}" if others else None
+
+
+def _chip() -> Chip:
+    """The GPUs of this process; a common one if there is none. Of several kinds, the least."""
+    found, cores = _compute_capabilities(), _core_counts()
+    default = Chip()
+    return Chip(min(found, default=default.capability), min(cores, default=default.cores))
+
+
+@functools.cache
+def _core_counts() -> frozenset[int]:
+    try:
+        devices: Any = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return frozenset()
+    return frozenset(getattr(device, "core_count", Chip().cores) for device in devices)
+
+
+@functools.cache
+def _compute_capabilities() -> frozenset[str]:
+    try:
+        devices: Any = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return frozenset()
+    return frozenset(str(device.compute_capability) for device in devices)

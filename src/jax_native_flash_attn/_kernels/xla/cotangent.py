@@ -1,0 +1,201 @@
+"""The cotangent (VJP) of attention: its tangent (`tangent.py`) transposed (FlashAttention-2, algorithm 2).
+
+For cotangents do_t of out and dl_t of lse, in the notation of `forward.py`,
+
+    delta_t = do_t . out_t - dl_t
+    dz_ts = p_ts (c_ts do_t . v_s - delta_t)    dv_s = sum_t c_ts p_ts do_t
+    dq_t = scale * sum_s dz_ts k_s              dk_s = scale * sum_t dz_ts q_t
+    dscale = sum_ts dz_ts q_t . k_s             dbias_ts = dz_ts
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .access import ColumnTile, RowTile
+from .loops import TileMask
+from .tiles import Tiles
+
+
+class ScaleMoments(NamedTuple):
+    """Sums over the keys of some rows, for the gradient of scale; each (lead..., rows, 1).
+
+    dscale = sum_t q_t . (sum_s dz_ts k_s) is at hand, but where products round their operands it is noise: terms of
+    both signs cancel, and what rounding did to out is, in delta, the same for a whole row. There, with x = q_t . k_s,
+
+        dscale = sum_t (sum_s dz_ts (x_ts - m_t) / P_t + dl_t m_t)  where  m_t = sum_s p_ts x_ts / P_t
+
+    and P_t = sum_s p_ts; the same, as P_t is 1 and the dz of a row add up to dl_t (a dead row has neither, since its
+    lse is a constant to the caller). The error of delta, times p_ts, drops out, as does that of lse (the sum of rounded
+    weights, where logits have bounds), by which all of a row is multiplied.
+    """
+
+    dz_x: jax.Array
+    dz: jax.Array
+    p_x: jax.Array
+    p: jax.Array
+
+    def with_tile(
+        self, tiles: Tiles, dlogits: jax.Array, weights: jax.Array, query: jax.Array, key: jax.Array
+    ) -> "ScaleMoments":
+        dz, scores = dlogits.astype(tiles.plan.accumulate), tiles.scores(query, key)
+        p = tiles.split(weights).astype(tiles.plan.accumulate)
+        terms = dz * scores, dz, p * scores, p
+        return ScaleMoments(*(total + x.sum(-1, keepdims=True) for total, x in zip(self, terms, strict=True)))
+
+    def gradient(self, dlse: jax.Array) -> jax.Array:
+        """Of each row, for the cotangents of lse."""
+        p = jnp.where(self.p == 0, 1, self.p)  # Padded rows may have visited no tile at all.
+        mean = self.p_x / p
+        return (self.dz_x - self.dz * mean) / p + dlse * mean
+
+
+class CotangentState(NamedTuple):
+    """What the tiles of some rows add to: the gradient of query, without scale; sums for that of scale; the results."""
+
+    dquery: jax.Array | None
+    moments: ScaleMoments | None
+    results: dict[str, jax.Array]
+
+
+def cotangent(
+    tiles: Tiles,
+    out: jax.Array,
+    lse: jax.Array,
+    cotangents: Mapping[str, jax.Array],
+    results: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.Array]:
+    """The cotangents of some of `Inputs`' floats, given those of 'out' and/or 'lse'.
+
+    An axis of size 1 in `results` is summed over.
+    """
+    nest, sizes = tiles.nest, tiles.sizes
+    needs_logits = any(name in results for name in ("query", "key", "scale", "bias"))
+    uses_moments = "scale" in results and tiles.plan.rounds_operands
+    needs_query = "query" in results or ("scale" in results and not uses_moments)
+    has_out = "out" in cotangents
+    # Where all keys of a row are in one tile, delta can be had from the weights instead of from out.
+    has_whole_rows = has_out and "lse" not in cotangents and nest.visits_one_key_tile and tiles.plan.transposes_weights
+    # A product is fast on CPU only if its left operand contracts its last axis. For the gradients of key and value,
+    # either the weights are transposed, or the row operands and, in the end, the results: (batch..., K, H, S).
+    zeros = {name: tiles.zeros_for(name, like) for name, like in results.items()}
+    transposed = [name for name in ("key", "value") if name in results and not tiles.plan.transposes_weights]
+    zeros |= {name: jnp.moveaxis(zeros[name], -3, -1) for name in transposed}
+
+    def row_tile(at: RowTile, results: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        query, row_lse = tiles.query(at), tiles.rows(lse, at)
+        rows = nest.row_shape
+        # Rows that the tile before owns get cotangents of zero, and so contribute nothing anywhere.
+        delta = tiles.zeros(*rows, 1)
+        dout = tiles.zeros(*rows, sizes.D)
+        if has_out:
+            dout = nest.owned_rows(nest.query_slice(cotangents["out"], at), at)
+            dout = dout.astype(tiles.plan.accumulate)
+        if has_out and not has_whole_rows:
+            delta += (dout * nest.query_slice(out, at).astype(tiles.plan.accumulate)).sum(-1, keepdims=True)
+        dlse = tiles.zeros(*rows, 1)
+        if "lse" in cotangents:
+            dlse += nest.owned_rows(tiles.rows(cotangents["lse"], at), at).astype(tiles.plan.accumulate)
+            delta -= dlse
+        live_dout, delta = tiles.live_rows(dout, at), tiles.live_rows(delta, at)
+        row_lse, delta = tiles.joined(row_lse), tiles.joined(delta)
+        has_cotangents = (live_dout != 0).any() | (delta != 0).any() if tiles.plan.passes_weights else False
+        live_dout = live_dout.astype(tiles.plan.product)
+
+        def scaled(query: jax.Array) -> jax.Array:
+            return query.astype(tiles.plan.accumulate) * tiles.scale(at)
+
+        key_operands = {"key": scaled(query), "value": dout}
+        if not tiles.plan.transposes_weights:
+            key_operands = {name: jnp.swapaxes(x, -1, -2) for name, x in key_operands.items()}
+        key_operands = {name: x.astype(tiles.plan.transposed_product) for name, x in key_operands.items()}
+
+        def key_tile(columns: ColumnTile, mask: TileMask | None, state: CotangentState) -> CotangentState:
+            dquery, moments, results = state.dquery, state.moments, dict(state.results)
+            keep = tiles.keep(at, columns)
+            keep = None if keep is None else tiles.joined(keep)
+            key = tiles.key(at, columns, mask)
+            weights = _weights(tiles, tiles.joined(tiles.logits(query, key, at, columns, mask)), row_lse)
+            if "value" in results and has_out:
+                dropped = tiles.split(tiles.drop(weights, keep))
+                results["value"] = _add_key_product(
+                    tiles, results["value"], key_operands["value"], dropped, at, columns
+                )
+            if not needs_logits:
+                return CotangentState(dquery, moments, results)
+
+            def logits_cotangent(weights: jax.Array) -> jax.Array:
+                dlogits = -delta
+                if has_out:
+                    value = tiles.value(at, columns, mask)
+                    dweights = tiles.joined(tiles.einsum("...rd,...sd->...rs", live_dout, value))
+                    dweights = tiles.drop(dweights, keep)
+                    dlogits = dweights - ((weights * dweights).sum(-1, keepdims=True) if has_whole_rows else delta)
+                dlogits = weights * dlogits.astype(weights.dtype)
+                return tiles.stored(dlogits) if tiles.plan.fuses_tiles else tiles.through_mask(dlogits, mask)
+
+            if tiles.plan.passes_weights:
+                # XLA fuses into a product only what enters its computation as a parameter: hence one of its own.
+                is_needed = has_cotangents | ~jnp.isfinite(tiles.value(at, columns, mask)).all()
+                dlogits = lax.cond(is_needed, logits_cotangent, lambda weights: 0 * weights, weights)
+            else:
+                dlogits = logits_cotangent(weights)
+            dlogits = tiles.split(dlogits)
+            if moments is not None:
+                moments = moments.with_tile(tiles, dlogits, weights, query, key)
+            if "key" in results:
+                rows = key_operands["key"]
+                if tiles.plan.converts_late:
+                    late_query, dlogits = lax.optimization_barrier((query, dlogits))
+                    rows = scaled(late_query)
+                results["key"] = _add_key_product(tiles, results["key"], rows, dlogits, at, columns)
+            if "bias" in results:
+                add = not tiles.visits_once("bias", results["bias"].shape)
+                dbias = dlogits.astype(tiles.plan.accumulate)
+                results["bias"] = nest.write_score(results["bias"], dbias, at, columns, add=add)
+            if dquery is not None:
+                dquery += tiles.einsum("...rs,...sh->...rh", dlogits, key)
+            return CotangentState(dquery, moments, results)
+
+        dquery = tiles.zeros(*rows, sizes.H) if needs_query else None
+        moments = ScaleMoments(*(tiles.zeros(*rows, 1),) * 4) if uses_moments else None
+        dquery, moments, results = nest.columns(at, key_tile, CotangentState(dquery, moments, results))
+        if dquery is not None and "query" in results:
+            results["query"] = nest.write_query(results["query"], dquery * tiles.scale(at), at, add=True)
+        if "scale" in results:
+            if moments is not None:
+                terms = moments.gradient(dlse)
+            else:
+                assert dquery is not None
+                terms = dquery * query.astype(tiles.plan.accumulate)
+            dscale = terms.sum((-1, -2))
+            results["scale"] = nest.add_batch(results["scale"], dscale, at)
+        return results
+
+    sums = nest.rows(lambda at, sums: row_tile(at, dict(sums)), zeros)
+    sums |= {name: jnp.moveaxis(sums[name], -1, -3) for name in transposed}
+    return {name: tiles.summed(name, sums[name], like) for name, like in results.items()}
+
+
+def _weights(tiles: Tiles, logits: jax.Array, lse: jax.Array) -> jax.Array:
+    """p of a tile, as `Tiles.joined`."""
+    if tiles.plan.makes_softmax_again:
+        weights = tiles.exp(logits - logits.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+    else:
+        weights = tiles.exp(logits - lse)
+    return tiles.stored(weights)
+
+
+def _add_key_product(
+    tiles: Tiles, result: jax.Array, rows: jax.Array, weights: jax.Array, at: RowTile, columns: ColumnTile
+) -> jax.Array:
+    """weights^T @ rows onto a result; rows are transposed if the result is."""
+    dtype = tiles.plan.transposed_product
+    if tiles.plan.transposes_weights:
+        return tiles.nest.add_key(result, tiles.einsum("...rs,...rh->...sh", weights, rows, dtype=dtype), at, columns)
+    product = tiles.einsum("...hr,...rs->...hs", rows, weights, dtype=dtype)
+    return tiles.nest.add_key_transposed(result, product, at, columns)

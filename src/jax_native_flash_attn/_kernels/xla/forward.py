@@ -1,0 +1,104 @@
+"""Attention by an online softmax over key/value tiles, and the notation of all kernels.
+
+For one head; sums run over the keys s of row t, z are the logits, c = keep / (1 - rate) is dropout:
+
+    z_ts = scale * q_t . k_s + bias_ts          lse_t = log sum_s exp z_ts
+    p_ts = exp(z_ts - lse_t)                    out_t = sum_s c_ts p_ts v_s
+
+The online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867; Rabe and Staats 2021, arXiv:2112.05682;
+FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 1. The derivatives (`tangent.py`, `cotangent.py`) recompute p
+from lse, so that no T x S array is ever stored, and need no online softmax.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..._semantics.numerics import lowest
+from .access import ColumnTile, RowTile
+from .loops import TileMask
+from .tiles import Tiles
+
+
+class OnlineSoftmax(NamedTuple):
+    """Running softmax of some rows: weighted sum of values, sum of weights, and the largest logit."""
+
+    numerator: jax.Array
+    denominator: jax.Array
+    max_so_far: jax.Array
+
+
+def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, ...]:
+    """out (batch..., T, N, D) and, if needed, lse (batch..., N, T), in accumulation dtype.
+
+    (The derivatives need out unrounded: delta is a difference of nearly equal sums.)
+    `bounds`: what is subtracted from the logits in place of the largest so far; see `family.py`.
+    """
+    nest, sizes = tiles.nest, tiles.sizes
+
+    def row_tile(at: RowTile, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        query = tiles.query(at)
+
+        rows = nest.row_shape
+        empty = OnlineSoftmax(
+            tiles.zeros(*rows, sizes.D),
+            tiles.zeros(*rows, 1),
+            jnp.full((*rows, 1), lowest(tiles.plan.accumulate), tiles.plan.accumulate)
+            if bounds is None
+            else tiles.rows(bounds, at),
+        )
+
+        def key_tile(columns: ColumnTile, mask: TileMask | None, state: OnlineSoftmax | None) -> OnlineSoftmax:
+            key, value = tiles.key(at, columns, mask), tiles.value(at, columns, mask)
+            logits = tiles.logits(query, key, at, columns, mask)
+            if bounds is not None:
+                assert state is not None
+                weights = tiles.split(tiles.stored(tiles.exp(tiles.joined(logits) - tiles.joined(state.max_so_far))))
+                return OnlineSoftmax(
+                    state.numerator + tiles.weighted(weights, value),
+                    state.denominator + weights.astype(tiles.plan.accumulate).sum(-1, keepdims=True),
+                    state.max_so_far,
+                )
+            if tiles.changes_products(mask):
+                logits = lax.optimization_barrier(logits)
+            new_max = logits.max(-1, keepdims=True)
+            if state is not None:
+                new_max = jnp.maximum(state.max_so_far, new_max)
+            new_max = lax.stop_gradient(new_max)  # out and lse do not depend on what is subtracted
+            weights = tiles.exp(logits - new_max)
+            denominator = weights.sum(-1, keepdims=True)
+            if tiles.plan.normalizes:
+                weights /= denominator
+            dropped = tiles.drop(weights, tiles.keep(at, columns))
+            numerator = tiles.weighted(dropped, value)
+            if state is not None:
+                correction = jnp.exp(state.max_so_far - new_max)
+                numerator += state.numerator * correction
+                denominator += state.denominator * correction
+            # To full size, where only a batched dropout key, say, has an axis that `vmap` added.
+            return OnlineSoftmax(
+                *(
+                    jnp.broadcast_to(x, like.shape)
+                    for x, like in zip((numerator, denominator, new_max), empty, strict=True)
+                )
+            )
+
+        # A single tile of keys is an ordinary softmax; there is no state to correct.
+        state = nest.columns(at, key_tile, None if nest.visits_one_key_tile and bounds is None else empty)
+        denominator = state.denominator
+        if tiles.inputs.mask.key_start is not None:
+            # Padded rows may have visited no tile at all.
+            denominator = jnp.where(denominator == 0, 1, denominator)
+        out = state.numerator if tiles.plan.normalizes else state.numerator / denominator
+        written = (nest.write_query(results[0], out, at, add=False),)
+        if tiles.config.needs_lse:
+            lse = state.max_so_far + jnp.log(denominator)
+            written += (nest.write_row(results[1], lse[..., 0], at, add=False),)
+        return written
+
+    results = (jnp.zeros((*sizes.batch, sizes.T, sizes.N, sizes.D), tiles.plan.out_dtype),)
+    if tiles.config.needs_lse:
+        results += (tiles.zeros(*sizes.batch, sizes.N, sizes.T),)
+    return nest.rows(row_tile, results)

@@ -1,0 +1,62 @@
+"""Explicit mesh axes: the sharding is part of the types, so the whole call is put into a `shard_map` over it."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+from .._semantics.call import OPERANDS, Arrays
+from .types import axis_names
+
+
+def over_explicit_axes(attention: Callable, arrays: Arrays, *, needs_lse: bool) -> Any:
+    """Call `attention(arrays)`; in a `shard_map` over the explicit mesh axes that shard query, if any.
+
+    `attention` returns out (B, T, N, H) and, if needed, lse (B, T, N).
+
+    Raises:
+      ValueError: query is sharded over another axis than those of batch and heads, or over more devices than divide
+        key's heads.
+    """
+    query_type = jax.typeof(arrays.query)
+    mesh, spec = query_type.sharding.mesh, (*query_type.sharding.spec, None, None, None, None)[:4]
+    if AxisType.Explicit not in mesh.axis_types:
+        return attention(arrays)
+    if spec[1] is not None or spec[3] is not None:
+        raise ValueError(
+            f"query may be sharded over batch and heads, got {query_type.str_short(True)}: gather its other axes with "
+            "jax.sharding.reshard, or shard the sequence with shard_map and merge partial attentions"
+        )
+    mesh_axes = {"B": spec[0], "N": spec[2], "K": spec[2]}
+    num_kv_heads = arrays.key.shape[2]
+    head_shards = _num_shards(mesh, spec[2])
+    if num_kv_heads % head_shards:
+        if num_kv_heads > 1:
+            raise ValueError(
+                f"key has {num_kv_heads} heads, which do not divide over the {head_shards} shards of query's heads: "
+                "shard the heads over fewer devices, or repeat key and value heads"
+            )
+        mesh_axes["K"] = None
+
+    def spec_of(name: str, x: Any) -> PartitionSpec:
+        letters = OPERANDS[name].axes[-x.ndim :] if x.ndim else ""
+        return PartitionSpec(*(mesh_axes.get(c) if n > 1 else None for c, n in zip(letters, x.shape, strict=True)))
+
+    # An array that a call lacks is None, which has no leaf.
+    specs = Arrays(*(None if x is None else spec_of(name, x) for name, x in arrays._asdict().items()))  # pyright: ignore
+    placed = Arrays(*(None if x is None else jax.sharding.reshard(x, s) for x, s in zip(arrays, specs, strict=True)))  # pyright: ignore
+    out_specs = PartitionSpec(spec[0], None, spec[2], None), PartitionSpec(spec[0], None, spec[2])
+    manual = {*axis_names(spec[0]), *axis_names(spec[2])}
+    if not manual:
+        return attention(placed)
+    # By default all axes that no `vmap` maps over: JAX before 0.10 does not like to be left with some explicit ones.
+    some_axes: dict[str, Any] = {} if set(mesh.axis_types) == {AxisType.Explicit} else {"axis_names": manual}
+    return jax.shard_map(
+        attention, mesh=mesh, **some_axes, in_specs=(specs,), out_specs=out_specs[: 2 if needs_lse else 1]
+    )(placed)
+
+
+def _num_shards(mesh: Any, mesh_axis: Any) -> int:
+    return math.prod(mesh.shape[name] for name in axis_names(mesh_axis))

@@ -1,0 +1,272 @@
+"""The forms that the kernels take on a CPU by size and processor, each against the float64 oracle."""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_native_flash_attn import flash_attention, flash_attention_with_lse
+from jax_native_flash_attn._kernels.xla import forms, quirks
+from jax_native_flash_attn._kernels.xla import forward as kernel
+from tests.support.cases import FAST_COMPILATION, Case, check_case
+from tests.support.environment import lenient_promotion
+from tests.support.oracle import (
+    assert_as_accurate_as_dense,
+    dense_same_dtype,
+    enable_x64,
+    float64_oracle,
+    masking,
+    noise_floor,
+)
+
+# (B, T, S, K, G, H): of many and of few scores for their size, and one that several tiles cover.
+SHAPES = {
+    "many scores": (2, 96, 96, 2, 2, 16),
+    "few scores": (2, 31, 33, 2, 3, 64),
+    "one key": (3, 61, 1, 1, 2, 8),
+    "several tiles": (3, 139, 139, 1, 1, 8),
+}
+OPTIONS = {
+    "plain": Case(SHAPES["many scores"]),
+    "causal": Case(SHAPES["many scores"], is_causal=True),
+    "bias, mask and lengths": Case(
+        SHAPES["many scores"],
+        bias=(False, True, True, True),
+        mask=(True, False, True, True),
+        mask_density=0.9,
+        key_value_seq_lengths=(20, 3, 1),
+        poison=True,
+    ),
+    "lengths": Case(SHAPES["many scores"], key_value_seq_lengths=(20, 3, 1)),
+    "dropout": Case(SHAPES["many scores"], dropout_rate=0.3),
+    "scale": Case(SHAPES["many scores"], scale=-0.5, magnitude=6.0, is_causal=True, traced=frozenset({"scale"})),
+}
+
+
+@pytest.mark.parametrize(("shape", "has_hardware"), [*((shape, True) for shape in SHAPES), ("many scores", False)])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_bfloat16_products_and_shapes(
+    options: str, shape: str, has_hardware: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quirks, "cpu_multiplies_bfloat16", lambda: has_hardware)
+    case = OPTIONS[options]
+    B = SHAPES[shape][0]
+    lengths = case.key_value_seq_lengths and case.key_value_seq_lengths[:B]
+    blocks = {"block_q": 48, "block_kv": 48} if shape == "several tiles" else {}
+    changes = {"shape": SHAPES[shape], "dtype": "bfloat16", "key_value_seq_lengths": lengths, **blocks}
+    check_case(Case(**{**case.__dict__, **changes}), compiler_options=FAST_COMPILATION)
+
+
+# One or few query rows against many keys: products for all heads at once, in one tile or (block_kv) in several.
+DECODING = {
+    "plain": {},
+    "tiles": {"block_kv": 256},
+    "lengths": {"key_value_seq_lengths": (1100, 7), "traced": frozenset({"lengths"})},
+    "lengths, tiles": {"key_value_seq_lengths": (1100, 300), "block_kv": 256},
+    "padding": {"key_value_seq_lengths": (900, 7), "poison": True},
+    "mask": {"mask": (True, True, False, True), "mask_density": 0.3},
+    "no keys": {"mask": (True, True, False, True), "mask_density": 0.0},
+    "bias": {"bias": (False, True, True, True)},
+    "dropout": {"dropout_rate": 0.3},
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        *itertools.product(["float32", "bfloat16"], DECODING),
+        *itertools.product(["float16", "float64"], ["plain", "mask"]),
+    ],
+)
+def test_decoding(options: str, dtype: str) -> None:
+    check_case(Case((2, 1, 1100, 2, 2, 8), dtype, **DECODING[options]), compiler_options=FAST_COMPILATION)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1100, 2, 2, 8), (1, 1, 1100, 1, 4, 8), (3, 1, 1100, 3, 1, 8)])
+def test_decoding_shapes(shape: tuple[int, ...]) -> None:
+    check_case(Case(shape, key_value_seq_lengths=(1100, 900, 5)[: shape[0]]), compiler_options=FAST_COMPILATION)
+
+
+def check_out(name: str, out: Any, dense: Any, *operands: Any, at: Any = ..., **options: Any) -> None:
+    """Asserts that `out[at]` is as accurate as `dense[at]`."""
+    with enable_x64():
+        expected, _ = float64_oracle(*operands, **options)
+    query, key, value = (np.asarray(x, np.float64) for x in operands)
+    masks, scale = masking(query, key, **options), 1 / np.sqrt(query.shape[-1])
+    floors = noise_floor(query, key, value, np.zeros(masks.allowed.shape), scale, masks, np.zeros(out.shape), out.dtype)
+    assert_as_accurate_as_dense(name, out[at], dense[at], np.asarray(expected)[at], floors["out"][at])
+
+
+@pytest.mark.parametrize("mapped", ["query", "key", "value", "key and value", "all"])
+@pytest.mark.parametrize(("B", "K"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize("has_lengths", [False, True])
+def test_decoding_under_vmap(mapped: str, B: int, K: int, has_lengths: bool) -> None:
+    rng = np.random.default_rng(0)
+    lengths = jnp.full(B, 900, jnp.int32) if has_lengths else None
+    axes = tuple(0 if name in mapped or mapped == "all" else None for name in ("query", "key", "value"))
+    operands = [
+        jnp.asarray(rng.standard_normal((*([3] if axis == 0 else []), *shape)), jnp.float32)
+        for axis, shape in zip(axes, ((B, 1, 4, 32), (B, 1100, K, 32), (B, 1100, K, 32)), strict=True)
+    ]
+
+    def run(f: Callable[..., Any]) -> Any:
+        mapped = jax.vmap(lambda *x: f(*x, key_value_seq_lengths=lengths), axes)
+        return jax.jit(mapped, compiler_options=FAST_COMPILATION)(*operands)
+
+    out, dense = run(flash_attention), run(jax.nn.dot_product_attention)
+    rows = [jnp.broadcast_to(x, (3, *x.shape[-4:])) for x in operands]
+    out, dense, *rows = (x.reshape(3 * B, *x.shape[2:]) for x in (out, dense, *rows))
+    lengths = None if lengths is None else jnp.tile(lengths, 3)
+    check_out("out", out, dense, *rows, key_value_seq_lengths=lengths)
+
+
+@pytest.mark.full_optimization
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_decoding_keeps_heads_apart(bad: float) -> None:
+    rng = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((1, 4, 4, 32), (1, 1100, 4, 32), (1, 1100, 4, 32))
+    )
+    others = np.s_[:, :, np.array([0, 2, 3])]
+    for name, x in (("key", key), ("value", value)):
+        operands = {"query": query, "key": key, "value": value, name: x.at[0, 50, 1, 2].set(bad)}
+        out = jax.jit(flash_attention)(*operands.values())
+        dense = jax.nn.dot_product_attention(*operands.values())
+        np.testing.assert_array_equal(np.isfinite(out), np.isfinite(dense))
+        check_out(name, out, dense, query, key, value, at=others)
+
+
+@pytest.mark.full_optimization
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("masks", ["causal", "window", "lengths", "mask", "mask and causal"])
+def test_masked_keys_may_be_anything(masks: str, bad: float) -> None:
+    """A short masked call is one kernel of XLA's, unless that makes something that is not finite."""
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.standard_normal((2, 96, 2, 8)), jnp.float32) for _ in range(3))
+    options = {
+        "causal": {"is_causal": True},
+        "window": {"local_window_size": (20, 3)},
+        "lengths": {"key_value_seq_lengths": jnp.array([90, 70])},
+        "mask": {"mask": jnp.asarray(rng.random((2, 1, 96, 96)) < 0.5)},
+        "mask and causal": {"mask": jnp.asarray(rng.random((2, 1, 96, 96)) < 0.5), "is_causal": True},
+    }[masks]
+    allowed = np.broadcast_to(masking(query, key, **options).allowed, (2, 2, 96, 96))[:, 0, :, 92]
+    with_bad = key.at[:, 92].set(bad)
+    out = flash_attention(query, with_bad, value, **options)
+    dense = jax.nn.dot_product_attention(query, key, value, **options)
+    check_out("out", out, dense, query, key, value, at=~allowed, **options)
+    if np.isnan(bad):
+        assert np.isnan(out[allowed]).all()
+
+
+@pytest.mark.parametrize("documents", [1, 8])
+@pytest.mark.parametrize("has_dead_rows", [False, True])
+@pytest.mark.parametrize("is_bounded", [False, True])
+def test_mask_of_documents(
+    documents: int, has_dead_rows: bool, is_bounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few and many occupied tiles take different forms, decided at run time, with and without bounds."""
+    monkeypatch.setattr(forms, "_CPU_LARGE", 1 if is_bounded else 1 << 62)
+    L = 1024
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.standard_normal((1, L, 1, 8)), jnp.float32) for _ in range(3))
+    document = np.arange(L) * documents // L
+    mask = (document[:, None] == document) & ~(has_dead_rows & (np.arange(L) == 5))[:, None]
+    out = jax.jit(lambda *x: flash_attention(*x, mask=mask[None, None]))(query, key, value)
+    dense = jax.nn.dot_product_attention(query, key, value, mask=mask[None, None])
+    check_out("out", out, dense, query, key, value, mask=mask[None, None])
+
+
+@pytest.mark.parametrize(
+    ("masks", "magnitude", "dtype"),
+    [
+        ("plain", np.nan, "float32"),
+        ("causal", 1.0, "float32"),
+        ("causal", 9.0, "float32"),
+        ("causal", 1.0, "float64"),
+        ("causal", 1.0, "bfloat16"),
+        ("window", 1.0, "float32"),
+        ("lengths", 1.0, "float32"),
+        ("lengths", 9.0, "float32"),
+        ("lengths", np.nan, "float32"),
+        ("mask", 1.0, "float32"),
+        ("mask", 9.0, "float32"),
+        ("mask and lengths", 1.0, "float32"),
+        ("no keys", 1.0, "float32"),
+    ],
+)
+def test_bounds_of_logits(masks: str, magnitude: float, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is subtracted from the logits is decided at run time, and where tiles are large or small alike."""
+    taken = []
+    forward = kernel.forward
+
+    def watched(tiles: Any, bounds: Any = None) -> Any:
+        jax.debug.callback(lambda: taken.append(bounds is not None))
+        return forward(tiles, bounds)
+
+    monkeypatch.setattr(kernel, "forward", watched)
+    monkeypatch.setattr(forms, "_CPU_LARGE", 1)
+    rng = np.random.default_rng(0)
+    shapes = (2, 131, 4, 16), (2, 139, 2, 16), (2, 139, 2, 16)
+    allowed = jnp.asarray(rng.random((2, 1, 131, 139)) < 0.5)
+    lengths = {"key_value_seq_lengths": jnp.array([0, 70]), "query_seq_lengths": jnp.array([100, 131])}
+    options = {
+        "plain": {},
+        "causal": {"is_causal": True},
+        "window": {"local_window_size": (20, 3)},
+        "lengths": lengths,
+        "mask": {"mask": allowed.at[1, 0, 5].set(False)},  # a row without keys
+        "mask and lengths": {"mask": allowed, **lengths},
+        "no keys": {"mask": allowed & False},
+    }[masks]
+    with enable_x64(dtype == "float64"):
+        query, key, value = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+        query *= jnp.asarray(1.0 if np.isnan(magnitude) else magnitude, dtype)
+        padded = key if not np.isnan(magnitude) else key.at[1, 120].set(np.nan)
+        call = functools.partial(flash_attention, block_q=64, block_kv=48, **options)
+        out = jax.jit(call, compiler_options=FAST_COMPILATION)(query, padded, value)
+        jax.effects_barrier()
+        with lenient_promotion():
+            dense = jax.nn.dot_product_attention(query, key, value, **options)
+    is_padding = "lengths" in masks
+    assert taken == [magnitude == 1.0 or (np.isnan(magnitude) and is_padding)]
+    if np.isnan(magnitude) and not is_padding:
+        reaches = np.broadcast_to(masking(query, key, **options).allowed, (2, 4, 131, 139))[1, ..., 120].T
+        assert np.isnan(out[1][reaches]).all()
+    else:
+        check_out("out", out, dense, query, key, value, **options)
+
+
+def test_bfloat16_gradient_of_scale_through_out_and_lse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where products round their operands it comes from sums that need the cotangent of lse apart; a row is dead."""
+    monkeypatch.setattr(quirks, "cpu_multiplies_bfloat16", lambda: True)
+    rng = np.random.default_rng(0)
+    query, key, value, dout = (jnp.asarray(rng.standard_normal((1, 70, 2, 16)), jnp.bfloat16) for _ in range(4))
+    dlse = jnp.asarray(rng.standard_normal((1, 70, 2)), jnp.bfloat16)
+    mask = jnp.arange(70)[None, None, :, None] != 5
+    bias = jnp.zeros((1, 2, 70, 70), jnp.float32)
+    masks = masking(query, key, mask)
+
+    def pulled_back(function: Callable[..., Any], scale: Any) -> Any:
+        @functools.partial(jax.jit, compiler_options=FAST_COMPILATION)
+        def run(scale: Any) -> Any:
+            (out, lse), pullback = jax.vjp(function, scale)
+            return pullback((dout.astype(out.dtype), dlse.astype(lse.dtype)))[0]
+
+        return run(scale)
+
+    scale = jnp.float32(0.7)
+    for blocks in ({}, {"block_q": 32, "block_kv": 32}):
+        actual = pulled_back(
+            lambda s, blocks=blocks: flash_attention_with_lse(query, key, value, mask=mask, scale=s, **blocks), scale
+        )
+        dense = pulled_back(lambda s: dense_same_dtype(query, key, value, bias, s, masks), scale)
+        with enable_x64():
+            expected = pulled_back(lambda s: float64_oracle(query, key, value, mask=mask, scale=s), jnp.float64(scale))
+        assert_as_accurate_as_dense("scale", actual, dense, expected)

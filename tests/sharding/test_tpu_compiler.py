@@ -1,0 +1,92 @@
+"""Compiled for four TPUs by libtpu, without any: no collective that jax.nn's program does not have."""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_native_flash_attn import flash_attention
+from tests.support.environment import lenient_promotion
+from tests.support.programs import collective_elements
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu, as jax[tpu] installs it"
+)
+
+B, T, FEATURES, H = 4, 512, 256, 128
+
+
+@functools.cache
+def devices() -> Any:
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no machine with a TPU is to be asked
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+
+
+def transformed(f: Callable[..., jax.Array], transformation: str) -> Callable[..., Any]:
+    def loss(*x: Any) -> jax.Array:
+        return jnp.sin(f(*x).astype(jnp.float32)).sum()
+
+    gradient = jax.grad(loss)
+    return {
+        "value": f,
+        "grad": gradient,
+        "hvp": lambda w, *x: jax.jvp(lambda w: gradient(w, *x), (w,), (w,))[1],
+    }[transformation]
+
+
+def compiled_collectives(f: Callable[..., Any], mesh: Mesh, *types: tuple[tuple[int, ...], P]) -> dict[str, int]:
+    arguments = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=NamedSharding(mesh, spec)) for s, spec in types]
+    with jax.set_mesh(mesh), lenient_promotion():
+        compiled = jax.jit(f).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    return collective_elements(compiled.as_text())
+
+
+@pytest.mark.parametrize("transformation", ["value", "grad", "hvp"])
+@pytest.mark.parametrize("kind", ["auto", "explicit", "shard_map"])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=str)
+def test_batch_and_heads(heads: tuple[int, int], kind: str, transformation: str) -> None:
+    N, K = heads
+    axis_type = AxisType.Explicit if kind == "explicit" else AxisType.Auto
+    mesh = Mesh(np.array(devices()).reshape(2, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+    spec = P("data", None, "model")
+
+    def whole(*x: jax.Array) -> jax.Array:
+        return flash_attention(*x, is_causal=True)
+
+    sharded = jax.shard_map(whole, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+    f = transformed(sharded if kind == "shard_map" else whole, transformation)
+    types = [((B, T, n, H), spec) for n in (N, K, K)]
+    assert compiled_collectives(f, mesh, *types) == {}
+
+
+@pytest.mark.parametrize("transformation", ["value", "grad"])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 4), (8, 8), (8, 2)], ids=str)
+def test_a_fused_projection(heads: tuple[int, int], transformation: str) -> None:
+    N, K = heads
+    mesh = Mesh(np.array(devices()), ("model",), axis_types=(AxisType.Auto,))
+
+    def projected(attention: Any) -> Callable[..., jax.Array]:
+        def f(w: jax.Array, x: jax.Array) -> jax.Array:
+            parts = jnp.split(x @ w, [N * H, (N + K) * H], -1)
+            return attention(*(z.reshape(B, T, -1, H) for z in parts), is_causal=True)
+
+        return f
+
+    types = ((FEATURES, (N + 2 * K) * H), P(None, "model")), ((B, T, FEATURES), P())
+    ours, reference = (
+        compiled_collectives(transformed(projected(f), transformation), mesh, *types)
+        for f in (flash_attention, jax.nn.dot_product_attention)
+    )
+    assert "loop" not in ours
+    assert ours.keys() - reference.keys() <= {"all-gather"}
+    if len(devices()) <= N:
+        assert sum(ours.values()) <= sum(reference.values())

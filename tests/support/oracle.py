@@ -1,0 +1,528 @@
+"""Dense attention, written from its mathematics: what the library's results are compared with.
+
+Nothing here calls the library or `jax.nn`. Axis letters are those of the library (B T S N K G H D).
+
+    logits[b,n,t,s] = scale * query[b,t,n] . key[b,s,n // G] + bias[b,n,t,s]
+    probs[b,n,t,:]  = softmax of logits[b,n,t,:] over the allowed keys s
+    out[b,t,n]      = sum over s of probs[b,n,t,s] * factor[b,n,t,s] * value[b,s,n // G]
+
+with `factor` = keep / (1 - rate) of dropout. A row that may attend no key weighs every key, masked and
+padded ones included, by 1 / S; a row past its query length gives 0. Three implementations:
+
+- `float64_oracle`: everything in float64; its derivatives, of any order, come from autodiff.
+- `dense_numpy`: value and first derivatives by hand, in any float of NumPy, with nothing to compile: in
+  float64, or in extended precision to judge float64. It equals the former.
+- `dense_same_dtype`: what careful dense code does in the input dtype. Its error against the oracle is
+  the yardstick for the error of the library (`assert_as_accurate_as_dense`).
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.support.environment import enable_x64, fast_compilation
+
+# The lse of rows without an allowed key.
+NOTHING_ALLOWED = -0.7 * float(np.finfo(np.float32).max)
+
+
+def to_4d(array: Any) -> Any:
+    """The array with axes of size 1 put in front until it has four."""
+    return array.reshape((1,) * (4 - array.ndim) + array.shape)
+
+
+def allowed_pairs(
+    shape: tuple[int, int, int, int],
+    mask: Any = None,
+    *,
+    is_causal: bool = False,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    local_window_size: Any = None,
+    rows: Any = None,
+) -> np.ndarray:
+    """Which query row may attend which key, as booleans of shape (B, N, T, S).
+
+    Of the query rows numbered `rows` alone, where given: those are then the rows of `mask` and of the result.
+    """
+    B, N, T, S = shape
+    rows = np.arange(T) if rows is None else np.asarray(rows)
+    t, s = rows[:, None], np.arange(S)[None, :]
+    allowed = np.ones((B, N, len(rows), S), bool)
+    if mask is not None:
+        allowed &= to_4d(np.asarray(mask))
+    if is_causal:
+        allowed &= s <= t
+    if local_window_size is not None:
+        left, right = np.broadcast_to(np.asarray(local_window_size), (2,))
+        allowed &= (t - left <= s) & (s <= t + right)
+    allowed &= valid_rows(B, T, query_seq_lengths)[:, None, rows, None]
+    allowed &= valid_rows(B, S, key_value_seq_lengths)[:, None, None, :]
+    return allowed
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype in which results of a dtype are accumulated."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == np.float64 else jnp.float32)
+
+
+def valid_rows(B: int, length: int, lengths: Any) -> np.ndarray:
+    """Which rows of a padded array (B, length, ...) are not padding."""
+    if lengths is None:
+        return np.ones((B, length), bool)
+    return np.arange(length)[None, :] < np.asarray(lengths)[:, None]
+
+
+def dropout_factor(keep: Any, rate: float) -> Any:
+    """What the probabilities are multiplied by."""
+    if keep is None:
+        return 1.0
+    return keep / (1.0 - rate) if rate < 1.0 else keep * 0.0
+
+
+def _heads(key_or_value: Any, N: int) -> Any:
+    """Repeats key/value heads to one per query head: head n reads key/value head n // G."""
+    return jnp.repeat(key_or_value, N // key_or_value.shape[2], axis=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Masking:
+    """Everything about a call that is not differentiable, as arrays of full shape."""
+
+    allowed: Any  # (B, N, T, S)
+    query_valid: Any  # (B, T)
+    key_valid: Any  # (B, S)
+    factor: Any  # (B, N, T, S), or 1.0 without dropout
+
+
+jax.tree_util.register_dataclass(Masking, ["allowed", "query_valid", "key_valid", "factor"], [])
+
+
+def masking(
+    query: Any,
+    key: Any,
+    mask: Any = None,
+    *,
+    is_causal: bool = False,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    local_window_size: Any = None,
+    dropout_rate: float = 0.0,
+    keep: Any = None,
+) -> Masking:
+    """Gathers the arguments of flash_attention that select or drop pairs; `keep` is the dropout mask."""
+    (B, T, N, _), S = to_4d(query).shape, to_4d(key).shape[1]
+    return Masking(
+        allowed_pairs(
+            (B, N, T, S),
+            mask,
+            is_causal=is_causal,
+            query_seq_lengths=query_seq_lengths,
+            key_value_seq_lengths=key_value_seq_lengths,
+            local_window_size=local_window_size,
+        ),
+        valid_rows(B, T, query_seq_lengths),
+        valid_rows(B, S, key_value_seq_lengths),
+        dropout_factor(None if keep is None else np.asarray(keep, np.float64), dropout_rate),
+    )
+
+
+def dense_float64(query, key, value, bias, scale, masks: Masking):
+    """(out, lse) of 4-D float64 inputs; differentiable in every argument but `masks`."""
+    N, S = query.shape[2], key.shape[1]
+    allowed, factor = jnp.asarray(masks.allowed), jnp.asarray(masks.factor)
+    query_valid = jnp.asarray(masks.query_valid)[:, :, None, None]
+    key_valid = jnp.asarray(masks.key_valid)[:, :, None, None]
+    live = allowed.any(axis=-1, keepdims=True)  # (B, N, T, 1)
+
+    # Padding may hold NaN, and 0 * NaN is NaN: it must not enter a product, here or in a derivative.
+    real_query = jnp.where(query_valid, query, 0.0)
+    real_key = _heads(jnp.where(key_valid, key, 0.0), N)
+    real_value = _heads(jnp.where(key_valid, value, 0.0), N)
+
+    logits = jnp.einsum("btnh,bsnh->bnts", real_query, real_key) * scale + bias
+    logits = jnp.where(allowed, logits, -jnp.inf)
+    row_max = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
+    row_max = jax.lax.stop_gradient(jnp.where(live, row_max, 0.0))
+    weights = jnp.exp(logits - row_max)
+    total = jnp.where(live, weights.sum(axis=-1, keepdims=True), 1.0)
+    out = jnp.einsum("bnts,bsnd->btnd", weights / total * factor, real_value)
+    lse = (row_max + jnp.log(total))[..., 0].transpose(0, 2, 1)
+
+    # Rows without a key: the plain mean, of padding too.
+    # (Heads stay grouped here: XLA:CPU up to JAX 0.12 miscompiles the derivative of a product of
+    # repeated heads with a compile-time constant; the gradient of value came out as garbage.)
+    B, _, T, _ = allowed.shape
+    K = value.shape[2]
+    uniform = (jnp.full(allowed.shape, 1.0 / max(S, 1)) * factor).reshape(B, K, N // K, T, S)
+    mean = jnp.einsum("bkgts,bskd->btkgd", uniform, value).reshape(out.shape)
+    live = live[..., 0].transpose(0, 2, 1)
+    out = jnp.where(live[..., None], out, mean)
+    out = jnp.where(query_valid, out, 0.0)
+    return out, jnp.where(live, lse, NOTHING_ALLOWED if S else -jnp.inf)
+
+
+@functools.cache
+def _compiled_dense_float64() -> Any:
+    return jax.jit(dense_float64, compiler_options=fast_compilation())
+
+
+def float64_oracle(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    *,
+    scale: Any = None,
+    dropout_rate: float = 0.0,
+    keep: Any = None,
+    **selection: Any,
+) -> tuple[Any, Any]:
+    """(out, lse) in float64 for the arguments of flash_attention, and the dropout mask `keep`.
+
+    Call it, and differentiate it, inside `enable_x64()`.
+    """
+    shape = query.shape
+    masks = masking(query, key, mask, dropout_rate=dropout_rate, keep=keep, **selection)
+    query, key, value, bias = (
+        to_4d(jnp.asarray(x, jnp.float64)) for x in (query, key, value, 0.0 if bias is None else bias)
+    )
+    bias = jnp.broadcast_to(bias, jnp.shape(masks.allowed))
+    scale = 1.0 / math.sqrt(shape[-1]) if scale is None else jnp.asarray(scale, jnp.float64)
+    arguments = query, key, value, bias, scale, masks
+    # What is differentiated cannot be compiled with options inside.
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments))
+    out, lse = dense_float64(*arguments) if is_traced else _compiled_dense_float64()(*arguments)
+    return out.reshape(shape), lse.reshape(shape[:-1])
+
+
+@jax.custom_vjp
+def _round_cotangent(x, like):
+    """Identity; the cotangent goes through the dtype of `like`."""
+    return x
+
+
+_round_cotangent.defvjp(
+    lambda x, like: (x, like),
+    lambda like, g: (g.astype(like.dtype).astype(g.dtype), jnp.zeros_like(like)),
+)
+
+
+def dense_same_dtype(query, key, value, bias, scale, masks: Masking):
+    """(out, lse) as dense code computes them in the dtype of its 4-D inputs; differentiable.
+
+    Products take the input dtype and accumulate in float32 (float64 for float64), in the derivative
+    too; softmax is in that wider dtype, and the probabilities are rounded to the dtype of value.
+    Written with an upcast before each product, which is exact and runs on every backend (XLA:CPU
+    has no float16 product).
+    """
+    dtype, N = query.dtype, query.shape[2]
+    wide = wide_dtype(dtype)
+    key, value = _heads(key, N), _heads(value, N)
+    allowed = jnp.asarray(masks.allowed)
+    logits = jnp.einsum("btnh,bsnh->bnts", query.astype(wide), key.astype(wide))
+    logits = _round_cotangent(logits, jnp.zeros((), dtype))
+    logits = logits * jnp.asarray(scale, wide) + bias.astype(wide)
+    logits = jnp.where(allowed, logits, jnp.asarray(NOTHING_ALLOWED, wide))
+    row_max = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    weights = jnp.exp(logits - row_max)
+    total = weights.sum(axis=-1, keepdims=True)
+    probs = weights / total * jnp.asarray(masks.factor).astype(wide)
+    out = jnp.einsum("bnts,bsnd->btnd", probs.astype(dtype).astype(wide), value.astype(wide))
+    out = jnp.where(jnp.asarray(masks.query_valid)[:, :, None, None], out.astype(dtype), 0)
+    lse = (row_max + jnp.log(total))[..., 0].transpose(0, 2, 1)
+    return out, lse.astype(dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _round_tangent(x: jax.Array, dtype: str) -> jax.Array:
+    """Identity; tangents and cotangents go through a narrower dtype."""
+    del dtype
+    return x
+
+
+@_round_tangent.defjvp
+def _round_tangent_jvp(dtype: str, primals: Any, tangents: Any) -> Any:  # pyright: ignore[reportUnusedFunction]
+    return primals[0], tangents[0].astype(dtype).astype(tangents[0].dtype)
+
+
+def dense_in_both_modes(query, key, value, bias, scale, masks: Masking):
+    """As `dense_same_dtype`, but differentiable in both modes and every order; of float32 and 16 bits.
+
+    Of rows without a key, lse is -inf.
+    """
+    dtype, wide, N = query.dtype, jnp.float32, query.shape[2]
+    allowed = jnp.asarray(masks.allowed)
+    key, value = (_heads(x, N).astype(wide) for x in (key, value))
+    logits = _round_tangent(jnp.einsum("btnh,bsnh->bnts", query.astype(wide), key), str(dtype))
+    logits = logits * scale.astype(wide) + bias.astype(wide)
+    logits = jnp.where(allowed, logits, jnp.float32(-1e30))
+    lse = jnp.where(allowed.any(-1), jax.nn.logsumexp(logits, axis=-1), -jnp.inf)
+    probs = jax.nn.softmax(logits) * jnp.asarray(masks.factor).astype(wide)
+    out = jnp.einsum("bnts,bsnd->btnd", probs.astype(dtype).astype(wide), value).astype(dtype)
+    return jnp.where(jnp.asarray(masks.query_valid)[:, :, None, None], out, 0), jnp.moveaxis(lse, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Value and gradients of one call by their formulas; key, value and their gradients have N heads."""
+
+    key: np.ndarray  # (B, S, N, H)
+    value: np.ndarray
+    dout: np.ndarray  # 0 in padded rows
+    live: np.ndarray  # (B, N, T, 1)
+    products: np.ndarray  # query . key, (B, N, T, S)
+    logits: np.ndarray  # -inf where not allowed
+    probs: np.ndarray
+    lse: np.ndarray  # (B, T, N)
+    out: np.ndarray
+    dprobs: np.ndarray
+    delta: np.ndarray  # (B, N, T, 1)
+    dlogits: np.ndarray
+    dquery: np.ndarray
+    dkey: np.ndarray
+    dvalue: np.ndarray
+    dscale: np.ndarray
+
+    def results(self, num_kv_heads: int) -> dict[str, np.ndarray]:
+        """By the names of Case's results; bias in full shape."""
+        return {
+            "out": self.out,
+            "lse": self.lse,
+            "query": self.dquery,
+            "key": _sum_heads(self.dkey, num_kv_heads),
+            "value": _sum_heads(self.dvalue, num_kv_heads),
+            "bias": self.dlogits,
+            "scale": self.dscale,
+        }
+
+
+_einsum = functools.partial(np.einsum, optimize=True)
+
+
+def _sum_heads(x: np.ndarray, num_kv_heads: int) -> np.ndarray:
+    B, S, N, D = x.shape
+    return x.reshape(B, S, num_kv_heads, N // num_kv_heads, D).sum(axis=3)
+
+
+def dense_numpy(query, key, value, bias, scale, masks: Masking, dout) -> Dense:
+    """Of 4-D NumPy arrays without NaN and a bias of full shape; in the dtype of the arrays."""
+    G = query.shape[2] // key.shape[2]
+    key, value = np.repeat(key, G, axis=2), np.repeat(value, G, axis=2)
+    allowed, factor = masks.allowed, np.asarray(masks.factor, query.dtype)
+    query_valid = masks.query_valid[:, :, None, None]
+    dout = np.where(query_valid, dout, 0)
+    live = allowed.any(axis=-1, keepdims=True)
+    products = _einsum("btnh,bsnh->bnts", query, key)
+    logits = np.where(allowed, products * scale + bias, -np.inf)
+    top = np.where(live, logits.max(axis=-1, keepdims=True), 0)
+    weights = np.exp(logits - top)
+    total = np.where(live, weights.sum(axis=-1, keepdims=True), 1)
+    probs = np.where(live, weights / total, np.ones_like(scale) / allowed.shape[-1])
+    out = _einsum("bnts,bsnd->btnd", probs * factor, value)
+    dprobs = _einsum("btnd,bsnd->bnts", dout, value)
+    delta = (dout * out).sum(axis=-1).transpose(0, 2, 1)[..., None]
+    dlogits = np.where(live, probs * (dprobs * factor - delta), 0)
+    return Dense(
+        key=key,
+        value=value,
+        dout=dout,
+        live=live,
+        products=products,
+        logits=logits,
+        probs=probs,
+        lse=(top + np.log(total))[..., 0].transpose(0, 2, 1),
+        out=np.where(query_valid, out, 0),
+        dprobs=dprobs,
+        delta=delta,
+        dlogits=dlogits,
+        dquery=scale * _einsum("bnts,bsnh->btnh", dlogits, key),
+        dkey=scale * _einsum("bnts,btnh->bsnh", dlogits, query),
+        dvalue=_einsum("bnts,btnd->bsnd", probs * factor, dout),
+        dscale=(dlogits * products).sum(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# The tolerance
+
+
+def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> dict[str, Any]:
+    """The error that a single rounding of every term would make, for each result; in float64.
+
+    Dense code is now and then exact by luck (one key; one term; a sum that cancels), so twice its
+    error alone is no fair bound. This is first-order error propagation through the formulas of value
+    and gradient: products of inputs, probabilities, their cotangents and those of logits round to
+    `dtype`, all else to the wider dtype. Independent roundings add as root of squares; that of a
+    row's delta = dout . out is common to the row and adds coherently. The gradient of scale stays wide.
+    `bias` is for a bias of full shape, and `bias_row` its coherent part: reduce_bias_noise takes
+    them to the shape of the bias.
+    """
+    # Accumulations of many roundings are bounded by the unit roundoff, eps / 2; a lone rounding to a
+    # narrow dtype errs by 0.2 eps, root mean square over random numbers (uniform within half a unit
+    # in the last place, which is eps down to eps / 2 of the number).
+    low = float(jnp.finfo(dtype).eps) * (0.5 if wide_dtype(dtype) == dtype else 0.2)
+    wide = float(jnp.finfo(wide_dtype(dtype)).eps) / 2
+
+    def root(spec, *squares):
+        return np.sqrt(_einsum(spec, *(x * x for x in squares)))
+
+    def rows(x):  # (B, T, N) -> (B, N, T, 1)
+        return x.transpose(0, 2, 1)[..., None]
+
+    x = dense_numpy(query, key, value, bias, scale, masks, dout)
+    allowed, factor, live = masks.allowed, masks.factor, x.live
+    key, value, dout, K = x.key, x.value, x.dout, key.shape[2]
+    plain, logits, probs, lse, out = x.products, x.logits, x.probs, x.lse, x.out
+    dprobs, delta, dlogits = x.dprobs, x.delta, x.dlogits
+
+    def per_head(noise):  # reduces query heads to key/value heads, root of squares
+        return np.sqrt(_sum_heads(noise * noise, K))
+
+    logit_size = root("btnh,bsnh->bnts", query, key) * np.abs(scale) + np.abs(bias)
+    logit_size = np.where(allowed, np.maximum(logit_size, np.abs(logits)), 0.0)
+    lse_noise = wide * (1.0 + logit_size.max(axis=-1, keepdims=True))  # (B, N, T, 1)
+    probs_wide = probs * wide * (1.0 + logit_size)  # as softmax leaves them
+    probs_noise = probs_wide + probs * (low + lse_noise)  # as they enter the product with value
+
+    # Accumulated one by one, n random terms of root square sum r make partial sums of r sqrt(k / n); rounding each errs
+    # by `wide` of it at most, uniformly: sqrt(n / 6) wide r.
+    def accumulating(n):
+        return math.sqrt(n / 6)
+
+    # Dense takes delta from the very dprobs that it is subtracted from; where they are equal (a row with one key),
+    # it is exact. A flash backward sums D products twice.
+    summing = 1.0 + accumulating(value.shape[-1])
+    dprobs_size = summing * root("btnd,bsnd->bnts", dout, value) + np.abs(dprobs)
+    delta_size = summing * rows(root("btnd,btnd->btn", dout, out)) + np.abs(delta)
+
+    def own_noise(rounding):
+        noise = probs * (rounding * np.abs(dprobs) + wide * dprobs_size) * factor + rounding * np.abs(dlogits)
+        noise = noise + (probs_wide + probs * lse_noise) * np.abs(dprobs * factor - delta)
+        return np.where(live, noise, 0.0)
+
+    own = own_noise(low)
+    common = np.where(live, wide * delta_size, 0.0)  # times probs, the same sign along a row
+
+    def column(own_size, common_size):
+        return np.sqrt(own_size**2 + common_size**2)
+
+    common_probs = common * probs
+    lse_rows = lse_noise[..., 0].transpose(0, 2, 1)[..., None]  # (B, T, N, 1)
+    # Dense multiplies the cotangents of logits with the products before any of them is rounded to `dtype`.
+    scale_own = root("bnts,bnts->", own_noise(wide), plain)
+    scale_common = root("bnt->", (common_probs * plain).sum(axis=-1))
+    dquery_own = root("bnts,bsnh->btnh", own, key)
+    dquery_common = np.abs(_einsum("bnts,bsnh->btnh", common_probs, key))
+    dkey_noise = np.abs(scale) * column(
+        root("bnts,btnh->bsnh", own, query), root("bnts,btnh->bsnh", common_probs, query)
+    )
+    dvalue_noise = root("bnts,btnd->bsnd", probs_noise * factor, dout)
+    # Dense may sum the keys in several parts, which is more exact (of few rows, XLA does so in JAX 0.12).
+    summing_keys = accumulating(value.shape[1]) * wide * root("bnts,bsnd->btnd", probs * factor, value)
+    out_noise = np.hypot(root("bnts,bsnd->btnd", probs_noise * factor, value), summing_keys)
+    return {
+        "out": out_noise + (low + lse_rows) * np.abs(out),
+        "lse": 3 * lse_rows[..., 0] + low * np.abs(lse),
+        "query": np.abs(scale) * (dquery_own + dquery_common) + low * np.abs(x.dquery),
+        "key": per_head(dkey_noise + low * np.abs(x.dkey)),
+        # 1 / (1 - rate), and 1 / S of rows without a key, are rounded once for all rows.
+        "value": per_head(dvalue_noise + (low + 2 * wide) * np.abs(x.dvalue)),
+        "scale": scale_own + scale_common + wide * np.abs(x.dscale),
+        "bias": own,
+        "bias_row": common_probs,
+    }
+
+
+def reduce_bias_noise(own: Any, common: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Noise floor of the gradient of a bias of this (4-D) shape; each axis is 1 or full."""
+    own, common = np.asarray(own), np.asarray(common)
+    axes = tuple(i for i in range(4) if shape[i] == 1)
+    if shape[3] == 1:
+        common = common.sum(axis=3, keepdims=True)
+    squares = (own**2).sum(axis=axes, keepdims=True) + (common**2).sum(axis=axes, keepdims=True)
+    return np.sqrt(squares)
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """The largest absolute error of one result, beside what it is judged by."""
+
+    error: float
+    dense_error: float
+    floor: float
+
+    @property
+    def ratio(self) -> float:
+        """Error in units of the dense error plus the floor; at most 2 passes."""
+        yardstick = self.dense_error + self.floor
+        if self.error == 0.0:
+            return 0.0
+        return self.error / yardstick if yardstick > 0.0 else math.inf
+
+    @property
+    def dense_ratio(self) -> float:
+        """Error in units of the dense error alone, for statistics: dense is now and then exact."""
+        if self.error == 0.0:
+            return 0.0
+        return self.error / self.dense_error if self.dense_error > 0.0 else math.inf
+
+
+def _widened(x: Any) -> np.ndarray:
+    x = np.asarray(x)
+    return x if x.dtype == np.longdouble else x.astype(np.float64)
+
+
+def assert_as_accurate_as_dense(
+    name: str, actual: Any, dense: Any, expected: Any, floor: Any = None, limit: float = 2.0
+) -> Accuracy:
+    """Asserts that the error of `actual` is at most `limit` times that of `dense` plus a floor.
+
+    Both errors are the largest over the array, against `expected` (float64 or wider). `floor` is an array of
+    noise_floor, or by default two units in the last place of the largest magnitude in `expected`.
+    """
+    dtype = np.asarray(actual).dtype
+    actual, dense, expected = _widened(actual), _widened(dense), _widened(expected)
+    assert actual.shape == expected.shape, (name, actual.shape, expected.shape)
+    assert np.isfinite(expected).all(), f"{name}: the oracle is not finite"
+    assert np.isfinite(actual).all(), f"{name}: {np.sum(~np.isfinite(actual))} values not finite"
+    largest = np.abs(expected).max(initial=0.0)
+    if floor is None:
+        floor = 2 * float(jnp.finfo(dtype).eps) * largest
+    accuracy = Accuracy(
+        float(np.abs(actual - expected).max(initial=0.0)),
+        float(np.abs(dense - expected).max(initial=0.0)),
+        float(np.max(np.asarray(floor), initial=0.0)),
+    )
+    assert accuracy.ratio <= limit, (
+        f"{name}: error {accuracy.error:.3e} is {accuracy.ratio:.2f} times that of dense attention "
+        f"({accuracy.dense_error:.3e}; noise floor {accuracy.floor:.3e}; largest {largest:.3e})"
+    )
+    return accuracy
+
+
+__all__ = [
+    "NOTHING_ALLOWED",
+    "Accuracy",
+    "Masking",
+    "allowed_pairs",
+    "assert_as_accurate_as_dense",
+    "dense_float64",
+    "dense_in_both_modes",
+    "dense_numpy",
+    "dense_same_dtype",
+    "enable_x64",
+    "float64_oracle",
+    "masking",
+    "noise_floor",
+    "reduce_bias_noise",
+    "to_4d",
+    "valid_rows",
+    "wide_dtype",
+]

@@ -1,0 +1,31 @@
+"""What the library finds where it runs, as tests read it or pretend it: GPUs, the Mosaic GPU backend, whole kernels."""
+
+import pytest
+
+from jax_native_flash_attn._kernels import select
+from jax_native_flash_attn._kernels.hopper import support
+
+
+def why_no_backend() -> str | None:
+    return support._why_not_backend()
+
+
+def why_no_hopper() -> str | None:
+    """Why Hopper kernels cannot run here; None where they can."""
+    return why_no_backend() or support._why_not_device(is_asked=False)
+
+
+needs_backend = pytest.mark.skipif(why_no_backend() is not None, reason=str(why_no_backend()))
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *compute_capabilities: str) -> None:
+    monkeypatch.setattr(support, "_compute_capabilities", lambda: frozenset(compute_capabilities))
+
+
+def pretend_no_backend(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    monkeypatch.setattr(support, "_why_not_backend", lambda: reason)
+
+
+def pretend_whole_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA is not to split kernels over devices, whichever they are."""
+    monkeypatch.setattr(select, "is_opaque", lambda *unused: True)

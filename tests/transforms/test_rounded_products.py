@@ -1,0 +1,35 @@
+"""Derivatives of 16-bit calls where products round their operands, as on a GPU: emulated on the CPU.
+
+Operands of 16 bits are multiplied as such, and float32 in TensorFloat-32 unless more is asked for.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.accelerator import accelerator_kernels
+from tests.support.lowering import Call
+from tests.support.transformations import check_transformation
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _accelerator() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
+    with accelerator_kernels(rounds_float32=True):
+        yield
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("name", "mask", "option"),
+    [
+        ("jvp", "none", "nothing"),
+        ("jacfwd", "traced window", "dropout"),
+        ("forward over reverse", "causal", "nothing"),
+        ("reverse over forward", "none", "nothing"),
+        ("reverse over forward", "mask of rows", "bias of rows"),
+        ("reverse over reverse", "mask of keys", "lengths of keys"),
+        ("third order", "none", "nothing"),
+    ],
+)
+def test_derivatives_are_as_accurate_as_dense_attention(name: str, mask: str, option: str, dtype: str):
+    check_transformation(name, Call(dtype, 64, mask, option, False))

@@ -1,0 +1,67 @@
+"""`explain`: which kernels a call takes, and why."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_native_flash_attn import explain, flash_attention
+from tests.support.targets import pretend_gpu
+
+
+def types(dtype: str = "bfloat16", T: int = 256, H: int = 64) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct((2, T, n, H), jnp.dtype(dtype)) for n in (4, 2, 2)]
+
+
+def test_on_a_cpu():
+    found = explain(*types(), is_causal=True, platform="cpu", compiles=True)
+    assert {found.forward.family, found.gradient.family, found.tangent.family} == {"pure_jax"}
+    assert "not for an NVIDIA GPU" in found.forward.reasons["mosaic_gpu"]
+    assert (found.forward.plan.sizes.T, found.forward.plan.sizes.G) == (256, 2)
+    assert found.temporary_bytes is not None
+    assert found.temporary_bytes["gradient"] >= found.temporary_bytes["forward"] > 0
+    assert "forward: pure_jax" in str(found)
+    assert "256 x 256 tiles" in str(found)
+
+
+def test_blocks_that_are_asked_for_are_planned():
+    plan = explain(*types(), block_q=64, block_kv=32, platform="cpu").forward.plan
+    assert (plan.tile.block_q, plan.tile.block_kv) == (64, 32)
+
+
+def test_a_constant_mask_that_is_a_band_skips_tiles():
+    band = np.tril(np.ones((1, 1, 2048, 2048), bool))
+    causal = explain(*types(T=2048), is_causal=True, platform="cpu").forward
+    assert explain(*types(T=2048), mask=band, platform="cpu").forward == causal
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_on_a_hopper_gpu(dtype: str, monkeypatch: pytest.MonkeyPatch):
+    pretend_gpu(monkeypatch, "9.0")
+    found = explain(*types(dtype), platform="cuda")
+    if "mosaic_gpu" in found.forward.reasons:
+        pytest.skip(found.forward.reasons["mosaic_gpu"])
+    assert found.forward.family == "mosaic_gpu"
+    assert found.forward.reasons == {"pure_jax": "mosaic_gpu comes first and supports the call"}
+    assert found.gradient.family == ("pure_jax" if dtype == "float32" else "mosaic_gpu")
+    assert found.tangent.family == "pure_jax"
+    assert found.tangent.reasons == {"mosaic_gpu": "it has no kernel for tangents"}
+    assert explain(*types(dtype), implementation="pure_jax", platform="cuda").forward.family == "pure_jax"
+
+
+def test_what_cannot_be_explained():
+    with pytest.raises(ValueError, match="compiles=True needs the platform"):
+        explain(*types(), platform="tpu", compiles=True)
+    with pytest.raises(NotImplementedError, match="cudnn"):
+        explain(*types(), implementation="cudnn")
+    with pytest.raises(ValueError, match="size 0"):
+        explain(*types(T=0))
+    with pytest.raises(NotImplementedError, match=r"does not run here: .* Of the others, 'pure_jax': runs here"):
+        explain(*types(), implementation="mosaic_gpu", platform="cpu")
+
+
+def test_profiles_show_the_scope():
+    text = jax.jit(jax.grad(lambda *x: flash_attention(*x).sum())).lower(*types("float32")).compile().as_text()
+    assert re.search(r"op_name=\"[^\"]*\bflash_attention\)*/", text or "")
