@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ..._semantics.call import Config, Inputs, sum_to
+from ..._semantics.sizes import Sizes
 from .backward import dbias, dkey_dvalue, dquery
-from .blocks import Chip, dbias_blocks, dkey_dvalue_blocks, dquery_blocks
+from .blocks import Blocks, Chip, dbias_blocks, dkey_dvalue_blocks, dquery_blocks
 from .host.backward import Backward
 from .host.dkey_dvalue_plan import KeyGradients
 from .host.operands import kind_of, term_bytes
@@ -24,12 +26,10 @@ def cotangent(
     lse: jax.Array,
     cotangents: Mapping[str, jax.Array],
     wanted: Shapes,
-    chip: Chip | None = None,
+    chip: Chip,
 ) -> dict[str, jax.Array]:
-    """As `xla.kernels.cotangent`, on `chip` (None: a common one)."""
-    cores, mask = (chip or Chip()).cores, inputs.mask
-    # Lengths make items uneven. A boolean mask has intervals too, for its rows without keys.
-    is_even = mask.key_value_length is None and (mask.key_start is None or mask.allowed is not None)
+    """See `select.cotangent`."""
+    cores, is_even = chip.cores, _is_even(inputs)
     call = _backward(config, inputs, out, lse, cotangents)
     z, tiled_bytes = call.sizes, term_bytes(inputs)
     results: dict[str, jax.Array] = {}
@@ -51,10 +51,38 @@ def cotangent(
         results |= {"key": gradients.key} if gradients.key is not None else {}
         results |= {"value": gradients.value} if gradients.value is not None else {}
     if "bias" in wanted:
-        allowed = mask.allowed
-        has_key_mask = allowed is not None and kind_of(allowed) is TermKind.COLUMNS
-        results["bias"] = dbias(call, dbias_blocks(z, tiled_bytes, has_key_mask=has_key_mask), wanted["bias"])
+        results["bias"] = dbias(call, _dbias_blocks(inputs, z), wanted["bias"])
     return {name: sum_to(results[name], like) for name, like in wanted.items()}
+
+
+class BackwardPlan(NamedTuple):
+    """Block shapes of the kernels for the gradients of query, of key and value, and of a bias, if there is one."""
+
+    dquery: Blocks
+    dkey_dvalue: Blocks
+    dbias: Blocks | None
+
+
+def plan(inputs: Inputs) -> BackwardPlan:
+    """What `cotangent` takes for all gradients but that of scale; of inputs the types suffice."""
+    z, tiled_bytes, is_even = inputs.sizes, term_bytes(inputs), _is_even(inputs)
+    return BackwardPlan(
+        dquery_blocks(z, tiled_bytes, with_scale=False, is_even=is_even),
+        dkey_dvalue_blocks(z, tiled_bytes, needs_dlogits=True, is_even=is_even),
+        None if inputs.bias is None else _dbias_blocks(inputs, z),
+    )
+
+
+def _is_even(inputs: Inputs) -> bool:
+    """Lengths make items uneven. A boolean mask has intervals too, for its rows without keys."""
+    mask = inputs.mask
+    return mask.key_value_length is None and (mask.key_start is None or mask.allowed is not None)
+
+
+def _dbias_blocks(inputs: Inputs, sizes: Sizes) -> Blocks:
+    allowed = inputs.mask.allowed
+    has_key_mask = allowed is not None and kind_of(allowed) is TermKind.COLUMNS
+    return dbias_blocks(sizes, term_bytes(inputs), has_key_mask=has_key_mask)
 
 
 def _backward(
