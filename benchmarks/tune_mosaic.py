@@ -5,7 +5,7 @@
     python benchmarks/tune_mosaic.py gpu-f32-2x4096x16x128-causal --blocks 64x64x2w2s 64x64x1w2sp 64x64x1w3s
 
 Each candidate is `block_q x block_kv x stages w warpgroups`, behind it an s for softmax weights in shared memory, a p
-for persistent blocks, a t for products in turn, and `/4` for four parts of the keys; or a peer, as `jax.nn:cudnn` (see
+for persistent blocks, a t for products in turn, and `/4` for four splits of the keys; or a peer, as `jax.nn:cudnn` (see
 benchmark_gpu_table.py --help). Needs a Hopper GPU. What it finds belongs into the table in `_kernels/hopper/blocks.py`.
 
 Each shape has a process of its own, which starts again without a candidate that gives no result in time.

@@ -26,21 +26,21 @@ LENGTHS = (1, 64, 65, 100, 300, 384, 1000, 5000)
 
 
 def _blocks(T: int, S: int, heads: int, H: int, *, chip: Chip = Chip(), **settings: Any) -> Blocks:  # noqa: B008
-    defaults: dict[str, Any] = {"score_bytes": 0, "column_bytes": 0, "has_dropout": False, "itemsize": 2}
+    defaults: dict[str, Any] = {"term_bytes": 0, "column_bytes": 0, "has_dropout": False, "itemsize": 2}
     return forward_blocks(Sizes((1,), T, S, heads, 1, H, H), **(defaults | settings), chip=chip)
 
 
 @pytest.mark.parametrize("H", [16, 64, 128, 256])
 @pytest.mark.parametrize("T", [1, 64, 65, 4096])
 @pytest.mark.parametrize(
-    "settings", [{}, {"score_bytes": 2}, {"score_bytes": 1, "column_bytes": 4}, {"has_dropout": True}]
+    "settings", [{}, {"term_bytes": 2}, {"term_bytes": 1, "column_bytes": 4}, {"has_dropout": True}]
 )
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_blocks_for_every_kind_of_call(H: int, T: int, settings: dict[str, Any], itemsize: int) -> None:
     if itemsize == 4 and (H > 128 or T <= 64):
         pytest.skip("pure JAX")
     blocks = _blocks(T, 4096, 8, H, itemsize=itemsize, **settings)
-    scores = (settings.get(name, 0) for name in ("score_bytes", "column_bytes"))
+    scores = (settings.get(name, 0) for name in ("term_bytes", "column_bytes"))
     assert shared_bytes(blocks, H, *scores, itemsize) <= 224 * 1024  # barriers take up to 2.7 KiB more
     assert blocks.rows == 64 or T > 64
 
@@ -50,10 +50,10 @@ def test_a_chip_that_nobody_measured_has_the_default_blocks() -> None:
 
 
 def test_keys_are_split_only_where_multiprocessors_would_idle() -> None:
-    assert _blocks(1, 32768, 8, 128).parts * 8 > 0.8 * Chip().cores
-    assert _blocks(1, 32768, 1024, 128).parts == 1
-    assert _blocks(1, 512, 1, 128).parts == 1
-    assert _blocks(1, 32768, 8, 128, chip=Chip(cores=16)).parts == 2
+    assert _blocks(1, 32768, 8, 128).splits * 8 > 0.8 * Chip().cores
+    assert _blocks(1, 32768, 1024, 128).splits == 1
+    assert _blocks(1, 512, 1, 128).splits == 1
+    assert _blocks(1, 32768, 8, 128, chip=Chip(cores=16)).splits == 2
 
 
 def check(blocks: Blocks, num_bytes: int) -> None:
@@ -67,46 +67,46 @@ def check(blocks: Blocks, num_bytes: int) -> None:
 def backward_calls() -> list[tuple[Sizes, int, bool]]:
     """Sizes, bytes of a score, and a switch."""
     return [
-        (Sizes((1,), T, S, 2, 1, H, H), score_bytes, flag)
-        for T, S, H, score_bytes in itertools.product(LENGTHS, LENGTHS[::3], HEAD_DIMS, SCORE_BYTES)
+        (Sizes((1,), T, S, 2, 1, H, H), term_bytes, flag)
+        for T, S, H, term_bytes in itertools.product(LENGTHS, LENGTHS[::3], HEAD_DIMS, SCORE_BYTES)
         for flag in (False, True)
     ]
 
 
 @pytest.mark.parametrize("is_even", [False, True])
 def test_buffers_of_the_gradient_of_query_fit(is_even: bool) -> None:
-    for z, score_bytes, with_scale in backward_calls():
-        x = dquery_blocks(z, score_bytes, with_scale=with_scale, is_even=is_even)
+    for z, term_bytes, with_scale in backward_calls():
+        x = dquery_blocks(z, term_bytes, with_scale=with_scale, is_even=is_even)
         query_and_dout = 2 * (2 if x.persistent else 1) * x.rows * z.H * 2
         key, value = x.stages * x.block_kv * z.H * 2, (x.stages - 1) * x.block_kv * z.H * 2
-        scores = (x.stages - 1) * x.rows * x.block_kv * score_bytes
+        scores = (x.stages - 1) * x.rows * x.block_kv * term_bytes
         check(x, query_and_dout + key + value + scores + with_scale * 3 * x.rows * 4)
 
 
 @pytest.mark.parametrize("is_even", [False, True])
 def test_buffers_of_the_gradients_of_key_and_value_fit(is_even: bool) -> None:
-    for z, score_bytes, needs_dlogits in backward_calls():
-        x = dkey_dvalue_blocks(z, score_bytes, needs_dlogits=needs_dlogits, is_even=is_even)
+    for z, term_bytes, needs_dlogits in backward_calls():
+        x = dkey_dvalue_blocks(z, term_bytes, needs_dlogits=needs_dlogits, is_even=is_even)
         keys = (2 if x.persistent else 1) * x.warpgroups * x.block_kv
         key_and_value = (2 if needs_dlogits else 1) * keys * z.H * 2
         query_and_dout, vectors = 2 * x.stages * x.block_q * z.H * 2, 2 * x.stages * x.block_q * 4
-        scores = x.stages * x.warpgroups * x.block_kv * x.block_q * score_bytes
+        scores = x.stages * x.warpgroups * x.block_kv * x.block_q * term_bytes
         check(x, key_and_value + query_and_dout + vectors + scores)
 
 
 def test_buffers_of_the_gradient_of_bias_fit() -> None:
-    for z, score_bytes, has_key_mask in backward_calls():
-        x = dbias_blocks(z, score_bytes, has_key_mask=has_key_mask)
+    for z, term_bytes, has_key_mask in backward_calls():
+        x = dbias_blocks(z, term_bytes, has_key_mask=has_key_mask)
         rows, keys, vectors = 2 * x.rows * z.H * 2, 2 * x.block_kv * z.H * 2, 2 * x.rows * 4
-        check(x, x.stages * (rows + keys + vectors + x.rows * x.block_kv * score_bytes))
+        check(x, x.stages * (rows + keys + vectors + x.rows * x.block_kv * term_bytes))
 
 
 def test_buffers_of_the_forward_fit() -> None:
-    for z, score_bytes, has_dropout in backward_calls():
+    for z, term_bytes, has_dropout in backward_calls():
         for column_bytes, starts_with_bias in ((0, False), (8, False), (0, True)):
             x = forward_blocks(
                 z,
-                score_bytes,
+                term_bytes,
                 column_bytes=column_bytes,
                 has_dropout=has_dropout,
                 itemsize=2,
@@ -116,6 +116,6 @@ def test_buffers_of_the_forward_fit() -> None:
             )
             query = out = x.rows * z.H * 2
             key_and_value = 2 * x.stages * x.block_kv * z.H * 2
-            scores = x.stages * x.block_kv * (x.rows * score_bytes + column_bytes)
+            scores = x.stages * x.block_kv * (x.rows * term_bytes + column_bytes)
             weights = x.rows * x.block_kv * 2 if x.weights_in_shared else 0
             check(x, query + x.persistent * out + key_and_value + scores + weights + x.rows * 4)

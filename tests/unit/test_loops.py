@@ -83,6 +83,8 @@ def visits(nest: Nest) -> jax.Array:
         def column(columns: Any, mask: Any, found: jax.Array) -> jax.Array:
             shape = (*nest.row_shape, nest.tile.block_kv)
             counted = jnp.ones(shape, int) if mask is None else jnp.broadcast_to(mask.allowed, shape).astype(int)
+            if mask is None and nest.mask.dead is not None:  # only a tile's mask tells that a row is dead
+                counted += jnp.where(nest.row_slice(nest.mask.dead, at)[..., None], 100, 0)
             return nest.write_score(found, nest.owned_rows(counted, at), at, columns, add=True)
 
         return nest.columns(at, column, found)

@@ -134,6 +134,9 @@ def check_mask(arguments: dict[str, Any], B: int, N: int, T: int, S: int) -> Non
     found = np.broadcast_to(intervals_as_array(start, stop, S), (B, N, T, S))
     # Padded rows visit nothing; dead ones attend all keys.
     assert not found[padded].any()
+    if mask.key_start is not None:
+        assert (np.broadcast_to(start, padded.shape)[padded] == S).all()
+        assert (np.broadcast_to(stop, padded.shape)[padded] == 0).all()
     assert found[dead].all()
     if mask.allowed is not None:
         found = found & np.asarray(mask.allowed)
@@ -176,8 +179,10 @@ def test_classes_of_tiles(block_kv: int, xp: Any):
     rng = np.random.default_rng(block_kv)
     for _ in range(50 if xp is np else 5):
         S, rows = int(rng.integers(1, 17)), 4
-        start, stop = rng.integers(0, S + 1, (2, rows)).astype(np.int32)
-        is_empty = (stop <= start) | (rng.random(rows) < 0.2)
+        start, stop = np.sort(rng.integers(0, S + 1, (2, rows)), axis=0).astype(np.int32)
+        if rng.random() < 0.5:  # long intervals, so that some tiles are full
+            start, stop = start // 4, S - (S - stop) // 4
+        is_empty = (stop <= start) | (rng.random(rows) < rng.choice((0.0, 0.5)))
         start, stop = np.where(is_empty, S, start), np.where(is_empty, 0, stop)  # the form of padded rows
         count = -(-S // block_kv)
         found = masks.column_range(xp.asarray(start), xp.asarray(stop), block_kv, count, xp)

@@ -30,7 +30,7 @@ class Blocks:
       weights_in_shared: whether the softmax weights reach the second product through shared memory, not registers.
       persistent: whether a block goes through several items of work, so that loads of the next overlap the last.
       takes_turns: whether the warpgroups issue their products in turn, so that they do not all compute softmax at once.
-      parts: of the keys; each is an item of its own, and the results are merged.
+      splits: of the keys; each is an item of its own, and the results are merged.
       cost: of a row and key, beside other shapes for the same kind of call; as measured.
     """
 
@@ -41,7 +41,7 @@ class Blocks:
     weights_in_shared: bool = False
     persistent: bool = False
     takes_turns: bool = False
-    parts: int = 1
+    splits: int = 1
     cost: float = 1.0
 
     @property
@@ -106,13 +106,13 @@ _TIMED = {_UNMASKED, _BIAS}
 _DEFAULT = "9.0"  # for a chip that nobody has measured
 _FEW, _SHORT = 64, 1024  # query rows
 _SHORT_ITEM = 1 << 16  # keys, or query rows, that an item of the backward visits, times columns (64 at least)
-_LEAST_TILES = 8  # of a part: its beginning and its end cost about two
+_LEAST_TILES = 8  # of a split: its beginning and its end cost about two
 _MERGE_TILES = 3  # what merging costs, in tiles
 
 
 def forward_blocks(
     sizes: Sizes,
-    score_bytes: int,
+    term_bytes: int,
     *,
     column_bytes: int,
     has_dropout: bool,
@@ -125,7 +125,7 @@ def forward_blocks(
 
     Args:
       sizes: axis sizes of the call.
-      score_bytes: of one score of bias and mask in shared memory.
+      term_bytes: of one score of bias and mask in shared memory, where these come tile by tile.
       column_bytes: likewise, of vectors along the keys, for each key.
       has_dropout: whether there is dropout.
       itemsize: bytes of an element of query, 4 for float32.
@@ -134,9 +134,9 @@ def forward_blocks(
       starts_with_bias: whether products start with a bias over T and S.
     """
     table = _FORWARD.get(chip.capability, _FORWARD[_DEFAULT])
-    kinds = [_FEW_ROWS] if sizes.T <= _FEW else [_SHORT_SCORES, _SCORES] if score_bytes else [_PLAIN]
+    kinds = [_FEW_ROWS] if sizes.T <= _FEW else [_SHORT_SCORES, _SCORES] if term_bytes else [_PLAIN]
     if sizes.T > _FEW and sizes.H <= 64 and not has_dropout:
-        kinds = [_BIAS] if starts_with_bias and score_bytes == 2 else kinds  # no float32, no mask over T and S
+        kinds = [_BIAS] if starts_with_bias and term_bytes == 2 else kinds  # no float32, no mask over T and S
         kinds = [_UNMASKED] if kinds == [_PLAIN] and not is_masked else kinds
     if itemsize == 4:
         kinds = [_FLOAT32]
@@ -149,7 +149,7 @@ def forward_blocks(
         # The random bits need as many registers as the scores.
         candidates = tuple(replace(x, block_kv=64) for x in candidates)
     room = _SHARED_MEMORY - _RESERVED
-    fits = [x for x in candidates if shared_bytes(x, sizes.H, score_bytes, column_bytes, itemsize) <= room]
+    fits = [x for x in candidates if shared_bytes(x, sizes.H, term_bytes, column_bytes, itemsize) <= room]
 
     def duration(x: Blocks) -> float:
         items = max(1, static_size(sizes.batch)) * sizes.N * -(-sizes.T // x.rows)
@@ -159,16 +159,16 @@ def forward_blocks(
         fits.sort(key=duration)
     blocks = fits[0] if fits else candidates[-1]
     items = max(1, static_size(sizes.batch)) * sizes.N * -(-sizes.T // blocks.rows)
-    return replace(blocks, parts=_parts(items, -(-sizes.S // blocks.block_kv), chip.cores))
+    return replace(blocks, splits=_splits(items, -(-sizes.S // blocks.block_kv), chip.cores))
 
 
-def _parts(items: int, tiles: int, cores: int) -> int:
-    """Parts of the keys that keep all multiprocessors busy, where there are fewer items than those."""
+def _splits(items: int, tiles: int, cores: int) -> int:
+    """Splits of the keys that keep all multiprocessors busy, where there are fewer items than those."""
 
-    def duration(parts: int) -> int:
+    def duration(splits: int) -> int:
         """In tiles."""
-        rounds = -(-items * parts // cores)
-        return rounds * (-(-tiles // parts) + 2) + (_MERGE_TILES if parts > 1 else 0)
+        rounds = -(-items * splits // cores)
+        return rounds * (-(-tiles // splits) + 2) + (_MERGE_TILES if splits > 1 else 0)
 
     # At most four rounds: partial results then take a few MiB, whatever the lengths.
     return min(range(1, max(1, min(tiles // _LEAST_TILES, 4 * cores // items)) + 1), key=duration)
@@ -183,7 +183,7 @@ def _takes_persistent(sizes: Sizes, visited: int, *, is_even: bool) -> bool:
     return is_even and sizes.H <= 128 and visited * max(sizes.H, 64) <= _SHORT_ITEM
 
 
-def dquery_blocks(sizes: Sizes, score_bytes: int, *, with_scale: bool, is_even: bool) -> Blocks:
+def dquery_blocks(sizes: Sizes, term_bytes: int, *, with_scale: bool, is_even: bool) -> Blocks:
     """Block shape of the kernel for the gradient of query (and of scale: its sum takes shared memory too).
 
     `is_even`: items take about the same time, but for what a causal mask makes of them.
@@ -192,7 +192,7 @@ def dquery_blocks(sizes: Sizes, score_bytes: int, *, with_scale: bool, is_even: 
     return _first_that_fits(
         lambda x: (
             2 * sizes.H * (2 * (1 + x.persistent) * x.rows + (2 * x.stages - 1) * x.block_kv)
-            + (x.stages - 1) * x.rows * x.block_kv * score_bytes
+            + (x.stages - 1) * x.rows * x.block_kv * term_bytes
             + 4096 * with_scale
         ),
         # Moments for the gradient of scale take registers that three warpgroups do not have.
@@ -205,14 +205,14 @@ def dquery_blocks(sizes: Sizes, score_bytes: int, *, with_scale: bool, is_even: 
     )
 
 
-def dkey_dvalue_blocks(sizes: Sizes, score_bytes: int, *, needs_dlogits: bool, is_even: bool) -> Blocks:
+def dkey_dvalue_blocks(sizes: Sizes, term_bytes: int, *, needs_dlogits: bool, is_even: bool) -> Blocks:
     """Of the kernel for the gradients of key and value: there block_kv keys belong to one warpgroup."""
     persistent = _takes_persistent(sizes, sizes.T * sizes.G, is_even=is_even)
     return _first_that_fits(
         lambda x: (
             2 * sizes.H * (1 + x.persistent) * (1 + needs_dlogits) * x.warpgroups * x.block_kv
             + 4 * sizes.H * x.stages * x.block_q
-            + x.stages * x.warpgroups * x.block_kv * x.block_q * score_bytes
+            + x.stages * x.warpgroups * x.block_kv * x.block_q * term_bytes
         ),
         *(
             Blocks(block_q, 64, stages, 1 if sizes.S <= 64 else 2, persistent=each)
@@ -222,11 +222,11 @@ def dkey_dvalue_blocks(sizes: Sizes, score_bytes: int, *, needs_dlogits: bool, i
     )
 
 
-def dbias_blocks(sizes: Sizes, score_bytes: int, *, has_key_mask: bool) -> Blocks:
+def dbias_blocks(sizes: Sizes, term_bytes: int, *, has_key_mask: bool) -> Blocks:
     """Of the kernel for the gradient of bias. With a vector along 128 keys, tiles would not fit into the registers."""
     return _first_that_fits(
         # Three warpgroups' vectors (lse and delta) take more than what is reserved for them.
-        lambda x: x.stages * (4 * sizes.H * (x.rows + x.block_kv) + x.rows * (8 + x.block_kv * score_bytes)),
+        lambda x: x.stages * (4 * sizes.H * (x.rows + x.block_kv) + x.rows * (8 + x.block_kv * term_bytes)),
         *(
             Blocks(64, block_kv, stages, warpgroups)
             for warpgroups in (_warpgroups(sizes, sizes.T) if has_key_mask else 1 if sizes.T <= 64 else 2, 1)
@@ -250,10 +250,10 @@ def _first_that_fits(shared_bytes: Callable[[Blocks], int], *candidates: Blocks,
     return next(x for x in candidates if shared_bytes(x) <= _SHARED_MEMORY - reserved)
 
 
-def shared_bytes(blocks: Blocks, head_dim: int, score_bytes: int, column_bytes: int, itemsize: int) -> int:
+def shared_bytes(blocks: Blocks, head_dim: int, term_bytes: int, column_bytes: int, itemsize: int) -> int:
     """Shared memory of the forward kernel, but for barriers."""
     rows_like = itemsize * blocks.rows * head_dim
-    tile = blocks.block_kv * (2 * itemsize * head_dim + blocks.rows * score_bytes + column_bytes)
+    tile = blocks.block_kv * (2 * itemsize * head_dim + blocks.rows * term_bytes + column_bytes)
     weights = itemsize * blocks.rows * blocks.block_kv if blocks.weights_in_shared else 0
     out = rows_like if blocks.persistent else 0
     lse = 4 * blocks.rows if itemsize < 4 else 0

@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ..._semantics.call import Config, Inputs, sum_to
-from .backward import Backward
-from .blocks import Chip, dbias_blocks, dkey_dvalue_blocks, dquery_blocks
-from .dbias import dbias
-from .dkey_dvalue import dkey_dvalue
-from .dquery import dquery
-from .operands import score_bytes
+from ..._semantics.sizes import Sizes
+from .backward import dbias, dkey_dvalue, dquery
+from .blocks import Blocks, Chip, dbias_blocks, dkey_dvalue_blocks, dquery_blocks
+from .host.backward import Backward
+from .host.dkey_dvalue_plan import KeyGradients
+from .host.operands import kind_of, term_bytes
+from .operands import TermKind
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -24,34 +26,63 @@ def cotangent(
     lse: jax.Array,
     cotangents: Mapping[str, jax.Array],
     wanted: Shapes,
-    chip: Chip | None = None,
+    chip: Chip,
 ) -> dict[str, jax.Array]:
-    """As `xla.kernels.cotangent`, on `chip` (None: a common one)."""
-    cores, mask = (chip or Chip()).cores, inputs.mask
-    # Lengths make items uneven. A boolean mask has intervals too, for its rows without keys.
-    is_even = mask.key_value_length is None and (mask.key_start is None or mask.allowed is not None)
+    """See `select.cotangent`."""
+    cores, is_even = chip.cores, _is_even(inputs)
     call = _backward(config, inputs, out, lse, cotangents)
-    z, tiled_bytes = call.sizes, score_bytes(inputs)
+    z, tiled_bytes = call.sizes, term_bytes(inputs)
     results: dict[str, jax.Array] = {}
     if "query" in wanted or "scale" in wanted:
         is_summed = "query" in wanted and wanted["query"].shape[:-3] != z.batch
         out_dtype = jnp.float32 if is_summed else inputs.query.dtype
         with_scale = "scale" in wanted
         blocks = dquery_blocks(z, tiled_bytes, with_scale=with_scale, is_even=is_even)
-        results["query"], *moments = dquery(call, blocks, out_dtype, cores, with_scale=with_scale)
-        if moments:
-            dz_x, dz, mean = moments
+        rows = dquery(call, blocks, out_dtype, cores, with_scale=with_scale)
+        results["query"] = rows.dquery
+        if rows.moments is not None:
+            dz_x, dz, mean = rows.moments
             # The dz of a row add up to the cotangent of its lse, but for the error of delta, which so drops out.
             excess = dz - cotangents["lse"].astype(jnp.float32) if "lse" in cotangents else dz
             results["scale"] = (dz_x - excess * mean).sum((-1, -2))
-    for shapes in _passes(call, wanted):
-        blocks = dkey_dvalue_blocks(z, tiled_bytes, needs_dlogits="key" in shapes, is_even=is_even)
-        results |= dkey_dvalue(call, blocks, shapes, cores)
+    for types in _passes(call, wanted):
+        blocks = dkey_dvalue_blocks(z, tiled_bytes, needs_dlogits=types.key is not None, is_even=is_even)
+        gradients = dkey_dvalue(call, blocks, types, cores)
+        results |= {"key": gradients.key} if gradients.key is not None else {}
+        results |= {"value": gradients.value} if gradients.value is not None else {}
     if "bias" in wanted:
-        allowed = mask.allowed
-        has_key_mask = allowed is not None and allowed.shape[-2] == 1
-        results["bias"] = dbias(call, dbias_blocks(z, tiled_bytes, has_key_mask=has_key_mask), wanted["bias"])
+        results["bias"] = dbias(call, _dbias_blocks(inputs, z), wanted["bias"])
     return {name: sum_to(results[name], like) for name, like in wanted.items()}
+
+
+class BackwardPlan(NamedTuple):
+    """Block shapes of the kernels for the gradients of query, of key and value, and of a bias, if there is one."""
+
+    dquery: Blocks
+    dkey_dvalue: Blocks
+    dbias: Blocks | None
+
+
+def plan(inputs: Inputs) -> BackwardPlan:
+    """What `cotangent` takes for all gradients but that of scale; of inputs the types suffice."""
+    z, tiled_bytes, is_even = inputs.sizes, term_bytes(inputs), _is_even(inputs)
+    return BackwardPlan(
+        dquery_blocks(z, tiled_bytes, with_scale=False, is_even=is_even),
+        dkey_dvalue_blocks(z, tiled_bytes, needs_dlogits=True, is_even=is_even),
+        None if inputs.bias is None else _dbias_blocks(inputs, z),
+    )
+
+
+def _is_even(inputs: Inputs) -> bool:
+    """Lengths make items uneven. A boolean mask has intervals too, for its rows without keys."""
+    mask = inputs.mask
+    return mask.key_value_length is None and (mask.key_start is None or mask.allowed is not None)
+
+
+def _dbias_blocks(inputs: Inputs, sizes: Sizes) -> Blocks:
+    allowed = inputs.mask.allowed
+    has_key_mask = allowed is not None and kind_of(allowed) is TermKind.COLUMNS
+    return dbias_blocks(sizes, term_bytes(inputs), has_key_mask=has_key_mask)
 
 
 def _backward(
@@ -69,11 +100,12 @@ def _backward(
     return Backward(config, inputs, replace(z, batch=batch), dout.astype(dtype), lse.astype(jnp.float32), delta)
 
 
-def _passes(call: Backward, wanted: Shapes) -> list[Shapes]:
+def _passes(call: Backward, wanted: Shapes) -> list[KeyGradients]:
     """The gradients of keys and values that are computed together: at 128 columns both fill a warpgroup's registers."""
-    shapes = {name: _kernel_result(call, wanted[name]) for name in ("key", "value") if name in wanted}
-    same_batch = len({x.shape for x in shapes.values()}) == 1
-    return [shapes] if same_batch and call.sizes.H <= 128 else [{name: x} for name, x in shapes.items()]
+    key, value = (_kernel_result(call, wanted[name]) if name in wanted else None for name in ("key", "value"))
+    if key is None or value is None or (key.shape == value.shape and call.sizes.H <= 128):
+        return [] if key is None and value is None else [KeyGradients(key, value)]
+    return [KeyGradients(key=key), KeyGradients(value=value)]
 
 
 def _kernel_result(call: Backward, wanted: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -1,5 +1,6 @@
 """From a primitive's operands to a Mosaic GPU kernel: block shapes, and rows that share a key/value head."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -7,29 +8,41 @@ import jax.numpy as jnp
 
 from ..._semantics.call import Config, Inputs
 from ..._semantics.masks import Band
-from .blocks import Chip, forward_blocks
+from .blocks import Blocks, Chip, forward_blocks
 from .forward import forward as forward_kernel
-from .operands import column_bytes, score_bytes, starts_with_bias
+from .host.operands import column_bytes, starts_with_bias, term_bytes
 
 _FEW_ROWS = 64  # of one warpgroup
 
 
-def forward(config: Config, inputs: Inputs, chip: Chip | None = None) -> tuple[jax.Array, ...]:
-    """As `select.forward`, on `chip` (None: a common one)."""
-    z, mask, chip = inputs.sizes, inputs.mask, chip or Chip()
-    if z.G > 1 and z.T * z.G <= _FEW_ROWS and config.dropout is None:
-        packed_config, packed = _pack_groups(config, inputs)
-        results = list(forward(packed_config, packed, chip))
-        for i, x in enumerate(results):
-            if config.needs_lse and i == 1:
-                x = jnp.swapaxes(x.reshape(*z.batch, z.K, z.T, z.G), -1, -2).reshape(*z.batch, z.N, z.T)
-            else:
-                x = jnp.swapaxes(x.reshape(*z.batch, z.T, z.G, z.K, z.D), -2, -3).reshape(*z.batch, z.T, z.N, z.D)
-            results[i] = x
-        return tuple(results)
-    blocks = forward_blocks(
-        z,
-        score_bytes(inputs),
+def forward(config: Config, inputs: Inputs, chip: Chip) -> tuple[jax.Array, ...]:
+    """out, lse if needed, and out rounded if asked for; see `select.forward`."""
+    z = inputs.sizes
+    if not _packs_groups(config, inputs):
+        return forward_kernel(config, inputs, _blocks(config, inputs, chip), chip.cores)
+    results = list(forward(_packed(config), _pack_groups(config, inputs), chip))
+    for i, x in enumerate(results):
+        if config.needs_lse and i == 1:
+            x = jnp.swapaxes(x.reshape(*z.batch, z.K, z.T, z.G), -1, -2).reshape(*z.batch, z.N, z.T)
+        else:
+            x = jnp.swapaxes(x.reshape(*z.batch, z.T, z.G, z.K, z.D), -2, -3).reshape(*z.batch, z.T, z.N, z.D)
+        results[i] = x
+    return tuple(results)
+
+
+def plan(config: Config, inputs: Inputs, chip: Chip) -> Blocks:
+    """The block shapes of `forward`; of inputs the types suffice."""
+    if _packs_groups(config, inputs):
+        inputs = jax.eval_shape(functools.partial(_pack_groups, config), inputs)
+        config = _packed(config)
+    return _blocks(config, inputs, chip)
+
+
+def _blocks(config: Config, inputs: Inputs, chip: Chip) -> Blocks:
+    mask = inputs.mask
+    return forward_blocks(
+        inputs.sizes,
+        term_bytes(inputs),
         column_bytes=column_bytes(inputs),
         has_dropout=config.dropout is not None,
         itemsize=inputs.query.dtype.itemsize,
@@ -37,10 +50,19 @@ def forward(config: Config, inputs: Inputs, chip: Chip | None = None) -> tuple[j
         is_masked=config.band != Band() or mask.key_start is not None or mask.key_value_length is not None,
         starts_with_bias=starts_with_bias(inputs),
     )
-    return forward_kernel(config, inputs, blocks, chip.cores)
 
 
-def _pack_groups(config: Config, inputs: Inputs) -> tuple[Config, Inputs]:
+def _packs_groups(config: Config, inputs: Inputs) -> bool:
+    z = inputs.sizes
+    return z.G > 1 and z.T * z.G <= _FEW_ROWS and config.dropout is None
+
+
+def _packed(config: Config) -> Config:
+    """The bands of rows are in the operands then."""
+    return replace(config, band=Band(is_cut=config.band == Band(is_cut=True)))
+
+
+def _pack_groups(config: Config, inputs: Inputs) -> Inputs:
     """The query heads of a group as further rows (t, g) of one head: with few rows, a block then reads keys once."""
     z, mask = inputs.sizes, inputs.mask
 
@@ -60,11 +82,8 @@ def _pack_groups(config: Config, inputs: Inputs) -> tuple[Config, Inputs]:
     if start is None and config.band != Band():
         # From positions: a table would be a constant, which custom_partitioning does not take.
         row = jnp.arange(z.T, dtype=jnp.int32).reshape((1,) * (len(z.batch) + 1) + (z.T,))
-        lower, upper = config.band.lower, config.band.upper
-        start = jnp.zeros_like(row) if lower is None else jnp.clip(row + lower, 0, z.S)
-        stop = jnp.full_like(row, z.S) if upper is None else jnp.clip(row + upper + 1, 0, z.S)
+        start, stop = config.band.interval(row, z.S, jnp)
     packed_mask = mask._replace(
         key_start=rows(start, 0), key_stop=rows(stop, 0), allowed=rows(mask.allowed, 1), dead=rows(mask.dead, 0)
     )
-    packed = inputs._replace(query=query, bias=rows(inputs.bias, 1), mask=packed_mask)
-    return replace(config, band=Band(is_cut=config.band == Band(is_cut=True))), packed
+    return inputs._replace(query=query, bias=rows(inputs.bias, 1), mask=packed_mask)

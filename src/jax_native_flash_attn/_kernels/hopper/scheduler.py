@@ -1,6 +1,6 @@
-"""Which block of threads computes what: the items of a forward call, their order, and their parts of the keys.
+"""Which block of threads computes what: the items of a forward call, their order, and their splits of the keys.
 
-An item is one block of query rows of one head, against all of its key/value tiles or one part of them. There are as
+An item is one block of query rows of one head, against all of its key/value tiles or one split of them. There are as
 many *workers* (blocks of threads that stay) as multiprocessors, and each takes every so-manieth item, so that the loads
 of its next item run beside the end of the last. Round after round the order of the workers turns: where items get
 shorter along the list, as with a causal mask, that balances.
@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..._semantics.masks import Band, ColumnRange
-from .device.pallas import unravel
+from .pallas import unravel
 
 _BALANCED_ROUNDS = 8
+_CACHE_BYTES = 24e6  # of what blocks that run at once should share: half of Hopper's L2 cache
 
 
 class Item(NamedTuple):
@@ -26,15 +27,15 @@ class Item(NamedTuple):
     Attributes:
       count: tiles of the worker's items before; the ring of slots goes on from there.
       head: index (batch..., N).
-      block, part: of the query rows, and of the keys.
+      block, split: of the query rows, and of the keys.
       ranges: its tiles.
-      is_empty: whether the part has no tiles; the one in `ranges` then counts for nothing.
+      is_empty: whether the split has no tiles; the one in `ranges` then counts for nothing.
     """
 
     count: Any
     head: tuple[Any, ...]
     block: Any
-    part: Any
+    split: Any
     ranges: ColumnRange
     is_empty: Any
 
@@ -48,13 +49,13 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Work:
+class TileScheduler:
     """The items of a call.
 
     Attributes:
       heads: sizes of the batch axes and N.
       blocks: of query rows, the last one first: with a causal mask it has the most tiles.
-      parts: of each block's key/value tiles.
+      splits: of each block's key/value tiles.
       group: heads that run side by side, a divisor of their number.
       workers: blocks of threads; one for each item if there are that many.
       batch_fastest: whether heads that differ in their batch row are neighbours: those share a bias.
@@ -62,14 +63,14 @@ class Work:
 
     heads: tuple[int, ...]
     blocks: int
-    parts: int
+    splits: int
     group: int
     workers: int
     batch_fastest: bool = False
 
     @property
     def items(self) -> int:
-        return math.prod(self.heads) * self.blocks * self.parts
+        return math.prod(self.heads) * self.blocks * self.splits
 
     @property
     def is_single(self) -> bool:
@@ -85,16 +86,16 @@ class Work:
         return wg if self.is_single else lax.rem(jnp.int32(k), jnp.int32(self.buffers)) * warpgroups + wg
 
     def item(self, n: Any) -> tuple[tuple[Any, ...], Any, Any]:
-        """Head (batch..., N), block and part of item n."""
+        """Head (batch..., N), block and split of item n."""
         num_heads = math.prod(self.heads)
-        group, block, part, member = unravel(n, (num_heads // self.group, self.blocks, self.parts, self.group))
+        group, block, split, member = unravel(n, (num_heads // self.group, self.blocks, self.splits, self.group))
         head = group * self.group + member
         block = jnp.int32(self.blocks - 1) - block
         if self.batch_fastest:
             *batch, heads = self.heads
             index, *rows = unravel(head, (heads, *batch))
-            return (*rows, index), block, part
-        return unravel(head, self.heads), block, part
+            return (*rows, index), block, split
+        return unravel(head, self.heads), block, split
 
     def place(self, k: Any, worker: Any) -> Any:
         """Of a worker in round k."""
@@ -116,47 +117,55 @@ class Work:
     def for_each_item(
         self, worker: Any, ranges_of: Callable[[Any, Any], ColumnRange], body: Callable[[Any, Item], None]
     ) -> None:
-        """`body(k, item)` for the k-th item of a worker; `ranges_of(head, block)` are tiles of all parts."""
+        """`body(k, item)` for the k-th item of a worker; `ranges_of(head, block)` are tiles of all splits."""
 
         def run(k: Any, n: Any, count: Any) -> Any:
-            head, block, part = self.item(n)
-            ranges, is_empty = part_of(ranges_of(head, block), part, self.parts)
-            item = Item(count, head, block, part, ranges, is_empty)
+            head, block, split = self.item(n)
+            ranges, is_empty = split_of(ranges_of(head, block), split, self.splits)
+            item = Item(count, head, block, split, ranges, is_empty)
             body(k, item)
             return count + item.num_tiles
 
         self.for_each(worker, run)
 
 
-def plan(
+def schedule(
     heads: tuple[int, ...],
     blocks: int,
     group: int,
     cores: int | None,
     band: Band,
     *,
-    parts: int = 1,
+    splits: int = 1,
     batch_fastest: bool = False,
-) -> Work:
-    """`Work` for so many multiprocessors; one worker for each item for None, and where the turns would not balance.
+) -> TileScheduler:
+    """For so many multiprocessors; one worker for each item for None, and where the turns would not balance.
 
     With a causal `band`, blocks have more tiles the later they are. Each group of heads is then a list that starts long
     and ends short, and only a long list balances; the GPU gives new blocks to whichever multiprocessor is free.
     """
-    items = math.prod(heads) * blocks * parts
+    items = math.prod(heads) * blocks * splits
     is_uneven = band.upper is not None and band.lower is None
-    if cores is None or (is_uneven and group * blocks * parts < _BALANCED_ROUNDS * cores):
+    if cores is None or (is_uneven and group * blocks * splits < _BALANCED_ROUNDS * cores):
         cores = items
-    return Work(heads, blocks, parts, group, min(items, cores), batch_fastest)
+    return TileScheduler(heads, blocks, splits, group, min(items, cores), batch_fastest)
 
 
-def part_of(ranges: ColumnRange, part: Any, parts: int) -> tuple[ColumnRange, Any]:
-    """The tiles of one part, at least one, and whether there are none for it (which that one stands in for)."""
-    if parts == 1:
+def heads_per_group(num_heads: int, bytes_per_head: float) -> int:
+    """How many heads run side by side: as many as leave in the L2 cache what the blocks of a head share."""
+    limit = max(1, int(_CACHE_BYTES / max(1.0, bytes_per_head)))
+    group = max(d for d in range(1, min(num_heads, limit) + 1) if num_heads % d == 0)
+    # The slowest axis of a grid has 16 bits.
+    return group if num_heads // group < 1 << 16 else num_heads
+
+
+def split_of(ranges: ColumnRange, split: Any, splits: int) -> tuple[ColumnRange, Any]:
+    """The tiles of one split, at least one, and whether there are none for it (which that one stands in for)."""
+    if splits == 1:
         return ranges, False
     tiles = ranges.stop - ranges.first
-    first = ranges.first + lax.div(tiles * part, jnp.int32(parts))
-    stop = ranges.first + lax.div(tiles * (part + 1), jnp.int32(parts))
+    first = ranges.first + lax.div(tiles * split, jnp.int32(splits))
+    stop = ranges.first + lax.div(tiles * (split + 1), jnp.int32(splits))
     is_empty = stop == first
     stop = jnp.maximum(stop, first + 1)
     full_first = jnp.minimum(jnp.maximum(ranges.full_first, first), stop)

@@ -39,7 +39,7 @@ class HopperKernels:
         from . import cotangent, family
 
         if which is Pass.COTANGENT:
-            return cotangent.plan(call.config, call.inputs, _chip())
+            return cotangent.plan(call.inputs)
         return family.plan(call.config, call.inputs, _chip())
 
     def forward(self, call: Call, target: Target) -> Forward:

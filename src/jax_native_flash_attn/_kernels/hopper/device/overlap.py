@@ -2,8 +2,8 @@
 
 A step of a pipeline issues its products, computes with the scores as soon as those are there, and only then waits for
 the last product. Nothing in its registers ties that wait to the computation, and ptxas moves it up in front of it, so
-that nothing overlaps any more. `before_wait` ties them: a fence that is executed only if a value that the computation
-produces last is huge (and then does no harm) is an operation that the wait may not overtake.
+that nothing overlaps any more. `order_before_wgmma_wait` ties them: a fence that is executed only if a value that the
+computation produces last is huge (and then does no harm) is an operation that the wait may not overtake.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from .pallas import plgpu
+from ..pallas import plgpu
 
 THREAD_COLUMNS = 8  # a thread holds two of every so many columns of a matrix (`Layout.WGMMA`)
 _HUGE = "0f7F000000"  # 1.7e38; not a negative number, since ptxas knows that exponentials have none
@@ -31,7 +31,7 @@ def fold_columns(x: jax.Array, combine: Any) -> jax.Array:
     return parts[0]
 
 
-def before_wait(x: jax.Array) -> None:
+def order_before_wgmma_wait(x: jax.Array) -> None:
     """Have `x`, float32 of (64, 8) in `Layout.WGMMA`, computed before any later wait for products."""
     assert x.dtype == jnp.float32, x
     assert x.shape[1] == THREAD_COLUMNS, x

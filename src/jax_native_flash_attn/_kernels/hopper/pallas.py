@@ -24,25 +24,47 @@ COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 def launch(
-    body: Callable, *, out_types: Sequence[Any], scratch: Sequence[Any], grid: dict[str, int], warpgroups: int
-) -> Callable:
-    """A Pallas kernel over a grid of blocks of `warpgroups` threads named "wg"; `body(*inputs, *outputs, *scratch)`."""
+    body: Callable[[Any, Any, Any], None],
+    inputs: Any,
+    *,
+    out_types: Any,
+    scratch: Any,
+    grid: dict[str, int],
+    warpgroups: int,
+) -> Any:
+    """Results of a Pallas kernel over a grid of blocks of `warpgroups` threads named "wg", in the tree of `out_types`.
+
+    `body(inputs, outs, scratch)` gets references, in the trees of the arguments of the same name.
+    """
+    operands, input_tree = jax.tree.flatten(inputs)
+    types, out_tree = jax.tree.flatten(out_types)
+    buffers, scratch_tree = jax.tree.flatten(scratch)
+
+    def kernel(*refs: Any) -> None:
+        first_out, first_buffer = len(operands), len(operands) + len(types)
+        body(
+            jax.tree.unflatten(input_tree, refs[:first_out]),
+            jax.tree.unflatten(out_tree, refs[first_out:first_buffer]),
+            jax.tree.unflatten(scratch_tree, refs[first_buffer:]),
+        )
+
     accepted = inspect.signature(plgpu.kernel).parameters
     out_name, scratch_name = (
         ("out_type", "scratch_types") if "out_type" in accepted else ("out_shape", "scratch_shapes")
     )
-    return plgpu.kernel(
-        body,
-        **{out_name: tuple(out_types), scratch_name: tuple(scratch)},
+    results = plgpu.kernel(
+        kernel,
+        **{out_name: tuple(types), scratch_name: tuple(buffers)},
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         num_threads=warpgroups,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )
+    )(*operands)
+    return jax.tree.unflatten(out_tree, results)
 
 
-def in_roles(
+def warp_specialize(
     wg: Any, warpgroups: int, registers: tuple[int, int], load: Callable[[], None], compute: Callable[[], None]
 ) -> None:
     """`compute` in the first `warpgroups`, `load` in the one behind; each thread with its share of `registers`."""
@@ -76,7 +98,7 @@ _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
 _WHOLE = ((),) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()
 
 
-def opaque(x: jax.Array) -> jax.Array:
+def hide_from_compiler(x: jax.Array) -> jax.Array:
     """The same scalar; to the compiler another in each step of a loop, so that nothing made of it stays in registers.
 
     JAX before 0.11.2 may have no lowering of it: there, `x` itself.
@@ -98,7 +120,14 @@ def matrix_buffer(*shape: int, dtype: Any, swizzle: int | None = None) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
-class Loads(NamedTuple):
+class Views(NamedTuple):
+    """The same shared memory as products see it, and as TMA loads it."""
+
+    tiles: Any
+    loaded: Any
+
+
+class TmaLoad(NamedTuple):
     """How matrices of so many columns come: a TMA of tiles needs a multiple of 8 rows in global memory.
 
     XLA pads others beforehand, unless a row is one row of a tile. Then tiles lie in shared memory as rows do, but for
@@ -134,13 +163,13 @@ class Loads(NamedTuple):
         buffers = self.buffers(*shape)
         return plgpu.RefUnion(*buffers) if self.is_by_row else buffers[0]
 
-    def views(self, ref: Any) -> tuple[Any, Any]:
-        """Of a `buffer` in a kernel: for products, and for TMA."""
-        return tuple(ref) if self.is_by_row else (ref, ref)
+    def views(self, ref: Any) -> "Views":
+        """Of a `buffer` in a kernel."""
+        return Views(*ref) if self.is_by_row else Views(ref, ref)
 
 
-class Results(NamedTuple):
-    """How a result with rows of `heads` heads leaves: as `Loads`, a TMA of tiles needs a multiple of 8 rows.
+class TmaStore(NamedTuple):
+    """How a result with rows of `heads` heads leaves: as `TmaLoad`, a TMA of tiles needs a multiple of 8 rows.
 
     Others would have to be copied behind the kernel. So rows then leave shared memory untiled; slower there, as they
     conflict for its banks. With one head, such a copy would not end with the rows of a batch.
@@ -165,6 +194,11 @@ class Results(NamedTuple):
     def at(self, row: Any) -> Any:
         """The same row. Mosaic tiles a buffer by itself if it sees that the copies begin at multiples of 8."""
         return row if self.is_tiled else jnp.minimum(row, 2**30 + 1)
+
+
+def zeros(*shape: int) -> jax.Array:
+    """A matrix in registers."""
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
 
 
 def spread(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
@@ -193,14 +227,6 @@ def unravel(index: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
 def broadcast_index(index: Sequence[Any], shape: Sequence[int]) -> tuple[Any, ...]:
     """An index into an array that may have size 1, and then broadcasts, in any axis."""
     return tuple(0 if size == 1 else i for i, size in zip(index, shape, strict=True))
-
-
-def heads_per_group(num_heads: int, bytes_per_head: float, cache_bytes: float) -> int:
-    """How many heads run side by side: as many as leave their keys and values in the L2 cache."""
-    limit = max(1, int(cache_bytes / max(1.0, bytes_per_head)))
-    group = max(d for d in range(1, min(num_heads, limit) + 1) if num_heads % d == 0)
-    # The slowest axis of a grid has 16 bits.
-    return group if num_heads // group < 1 << 16 else num_heads
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -1,0 +1,68 @@
+"""The weights of a tile and the cotangent of its logits, which all backward kernels compute.
+
+Notation of `kernels.py`: z the logits, p = exp(z - lse) the weights, c = keep / (1 - rate) the dropout factor, and
+
+    delta_t = do_t . out_t - dl_t        dz_ts = p_ts (c_ts do_t . v_s - delta_t)
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ...._semantics.numerics import LOG2E
+from ..operands import RowOperands
+from .context import KernelContext
+from .logits import RowVectors, TileLogits, TileTerms
+from .units import to_base_2
+
+
+@dataclass(frozen=True)
+class BackwardContext(KernelContext):
+    row_operands: RowOperands
+
+
+def scaled_lse(rows: RowOperands, lse: jax.Array) -> jax.Array:
+    """What `softmax_weights` takes, of lse as it is read."""
+    return lse * LOG2E if rows.scales_lse else lse
+
+
+def softmax_weights(
+    logits: TileLogits,
+    products: jax.Array,
+    terms: TileTerms,
+    rows: RowVectors,
+    tile: Any,
+    row_lse: jax.Array,
+    masked: Any,
+) -> jax.Array:
+    """p of a tile before dropout, from its products q . k."""
+    row_factor = None
+    if logits.has_terms and not logits.is_transposed:
+        row_factor = logits.of_rows(to_base_2(row_lse))
+        row_lse = row_lse * to_base_2(row_lse)
+    lse = logits.of_rows(row_lse)
+
+    def exponents(x: jax.Array, factor: Any) -> jax.Array:
+        if row_factor is not None:
+            return x * row_factor - lse
+        if logits.has_terms:
+            # Subtracted before it is scaled, which is as exact (`to_base_2`): a factor for each row would take as many
+            # registers as lse, which are many where rows of queries lie along the columns.
+            return (x - lse) * factor
+        return (x if factor is None else x * factor) - lse
+
+    return jnp.exp2(logits(products, terms, rows, tile, logits.scale * LOG2E, masked, exponents))
+
+
+def logits_cotangent(
+    logits: TileLogits, weights: jax.Array, dweights: jax.Array, rows: RowVectors, tile: Any, row_delta: jax.Array
+) -> jax.Array:
+    """dz of a tile, from p and its products do . v.
+
+    It is still to go `through_mask` where there are dead rows or NaN in padding.
+    """
+    if logits.config.dropout is not None:
+        dweights = logits.drop(dweights, rows.row, tile) * logits.rescaling
+    return weights * (dweights - logits.of_rows(row_delta))

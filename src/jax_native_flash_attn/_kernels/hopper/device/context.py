@@ -1,0 +1,42 @@
+"""What all blocks of threads of one kernel share, as the device code sees it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jax import lax
+
+from ...._semantics.call import Config
+from ...._semantics.masks import ColumnRange
+from ...._semantics.sizes import Sizes
+from ..blocks import Blocks
+from ..operands import Operands
+from ..scheduler import Item, TileScheduler
+from .masks import Intervals
+from .transfers import Terms
+
+
+@dataclass(frozen=True)
+class KernelContext:
+    """`operands` are references; `wg` is the number of this warpgroup."""
+
+    config: Config
+    sizes: Sizes
+    blocks: Blocks
+    operands: Operands
+    terms: Terms
+    intervals: Intervals
+    wg: Any
+
+    @property
+    def dtype(self) -> Any:
+        """Of query, and so of products."""
+        return self.operands.query.dtype
+
+    def for_each_item(self, scheduler: TileScheduler, body: Callable[[Any, Item], None]) -> None:
+        """`body(k, item)` for the k-th item of this worker, a block of query rows."""
+
+        def ranges_of(head: Any, block: Any) -> ColumnRange:
+            return self.intervals.ranges(head, block, self.blocks.rows)
+
+        scheduler.for_each_item(lax.axis_index("worker"), ranges_of, body)

@@ -1,0 +1,209 @@
+"""Gradients of key and value for Hopper GPUs: one block of keys against the query tiles that attend it.
+
+All tiles are transposed, keys along the rows, so that weights and their cotangents leave the softmax in registers as
+the left operand of the next product (notation as in `dquery.py`):
+
+    S^T = K Q^T    dP^T = V dO^T    dS^T = P^T * (dP^T - delta)    dV += P^T dO    dK += dS^T Q
+
+    load     | Q0 dO0 lse0 delta0 Q1 ... into a ring of `stages` slots
+    compute  | S0 dP0 | P0 dS0 | dV += P0 dO0  dK += dS0 Q0 | S1 dP1 | ...
+
+or, where that is faster, with the softmax beside products of its own warpgroup:
+
+    compute  | S0 dP0 ...... | dV += P0 dO0 ...... | dK += dS0 Q0 | S1 dP1 | ...
+             |    |   P0     | (tensor cores)  dS0 |
+
+Two compute warpgroups, each with its own keys, fill each other's gaps. What shares the keys of a block (the query heads
+of a group, the batch rows of a batch that shares its keys) follows one after the other, so that their sum is made in
+registers, in the same order every time. Where items are short, a block of threads goes through several, one after the
+other: keys and values of the next, and its first rows, are then loaded while the last one ends.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..host.dkey_dvalue_plan import KeyBuffers, KeyGradients, KeyPlan
+from ..operands import BackwardOperands
+from ..pallas import COLUMN, hide_from_compiler, load, pl, plgpu, store, warp_specialize, zeros
+from .backward import logits_cotangent, scaled_lse, softmax_weights
+from .dkey_dvalue_context import KeyBlock, KeyContext, Visit
+from .logits import RowVectors, TileLogits, TileTerms
+from .transfers import query_slice, row_slice
+
+_MOST_HELD = 128  # head dimension up to which the compiler may keep descriptors from step to step
+
+
+def kernel(plan: KeyPlan, operands: BackwardOperands, outs: KeyGradients, buffers: KeyBuffers) -> None:
+    """Of one block of threads."""
+    context = KeyContext.of(plan, operands, outs, buffers)
+
+    def compute_all() -> None:
+        context.for_each_block(_compute_block)
+        plgpu.wait_smem_to_gmem(0)
+
+    def load_all() -> None:
+        context.for_each_block(_load_block)
+
+    warp_specialize(context.wg, plan.blocks.warpgroups, plan.blocks.registers, load_all, compute_all)
+
+
+def _load_block(block: KeyBlock) -> None:
+    context, scheduler, blocks = block.context, block.context.plan.scheduler, block.context.blocks
+    buffers, operands, rows_ring = context.buffers, context.operands, context.rows_ring
+    for w in range(blocks.warpgroups):
+        at = scheduler.buffer(block.k, w, blocks.warpgroups)
+        if not scheduler.is_single:
+            pl.when(block.k >= scheduler.buffers)(lambda at=at: plgpu.barrier_wait(buffers.keys_free.at[at]))
+        for ref, views in ((operands.key, context.key), (operands.value, context.value)):
+            if views is not None:
+                keys, ready = block.keys_of(ref, w), buffers.keys_ready.at[at]
+                plgpu.copy_gmem_to_smem(keys, views.loaded.at[at], ready)
+
+    def load_tile(i: Any, visit: Visit) -> Visit:
+        (head, row), slot = block.place_of(visit), block.slot(i)
+        ready = rows_ring.ready.at[slot]
+        rows_ring.wait_until_free(block.count + i, slot)
+        row_operands = context.row_operands
+        for ref, views in ((operands.query, context.query), (row_operands.dout, context.dout)):
+            plgpu.copy_gmem_to_smem(query_slice(ref, head, row, blocks.block_q), views.loaded.at[slot], ready)
+        for ref, buffer in ((row_operands.lse, buffers.lse), (row_operands.delta, buffers.delta)):
+            plgpu.copy_gmem_to_smem(row_slice(ref, head, row, blocks.block_q), buffer.at[slot], ready)
+        for term in context.terms.tiled:
+            for w in range(blocks.warpgroups):
+                tile = block.block * blocks.warpgroups + w
+                term.copy_tile(head, row, blocks.block_q, tile, blocks.block_kv, (slot, w), ready)
+        return block.following(visit)
+
+    lax.fori_loop(0, block.num_steps, load_tile, block.first_visit)
+
+
+def _compute_block(block: KeyBlock) -> None:
+    context, plan, blocks = block.context, block.context.plan, block.context.blocks
+    tile = block.block * blocks.warpgroups + context.wg  # of this warpgroup's keys
+    mine = plan.scheduler.buffer(block.k, context.wg, blocks.warpgroups)
+    scale = _logits_of(context, block.head_of(jnp.int32(0))).scale
+    plgpu.barrier_wait(context.buffers.keys_ready.at[mine])
+    first_is_edge = block.is_edge(block.first_visit)
+
+    def step(i: Any, carry: tuple) -> tuple:
+        visit, masked, sums = carry
+        (head, row), slot, next_visit = block.place_of(visit), block.slot(i), block.following(visit)
+        masked = first_is_edge if isinstance(first_is_edge, bool) else masked
+        next_is_edge = block.is_edge(next_visit)  # traced masks: read from global memory, so a step ahead
+        logits = _logits_of(context, head, None if plan.scale_is_summed else scale)
+        # Else descriptors of keys and values would stay in registers, and spill: see `dquery.py`.
+        at = hide_from_compiler(mine) if plan.sizes.H > _MOST_HELD else mine
+        rows = logits.rows(row, late=True)
+        vectors = None if context.terms.tiled else logits.tile_terms(rows, tile)
+        context.rows_ring.wait_until_ready(slot)
+        terms = logits.tile_terms(rows, tile, slot) if vectors is None else vectors
+        key_tile = KeyTile(context, logits, rows, terms, tile, masked, slot, at)
+        sums = lax.optimization_barrier(sums)
+        initial = zeros(*logits.shape), zeros(*logits.shape), sums
+        # Leaving `run_state` waits for all products.
+        _, _, sums = pl.run_state(key_tile.products)(jax.tree.map(plgpu.ACC.init, initial))
+        context.rows_ring.release(slot)
+        return next_visit, next_is_edge, sums
+
+    sums = jax.tree.map(lambda _: zeros(blocks.block_kv, plan.sizes.H), plan.wanted)
+    *_, sums = lax.fori_loop(0, block.num_steps, step, (block.first_visit, first_is_edge, sums))
+    outs = context.outs
+    if sums.key is not None:
+        dkey = sums.key if plan.scale_is_summed else sums.key * scale
+        _write(block, dkey, outs.key, context.key_result, mine)
+    if sums.value is not None:
+        _write(block, sums.value, outs.value, context.value_result, mine)
+    if not plan.scheduler.is_single:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(context.buffers.keys_free.at[mine])
+
+
+def _logits_of(context: KeyContext, head: tuple, scale: Any = None) -> TileLogits:
+    return TileLogits(context, head, row_in_block=context.wg, transposed=True, scale=scale)
+
+
+def _write(block: KeyBlock, x: jax.Array, out: Any, buffers: Any, mine: Any) -> None:
+    """Start writing a gradient of this warpgroup's keys, by way of shared memory unless it is wider."""
+    context = block.context
+    if out.dtype != context.dtype:
+        store(block.keys_of(out, context.wg), x)
+        return
+    buffer = buffers.at[mine]
+    store(buffer, x.astype(context.dtype))
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(buffer, block.keys_of(out, context.wg, is_result=True))
+
+
+@dataclass(frozen=True)
+class KeyTile:
+    """One step: a tile of a warpgroup's keys and of query rows.
+
+    Attributes:
+      tile: number of the tile of keys, `buffer` where these are.
+      masked: whether the tile needs a mask.
+      slot: of the query rows.
+    """
+
+    context: KeyContext
+    logits: TileLogits
+    rows: RowVectors
+    terms: TileTerms
+    tile: Any
+    masked: Any
+    slot: Any
+    buffer: Any
+
+    def products(self, state: tuple) -> None:
+        s_ref, dp_ref, sum_refs = state
+        context = self.context
+        query, dout = context.query.tiles.at[self.slot], context.dout.tiles.at[self.slot]
+        plgpu.wgmma(s_ref, context.key.tiles.at[self.buffer], query.transpose((1, 0)))
+        if context.value is not None:
+            plgpu.wgmma(dp_ref, context.value.tiles.at[self.buffer], dout.transpose((1, 0)))
+        add = self._add_overlapped if context.plan.overlaps else self._add
+        add(s_ref, dp_ref, sum_refs, query, dout)
+
+    def _add_overlapped(self, s_ref: Any, dp_ref: Any, sum_refs: KeyGradients, query: Any, dout: Any) -> None:
+        """With the softmax beside dP, and dS beside the product for values."""
+        weights = self._weights(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
+        p = self._dropped(weights) if sum_refs.value is not None else None
+        dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=0)
+        if sum_refs.value is not None:
+            plgpu.wgmma(sum_refs.value, p, dout)
+        if sum_refs.key is not None:
+            plgpu.wgmma(sum_refs.key, self._dlogits(weights, dp), query)
+
+    def _add(self, s_ref: Any, dp_ref: Any, sum_refs: KeyGradients, query: Any, dout: Any) -> None:
+        weights = self._weights(plgpu.wgmma_accumulator_load(s_ref, wait_n=0))
+        ds = p = None
+        if sum_refs.key is not None:
+            ds = self._dlogits(weights, plgpu.wgmma_accumulator_load(dp_ref, wait_n=0))
+        if sum_refs.value is not None:
+            p = self._dropped(weights)
+        ds, p = lax.optimization_barrier((ds, p))
+        if sum_refs.value is not None:
+            plgpu.wgmma(sum_refs.value, p, dout)
+        if sum_refs.key is not None:
+            plgpu.wgmma(sum_refs.key, ds, query)
+
+    def _of_rows(self, buffer: Any) -> jax.Array:
+        """Read late: a vector along the columns takes 16 registers, and these are all in use."""
+        return load(buffer.at[self.slot], layout=COLUMN)
+
+    def _weights(self, s: Any) -> jax.Array:
+        lse = scaled_lse(self.context.row_operands, self._of_rows(self.context.buffers.lse))
+        return softmax_weights(self.logits, s, self.terms, self.rows, self.tile, lse, self.masked)
+
+    def _dropped(self, weights: jax.Array) -> jax.Array:
+        logits = self.logits
+        return (logits.drop(weights, self.rows.row, self.tile) * logits.rescaling).astype(self.context.dtype)
+
+    def _dlogits(self, weights: jax.Array, dp: Any) -> jax.Array:
+        logits, delta = self.logits, self._of_rows(self.context.buffers.delta)
+        ds = logits_cotangent(logits, weights, dp, self.rows, self.tile, delta)
+        ds = logits.through_mask(ds, self.rows, self.tile, self.masked)
+        return (ds * logits.scale if self.context.plan.scale_is_summed else ds).astype(self.context.dtype)

@@ -1,0 +1,154 @@
+"""What all items of the kernel for the gradients of key and value share, and one item: a block of keys.
+
+The pipeline is drawn in `dkey_dvalue.py`; `KeyBuffers` says what the barriers are for.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from ..host.dkey_dvalue_plan import KeyBuffers, KeyGradients, KeyPlan
+from ..operands import BackwardOperands
+from ..pallas import Views, broadcast_index, pl, unravel
+from .backward import BackwardContext
+from .masks import Intervals
+from .transfers import Ring, Terms
+
+Visit = tuple[Any, Any]  # a member of what shares the keys, and the number of one of its query tiles
+
+
+@dataclass(frozen=True)
+class KeyContext(BackwardContext):
+    """`key_result`, `value_result`: shared memory through which the gradients leave."""
+
+    plan: KeyPlan
+    outs: KeyGradients
+    buffers: KeyBuffers
+    key: Views
+    value: Views | None
+    key_result: Any
+    value_result: Any
+    query: Views
+    dout: Views
+    rows_ring: Ring
+
+    @classmethod
+    def of(cls, plan: KeyPlan, operands: BackwardOperands, outs: KeyGradients, buffers: KeyBuffers) -> "KeyContext":
+        *key_views, key_result = buffers.key
+        value, value_result = None, key_result
+        if buffers.value is not None:
+            *value_views, value_result = buffers.value
+            value = Views(value_views[0], value_views[-1])
+        forward, blocks = operands.forward, plan.blocks
+        query_tiles = operands.query_tiles
+        return cls(
+            config=plan.config,
+            sizes=plan.sizes,
+            blocks=blocks,
+            operands=forward,
+            terms=Terms.make(forward, buffers.terms),
+            intervals=Intervals.make(plan.config.band, plan.sizes, blocks.block_kv, forward, query_tiles=query_tiles),
+            wg=lax.axis_index("wg"),
+            row_operands=operands.rows,
+            plan=plan,
+            outs=outs,
+            buffers=buffers,
+            key=Views(key_views[0], key_views[-1]),
+            value=value,
+            key_result=key_result,
+            value_result=value_result,
+            query=plan.tma.views(buffers.query),
+            dout=plan.tma.views(buffers.dout),
+            rows_ring=Ring(blocks.stages, buffers.rows_ready, buffers.rows_free),
+        )
+
+    def for_each_block(self, body: Callable[["KeyBlock"], None]) -> None:
+        """`body` for each item of this worker."""
+        scheduler = self.plan.scheduler
+
+        def run(k: Any, n: Any, count: Any) -> Any:
+            head, block, _ = scheduler.item(n)
+            item = KeyBlock.of(self, k, count, head, (scheduler.blocks - 1) - block)  # causal: the longest first
+            body(item)
+            return count + item.num_steps
+
+        scheduler.for_each(lax.axis_index("worker"), run)
+
+
+@dataclass(frozen=True)
+class KeyBlock:
+    """The k-th item of a worker: the number of a block of keys, and the query tiles that it visits.
+
+    Attributes:
+      count: tiles of the worker's items before; the ring of slots goes on from there.
+      kv_batch, kv_head: of the keys.
+      first: the first query tile of each member, `per_member` how many.
+      num_steps: tiles of all members.
+    """
+
+    context: KeyContext
+    k: Any
+    count: Any
+    kv_batch: tuple[Any, ...]
+    kv_head: Any
+    block: Any
+    first: Any
+    per_member: Any
+    num_steps: Any
+
+    @classmethod
+    def of(cls, context: KeyContext, k: Any, count: Any, kv_index: tuple, block: Any) -> "KeyBlock":
+        *batch_index, kv_head = kv_index
+        kv_batch, plan = tuple(batch_index), context.plan
+        first, stop = context.intervals.query_tiles_of(kv_batch, block, plan.blocks.block_q, plan.block_keys)
+        per_member = jnp.maximum(stop - first, 0)
+        num_steps = per_member * math.prod(plan.members)
+        return cls(context, k, count, kv_batch, kv_head, block, first, per_member, num_steps)
+
+    @property
+    def first_visit(self) -> Visit:
+        return jnp.int32(0), jnp.int32(0)
+
+    def following(self, visit: Visit) -> Visit:
+        """The next visit, counted on, as divisions take long; the last one follows itself."""
+        member, n = visit[0], visit[1] + 1
+        is_past, is_last = n >= self.per_member, member == math.prod(self.context.plan.members) - 1
+        next_member = jnp.where(is_past & jnp.logical_not(is_last), member + 1, member)
+        return next_member, jnp.where(is_past, jnp.where(is_last, visit[1], 0), n)
+
+    def head_of(self, member: Any) -> tuple:
+        """The query head, (batch..., N)."""
+        plan = self.context.plan
+        *index, g = unravel(member, plan.members)
+        return (
+            *(i if n > 1 else b for i, n, b in zip(index, plan.summed, self.kv_batch, strict=True)),
+            self.kv_head * plan.sizes.G + g,
+        )
+
+    def place_of(self, visit: Visit) -> tuple[tuple, Any]:
+        """Query head and first row."""
+        member, n = visit
+        return self.head_of(member), (self.first + n) * self.context.blocks.block_q
+
+    def is_edge(self, visit: Visit) -> Any:
+        """Whether the tile of a visit needs a mask."""
+        plan = self.context.plan
+        return self.context.intervals.is_query_edge(
+            *self.place_of(visit), self.block, plan.blocks.block_q, plan.block_keys
+        )
+
+    def slot(self, i: Any) -> Any:
+        """Of the query rows of step i."""
+        return self.context.rows_ring.slot(self.count + i)
+
+    def keys_of(self, ref: Any, w: Any, *, is_result: bool = False) -> Any:
+        """Those of warpgroup w in global memory."""
+        plan = self.context.plan
+        first_key = self.block * plan.block_keys + w * plan.blocks.block_kv
+        keys = pl.ds(plan.store.at(first_key) if is_result else first_key, plan.blocks.block_kv)
+        kv_head = self.kv_head if ref.shape[-2] > 1 else 0
+        return ref.at[(*broadcast_index(self.kv_batch, ref.shape[:-3]), keys, kv_head)]

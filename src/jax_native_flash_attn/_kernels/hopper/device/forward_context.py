@@ -1,0 +1,137 @@
+"""What all items of a forward call share in the kernel, and the rows of one item that one warpgroup computes.
+
+The pipeline is drawn in `forward.py`; `ForwardBuffers` says what the barriers are for.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from ..host.forward_plan import ForwardBuffers, ForwardOuts, ForwardPlan
+from ..operands import Operands
+from ..pallas import Views, pl, plgpu, store, zeros
+from ..scheduler import Item
+from .context import KernelContext
+from .logits import TileLogits
+from .masks import Intervals
+from .overlap import rounded_to_tf32
+from .transfers import Ring, Terms, by_first_warpgroup, clean_padding, query_slice
+
+
+@dataclass(frozen=True)
+class ForwardContext(KernelContext):
+    """`out` is shared memory through which out leaves, if it is wanted."""
+
+    plan: ForwardPlan
+    outs: ForwardOuts
+    buffers: ForwardBuffers
+    query: Views
+    key: Views
+    value: Views
+    out: Any | None
+    key_ring: Ring
+    value_ring: Ring
+
+    @classmethod
+    def of(cls, plan: ForwardPlan, operands: Operands, outs: ForwardOuts, buffers: ForwardBuffers) -> "ForwardContext":
+        blocks = plan.blocks
+        if plan.shares_buffer:
+            *views, out = buffers.query
+            query = Views(views[0], views[-1])
+        else:
+            query, out = plan.tma.views(buffers.query), buffers.out
+        return cls(
+            config=plan.config,
+            sizes=plan.sizes,
+            blocks=blocks,
+            operands=operands,
+            terms=Terms.make(operands, buffers.terms),
+            intervals=Intervals.make(plan.config.band, plan.sizes, blocks.block_kv, operands),
+            wg=lax.axis_index("wg"),
+            plan=plan,
+            outs=outs,
+            buffers=buffers,
+            query=query,
+            key=plan.tma.views(buffers.key),
+            value=plan.value_tma.views(buffers.value),
+            out=out,
+            key_ring=Ring(blocks.stages, buffers.key_ready, buffers.key_free),
+            value_ring=Ring(blocks.stages, buffers.value_ready, buffers.value_free),
+        )
+
+
+class Rows:
+    """The rows of one item that one warpgroup computes: the item's tiles, last one first, and where its results go."""
+
+    def __init__(self, context: ForwardContext, item: Item, scale: Any):
+        """`scale` if it was read before."""
+        blocks, self.wg = context.blocks, context.wg
+        self.context, self.item, self.dtype = context, item, context.dtype
+        self.shape = blocks.block_q, blocks.block_kv
+        self.num_tiles = item.num_tiles
+        self.row = item.block * blocks.rows + self.wg * blocks.block_q
+        self.logits = TileLogits(
+            context,
+            item.head,
+            row_in_block=self.wg * blocks.block_q,
+            scale=scale,
+            starts_with_bias=context.plan.starts_with_bias,
+        )
+        self.no_output = zeros(blocks.block_q, context.sizes.H)
+
+    def slot(self, i: Any) -> Any:
+        """Of keys and of values."""
+        return self.context.key_ring.slot(self.item.count + i)
+
+    def wait_for_value(self, i: Any, *, may_be_padded: bool = True) -> None:
+        """Values of tile i, without NaN in padding; full tiles hold none."""
+        context, tile, slot = self.context, self.item.tile(i), self.slot(i)
+        value, clean = context.value.tiles, context.buffers.value_clean
+        context.value_ring.wait_until_ready(slot)
+        # `prepare` has cleaned float32.
+        if not context.intervals.has_length or self.dtype == jnp.float32 or not may_be_padded:
+            return
+        length = context.intervals.length(self.item.head)
+
+        @pl.when((tile + 1) * context.blocks.block_kv > length)
+        def _clean() -> None:
+            by_first_warpgroup(self.wg, clean.at[slot], lambda: clean_padding(value.at[slot], tile, length))
+
+    def as_operand(self, p: Any) -> Any:
+        """Weights where the second product takes them: what is in registers, or a reference once they are stored."""
+        buffer = self.context.buffers.weights
+        if buffer is None:
+            return p
+        weights = buffer.at[self.wg]
+        weights[...] = rounded_to_tf32(p) if self.dtype == jnp.float32 else p
+        plgpu.commit_smem()
+        return weights
+
+    def value(self, slot: Any) -> Any:
+        """As the right operand of the second product."""
+        tile = self.context.value.tiles.at[slot]
+        return tile.transpose((1, 0)) if self.dtype == jnp.float32 else tile
+
+    def write(self, out: Any, lse: Any) -> None:
+        """Start writing the results: out (rows, D) and the log-sum-exp of the rows."""
+        outs, context, wg = self.context.outs, self.context, self.wg
+        index, count = (self.item.split, *self.item.head), self.shape[0]
+        if outs.unrounded is not None:
+            store(query_slice(outs.unrounded, index, self.row, count), out)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left
+        if context.out is not None:
+            store(context.out.at[wg], out.astype(self.dtype))
+        rows_of_lse = outs.lse.at[(*index, pl.ds(self.row, count))] if outs.lse is not None else None
+        lse_buffer = context.buffers.lse
+        if lse_buffer is not None:
+            lse_buffer[wg] = lse
+        elif rows_of_lse is not None:
+            store(rows_of_lse, lse)
+        plgpu.commit_smem()
+        if context.out is not None:
+            row = context.plan.store.at(self.row)
+            plgpu.copy_smem_to_gmem(context.out.at[wg], query_slice(outs.out, index, row, count))
+        if lse_buffer is not None:
+            plgpu.copy_smem_to_gmem(lse_buffer.at[wg], rows_of_lse)

@@ -1,0 +1,207 @@
+"""Masks inside a kernel: which key/value tiles a block of query rows visits, and the mask of one tile.
+
+A static `Band` is computed from positions, and so is one that is cut off at the length of the keys: only tiles at the
+right edge then need a mask, as without lengths. Other traced intervals are read: see `host/intervals.py`.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ...._semantics.masks import Band, ColumnRange
+from ...._semantics.sizes import Sizes
+from ..host.intervals import tile_ranges
+from ..operands import DEAD, Operands, QueryTiles, RowIntervals
+from ..pallas import broadcast_index, iota, load, pl, spread
+
+
+def is_outside(ranges: ColumnRange, tile: Any) -> Any:
+    """Whether a tile is none of those that all rows attend in full."""
+    return (tile < ranges.full_first) | (tile >= ranges.full_stop)
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """The interval masks of a call, as a kernel sees them.
+
+    Attributes:
+      traced: the intervals of the rows, where they are traced.
+      key_value_length: (batch...), or None.
+      is_cut: as `Operands.is_cut`.
+      query_tiles: of the kernel for the gradients of keys and values.
+      skips_dead_rows: dead rows of a band that is cut off visit no tile but the first, in place of all.
+    """
+
+    band: Band
+    T: int
+    S: int
+    block_kv: int
+    traced: RowIntervals | None
+    key_value_length: Any | None
+    is_cut: bool
+    query_tiles: QueryTiles | None = None
+    skips_dead_rows: bool = False
+
+    @classmethod
+    def make(
+        cls,
+        band: Band,
+        sizes: Sizes,
+        block_kv: int,
+        operands: Operands,
+        *,
+        query_tiles: QueryTiles | None = None,
+        skips_dead_rows: bool = False,
+    ) -> "Intervals":
+        traced, length, is_cut = operands.intervals, operands.length, operands.is_cut
+        return cls(band, sizes.T, sizes.S, block_kv, traced, length, is_cut, query_tiles, skips_dead_rows)
+
+    @property
+    def has_length(self) -> bool:
+        return self.key_value_length is not None
+
+    def length(self, head: tuple) -> Any:
+        """From which key on keys and values are padding."""
+        ref = self.key_value_length
+        assert ref is not None
+        return ref[broadcast_index(head[:-1], ref.shape)]
+
+    def is_dead(self, head: tuple) -> Any:
+        """Of a band that is cut off, whether the rows of a head have no key: all of them or none."""
+        return self.length(head) <= 0
+
+    def end(self, head: tuple) -> Any:
+        """No row of a head attends a key from here on, but for dead ones."""
+        if not self.is_cut:
+            return self.S
+        return jnp.minimum(self.length(head), self.S)
+
+    def right_tiles(self, block_rows: int) -> int:
+        """The most tiles that a block of rows can have behind the full ones; all of them if masks are traced."""
+        count = -(-self.S // self.block_kv)
+        if self.traced is not None:
+            return count
+        start, stop = self.band.intervals(self.T, self.S)
+        first = np.arange(0, self.T, block_rows)
+        last = np.minimum(first + block_rows, self.T) - 1
+        end = -(-stop[last] // self.block_kv)
+        full_stop = np.maximum(stop[first] // self.block_kv, -(-start[last] // self.block_kv))
+        # Cut off, a block has no more of them, and at least the one with the cut.
+        return int(np.maximum(end - full_stop, int(self.is_cut)).max())
+
+    def is_later_edge(self, ranges: ColumnRange, tile: Any, block_rows: int) -> Any:
+        """Whether a tile that is visited behind the first one needs a mask."""
+        if not self.has_left_edge and self.right_tiles(block_rows) <= 1:
+            return False  # the first tile was the only one
+        return is_outside(ranges, tile)
+
+    @property
+    def is_traced(self) -> bool:
+        return self.traced is not None
+
+    @property
+    def has_left_edge(self) -> bool:
+        """Whether tiles before the full ones can need a mask."""
+        return self.is_traced or self.band.lower is not None
+
+    @property
+    def has_right_edge(self) -> bool:
+        return self.is_traced or self.is_cut or self.band.upper is not None or self.S % self.block_kv != 0
+
+    def ranges(self, head: tuple, block: Any, block_rows: int) -> ColumnRange:
+        """Tiles of a block of rows of one head, as scalars."""
+        if self.traced is not None:
+            ref = self.traced.tile_ranges
+            assert ref is not None
+            index = broadcast_index(head, ref.shape[:-2])
+            return ColumnRange(*(ref[(*index, block, c)] for c in range(4)))
+        row = jnp.int32(block * block_rows)
+        last = jnp.minimum(row + (block_rows - 1), self.T - 1)
+        end, (lower, upper) = jnp.int32(self.end(head)), (self.band.lower, self.band.upper)
+        clip = lambda x: jnp.minimum(jnp.maximum(x, 0), end)  # noqa: E731
+        starts = (jnp.int32(0),) * 2 if lower is None else (clip(row + lower), clip(last + lower))
+        stops = (end,) * 2 if upper is None else (clip(row + upper + 1), clip(last + upper + 1))
+        if self.is_cut and not self.skips_dead_rows:
+            stops = tuple(jnp.where(self.is_dead(head), self.S, stop) for stop in stops)
+        return tile_ranges(starts[0], starts[1], stops[0], stops[1], self.block_kv, self.S)
+
+    def query_tiles_of(self, batch: Any, block: Any, block_q: int, block_keys: int) -> tuple[Any, Any]:
+        """First and end of the query tiles with a row that attends a block of keys."""
+        tiles = self.query_tiles or QueryTiles()
+        if tiles.ranges is not None:
+            ref = tiles.ranges
+            index = broadcast_index(batch, ref.shape[:-2])
+            return ref[(*index, block, 0)], ref[(*index, block, 1)]
+        key, count = jnp.int32(block * block_keys), -(-self.T // block_q)
+        last = jnp.minimum(key + block_keys, self.S) - 1
+        first, stop = jnp.int32(0), jnp.int32(count)
+        if self.band.upper is not None:
+            first = lax.div(jnp.maximum(key - self.band.upper, 0), jnp.int32(block_q))
+        if self.band.lower is not None:
+            end = jnp.maximum(last - self.band.lower, -1) + block_q
+            stop = jnp.minimum(lax.div(end, jnp.int32(block_q)), stop)
+        if self.is_cut:
+            assert tiles.longest is not None
+            longest = tiles.longest[broadcast_index(batch, tiles.longest.shape)]
+            first = jnp.where(longest <= 0, 0, first)
+            stop = jnp.where((longest > 0) & (longest <= key), 0, stop)
+        return first, stop
+
+    def is_query_edge(self, head: tuple, row: Any, block: Any, block_q: int, block_keys: int) -> Any:
+        """Whether a tile needs a mask; keys and rows past the ends do not, as nothing that comes of them is kept."""
+        key, edge = jnp.int32(block * block_keys), False
+        if self.query_tiles is not None and self.query_tiles.bounds is not None:
+            ref = self.query_tiles.bounds
+            tile = (*broadcast_index(head, ref.shape[:-2]), lax.div(row, jnp.int32(block_q)))
+            last = jnp.minimum(key + block_keys, self.S)
+            return (ref[(*tile, 0)] > key) | (ref[(*tile, 1)] < last)
+        if self.is_cut:
+            edge = self.is_dead(head) | (self.end(head) < jnp.minimum(key + block_keys, self.S))
+        if self.band.upper is not None:
+            edge = edge | (row + self.band.upper < key + (block_keys - 1))
+        if self.band.lower is not None:
+            edge = edge | (row + (block_q - 1) + self.band.lower > key)
+        return edge
+
+    def rows(self, head: tuple, row: Any, count: int, layout: Any) -> tuple[jax.Array, jax.Array] | None:
+        """The traced intervals of some rows, in registers."""
+        if self.traced is None:
+            return None
+        start, stop = self.traced.key_start, self.traced.key_stop
+        index = (*broadcast_index(head, start.shape[:-1]), pl.ds(row, count))
+        start, stop = (load(ref.at[index], layout=layout) for ref in (start, stop))
+        return start, stop
+
+    def allowed(
+        self, rows: tuple[jax.Array, jax.Array] | None, head: tuple, row: Any, column: Any, shape: Any, q_axis: int
+    ) -> Any:
+        """Mask of the tile from (row, column) on, in registers: all but what lies outside of the rows' intervals.
+
+        Rows of the tile lie along axis `q_axis` of `shape`. A dead row that does not skip its tiles has all keys.
+        """
+        column = iota(shape, 1 - q_axis) + column
+        if rows is not None:
+            start, stop = (spread(x, shape, q_axis) for x in rows)
+            return (column >= start) & (column < stop)
+        position = iota(shape, q_axis) + row
+        terms = []
+        if self.band.lower is not None:
+            terms.append(column >= position + self.band.lower)
+        if self.band.upper is not None:
+            terms.append(column <= position + self.band.upper)
+        if self.S % self.block_kv or self.is_cut or not terms:
+            terms.append(column < self.end(head))
+        result = functools.reduce(jnp.logical_and, terms)
+        dead = self.dead(None, head, shape, q_axis)
+        return result if dead is None else result | dead
+
+    def dead(self, rows: tuple[jax.Array, jax.Array] | None, head: tuple, shape: Any, q_axis: int) -> jax.Array | None:
+        """Which rows have no key at all."""
+        if self.is_cut:
+            return iota(shape, q_axis) < jnp.where(self.is_dead(head), jnp.int32(shape[q_axis]), 0)
+        return None if rows is None else spread(rows[0], shape, q_axis) == DEAD

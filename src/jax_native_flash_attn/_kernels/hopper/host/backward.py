@@ -1,0 +1,55 @@
+"""What the backward kernels share: one call of them, and what they read of each query row."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from ...._semantics.call import Config, Inputs
+from ...._semantics.numerics import LOG2E
+from ...._semantics.sizes import Sizes
+from ..operands import RowOperands
+from ..pallas import TmaLoad, pad_axis, round_up
+
+_NO_WEIGHT = 1e30
+_SHORT = 1 << 15  # scores of a head
+
+
+@dataclass(frozen=True)
+class Backward:
+    """One call of the backward; any batch axis of any array may have size 1 and then broadcasts.
+
+    Attributes:
+      sizes: with the batch axes that all arrays broadcast to.
+      dout: (batch..., T, N, H) in query's dtype.
+      lse, delta: (batch..., N, T) in float32.
+    """
+
+    config: Config
+    inputs: Inputs
+    sizes: Sizes
+    dout: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+
+    def row_operands(self, block_rows: int, tma: TmaLoad, *, drops_dead_rows: bool = False) -> RowOperands:
+        """As the kernels read them: vectors to whole blocks (TMA clips matrices only).
+
+        lse is in base 2, but with bias or mask in base e, as are the logits that it is subtracted from. Of short calls
+        it is in base e too, and the kernel scales it: a launch less, but in the kernel up to 4% of longer calls.
+
+        Rows past the last get an lse for which all weights are zero: they must not be infinite, whatever the bias.
+        So do dead rows, whose logits are constant, for kernels that want dz alone (values get a gradient from them).
+        """
+        has_terms = self.inputs.bias is not None or self.inputs.mask.allowed is not None
+        is_short = self.sizes.T * self.sizes.S <= _SHORT
+        dead = self.inputs.mask.dead if drops_dead_rows else None
+        lse = self.lse if has_terms or is_short else self.lse * LOG2E
+        lse = lse if dead is None else jnp.where(dead, _NO_WEIGHT, lse)
+        T, padded = self.sizes.T, round_up(self.sizes.T, block_rows)
+        return RowOperands(
+            pad_axis(self.dout, -3, round_up(T, tma.multiple)),
+            pad_axis(lse, -1, padded, _NO_WEIGHT),
+            pad_axis(self.delta, -1, padded),
+            scales_lse=is_short and not has_terms,
+        )

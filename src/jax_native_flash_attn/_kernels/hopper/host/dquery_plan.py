@@ -1,0 +1,140 @@
+"""What a call of the kernel for the gradient of query takes: shapes of its results and shared memory."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ...._semantics.call import Config
+from ...._semantics.sizes import Sizes
+from ..blocks import Blocks
+from ..operands import BackwardOperands, Operands, TermBuffers
+from ..pallas import TmaLoad, TmaStore, plgpu
+from ..scheduler import TileScheduler, heads_per_group, schedule
+from .backward import Backward
+from .operands import prepare, term_buffers
+
+
+class Moments(NamedTuple):
+    """For the gradient of scale, of each row, (batch..., N, T) in float32: sums over the keys, with x = q . k."""
+
+    dz_x: Any
+    dz: Any
+    p_x: Any
+
+
+NUM_MOMENTS = len(Moments._fields)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DQueryOuts:
+    """`dquery`: (batch..., T, N, H)."""
+
+    dquery: Any
+    moments: Moments | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DQueryBuffers:
+    """Shared memory and barriers.
+
+    Attributes:
+      rows: query and dout; then the result, in memory that held the query (16 bit), or both (float32).
+      *_ready: completed by TMA: the data are there. Bias and mask come with the values.
+      key_free, value_free: completed by all compute warpgroups: the slot may be loaded again.
+      rows_free: completed by the compute warpgroup whose rows they are, once its gradient has left.
+      all_done: completed by all compute warpgroups: nobody reads query or dout any more.
+      padding_clean: completed by compute warpgroup 0: the padding in a tile of keys and values is clean.
+    """
+
+    rows: Any
+    key: Any
+    value: Any
+    moments: Any | None
+    terms: TermBuffers
+    rows_ready: Any
+    key_ready: Any
+    value_ready: Any
+    key_free: Any
+    value_free: Any
+    rows_free: Any
+    all_done: Any
+    padding_clean: Any
+
+
+@dataclass(frozen=True)
+class DQueryPlan:
+    """The result comes in `out_dtype`: the dtype of query, or float32."""
+
+    config: Config
+    sizes: Sizes
+    dtype: Any
+    blocks: Blocks
+    scheduler: TileScheduler
+    out_dtype: Any
+    with_scale: bool
+
+    @classmethod
+    def make(cls, call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_scale: bool) -> "DQueryPlan":
+        z, dtype, heads = call.sizes, call.inputs.query.dtype, (*call.sizes.batch, call.sizes.N)
+        group = heads_per_group(math.prod(heads), 4 * z.S * z.H / z.G)
+        is_persistent = blocks.persistent and jnp.dtype(out_dtype) == dtype
+        num_blocks = -(-z.T // blocks.rows)
+        scheduler = schedule(heads, num_blocks, group, cores if is_persistent else None, call.config.band)
+        return cls(call.config, z, dtype, blocks, scheduler, out_dtype, with_scale)
+
+    @property
+    def tma(self) -> TmaLoad:
+        return TmaLoad(self.sizes.H, self.dtype)
+
+    @property
+    def store(self) -> TmaStore:
+        return TmaStore(self.sizes.T, self.sizes.N)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the result takes the memory of query and dout."""
+        return jnp.dtype(self.out_dtype) != self.dtype
+
+    @property
+    def value_stages(self) -> int:
+        """A tile of values is free after its step, one of keys a step later."""
+        return self.blocks.stages - 1
+
+    def operands(self, call: Backward) -> BackwardOperands:
+        forward = prepare(call.config, call.inputs, self.blocks.rows, self.blocks.block_kv, self.tma)
+        return BackwardOperands(forward, call.row_operands(self.blocks.rows, self.tma, drops_dead_rows=True))
+
+    def out_types(self) -> DQueryOuts:
+        z = self.sizes
+        dquery = jax.ShapeDtypeStruct((*z.batch, self.store.length, z.N, z.H), self.out_dtype)
+        moment = jax.ShapeDtypeStruct((*z.batch, z.N, self.scheduler.blocks * self.blocks.rows), jnp.float32)
+        return DQueryOuts(dquery, Moments(moment, moment, moment) if self.with_scale else None)
+
+    def buffers(self, operands: Operands) -> DQueryBuffers:
+        blocks, tma = self.blocks, self.tma
+        compute, stages, value_stages = blocks.warpgroups, blocks.stages, self.value_stages
+        row_buffers = self.scheduler.buffers * compute
+        rows_like = row_buffers, blocks.block_q
+        query_and_dout = zip(tma.buffers(*rows_like), tma.buffers(*rows_like), strict=True)
+        result = self.store.buffer(*rows_like, self.sizes.H, dtype=self.out_dtype)
+        moments = plgpu.SMEM((NUM_MOMENTS, compute, blocks.block_q), jnp.float32)
+        return DQueryBuffers(
+            rows=plgpu.RefUnion(*query_and_dout, (result,)),
+            key=tma.buffer(stages, blocks.block_kv),
+            value=tma.buffer(value_stages, blocks.block_kv),
+            moments=moments if self.with_scale else None,
+            terms=term_buffers(operands, (value_stages,), blocks.rows, blocks.block_kv),
+            rows_ready=plgpu.Barrier(num_barriers=row_buffers, num_arrivals=2),
+            key_ready=plgpu.Barrier(num_barriers=stages),
+            value_ready=plgpu.Barrier(num_barriers=value_stages, num_arrivals=1 + len(operands.tiled)),
+            key_free=plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
+            value_free=plgpu.Barrier(num_barriers=value_stages, num_arrivals=compute),
+            rows_free=plgpu.Barrier(num_barriers=row_buffers),
+            all_done=plgpu.Barrier(num_arrivals=compute),
+            padding_clean=plgpu.Barrier(),
+        )

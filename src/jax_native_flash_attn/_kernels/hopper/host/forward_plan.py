@@ -1,0 +1,197 @@
+"""What a call of the forward kernel takes: shapes of its results, shared memory, and choices made beforehand."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ...._semantics.call import Config, Inputs
+from ...._semantics.sizes import Sizes
+from ..blocks import Blocks
+from ..operands import Operands, TermBuffers, TermKind
+from ..pallas import TmaLoad, TmaStore, matrix_buffer, plgpu, swizzle_bytes
+from ..scheduler import TileScheduler, heads_per_group, schedule
+from .operands import starts_with_bias, term_buffers
+
+_LONG_ITEM = 8  # tiles
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ForwardOuts:
+    """Over each split of the keys, which are a further axis in front; None if not wanted.
+
+    Attributes:
+      out: (batch..., T, N, D) in query's dtype.
+      unrounded: the same in float32.
+      lse: (batch..., N, T) in float32.
+    """
+
+    out: Any | None = None
+    unrounded: Any | None = None
+    lse: Any | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ForwardBuffers:
+    """Shared memory and barriers.
+
+    Attributes:
+      query: also has room for out if `ForwardPlan.shares_buffer`.
+      *_ready: completed by TMA: the data are there.
+      query_free: completed by the compute warpgroup whose rows they are: the next item's query may be loaded.
+      key_free, value_free: completed by all compute warpgroups: the slot may be loaded again.
+      turn: completed by the compute warpgroup before: it has issued its products, the next one may.
+      value_clean: completed by compute warpgroup 0: the padding in the values of a slot is clean.
+    """
+
+    query: Any
+    out: Any | None
+    key: Any
+    value: Any
+    lse: Any | None
+    weights: Any | None
+    terms: TermBuffers
+    query_ready: Any
+    key_ready: Any
+    value_ready: Any
+    query_free: Any
+    key_free: Any
+    value_free: Any
+    turn: Any
+    value_clean: Any
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """`streams_terms`: bias or mask come with the keys; `starts_with_bias`: see `TileLogits.start`."""
+
+    config: Config
+    sizes: Sizes
+    dtype: Any
+    blocks: Blocks
+    scheduler: TileScheduler
+    needs_out: bool
+    needs_unrounded: bool
+    needs_lse: bool
+    streams_terms: bool
+    starts_with_bias: bool
+
+    @classmethod
+    def make(
+        cls,
+        config: Config,
+        inputs: Inputs,
+        operands: Operands,
+        blocks: Blocks,
+        cores: int,
+        *,
+        needs_out: bool,
+        needs_unrounded: bool,
+        needs_lse: bool,
+    ) -> "ForwardPlan":
+        z, dtype, bias = inputs.sizes, inputs.query.dtype, operands.bias
+        heads = (*z.batch, z.N)
+        scheduler = schedule(
+            heads,
+            -(-z.T // blocks.rows),
+            heads_per_group(math.prod(heads), 2 * dtype.itemsize * z.S * z.H / z.G),
+            cores if blocks.persistent else None,
+            config.band,
+            splits=blocks.splits,
+            batch_fastest=bias is not None and bias.kind is TermKind.TILED and bias.array.shape[:-3] != z.batch,
+        )
+        streams_terms = bool(operands.tiled or operands.columns)
+        return cls(
+            config,
+            z,
+            dtype,
+            blocks,
+            scheduler,
+            needs_out,
+            needs_unrounded,
+            needs_lse,
+            streams_terms,
+            starts_with_bias(inputs),
+        )
+
+    @property
+    def tma(self) -> TmaLoad:
+        """Of query and key."""
+        return TmaLoad(self.sizes.H, self.dtype)
+
+    @property
+    def value_tile(self) -> tuple[int, int]:
+        keys, head_dim = self.blocks.block_kv, self.sizes.H
+        return (head_dim, keys) if self.dtype == jnp.float32 else (keys, head_dim)
+
+    @property
+    def value_tma(self) -> TmaLoad:
+        return TmaLoad(self.value_tile[-1], self.dtype)
+
+    @property
+    def store(self) -> TmaStore:
+        return TmaStore(self.sizes.T, self.sizes.N)
+
+    @property
+    def takes_turns(self) -> bool:
+        return self.blocks.takes_turns and self.blocks.warpgroups > 1
+
+    @property
+    def loads_keys_first(self) -> bool:
+        """A slot of keys is free half a step before one of values: waiting for the latter would delay the former.
+
+        (4% of causal calls with heads of 64, little elsewhere; items of a few tiles would take up to 6% more.)
+        """
+        z = self.sizes
+        return not self.streams_terms and z.H <= 64 and -(-z.S // self.blocks.block_kv) >= _LONG_ITEM
+
+    @property
+    def shares_buffer(self) -> bool:
+        """Without a next item, the output leaves through memory that held the query."""
+        return self.needs_out and self.scheduler.is_single
+
+    def out_types(self) -> ForwardOuts:
+        # Of matrices TMA leaves out what lies past the end; vectors and what registers store are whole blocks.
+        z, splits, all_rows = self.sizes, self.blocks.splits, self.scheduler.blocks * self.blocks.rows
+        out = jax.ShapeDtypeStruct((splits, *z.batch, self.store.length, z.N, z.H), self.dtype)
+        unrounded = jax.ShapeDtypeStruct((splits, *z.batch, all_rows, z.N, z.H), jnp.float32)
+        lse = jax.ShapeDtypeStruct((splits, *z.batch, z.N, all_rows), jnp.float32)
+        return ForwardOuts(
+            out if self.needs_out else None,
+            unrounded if self.needs_unrounded else None,
+            lse if self.needs_lse else None,
+        )
+
+    def buffers(self, operands: Operands) -> ForwardBuffers:
+        blocks, dtype, value_tile = self.blocks, self.dtype, self.value_tile
+        compute, stages = blocks.warpgroups, blocks.stages
+        rows_like = compute, blocks.block_q
+        out = self.store.buffer(*rows_like, self.sizes.H, dtype=dtype)
+        # Float32 leaves no room for it; through shared memory takes less, for short items up to 5% of a call.
+        has_lse = self.needs_lse and dtype != jnp.float32
+        # Both operands of the second product have one swizzle.
+        swizzle = swizzle_bytes(value_tile[-1], dtype, blocks.block_kv)
+        weights = compute, blocks.block_q, blocks.block_kv
+        num_streamed = len(operands.tiled) + len(operands.columns)
+        shared = plgpu.RefUnion(*self.tma.buffers(*rows_like), out) if self.shares_buffer else None
+        return ForwardBuffers(
+            query=shared or self.tma.buffer(*rows_like),
+            out=out if self.needs_out and not self.shares_buffer else None,
+            key=self.tma.buffer(stages, blocks.block_kv),
+            value=self.value_tma.buffer(stages, value_tile[0]),
+            lse=plgpu.SMEM(rows_like, jnp.float32) if has_lse else None,
+            weights=matrix_buffer(*weights, dtype=dtype, swizzle=swizzle) if blocks.weights_in_shared else None,
+            terms=term_buffers(operands, (stages,), blocks.rows, blocks.block_kv, with_columns=True),
+            query_ready=plgpu.Barrier(num_barriers=compute),
+            key_ready=plgpu.Barrier(num_barriers=stages, num_arrivals=1 + num_streamed),
+            value_ready=plgpu.Barrier(num_barriers=stages),
+            query_free=plgpu.Barrier(num_barriers=compute),
+            key_free=plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
+            value_free=plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
+            turn=plgpu.Barrier(num_barriers=compute),
+            value_clean=plgpu.Barrier(num_barriers=stages),
+        )

@@ -1,0 +1,132 @@
+"""The operands of a call, laid out for TMA, and the shared memory that their tiles take.
+
+Nothing is copied, but for float32 (`_tf32_operands`), where lengths are multiples of 8 or `TmaLoad` takes any, and
+where rows of bias and mask are multiples of 32 bytes. Bias and boolean mask keep the axes in which they broadcast. With
+both T and S they come tile by tile with the keys, through shared memory; with one of them they are a vector.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ...._semantics.call import Config, Inputs
+from ..operands import MASKED, Dropout, LogitTerm, Operands, TermBuffers, TermKind
+from ..pallas import TmaLoad, matrix_buffer, pad_axis, plgpu, round_up, swizzle_bytes
+from .intervals import row_intervals
+
+
+def prepare(
+    config: Config, inputs: Inputs, block_rows: int, block_kv: int, tma: TmaLoad, *, transposes_mask: bool = False
+) -> Operands:
+    """`transposes_mask`: the mask's tiles are read transposed, which cannot be done with bytes: it is copied so."""
+    z, mask = inputs.sizes, inputs.mask
+    T, S = round_up(z.T, tma.multiple), round_up(z.S, tma.multiple)
+    is_float32 = inputs.query.dtype == jnp.float32
+    if is_float32:
+        inputs = _tf32_operands(inputs)
+    query, key = pad_axis(inputs.query, -3, T), pad_axis(inputs.key, -3, S)
+    value = pad_axis(inputs.value, -1, round_up(S, 64)) if is_float32 else pad_axis(inputs.value, -3, S)
+    # Kernels compute a band that is cut off from `key_value_length`. But a bias would count in dead rows.
+    is_cut = config.band.is_cut and inputs.bias is None and mask.allowed is None
+    intervals = None if is_cut else row_intervals(mask, z.T, z.S, block_rows, block_kv)
+    bias, allowed = inputs.bias, mask.allowed
+    bias_term = mask_term = None
+    if bias is not None:
+        if bias.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+            bias = bias.astype(jnp.float32)
+        bias_term = _term(bias, z.T, z.S, block_rows, block_kv, transposes=False)
+    if allowed is not None:
+        is_added = kind_of(allowed) is TermKind.COLUMNS
+        allowed = jnp.where(allowed, jnp.float32(0.0), MASKED) if is_added else allowed.astype(jnp.int8)
+        mask_term = _term(allowed, z.T, z.S, block_rows, block_kv, transposes=transposes_mask)
+    dropout = None
+    if config.dropout is not None and inputs.dropout_key is not None and inputs.head_index is not None:
+        dropout = Dropout(inputs.dropout_key, inputs.head_index)
+    return Operands(query, key, value, inputs.scale, intervals, bias_term, mask_term, mask.key_value_length, dropout)
+
+
+def kind_of(x: jax.Array) -> TermKind:
+    """Of a bias or mask (..., T or 1, S or 1)."""
+    *_, rows, columns = x.shape
+    return TermKind.COLUMNS if rows == 1 else TermKind.ROWS if columns == 1 else TermKind.TILED
+
+
+def _term(x: jax.Array, T: int, S: int, block_rows: int, block_kv: int, *, transposes: bool) -> LogitTerm:
+    """Padded to whole blocks, or, of a matrix, to what TMA takes."""
+    kind = kind_of(x)
+    if kind is TermKind.COLUMNS:
+        x = jnp.broadcast_to(x, (*x.shape[:-1], S))
+        x = pad_axis(x[..., 0, :], -1, round_up(S, block_kv))
+    elif kind is TermKind.ROWS:
+        x = pad_axis(x[..., 0], -1, round_up(T, block_rows))
+    else:
+        x = jnp.swapaxes(x, -1, -2) if transposes else x
+        *_, rows, width = x.shape
+        aligned = width if swizzle_bytes(width, x.dtype) else round_up(width, 64)
+        x = pad_axis(pad_axis(x, -2, round_up(rows, 8)), -1, aligned)
+    return LogitTerm(x, kind, transposes)
+
+
+def starts_with_bias(inputs: Inputs) -> bool:
+    """Whether the forward's products are added to the bias: `TileLogits.start`."""
+    bias = inputs.bias
+    return bias is not None and kind_of(bias) is TermKind.TILED and inputs.query.dtype == jnp.bfloat16
+
+
+def term_bytes(inputs: Inputs) -> int:
+    """Bytes that one score takes in shared memory, of the bias and mask that come tile by tile."""
+    tiled = [x for x in _terms(inputs) if kind_of(x) is TermKind.TILED]
+    return sum(1 if x.dtype == bool else _float_bytes(x) for x in tiled)
+
+
+def column_bytes(inputs: Inputs) -> int:
+    """Likewise, of those that are vectors along the keys, for each key; a mask is added, in float32."""
+    columns = [x for x in _terms(inputs) if kind_of(x) is TermKind.COLUMNS]
+    return sum(4 if x.dtype == bool else _float_bytes(x) for x in columns)
+
+
+def _terms(inputs: Inputs) -> list[jax.Array]:
+    return [x for x in (inputs.bias, inputs.mask.allowed) if x is not None]
+
+
+def _float_bytes(x: jax.Array) -> int:
+    return min(4, np.dtype(x.dtype).itemsize)
+
+
+def _tf32_operands(inputs: Inputs) -> Inputs:
+    """Keys and values rounded to what the tensor cores multiply (they cut off further bits); values (..., K, D, S).
+
+    wgmma transposes tiles of 16-bit elements only. The kernel rounds queries.
+    """
+    key, value = (lax.reduce_precision(x, 8, 10) for x in (inputs.key, inputs.value))
+    length = inputs.mask.key_value_length
+    if length is not None:
+        position = lax.broadcasted_iota(jnp.int32, (*(1,) * length.ndim, value.shape[-3], 1, 1), length.ndim)
+        in_length = position < length[..., None, None, None]
+        value = jnp.where(in_length | jnp.isfinite(value), value, 0.0)  # as `clean_padding`
+    return inputs._replace(key=key, value=jnp.moveaxis(value, -3, -1))
+
+
+def term_buffers(
+    operands: Operands, slots: tuple[int, ...], block_rows: int, block_kv: int, *, with_columns: bool = False
+) -> TermBuffers:
+    """Shared memory for the tiles of bias and mask and, if wanted, for parts of those that are vectors along the keys.
+
+    Vectors without a buffer are read from global memory.
+    """
+
+    def tiles(term: LogitTerm | None) -> object:
+        if term is None or term.kind is not TermKind.TILED:
+            return None
+        tile = (block_kv, block_rows) if term.is_transposed else (block_rows, block_kv)
+        dtype = term.array.dtype
+        return matrix_buffer(*slots, *tile, dtype=dtype, swizzle=swizzle_bytes(term.array.shape[-1], dtype, tile[-1]))
+
+    def columns(term: LogitTerm | None) -> object:
+        if term is None or term.kind is not TermKind.COLUMNS or not with_columns:
+            return None
+        return plgpu.SMEM((*slots, block_kv), term.array.dtype)
+
+    bias, mask = operands.bias, operands.mask
+    return TermBuffers(tiles(bias), tiles(mask), columns(bias), columns(mask))

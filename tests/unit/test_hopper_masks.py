@@ -1,0 +1,90 @@
+"""Which tiles the Hopper kernels visit, and which need a mask, against a dense mask: plain numbers, no kernel runs."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_native_flash_attn._semantics.masks import Band, MaskOperands
+from tests.support.targets import needs_backend
+
+pytestmark = needs_backend
+
+T, S, ROWS, KEYS = 150, 190, 64, 48
+BANDS = {"all": Band(), "causal": Band(None, 0), "window": Band(-70, 30), "wide": Band(-100, None)}
+HEAD = (0, 0)
+
+
+def dense(band: Band, length: int | None) -> np.ndarray:
+    start, stop = band.intervals(T, S)
+    columns = np.arange(S)
+    mask = (columns >= start[:, None]) & (columns < stop[:, None])
+    return mask if length is None else mask & (columns < length)
+
+
+def tiles_of(mask: np.ndarray, block: int, rows: int = ROWS, keys: int = KEYS) -> list[np.ndarray]:
+    """The dense mask of each tile of keys of a block of rows."""
+    some = mask[block * rows : (block + 1) * rows]
+    return [some[:, k : k + keys] for k in range(0, S, keys)]
+
+
+def make_intervals(band: Band, length: int | None, *, is_traced: bool):
+    from jax_native_flash_attn._kernels.hopper.device.masks import Intervals
+    from jax_native_flash_attn._kernels.hopper.host.intervals import query_tiles, row_intervals
+
+    key_length = None if length is None else jnp.array([length])
+    start, stop = (jnp.asarray(x)[None, None] for x in band.intervals(T, S))
+    operands = MaskOperands(start, stop if length is None else jnp.minimum(stop, length), None, None, key_length)
+    is_cut = length is not None and not is_traced
+    mask = operands if is_traced or is_cut else MaskOperands()
+    rows = row_intervals(mask, T, S, ROWS, KEYS) if is_traced else None
+    tiles = query_tiles(mask, T, S, ROWS, KEYS, (1,), is_cut=is_cut)
+    return Intervals(band, T, S, KEYS, rows, key_length, is_cut, tiles)
+
+
+# A length cuts off a band without a lower bound; other bands are traced then.
+CASES = [
+    (name, length, is_traced)
+    for name, band in BANDS.items()
+    for length in (None, 1, 100, 144, 300)
+    for is_traced in (False, True)
+    if length is None or band.lower is None
+]
+
+
+@pytest.mark.parametrize(("name", "length", "is_traced"), CASES)
+def test_tiles_of_a_block_of_rows(name: str, length: int | None, is_traced: bool) -> None:
+    intervals, mask = make_intervals(BANDS[name], length, is_traced=is_traced), dense(BANDS[name], length)
+    for block in range(-(-T // ROWS)):
+        first, full_first, full_stop, stop = (int(x) for x in intervals.ranges(HEAD, block, ROWS))
+        tiles = tiles_of(mask, block)
+        occupied = [k for k, tile in enumerate(tiles) if tile.any()]
+        assert list(range(first, stop)) == occupied
+        # A block that is not whole ends with rows without any key if intervals are traced.
+        has_all_rows = (block + 1) * ROWS <= T
+        full = [k for k, tile in enumerate(tiles) if tile.all() and tile.shape[1] == KEYS]
+        assert list(range(full_first, full_stop)) == (full if has_all_rows or not is_traced else [])
+        assert stop - full_stop <= intervals.right_tiles(ROWS)
+        assert intervals.has_left_edge or full_first == first
+
+
+@pytest.mark.parametrize(("name", "length", "is_traced"), CASES)
+def test_query_tiles_of_a_block_of_keys(name: str, length: int | None, is_traced: bool) -> None:
+    intervals, mask = make_intervals(BANDS[name], length, is_traced=is_traced), dense(BANDS[name], length)
+    for block in range(-(-S // KEYS)):
+        first, stop = (int(x) for x in intervals.query_tiles_of(HEAD[:-1], block, ROWS, KEYS))
+        tiles = [tiles_of(mask, row)[block] for row in range(-(-T // ROWS))]
+        occupied = [row for row, tile in enumerate(tiles) if tile.any()]
+        assert list(range(first, stop)) == occupied
+        for row in occupied:
+            is_edge = bool(intervals.is_query_edge(HEAD, row * ROWS, block, ROWS, KEYS))
+            assert is_edge or tiles[row].all(), (block, row)
+
+
+def test_dead_rows_visit_all_tiles_or_one() -> None:
+    intervals = make_intervals(Band(None, 0), 0, is_traced=False)
+    first, _, _, stop = intervals.ranges(HEAD, 0, ROWS)
+    assert (int(first), int(stop)) == (0, -(-S // KEYS))
+    first, _, _, stop = replace(intervals, skips_dead_rows=True).ranges(HEAD, 0, ROWS)
+    assert int(stop - first) == 1
