@@ -1,6 +1,6 @@
 """The weights of a tile and the cotangent of its logits, which all backward kernels compute.
 
-Notation of `kernels.py`: z the logits, p = exp(z - lse) the weights, c = keep / (1 - rate) the dropout factor, and
+Notation of `xla/forward.py`: z the logits, p = exp(z - lse) the weights, c = keep / (1 - rate) the dropout factor, and
 
     delta_t = do_t . out_t - dl_t        dz_ts = p_ts (c_ts do_t . v_s - delta_t)
 """

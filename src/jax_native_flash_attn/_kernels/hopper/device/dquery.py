@@ -1,7 +1,7 @@
 """Gradient of query for Hopper GPUs: one block of query rows against its key/value tiles, as the forward kernel goes.
 
 With P the softmax weights, recomputed from the log-sum-exp, and S, dP, dS tiles of scores and cotangents
-(FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 2; delta as in `kernels.py`):
+(FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 2; delta as in `xla/cotangent.py`):
 
     S = Q K^T    dP = dO V^T    dS = P * (dP - delta)    dQ += dS K
 
@@ -15,7 +15,7 @@ As in the forward, a block of threads goes through several items, one after the 
 the next item, and its first tiles, are then loaded while the last one ends.
 
 The gradient of scale, sum_ts dS_ts x_ts with x = Q K^T, has terms of both signs that cancel. So dS is not rounded for
-it, and comes without the error of delta, which is the same for a whole row (`kernels.py`, `cotangent`): the kernel
+it, and comes without the error of delta, which is the same for a whole row (`xla/cotangent.py`): the kernel
 leaves three sums, the *moments* of each row.
 """
 
