@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from harness.options import command_line
-from harness.suites import grid_shapes
+from harness.shapes import AttentionShape
+from harness.suites import GPU_SHAPES, grid_shapes
 
 _PACKAGE = "jax_native_flash_attn"
 _LINES_OF_DIFF = 20
@@ -246,6 +247,24 @@ def _calls() -> Iterator[_Call]:
     for name, sizes, dtype, kinds in _CUDA:
         for options in kinds:
             yield _call(name, "cuda", sizes, dtype, options, *both)
+    yield from map(_gpu_row, GPU_SHAPES)
+
+
+def _gpu_row(shape: AttentionShape) -> _Call:
+    """A row of the GPU table."""
+    query = _array((shape.batch, shape.query_length, shape.num_heads, shape.head_dim), shape.dtype)
+    key = _array((shape.batch, shape.key_value_length, shape.num_key_value_heads, shape.head_dim), shape.dtype)
+    floats, others = {"query": query, "key": key, "value": key}, {}
+    if shape.bias_shape is not None:
+        floats["bias"] = _array(shape.bias_shape, shape.dtype)
+    if shape.mask_shape is not None:
+        others["mask"] = _array(shape.mask_shape, "bool")
+    if shape.key_value_lengths is not None:
+        others["key_value_seq_lengths"] = _array((shape.batch,), "int32")
+    static = {"is_causal": shape.is_causal, "local_window_size": shape.local_window_size}
+    modes = {"forward": "value", "gradient": "gradient"}
+    transformations = tuple(modes[mode] for mode in shape.modes)
+    return _Call(f"cuda table {shape.name}", "cuda", floats, others, static, False, transformations)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
