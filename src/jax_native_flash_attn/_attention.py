@@ -1,13 +1,13 @@
 """From a checked call to the kernels and back: the steps of one call, in order."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ._autodiff import taylor
 from ._autodiff.primitives import flash_attention_core, flash_attention_p, linear_kernel_p
-from ._semantics.call import Arrays, Call, Config, Inputs, Settings
+from ._semantics.call import OPERANDS, Arrays, Call, Config, Inputs, Settings
 from ._semantics.masks import make_mask
 from ._semantics.numerics import DEAD_ROW_LSE, accumulation_dtype
 from ._sharding.explicit import over_explicit_axes
@@ -81,16 +81,13 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
     if query.shape[-1] == 0:
         # Logits are bias and masks alone, as with one dimension of zeros.
         query, key, value = (jnp.pad(x, ((0, 0),) * 3 + ((0, 1),)) for x in (query, key, value))
-    inputs = Inputs(
-        query=query,
-        key=key,
-        value=value,
-        scale=arrays.scale.astype(accumulation_dtype(query.dtype))[None],
-        bias=arrays.bias,
-        mask=mask,
-        dropout_key=None if arrays.dropout_key is None else arrays.dropout_key[None],
-        head_index=arrays.head_index,
-    )
+    scale = arrays.scale.astype(accumulation_dtype(query.dtype))
+    changed = arrays._replace(query=query, key=key, value=value, scale=scale)
+    given: dict[str, Any] = {
+        name: _with_batch_axis(name, x) for name, x in changed._asdict().items() if name in Inputs._fields
+    }
+    given["mask"] = mask
+    inputs = Inputs(**given)
     config = Config(
         band,
         settings.dropout,
@@ -102,3 +99,8 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
         rounds_out=True,
     )
     return Prepared(Call(config, inputs), is_row)
+
+
+def _with_batch_axis(name: str, x: jax.Array | None) -> Any:
+    """The axes that `OPERANDS` says: what a call has once, for all batch rows, gets one of size 1 in front."""
+    return x if x is None or x.ndim == len(OPERANDS[name].axes) else x[None]
