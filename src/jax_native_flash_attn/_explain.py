@@ -14,6 +14,8 @@ from ._kernels import select
 from ._kernels.protocol import Pass, Target
 from ._semantics.call import Call
 
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
 
 @dataclass(frozen=True)
 class PassExplanation:
@@ -68,7 +70,8 @@ def explain(*args: Any, platform: str | None = None, compiles: bool = False, **k
     Args:
       *args, **kwargs: as of `flash_attention`; arrays, or `jax.ShapeDtypeStruct`s in place of arrays that a program
         gets. (An array is a constant of the program, as a mask may be.) No attention is computed.
-      platform: 'cpu', 'cuda', 'rocm' or 'tpu'; by default the one that JAX runs on here.
+      platform: 'cpu', 'cuda', 'rocm' or 'tpu'; by default the one that JAX runs on here. 'cuda' means GPUs like those
+        here. Where there is none, a program for it takes pure JAX, unless implementation='mosaic_gpu' is asked for.
       compiles: also compile the call and its derivatives, for this process' device, and give the temporary bytes.
 
     Returns:
@@ -78,9 +81,10 @@ def explain(*args: Any, platform: str | None = None, compiles: bool = False, **k
       ValueError, TypeError, NotImplementedError: as `flash_attention`; `compiles` for another platform; an axis of size
         0; implementation='cudnn'.
     """
-    here = jax.default_backend()
-    here = "cuda" if here == "gpu" else here
-    platform = platform or here
+    here = _platform_here()
+    platform = here if platform is None else platform
+    if platform not in _PLATFORMS:
+        raise ValueError(f"platform must be one of {_PLATFORMS}, or None for the one here, got {platform!r}")
     if compiles and platform != here:
         raise ValueError(f"compiles=True needs the platform of this process, {here!r}, got platform={platform!r}")
     if kwargs.get("implementation") == "cudnn":
@@ -104,6 +108,13 @@ def explain(*args: Any, platform: str | None = None, compiles: bool = False, **k
     gradient, tangent = (_explain(derivative, which, target) for which in (Pass.COTANGENT, Pass.TANGENT))
     temporary_bytes = _temporary_bytes(attention, types) if compiles else None
     return Explanation(platform, forward, gradient, tangent, temporary_bytes)
+
+
+def _platform_here() -> str:
+    backend = jax.default_backend()
+    if backend != "gpu":
+        return backend
+    return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
 
 
 def _explain(call: Call, which: Pass, target: Target) -> PassExplanation:
