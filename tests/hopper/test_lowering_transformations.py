@@ -6,7 +6,7 @@ So is the former for float16, but for the kernels that Mosaic GPU has, which are
 Sampled: of the former's kernels that Mosaic GPU has, those of value and gradient and of every fourth other program,
 which rotates with mask and 64-bit types, as head dimension and option do. Beside the latter, dtype, head dimension and
 64-bit types rotate such that every option, and every mask, meets each dtype with and without 64-bit types. Every second
-of those calls has value and gradient alone; the others the second order too, and pure JAX in several tiles.
+of those calls has the gradient alone; the others value and second order too, and every other of them pure JAX in tiles.
 
 Tracing is quick, and lowering a Mosaic kernel takes up to a second: a kernel is lowered once in each process.
 """
@@ -127,10 +127,10 @@ def test_every_transformation(call: Call):
 @without_backend
 @pytest.mark.parametrize("call", _all_options(), ids=_id)
 def test_every_mask_beside_every_option(call: Call):
-    assert not _faults(call, SOME if _is_second(call) else FIRST)
+    assert not _faults(call, SOME if _is_second(call) else FIRST[1:])
 
 
-@pytest.mark.parametrize("call", [call for call in _all_options() if _is_second(call)], ids=_id)
+@pytest.mark.parametrize("call", [call for call in _all_options() if _is_second(call)][::2], ids=_id)
 def test_pure_jax_in_several_tiles(call: Call):
     """Loops with run-time trip counts, and their derivatives."""
     assert not _faults(call, SOME, implementation="pure_jax", block_q=64, block_kv=64)
