@@ -44,7 +44,7 @@ def choose(call: Call, which: Pass, target: Target) -> Kernels:
             raise NotImplementedError(
                 f"implementation={asked!r} does not run here: {forward[asked]}. Of the others, {others}"
             )
-    return next(family for family in FAMILIES if found[family.name] is None)
+    return _first(found)
 
 
 def forward(call: Call, target: Target) -> Forward:
@@ -64,4 +64,8 @@ def tangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Arra
 
 def is_opaque(call: Call, which: Pass, target: Target) -> bool:
     """Whether the family for a pass has kernels that XLA cannot split over devices; of arrays the types suffice."""
-    return next(f.is_opaque for f in FAMILIES if reasons(call, which, target)[f.name] is None)
+    return _first(reasons(call, which, target)).is_opaque
+
+
+def _first(found: dict[str, str | None]) -> Kernels:
+    return next(family for family in FAMILIES if found[family.name] is None)
