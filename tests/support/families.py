@@ -1,0 +1,57 @@
+"""Kernel families as parameters of tests: what a family does not support here is skipped, with the reason it gives."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from jax_native_flash_attn import explain, flash_attention
+from jax_native_flash_attn._kernels import select
+from tests.support.cases import FAST_COMPILATION, Case, call_types, check_case, static_options
+from tests.support.environment import enable_x64
+
+FAMILIES = tuple(family.name for family in select.FAMILIES)
+EVERYWHERE = FAMILIES[-1]  # supports every call, on every platform
+
+# More scores take a CPU seconds: no family runs such a case there.
+_MOST_SCORES_ON_A_CPU = 1 << 18
+
+
+def by_family(cases: Mapping[str, Case]) -> pytest.MarkDecorator:
+    """Parametrises a test by `case` and `family`: each case with each family."""
+    parameters = [
+        pytest.param(case, family, id=f"{name}, {family}", marks=marks(case, family))
+        for name, case in cases.items()
+        for family in FAMILIES
+    ]
+    return pytest.mark.parametrize(("case", "family"), parameters)
+
+
+def marks(case: Case, family: str) -> tuple[pytest.MarkDecorator, ...]:
+    """The marker of what needs a GPU."""
+    if family != EVERYWHERE:
+        return (pytest.mark.gpu(says_why=True),)
+    return (pytest.mark.gpu,) if case.scores > _MOST_SCORES_ON_A_CPU else ()
+
+
+def why_not(case: Case, family: str) -> str | None:
+    """Why the forward pass of a case cannot take a family's kernels on this machine; None if it can."""
+    options: dict[str, Any] = {**call_types(case), **static_options(case), "implementation": family}
+    try:
+        with enable_x64(case.x64 or case.dtype == "float64"):
+            explain(**options)
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
+def skip_unless_supported(case: Case, family: str) -> None:
+    if reason := why_not(case, family):
+        pytest.skip(reason)
+
+
+def check_family(case: Case, family: str) -> None:
+    """`check_case` with the kernels of a family, where these support the case."""
+    skip_unless_supported(case, family)
+    check_case(case, functools.partial(flash_attention, implementation=family), FAST_COMPILATION)
