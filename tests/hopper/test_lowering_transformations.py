@@ -19,7 +19,7 @@ import jax
 import pytest
 
 from tests.support.environment import enable_x64
-from tests.support.lowering import DTYPES, HEAD_DIMS, MASKS, OPTIONS, Bind, Call, Programs, binds
+from tests.support.lowering import DTYPES, HEAD_DIMS, MASKS, OPTIONS, Bind, Point, Programs, binds
 from tests.support.targets import pretend_gpu, why_no_backend
 
 HAS_BACKEND = jax.__version_info__ >= (0, 10)
@@ -51,27 +51,28 @@ def _lower(bind: Bind, x64: bool) -> str:
 
 
 def _faults(
-    call: Call,
+    point: Point,
     names: Iterable[str] | None = None,
     *,
     higher_order: bool = False,
     is_sampled: bool = False,
     **options: Any,
 ) -> dict[str, str]:
-    """What each program of a call does wrong, by its name.
+    """What each program of a case does wrong, by its name.
 
     `higher_order` leaves out first-order kernels, `is_sampled` those of programs whose turn it is not.
     """
     faults = {}
-    programs = Programs(call, **options).all()
-    turn = MASKS.index(call.mask) + call.x64
+    case = point.case
+    programs = Programs(case, **options).all()
+    turn = list(MASKS).index(point.mask) + case.x64
     unsampled = {name for i, name in enumerate(programs) if is_sampled and name not in FIRST and (i + turn) % 4}
-    with enable_x64(call.x64):
+    with enable_x64(case.x64):
         for name in programs if names is None else names:
             try:
                 skips = higher_order or name in unsampled
-                found = [bind for bind in binds(programs[name], call) if not (skips and bind.is_first_order)]
-                texts = {bind: _lower(bind, call.x64) for bind in found}
+                found = [bind for bind in binds(programs[name], case) if not (skips and bind.is_first_order)]
+                texts = {bind: _lower(bind, case.x64) for bind in found}
             except Exception as error:  # any is a fault
                 faults[name] = f"{type(error).__name__}: {str(error)[:300]}"
                 continue
@@ -83,54 +84,50 @@ def _faults(
                 if (
                     is_first
                     and not takes_mosaic
-                    and (call.dtype != "float32" or bind.primitive.name == "flash_attention")
+                    and (case.dtype != "float32" or bind.primitive.name == "flash_attention")
                 ):
                     faults[name] = f"{bind.primitive.name} takes pure JAX"
                 # Of float64 operands alone may there be arrays of float64; scalars cost nothing.
-                if call.dtype != "float64" and not bind.has_float64 and re.search(r"\dxf64>", text):
+                if case.dtype != "float64" and not bind.has_float64 and re.search(r"\dxf64>", text):
                     faults[name] = "computes arrays in float64"
     return faults
 
 
-def _all_transformations() -> list[Call]:
-    calls = []
+def _all_transformations() -> list[Point]:
+    points = []
     for i, mask in enumerate(MASKS):
         for k, dtype in enumerate(DTYPES):
             for x64 in (False, True):
-                option = OPTIONS[(i + 3 * k + 4 * x64) % len(OPTIONS)]
-                calls.append(Call(dtype, HEAD_DIMS[(i + k + x64) % 2], mask, option, x64))
-    return calls
+                option = list(OPTIONS)[(i + 3 * k + 4 * x64) % len(OPTIONS)]
+                points.append(Point(dtype, HEAD_DIMS[(i + k + x64) % 2], mask, option, x64))
+    return points
 
 
-def _all_options() -> list[Call]:
+def _all_options() -> list[Point]:
     return [
-        Call(DTYPES[(i + j) % 3], HEAD_DIMS[(i + j // 2) % 2], mask, option, bool((i // 3 + j) % 2))
+        Point(DTYPES[(i + j) % 3], HEAD_DIMS[(i + j // 2) % 2], mask, option, bool((i // 3 + j) % 2))
         for i, mask in enumerate(MASKS)
         for j, option in enumerate(OPTIONS)
     ]
 
 
-def _is_second(call: Call) -> bool:
-    return (MASKS.index(call.mask) + OPTIONS.index(call.option)) % 2 == 1
-
-
-def _id(call: Call) -> str:
-    return ", ".join([call.dtype, str(call.head_dim), call.mask, call.option, "x64" if call.x64 else "x32"])
+def _is_second(point: Point) -> bool:
+    return (list(MASKS).index(point.mask) + list(OPTIONS).index(point.option)) % 2 == 1
 
 
 @without_backend
-@pytest.mark.parametrize("call", _all_transformations(), ids=_id)
-def test_every_transformation(call: Call):
-    assert not _faults(call, higher_order=call.dtype == "float16", is_sampled=True)
+@pytest.mark.parametrize("point", _all_transformations(), ids=str)
+def test_every_transformation(point: Point):
+    assert not _faults(point, higher_order=point.dtype == "float16", is_sampled=True)
 
 
 @without_backend
-@pytest.mark.parametrize("call", _all_options(), ids=_id)
-def test_every_mask_beside_every_option(call: Call):
-    assert not _faults(call, SOME if _is_second(call) else FIRST[1:])
+@pytest.mark.parametrize("point", _all_options(), ids=str)
+def test_every_mask_beside_every_option(point: Point):
+    assert not _faults(point, SOME if _is_second(point) else FIRST[1:])
 
 
-@pytest.mark.parametrize("call", [call for call in _all_options() if _is_second(call)][::2], ids=_id)
-def test_pure_jax_in_several_tiles(call: Call):
+@pytest.mark.parametrize("point", [point for point in _all_options() if _is_second(point)][::2], ids=str)
+def test_pure_jax_in_several_tiles(point: Point):
     """Loops with run-time trip counts, and their derivatives."""
-    assert not _faults(call, SOME, implementation="pure_jax", block_q=64, block_kv=64)
+    assert not _faults(point, SOME, implementation="pure_jax", block_q=64, block_kv=64)

@@ -65,10 +65,7 @@ _BIASES = {str(full): full for full in itertools.product((False, True), repeat=4
 
 
 @by_family(
-    {
-        name: named_case("odd", "plain", bias=full, mask=(True, False, False, True))
-        for name, full in _BIASES.items()
-    }
+    {name: named_case("odd", "plain", bias=full, mask=(True, False, False, True)) for name, full in _BIASES.items()}
 )
 def test_gradient_of_bias_in_each_shape(case: Case, family: str) -> None:
     check_family(case, family)
@@ -110,9 +107,7 @@ _DECODINGS = {
             if dtype in ("float32", "bfloat16") or options in ("plain", "mask")
         },
         **{
-            shape: named_case(
-                shape, "plain", dtype="float32", key_value_seq_lengths=(1100, 900, 5)[: SHAPES[shape][0]]
-            )
+            shape: named_case(shape, "plain", dtype="float32", key_value_seq_lengths=(1100, 900, 5)[: SHAPES[shape][0]])
             for shape in ("decoding, three rows", "decoding, one head", "decoding, no groups")
         },
     }

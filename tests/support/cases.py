@@ -256,16 +256,24 @@ def static_options(case: Case) -> dict[str, Any]:
 
 
 def over_batch_rows(attention: Callable[..., Any]) -> Callable[..., Any]:
-    """`attention` of each batch row as a call of its own, under vmap; what batch rows share is shared."""
+    """`attention` of each batch row as a call of its own, under vmap; what batch rows share is shared.
+
+    Of 4-D arrays. The scale and the sides of the window may have an axis of batch rows.
+    """
     by_row = ("query", "key", "value", "bias", "mask", "query_seq_lengths", "key_value_seq_lengths")
 
     def mapped(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, **options: Any) -> Any:
         arguments = {"query": query, "key": key, "value": value, "bias": bias, "mask": mask, **options}
-        rows = {name: x for name in by_row if (x := arguments.pop(name, None)) is not None}
-        axes = {name: 0 if x.shape[0] == query.shape[0] else None for name, x in rows.items()}
+        B = query.shape[0]
+        axes = {
+            name: jax.tree.map(lambda x: 0 if np.ndim(x) and x.shape[0] == B else None, arguments[name])
+            for name in (*by_row, "scale", "local_window_size")
+            if name in arguments
+        }
+        rows = {name: arguments.pop(name) for name in axes}
 
         def one(row: Any) -> Any:
-            row = {name: x if axes[name] is None else x[None] for name, x in row.items()}
+            row = {name: x[None] if name in by_row and axes[name] == 0 else x for name, x in row.items()}
             return jax.tree.map(lambda x: x[0], attention(**row, **arguments))
 
         return jax.vmap(one, (axes,))(rows)

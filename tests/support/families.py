@@ -35,23 +35,28 @@ def marks(case: Case, family: str) -> tuple[pytest.MarkDecorator, ...]:
     return (pytest.mark.gpu,) if case.scores > _MOST_SCORES_ON_A_CPU else ()
 
 
-def why_not(case: Case, family: str) -> str | None:
-    """Why the forward pass of a case cannot take a family's kernels on this machine; None if it can."""
-    options: dict[str, Any] = {**call_types(case), **static_options(case), "implementation": family}
-    try:
-        with enable_x64(case.x64 or case.dtype == "float64"):
-            explain(**options)
-    except NotImplementedError as error:
-        return str(error)
+def why_not(case: Case, family: str, *, is_asked: bool = True) -> str | None:
+    """Why the forward pass of a case does not take a family's kernels on this machine; None if it does.
+
+    Without `is_asked`, of a call that leaves the choice to the library.
+    """
+    options: dict[str, Any] = {**call_types(case), **static_options(case)}
+    with enable_x64(case.x64 or case.dtype == "float64"):
+        if not is_asked:
+            return explain(**options).forward.reasons.get(family)
+        try:
+            explain(**options, implementation=family)
+        except NotImplementedError as error:
+            return str(error)
     return None
 
 
-def skip_unless_supported(case: Case, family: str) -> None:
-    if reason := why_not(case, family):
+def skip_unless_taken(case: Case, family: str, *, is_asked: bool = True) -> None:
+    if reason := why_not(case, family, is_asked=is_asked):
         pytest.skip(reason)
 
 
 def check_family(case: Case, family: str) -> None:
     """`check_case` with the kernels of a family, where these support the case."""
-    skip_unless_supported(case, family)
+    skip_unless_taken(case, family)
     check_case(case, functools.partial(flash_attention, implementation=family), FAST_COMPILATION)
