@@ -1,18 +1,18 @@
 """Every program lowers for CUDA as on a Hopper GPU, without one: transformations, dtypes, masks and 64-bit types.
 
-Full: every transformation of `lowering.Programs` x mask x {bfloat16, float32} x 64-bit types {off, on}; and every mask
-x what else a call may have (`lowering.OPTIONS`), with value, gradient and second order of two kinds.
-So is the former for float16, but for the kernels that Mosaic GPU has, which are lowered with the latter alone.
-Sampled: of the former's kernels that Mosaic GPU has, those of value and gradient and of every fourth other program,
-which rotates with mask and 64-bit types, as head dimension and option do. Beside the latter, dtype, head dimension and
-64-bit types rotate such that every option, and every mask, meets each dtype with and without 64-bit types. Every second
-of those calls has the gradient alone; the others value and second order too, and every other of them pure JAX in tiles.
+The grid has every mask x what else a call may have (`lowering.OPTIONS`). There dtype, head dimension and 64-bit types
+rotate such that every option, and every mask, meets each dtype with and without 64-bit types. All of it lowers value
+and gradient in full, and every second point derivatives of second order of two kinds.
+A part of the grid has every mask x dtype x {64-bit types off, on}, and traces every transformation of
+`lowering.Programs` there. All kernels are lowered but those that Mosaic GPU has: of these a fourth of the programs,
+which rotates with mask and 64-bit types; of float16 none. Every fourth point of the grid has pure JAX in tiles, too.
 
 Tracing is quick, and lowering a Mosaic kernel takes up to a second: a kernel is lowered once in each process.
 """
 
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ without_backend = pytest.mark.skipif(not HAS_BACKEND, reason=f"JAX {jax.__versio
 # Whose kernels are all Mosaic's for 16-bit types.
 FIRST_ORDER = ("value", "gradient", "gradient of all", "vmap", "gradient of vmap", "vmap of gradient", "lse")
 FIRST = ("value", "gradient of all")
-SOME = (*FIRST, "forward over reverse", "reverse over forward")
+SECOND = ("forward over reverse", "reverse over forward")
 
 _lowered: dict[tuple[Bind, bool], str] = {}
 
@@ -50,27 +50,21 @@ def _lower(bind: Bind, x64: bool) -> str:
     return _lowered[bind, x64]
 
 
-def _faults(
-    point: Point,
-    names: Iterable[str] | None = None,
-    *,
-    higher_order: bool = False,
-    is_sampled: bool = False,
-    **options: Any,
-) -> dict[str, str]:
+def _faults(point: Point, full: Sequence[str], sampled: Sequence[str] = (), **options: Any) -> dict[str, str]:
     """What each program of a case does wrong, by its name.
 
-    `higher_order` leaves out first-order kernels, `is_sampled` those of programs whose turn it is not.
+    Of `sampled`, first-order kernels are lowered for programs whose turn it is alone, and not for float16.
     """
     faults = {}
     case = point.case
     programs = Programs(case, **options).all()
     turn = list(MASKS).index(point.mask) + case.x64
-    unsampled = {name for i, name in enumerate(programs) if is_sampled and name not in FIRST and (i + turn) % 4}
     with enable_x64(case.x64):
-        for name in programs if names is None else names:
+        for i, name in enumerate(programs):
+            if name not in full and name not in sampled:
+                continue
+            skips = name not in full and (case.dtype == "float16" or (i + turn) % 4 > 0)
             try:
-                skips = higher_order or name in unsampled
                 found = [bind for bind in binds(programs[name], case) if not (skips and bind.is_first_order)]
                 texts = {bind: _lower(bind, case.x64) for bind in found}
             except Exception as error:  # any is a fault
@@ -93,22 +87,19 @@ def _faults(
     return faults
 
 
-def _all_transformations() -> list[Point]:
-    points = []
+def _grid() -> dict[Point, bool]:
+    """The points, and whether all transformations are traced there."""
+    points = {}
     for i, mask in enumerate(MASKS):
-        for k, dtype in enumerate(DTYPES):
-            for x64 in (False, True):
-                option = list(OPTIONS)[(i + 3 * k + 4 * x64) % len(OPTIONS)]
-                points.append(Point(dtype, HEAD_DIMS[(i + k + x64) % 2], mask, option, x64))
+        for j, option in enumerate(OPTIONS):
+            x64 = bool((i // 3 + j) % 2)
+            point = Point(DTYPES[(i + j) % 3], HEAD_DIMS[(i + j // 2) % 2], mask, option, x64)
+            # Any six in a row that start with an even one have each dtype with and without 64-bit types.
+            points[point] = 2 * (i % 2) <= j < 6 + 2 * (i % 2)
+    assert {(p.mask, p.dtype, p.x64) for p, is_traced in points.items() if is_traced} == {
+        *itertools.product(MASKS, DTYPES, (False, True))
+    }
     return points
-
-
-def _all_options() -> list[Point]:
-    return [
-        Point(DTYPES[(i + j) % 3], HEAD_DIMS[(i + j // 2) % 2], mask, option, bool((i // 3 + j) % 2))
-        for i, mask in enumerate(MASKS)
-        for j, option in enumerate(OPTIONS)
-    ]
 
 
 def _is_second(point: Point) -> bool:
@@ -116,18 +107,13 @@ def _is_second(point: Point) -> bool:
 
 
 @without_backend
-@pytest.mark.parametrize("point", _all_transformations(), ids=str)
-def test_every_transformation(point: Point):
-    assert not _faults(point, higher_order=point.dtype == "float16", is_sampled=True)
-
-
-@without_backend
-@pytest.mark.parametrize("point", _all_options(), ids=str)
+@pytest.mark.parametrize("point", _grid(), ids=str)
 def test_every_mask_beside_every_option(point: Point):
-    assert not _faults(point, SOME if _is_second(point) else FIRST[1:])
+    full = (*FIRST, *SECOND) if _is_second(point) else FIRST
+    assert not _faults(point, full, tuple(Programs(point.case).all()) if _grid()[point] else ())
 
 
-@pytest.mark.parametrize("point", [point for point in _all_options() if _is_second(point)][::2], ids=str)
+@pytest.mark.parametrize("point", [point for point in _grid() if _is_second(point)][::2], ids=str)
 def test_pure_jax_in_several_tiles(point: Point):
     """Loops with run-time trip counts, and their derivatives."""
-    assert not _faults(point, SOME, implementation="pure_jax", block_q=64, block_kv=64)
+    assert not _faults(point, (*FIRST, *SECOND), implementation="pure_jax", block_q=64, block_kv=64)

@@ -14,8 +14,8 @@ from tests.support.environment import enable_x64
 FAMILIES = tuple(family.name for family in select.FAMILIES)
 EVERYWHERE = FAMILIES[-1]  # supports every call, on every platform
 
-# More scores take a CPU seconds: no family runs such a case there.
-_MOST_SCORES_ON_A_CPU = 1 << 18
+# What takes a CPU long, or is a case because a GPU splits it: no family runs it without a GPU.
+_MOST_SCORES, _MOST_KEYS = 1 << 17, 1 << 12
 
 
 def by_family(cases: Mapping[str, Case]) -> pytest.MarkDecorator:
@@ -32,7 +32,7 @@ def marks(case: Case, family: str) -> tuple[pytest.MarkDecorator, ...]:
     """The marker of what needs a GPU."""
     if family != EVERYWHERE:
         return (pytest.mark.gpu(says_why=True),)
-    return (pytest.mark.gpu,) if case.scores > _MOST_SCORES_ON_A_CPU else ()
+    return (pytest.mark.gpu,) if case.scores > _MOST_SCORES or case.shape[2] > _MOST_KEYS else ()
 
 
 def why_not(case: Case, family: str, *, is_asked: bool = True) -> str | None:
