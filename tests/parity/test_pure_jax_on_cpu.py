@@ -47,10 +47,15 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(("shape", "has_hardware"), [*((shape, True) for shape in SHAPES), ("many scores", False)])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    ("shape", "has_hardware", "options"),
+    [
+        *(("many scores", has_hardware, options) for has_hardware in (True, False) for options in OPTIONS),
+        *((shape, True, options) for shape in list(SHAPES)[1:] for options in ("causal", "bias, mask and lengths")),
+    ],
+)
 def test_bfloat16_products_and_shapes(
-    options: str, shape: str, has_hardware: bool, monkeypatch: pytest.MonkeyPatch
+    shape: str, has_hardware: bool, options: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quirks, "cpu_multiplies_bfloat16", lambda: has_hardware)
     case = OPTIONS[options]
