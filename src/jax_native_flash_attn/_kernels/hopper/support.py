@@ -48,7 +48,7 @@ class HopperKernels:
         config = call.config
         out, *others = family.forward(config, call.inputs, _chip())
         lse = others.pop(0) if config.needs_lse else None
-        return Forward(out, lse, others[0] if config.adds_rounded else None)
+        return Forward(out, lse, rounded=others[0] if config.adds_rounded else None)
 
     def cotangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
         from . import cotangent
@@ -103,6 +103,10 @@ def _why_not_call(call: Call) -> str | None:
             )
     if H % 16 or not 16 <= H <= 256 or inputs.sizes.D != H:
         return f"it takes head dimensions that are multiples of 16 up to 256, got {H}"
+    if inputs.mask.is_exact is not None:
+        return "it takes no segment ids or positions"
+    if inputs.sinks is not None or config.logits_soft_cap is not None or config.needs_max_logits:
+        return "it takes no sinks, soft cap or largest logits"
     if config.block_q is not None or config.block_kv is not None:
         return "block_q and block_kv are for the pure JAX kernels"
     if isinstance(config.precision, jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset):

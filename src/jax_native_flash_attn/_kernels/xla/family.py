@@ -53,11 +53,12 @@ class XlaKernels:
 
     def forward(self, call: Call, target: Target) -> Forward:
         # Of the forms, JAX differentiates the usual one alone.
-        results = _forward(call, target) if target.differentiated is None else _usual_forward(call, target)
-        out, lse = results[0], results[1] if call.config.needs_lse else None
+        out, *others = _forward(call, target) if target.differentiated is None else _usual_forward(call, target)
+        lse = others.pop(0) if call.config.needs_lse else None
+        max_logits = others.pop(0) if call.config.needs_max_logits else None
         dtype = call.inputs.query.dtype
         out_dtype = dtype if call.config.rounds_out else accumulation_dtype(dtype)
-        return Forward(out.astype(out_dtype), lse, out.astype(dtype) if call.config.adds_rounded else None)
+        return Forward(out.astype(out_dtype), lse, max_logits, out.astype(dtype) if call.config.adds_rounded else None)
 
     def cotangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
         wanted = given.wanted
@@ -99,7 +100,7 @@ def _forward(call: Call, target: Target) -> tuple[jax.Array, ...]:
             return large()
         return lax.cond(has_documents, lambda: forward.forward(small, bounds), large)
 
-    if not usual.may_be_bounded:
+    if not usual.may_be_bounded or call.config.needs_max_logits:
         return by_documents(tiles)
     bounded = Tiles(call, make_plan(call, target, is_bounded=True))
     bounds = _bounds(call, bounded.plan)

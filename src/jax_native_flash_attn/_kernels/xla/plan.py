@@ -123,7 +123,7 @@ def make_plan(
         target,
         is_forward=further is None,
         has_mask=mask.allowed is not None,
-        has_bias_or_dropout=inputs.bias is not None or config.dropout is not None,
+        has_bias_or_dropout=any(x is not None for x in (inputs.bias, config.dropout, config.logits_soft_cap)),
         needs_lse=config.needs_lse,
         is_bounded=is_bounded,
         summed_over_batch=summed_over_batch,
@@ -142,7 +142,7 @@ def make_plan(
         has_documents=has_documents and mask.allowed is not None and 1 not in mask.allowed.shape[-2:],
         band_width=config.band.width if mask.key_start is None else None,
         key_stop=int(config.band.intervals(sizes.T, sizes.S)[1].max()) if mask.key_start is None else sizes.S,
-        fuses_softmax=fuses_softmax and not (config.needs_lse or config.dropout) and inputs.bias is None,
+        fuses_softmax=fuses_softmax and not _is_more_than_softmax(call),
         # A cache that `vmap` shares would be copied for each of its rows.
         joins_heads=assumes_finite and all(x.shape[:-3] == sizes.batch for x in (inputs.key, inputs.value)),
         is_derivative=further is not None or config.needs_lse,
@@ -181,7 +181,7 @@ def make_plan(
         sums_values=forms.sums_values,
         fixes_layouts=forms.fixes_layouts(tile),
         passes_weights=forms.passes_weights(tile),
-        makes_softmax_again=forms.makes_softmax_again(loops),
+        makes_softmax_again=forms.makes_softmax_again(loops) and inputs.sinks is None,
         # A row of weights is also less to divide by its sum than a row of out, where scores are few.
         normalizes=forms.normalizes(loops) or (transposes_weights and has_one_tile),
         # Weights as small as bounds make them need the exponents of float32.
@@ -193,3 +193,10 @@ def make_plan(
         converts_late=product != transposed_product and transposes_weights and has_one_tile,
         takes_polynomial=is_loop and is_cpu and accumulate == jnp.float32,
     )
+
+
+def _is_more_than_softmax(call: Call) -> bool:
+    """Whether a call is more than a softmax, perhaps masked, between two products."""
+    config, inputs = call
+    others = (inputs.bias, inputs.sinks, config.dropout, config.logits_soft_cap)
+    return config.needs_lse or config.needs_max_logits or any(x is not None for x in others)
