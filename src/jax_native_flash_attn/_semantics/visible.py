@@ -102,10 +102,11 @@ def find_visible(mask: MaskOperands, T: int, S: int, *, may_branch: bool = True)
         return in_full(start, stop, has_key)
 
     if not may_branch:
-        return Visible(*by_comparison(), jnp.zeros_like(is_sorted))
+        start, stop, has_key = by_comparison()
+        return Visible(start, stop, has_key, jnp.zeros_like(is_sorted))
     are_sorted = is_sorted.all()
-    found = lax.cond(are_sorted, by_search, by_comparison)
-    return Visible(*found, jnp.broadcast_to(are_sorted, is_sorted.shape))
+    start, stop, has_key = lax.cond(are_sorted, by_search, by_comparison)
+    return Visible(start, stop, has_key, jnp.broadcast_to(are_sorted, is_sorted.shape))
 
 
 _LAST = jnp.iinfo(jnp.int32).max
