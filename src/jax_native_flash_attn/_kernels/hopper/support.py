@@ -116,8 +116,6 @@ def _why_not_call(call: Call) -> str | None:
             )
     if H % 16 or not 16 <= H <= 256 or inputs.sizes.D != H:
         return f"it takes head dimensions that are multiples of 16 up to 256, got {H}"
-    if inputs.mask.is_exact is not None:
-        return "it takes no segment ids or positions"
     if inputs.sinks is not None or config.logits_soft_cap is not None or config.needs_max_logits:
         return "it takes no sinks, soft cap or largest logits"
     if config.block_q is not None or config.block_kv is not None:
