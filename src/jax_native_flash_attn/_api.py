@@ -1,6 +1,6 @@
 """The public functions: their signatures and their mathematics."""
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from ._arguments import check
 from ._attention import attention
+from ._options import EXTENSIONS, Options
 
 Implementation = Literal["xla", "pure_jax", "mosaic_gpu", "cudnn"]
 _IMPLEMENTATIONS = (None, "xla", "pure_jax", "mosaic_gpu", "cudnn")
@@ -26,19 +27,9 @@ def flash_attention(
     bias: ArrayLike | None = ...,
     mask: ArrayLike | None = ...,
     *,
-    scale: ArrayLike | None = ...,
-    is_causal: bool = ...,
-    query_seq_lengths: ArrayLike | None = ...,
-    key_value_seq_lengths: ArrayLike | None = ...,
-    local_window_size: Any = ...,
     implementation: Implementation | None = ...,
     return_residual: Literal[False] = ...,
-    dropout_rate: float = ...,
-    dropout_rng: jax.Array | None = ...,
-    deterministic: bool = ...,
-    block_q: int | None = ...,
-    block_kv: int | None = ...,
-    precision: Any = ...,
+    **options: Unpack[Options],
 ) -> jax.Array: ...
 @overload
 def flash_attention(
@@ -48,19 +39,9 @@ def flash_attention(
     bias: ArrayLike | None = ...,
     mask: ArrayLike | None = ...,
     *,
-    scale: ArrayLike | None = ...,
-    is_causal: bool = ...,
-    query_seq_lengths: ArrayLike | None = ...,
-    key_value_seq_lengths: ArrayLike | None = ...,
-    local_window_size: Any = ...,
     implementation: Implementation | None = ...,
     return_residual: Literal[True],
-    dropout_rate: float = ...,
-    dropout_rng: jax.Array | None = ...,
-    deterministic: bool = ...,
-    block_q: int | None = ...,
-    block_kv: int | None = ...,
-    precision: Any = ...,
+    **options: Unpack[Options],
 ) -> tuple[jax.Array, jax.Array]: ...
 def flash_attention(
     query: ArrayLike,
@@ -82,6 +63,14 @@ def flash_attention(
     block_q: int | None = None,
     block_kv: int | None = None,
     precision: Any = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    query_positions: ArrayLike | None = None,
+    key_value_positions: ArrayLike | None = None,
+    query_offset: ArrayLike = 0,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    broadcast_dropout: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     r"""Scaled dot product attention in memory linear in T and S; a drop-in for `jax.nn.dot_product_attention`.
 
@@ -99,13 +88,13 @@ def flash_attention(
     Args:
       query: (B, T, N, H) or (T, N, H).
       key: (B, S, K, H) or (S, K, H), of query's dtype.
-      value: as key.
+      value: (B, S, K, D) or (S, K, D), of query's dtype; D may differ from H.
       bias: real, added to the logits; broadcastable to (B, N, T, S), of rank 4 or less. Its gradient has its own shape.
       mask: bool, True where a query may attend a key; broadcastable to (B, N, T, S).
       scale: multiplier of the logits, 1 / sqrt(H) by default; may be traced and differentiated.
       is_causal: query t attends keys s <= t only (aligned at the top left if T != S).
-      query_seq_lengths: (B,) int32; rows from there on give 0.
-      key_value_seq_lengths: (B,) int32; keys and values from there on are ignored, even NaN.
+      query_seq_lengths: (B,) integers, of any dtype, as all below; rows from there on give 0.
+      key_value_seq_lengths: (B,); keys and values from there on are ignored, even NaN.
       local_window_size: (left, right) or one integer for both: query t attends t - left <= s <= t + right only.
         May be traced.
       implementation: None, or 'xla', which callers of `jax.nn` say for "not cuDNN", for the fastest of our own kernels
@@ -119,13 +108,27 @@ def flash_attention(
       deterministic: (extension) True for no dropout whatever the rate, and no need of `dropout_rng`, as Flax says it.
       block_q, block_kv: (extension) rows and columns of a tile; chosen by shape and platform by default.
       precision: (extension) of the matrix products: whatever JAX takes as such (`jax.lax.Precision`, 'float32', ...).
+      query_segment_ids, key_value_segment_ids: (extension) (B, T) and (B, S), of packed sequences: a query attends keys
+        of its own id. A negative id is padding: such a row gives 0, such a key is attended by none (and must be
+        finite). Any order is right; where ids are sorted, what lies outside of a sequence is skipped.
+      query_positions, key_value_positions: (extension) (B, T) and (B, S): what `is_causal` and `local_window_size` go
+        by, in place of indices. Tokens may stand in any order; where keys are sorted (within their id), tiles are
+        skipped.
+      query_offset: (extension) an integer or (B,), may be traced: query t has position t + query_offset, for
+        `is_causal` and `local_window_size`. For chunks of a prompt, and for decoding, against a cache of keys.
+      logits_soft_cap: (extension) c > 0, static: logits, with scale and bias, become c * tanh(logits / c); masks come
+        behind.
+      sinks: (extension) (N,) real: one more logit for each head, in the denominator of the softmax alone. It is neither
+        scaled, capped, dropped nor masked. A row without keys then gives 0.
+      broadcast_dropout: (extension) drop the same weights in all batch rows and heads, as Flax does by default: the
+        kept ones are those of `jax.random.bernoulli` for the shape (1, 1, T, S).
 
-    A row that no key may attend gives the mean of value over all S keys, as in `jax.nn`; its log-sum-exp is
-    -0.7 * float32's largest number.
+    A row that may attend no key gives the mean of value over all S keys, as in `jax.nn`; its log-sum-exp is
+    -0.7 * float32's largest number. (With `sinks` it gives 0, and the log-sum-exp is the sink.)
 
     Returns:
-      Array of query's shape and dtype; with `return_residual`, a pair with the log-sum-exp, (B, T, N) or (T, N), in
-      key's dtype.
+      Array of query's dtype, and of its shape but for the last axis, which is value's; with `return_residual`, a pair
+      with the log-sum-exp, (B, T, N) or (T, N), in key's dtype.
 
     Raises:
       ValueError: wrong rank, shape or dtype, unknown `implementation`, a rate outside [0, 1], a missing `dropout_rng`.
@@ -133,59 +136,54 @@ def flash_attention(
       NotImplementedError: an extension together with implementation='cudnn'; implementation='mosaic_gpu' where it
         cannot run (when the call is compiled).
     """
+    arguments = {name: x for name, x in locals().items() if name not in ("implementation", "return_residual")}
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {_IMPLEMENTATIONS}, got {implementation!r}")
     if implementation == "cudnn":
-        extensions = {
-            "dropout_rate": dropout_rate != 0 and not deterministic,
-            "block_q": block_q is not None,
-            "block_kv": block_kv is not None,
-            "precision": precision is not None,
-        }
-        for name, is_given in extensions.items():
-            if is_given:
-                raise NotImplementedError(f"{name} is not supported by implementation='cudnn', which is jax.nn's")
-        return _jax_attention(
-            query,
-            key,
-            value,
-            bias,
-            mask,
-            scale=scale,
-            is_causal=is_causal,
-            query_seq_lengths=query_seq_lengths,
-            key_value_seq_lengths=key_value_seq_lengths,
-            local_window_size=local_window_size,
-            implementation="cudnn",
-            **({"return_residual": True} if return_residual else {}),
-        )
-    checked = check(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        dropout_rate=dropout_rate,
-        dropout_rng=dropout_rng,
-        deterministic=deterministic,
-        block_q=block_q,
-        block_kv=block_kv,
-        precision=precision,
-        needs_lse=return_residual,
-        implementation=None if implementation == "xla" else implementation,
-    )
-    out, *lse = attention(*checked, jnp.asarray(query).shape)
-    return (out, lax.stop_gradient(lse[0].astype(out.dtype))) if return_residual else out
+        return _by_cudnn(arguments, return_residual)
+    own = None if implementation == "xla" else implementation
+    checked = check(**arguments, needs_lse=return_residual, implementation=own)
+    out, lse, _ = attention(*checked, jnp.asarray(query).shape)
+    return out if lse is None else (out, lax.stop_gradient(lse.astype(out.dtype)))
+
+
+def _by_cudnn(arguments: dict[str, Any], return_residual: bool) -> Any:
+    if arguments.pop("deterministic"):
+        arguments["dropout_rate"] = 0.0
+    for name, default in EXTENSIONS.items():
+        given = arguments.pop(name)
+        if not (given is None or (isinstance(given, bool | int | float) and given == default)):
+            raise NotImplementedError(f"{name} is not supported by implementation='cudnn', which is jax.nn's")
+    del arguments["dropout_rng"]
+    residual = {"return_residual": True} if return_residual else {}
+    return _jax_attention(**arguments, implementation="cudnn", **residual)
 
 
 flash_attention.replaces = _jax_attention  # pyright: ignore[reportFunctionMemberAccess]
 
 
+@overload
+def flash_attention_with_lse(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = ...,
+    mask: ArrayLike | None = ...,
+    *,
+    return_max_logits: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def flash_attention_with_lse(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = ...,
+    mask: ArrayLike | None = ...,
+    *,
+    return_max_logits: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[jax.Array, jax.Array, jax.Array]: ...
 def flash_attention_with_lse(
     query: ArrayLike,
     key: ArrayLike,
@@ -204,37 +202,36 @@ def flash_attention_with_lse(
     block_q: int | None = None,
     block_kv: int | None = None,
     precision: Any = None,
-) -> tuple[jax.Array, jax.Array]:
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    query_positions: ArrayLike | None = None,
+    key_value_positions: ArrayLike | None = None,
+    query_offset: ArrayLike = 0,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    broadcast_dropout: bool = False,
+    return_max_logits: bool = False,
+) -> tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, jax.Array]:
     """As `flash_attention`, and the log-sum-exp of the logits, both differentiable in every mode.
 
     (`flash_attention(..., return_residual=True)` follows `jax.nn`: its log-sum-exp has key's dtype and no gradient.)
 
-    Args: as `flash_attention`.
+    Args: as `flash_attention`, and
+      return_max_logits: also return the largest logit of each head, as clipping of queries and keys needs it (QK-clip,
+        Kimi K2, arXiv:2507.20534, section 2.1).
 
     Returns:
-      out, of query's shape and dtype, and lse, (B, T, N) or (T, N), float32 (float64 for float64 inputs). A row without
-      any key has the constant lse -0.7 * float32's largest number.
+      out, of query's shape but for its last axis, value's, and its dtype; and lse, (B, T, N) or (T, N), float32
+      (float64 for float64 inputs). It is of logits with scale, bias and cap, and with the sink. A row without any key
+      has the constant lse -0.7 * float32's largest number, or that of its sink.
+      With `return_max_logits` also (N,) float32: the largest logit over batch, rows and the keys that masks leave, with
+      scale, bias and cap, without sinks; -inf if there is none. It has no gradient. Inside a `shard_map` it is that of
+      the shard: take `jax.lax.pmax`.
 
     Raises: as `flash_attention`.
     """
-    checked = check(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        dropout_rate=dropout_rate,
-        dropout_rng=dropout_rng,
-        deterministic=deterministic,
-        block_q=block_q,
-        block_kv=block_kv,
-        precision=precision,
-        needs_lse=True,
-    )
-    out, lse = attention(*checked, jnp.asarray(query).shape)
-    return out, lse
+    arguments = {name: x for name, x in locals().items() if name != "return_max_logits"}
+    checked = check(**arguments, needs_lse=True, needs_max_logits=return_max_logits)
+    out, lse, max_logits = attention(*checked, jnp.asarray(query).shape)
+    assert lse is not None
+    return (out, lse) if max_logits is None else (out, lse, max_logits)

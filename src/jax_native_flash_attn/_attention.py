@@ -7,48 +7,68 @@ import jax.numpy as jnp
 
 from ._autodiff import taylor
 from ._autodiff.primitives import flash_attention_core, flash_attention_p, linear_kernel_p
+from ._autodiff.visible import find_visible
 from ._semantics.call import OPERANDS, Arrays, Call, Config, Inputs, Settings
-from ._semantics.masks import make_mask
+from ._semantics.join_masks import is_query_row, make_mask
 from ._semantics.numerics import DEAD_ROW_LSE, accumulation_dtype
+from ._semantics.positions import Order
 from ._sharding.explicit import over_explicit_axes
 
 
-def attention(settings: Settings, arrays: Arrays, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
-    """out, of `shape`, and, if needed, lse, (..., T, N), in accumulation dtype; both differentiable.
+class Results(NamedTuple):
+    """Of a call: out (B, T, N, D); lse (B, T, N) and max_logits (B, N, T), in accumulation dtype, or None."""
 
-    `shape` is that of query as it was given.
+    out: jax.Array
+    lse: jax.Array | None = None
+    max_logits: jax.Array | None = None
+
+
+def attention(settings: Settings, arrays: Arrays, shape: tuple[int, ...]) -> Results:
+    """out and lse, (..., T, N), with leading axes as in `shape`, that of query as it was given; both differentiable.
+
+    max_logits, (N,), has no gradient.
     """
     taylor.register(flash_attention_p, linear_kernel_p)
     with jax.named_scope("flash_attention"):
-        results = over_explicit_axes(lambda arrays: _attend(settings, arrays), arrays, needs_lse=settings.needs_lse)
+        results = over_explicit_axes(lambda arrays: _attend(settings, arrays), arrays, settings)
         if settings.is_staged:
             # For `checkify`, which looks for NaN behind the operations that it knows, so not behind our primitives, and
             # has no registry. XLA removes the product; its derivatives check tangents and cotangents.
-            results = [x * 1 for x in results]
-        return tuple(x.reshape(like) for x, like in zip(results, (shape, shape[:-1]), strict=False))
+            results = jax.tree.map(lambda x: x * 1, results)
+        out, lse, max_logits = results
+        out = out.reshape(*shape[:-1], out.shape[-1])
+        lse = None if lse is None else lse.reshape(shape[:-1])
+        if max_logits is not None:
+            max_logits = jax.lax.stop_gradient(max_logits.max((0, 2), initial=-jnp.inf).astype(jnp.float32))
+        return Results(out, lse, max_logits)
 
 
-def _attend(settings: Settings, arrays: Arrays) -> tuple[jax.Array, ...]:
-    """out (B, T, N, H) and, if needed, lse (B, T, N) in accumulation dtype."""
-    query = arrays.query
-    B, T, N, H = query.shape
-    if 0 in (B, T, N, arrays.key.shape[1]):
-        lse = jnp.full((B, T, N), -jnp.inf, accumulation_dtype(query.dtype))
-        return (jnp.zeros_like(query), lse)[: 2 if settings.needs_lse else 1]
+def _attend(settings: Settings, arrays: Arrays) -> Results:
+    query, sinks = arrays.query, arrays.sinks
+    B, T, N, _ = query.shape
+    S, D = arrays.key.shape[1], arrays.value.shape[-1]
+    if 0 in (B, T, N, S):
+        dtype = accumulation_dtype(query.dtype)
+        lse = jnp.full((B, T, N), -jnp.inf, dtype)
+        lse = lse if sinks is None else jnp.broadcast_to(sinks.astype(dtype), lse.shape)
+        max_logits = jnp.full((B, N, T), -jnp.inf, dtype)
+        return Results(
+            jnp.zeros((B, T, N, D), query.dtype),
+            lse if settings.needs_lse else None,
+            max_logits if settings.needs_max_logits else None,
+        )
     call, is_row = prepare(settings, arrays)
-    out, *lses = flash_attention_core(*call)
-    out = out if H > 0 else out[..., :0]
+    out, lse, max_logits = flash_attention_core(*call)
+    out = out[..., :D]
     if is_row is not None:
         out = jnp.where(is_row[..., None, None], out, 0)
-    if not settings.needs_lse:
-        return (out,)
-    (lse,) = lses
-    if call.inputs.mask.dead is not None:
-        lse = jnp.where(call.inputs.mask.dead, DEAD_ROW_LSE, lse)
-    lse = jnp.moveaxis(lse, 1, 2)
-    if is_row is not None:
-        lse = jnp.where(is_row[..., None], lse, DEAD_ROW_LSE)
-    return out, lse
+    if lse is not None:
+        if call.inputs.mask.dead is not None:
+            lse = jnp.where(call.inputs.mask.dead, DEAD_ROW_LSE, lse)
+        lse = jnp.moveaxis(lse, 1, 2)
+        if is_row is not None:
+            lse = jnp.where(is_row[..., None], lse, DEAD_ROW_LSE)
+    return Results(out, lse, max_logits)
 
 
 class Prepared(NamedTuple):
@@ -72,17 +92,26 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
         query_lengths=arrays.query_lengths,
         key_value_lengths=arrays.key_value_lengths,
         allowed=arrays.mask,
+        static_offset=settings.static_offset,
+        order=Order(
+            arrays.query_segment_ids,
+            arrays.key_value_segment_ids,
+            arrays.query_positions,
+            arrays.key_value_positions,
+            arrays.query_offset,
+        ),
+        find_visible=find_visible,
+        has_dead_rows=arrays.sinks is None,
     )
-    is_row = None
-    if arrays.query_lengths is not None:
+    is_row = is_query_row(T, arrays.query_lengths, arrays.query_segment_ids)
+    if is_row is not None:
         # Padded rows may hold NaN, and their cotangents are zero: the two must not meet.
-        is_row = jnp.arange(T, dtype=jnp.int32)[None, :] < arrays.query_lengths[:, None]
         query = jnp.where(is_row[..., None, None], query, 0)
-    if query.shape[-1] == 0:
-        # Logits are bias and masks alone, as with one dimension of zeros.
-        query, key, value = (jnp.pad(x, ((0, 0),) * 3 + ((0, 1),)) for x in (query, key, value))
+    # Without a head dimension, logits are bias and masks alone, as with one dimension of zeros.
+    query, key, value = (jnp.pad(x, ((0, 0),) * 3 + ((0, 1),)) if x.shape[-1] == 0 else x for x in (query, key, value))
     scale = arrays.scale.astype(accumulation_dtype(query.dtype))
-    changed = arrays._replace(query=query, key=key, value=value, scale=scale)
+    sinks = None if arrays.sinks is None else arrays.sinks.astype(scale.dtype)
+    changed = arrays._replace(query=query, key=key, value=value, scale=scale, sinks=sinks)
     given: dict[str, Any] = {
         name: _with_batch_axis(name, x) for name, x in changed._asdict().items() if name in Inputs._fields
     }
@@ -95,6 +124,8 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
         settings.block_kv,
         settings.precision,
         settings.needs_lse,
+        settings.needs_max_logits,
+        settings.logits_soft_cap,
         settings.implementation,
         rounds_out=True,
     )

@@ -11,7 +11,7 @@ import pytest
 
 from jax_native_flash_attn._kernels.xla.loops import Nest
 from jax_native_flash_attn._kernels.xla.shapes import TileShape
-from jax_native_flash_attn._semantics.masks import make_mask
+from jax_native_flash_attn._semantics.join_masks import make_mask
 from jax_native_flash_attn._semantics.sizes import Sizes
 from tests.support.environment import fast_compilation
 from tests.support.oracle import allowed_pairs

@@ -20,7 +20,7 @@ from .._kernels import select
 from .._kernels.protocol import LinearPass, Pass, Target
 from .._semantics.call import Call, Config, Inputs, field_names, sum_to
 from .._semantics.numerics import accumulation_dtype
-from . import row_bias
+from . import rows
 
 Leaves = tuple[jax.Array, ...]
 Flags = tuple[bool, ...]
@@ -111,12 +111,13 @@ class FirstDerivative:
         wanted = {names[slot.like]: shape for slot, shape in zip(self.outputs, shapes, strict=True)}
         inputs = jax.tree.unflatten(self.structure, leaves)
         if target.has_rounded_out:
-            if inputs.bias is not None and inputs.bias.shape[-1] == 1:
-                # What is alike for all keys changes no weight, hence nothing here that is differentiated.
+            if rows.is_shift(Call(self.config, inputs)):
+                # It changes nothing here that is differentiated.
+                assert inputs.bias is not None
                 inputs = inputs._replace(bias=jax.lax.stop_gradient(inputs.bias))
             out, lse = self._forward(inputs, target)
         given = LinearPass(out, lse, operands, wanted)
-        run = row_bias.cotangent if self.flipped else select.tangent
+        run = rows.cotangent if self.flipped else rows.tangent
         results = run(Call(self.config, inputs), given, target)
         return tuple(results[name] for name in wanted)
 
@@ -126,7 +127,7 @@ class FirstDerivative:
         What rounding does to out is, in delta, the same for a whole row, and leaves a sum of dz where there should be
         none. To a gradient that is one rounding more; but in derivatives of it, many times larger terms cancel.
         """
-        config = replace(self.config, needs_lse=True, rounds_out=False, adds_rounded=False)
+        config = replace(self.config, needs_lse=True, needs_max_logits=False, rounds_out=False, adds_rounded=False)
         results = select.forward(Call(config, inputs), target)
         assert results.lse is not None
         return results.out, results.lse

@@ -10,7 +10,6 @@ linear in some operands, given others (the residuals), and that knows its transp
   shared is copied, and a `vmap` costs what a batch costs.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad
 
 from .._kernels import select
 from .._kernels.protocol import Pass, Target
@@ -27,16 +26,11 @@ from .._semantics.call import OPERANDS, Call, Config, Inputs, field_names
 from .._semantics.numerics import accumulation_dtype
 from .._sharding import lowering, types
 from .linear import DirectionalDerivative, FirstDerivative, Flags, Leaves, LinearKernel, Slot, operand_shapes, pick
+from .registration import batch_operands, register
 
 
 def _is_zero(tangent: Any) -> bool:
     return type(tangent) is ad.Zero or tangent.dtype == jax.dtypes.float0
-
-
-def _batch_operands(args: Sequence[jax.Array], dims: Sequence[int | None]) -> list[jax.Array]:
-    """Batch axes to the front; operands that are not batched get one of size 1 and broadcast inside the kernels."""
-    pairs = zip(args, dims, strict=True)
-    return types.shard_alike([x[None] if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in pairs])
 
 
 # ---- out, lse
@@ -65,6 +59,8 @@ def _forward_abstract_eval(*leaves: Any, config: Config, structure: Any, **unuse
     results = [types.result_aval(leaves, (*z.batch, z.T, z.N, z.D), out_dtype)]
     if config.needs_lse:
         results.append(types.result_aval(leaves, (*z.batch, z.N, z.T), dtype))
+    if config.needs_max_logits:
+        results.append(types.result_aval(leaves, (*z.batch, z.N, z.T), dtype))
     if config.adds_rounded:
         results.append(types.result_aval(leaves, (*z.batch, z.T, z.N, z.D), inputs.query.dtype))
     return results
@@ -77,18 +73,21 @@ def _forward_jvp(primals: Any, tangents: Any, *, config: Config, structure: Any,
     adds_rounded = wants_rounded and query_dtype != accumulation_dtype(query_dtype)
     config = replace(config, needs_lse=True, rounds_out=False, adds_rounded=adds_rounded)
     # Named, so that a `jax.checkpoint` policy can save them and not run the forward kernel again.
-    named = zip(("out", "lse", "out"), _apply_forward(*primals, config=config, structure=structure), strict=False)
-    out, lse, *rounded = (checkpoint_name(x, f"flash_attention_{name}") for name, x in named)
-    rounded = rounded[0] if rounded else out
+    named = zip(_result_names(config), _apply_forward(*primals, config=config, structure=structure), strict=True)
+    out, lse, *others = (checkpoint_name(x, f"flash_attention_{name}") for name, x in named)
+    max_logits = others.pop(0) if config.needs_max_logits else None
+    rounded = others[0] if others else out
     names = field_names(structure)
     varying = [i for i, t in enumerate(tangents) if OPERANDS[names[i]].is_differentiable and not _is_zero(t)]
     residuals = (*primals, out, lse)
     slots = (Slot(len(primals)), Slot(len(primals) + 1))[: 2 if asked.needs_lse else 1]
+    config = replace(config, needs_max_logits=False)
     kernel = FirstDerivative(config, structure, tuple(map(Slot, varying)), slots)
     dout, *dlse = _apply_linear(*residuals, *(tangents[i] for i in varying), kernel=kernel)
-    results = [rounded if asked.rounds_out else out, *[lse][: len(dlse)], *([rounded] if asked.adds_rounded else [])]
-    dresults = [dout, *dlse, *([dout] if asked.adds_rounded else [])]
-    return results, [dx.astype(x.dtype) for dx, x in zip(dresults, results, strict=True)]
+    results = [(rounded if asked.rounds_out else out, dout), *([(lse, *dlse)] if dlse else [])]
+    results += [] if max_logits is None else [(max_logits, jnp.zeros_like(max_logits))]
+    results += [(rounded, dout)] if asked.adds_rounded else []
+    return [x for x, _ in results], [dx.astype(x.dtype) for x, dx in results]
 
 
 def _forward_transpose(cotangents: Any, *leaves: Any, config: Config, structure: Any, **unused: Any) -> list:
@@ -102,7 +101,7 @@ def _forward_transpose(cotangents: Any, *leaves: Any, config: Config, structure:
     if type(cotangents[0]) is ad.Zero:
         return [None] * len(leaves)
     known = [jnp.zeros(value.shape, value.dtype) if i == position else x for i, x in enumerate(leaves)]
-    config = replace(config, needs_lse=True, rounds_out=False)
+    config = replace(config, needs_lse=True, needs_max_logits=False, rounds_out=False)
     out, lse = _apply_forward(*known, config=config, structure=structure)
     kernel = FirstDerivative(config, structure, (Slot(position),), (Slot(len(leaves)),), flipped=True)
     (dvalue,) = _apply_linear(*known, out, lse, cotangents[0].astype(out.dtype), kernel=kernel)
@@ -110,7 +109,7 @@ def _forward_transpose(cotangents: Any, *leaves: Any, config: Config, structure:
 
 
 def _forward_batch(args: Any, dims: Any, *, config: Config, structure: Any, **unused: Any) -> tuple:
-    results = _apply_forward(*_batch_operands(args, dims), config=config, structure=structure)
+    results = _apply_forward(*batch_operands(args, dims), config=config, structure=structure)
     return results, [0] * len(results)
 
 
@@ -119,8 +118,12 @@ def _forward_is_opaque(leaves: Sequence[Any], target: Target, *, config: Config,
 
 
 def _forward_layouts(*, config: Config, structure: Any) -> lowering.Layouts:
-    results = ("out", *(["lse"] if config.needs_lse else []), *(["out"] if config.adds_rounded else []))
-    return field_names(structure), results
+    return field_names(structure), _result_names(config)
+
+
+def _result_names(config: Config) -> tuple[str, ...]:
+    flags = (True, config.needs_lse, config.needs_max_logits, config.adds_rounded)
+    return pick(("out", "lse", "max_logits", "out"), flags)
 
 
 # ---- derivatives
@@ -182,7 +185,7 @@ def _linear_transpose(cotangents: Any, *args: Any, kernel: LinearKernel, **unuse
 def _linear_batch(args: Any, dims: Any, *, kernel: LinearKernel, **unused: Any) -> tuple:
     flags = tuple(dim is not None for dim in dims)
     kernel = kernel.batched(*_split(flags, kernel))
-    residuals, linear = _split(_batch_operands(args, dims), kernel)
+    residuals, linear = _split(batch_operands(args, dims), kernel)
     shapes = operand_shapes(kernel.inputs, residuals, linear)
     linear = [jnp.broadcast_to(x, like.shape) for x, like in zip(linear, shapes, strict=True)]
     results = _apply_linear(*types.shard_alike([*residuals, *linear]), kernel=kernel)
@@ -201,32 +204,7 @@ def _linear_layouts(*, kernel: LinearKernel) -> lowering.Layouts:
     )
 
 
-# ---- registration
-
-
-def _register(
-    primitive: Primitive, function: Any, abstract_eval: Any, is_opaque: Any, layouts: Any, jvp: Any, batch: Any
-) -> None:
-    @functools.lru_cache(maxsize=1024)
-    def jitted(params: tuple[tuple[str, Any], ...]) -> Any:
-        return jax.jit(lambda *args: primitive.bind(*args, **dict(params)))
-
-    def evaluate(*args: jax.Array, **params: Any) -> Any:
-        if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
-            del params["partitioning"]
-            return function(*args, target=Target(jax.default_backend()), **params)
-        return jitted(tuple(params.items()))(*args)
-
-    primitive.def_impl(evaluate)
-    primitive.def_abstract_eval(abstract_eval)
-    ad.primitive_jvps[primitive] = jvp
-    batching.primitive_batchers[primitive] = batch
-    for platform in ("cpu", "cuda", None):
-        rule = lowering.lowering_rule(function, layouts, is_opaque, platform or "accelerator")
-        mlir.register_lowering(primitive, rule, platform=platform)
-
-
-_register(
+register(
     flash_attention_p,
     _forward,
     _forward_abstract_eval,
@@ -235,14 +213,19 @@ _register(
     _forward_jvp,
     _forward_batch,
 )
-_register(
+register(
     linear_kernel_p, _linear, _linear_abstract_eval, _linear_is_opaque, _linear_layouts, _linear_jvp, _linear_batch
 )
 ad.primitive_transposes[flash_attention_p] = _forward_transpose
 ad.primitive_transposes[linear_kernel_p] = _linear_transpose
 
 
-def flash_attention_core(config: Config, inputs: Inputs) -> list[jax.Array]:
-    """out (batch..., T, N, D) and, if needed, lse (batch..., N, T), in accumulation dtype; differentiable."""
+def flash_attention_core(config: Config, inputs: Inputs) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """out (batch..., T, N, D), and, if needed, lse and max_logits (batch..., N, T), in accumulation dtype.
+
+    out and lse are differentiable; max_logits has no gradient.
+    """
     leaves, structure = jax.tree.flatten(inputs)
-    return _apply_forward(*types.vary_alike(leaves), config=config, structure=structure)
+    out, *others = _apply_forward(*types.vary_alike(leaves), config=config, structure=structure)
+    lse = others.pop(0) if config.needs_lse else None
+    return out, lse, others[0] if config.needs_max_logits else None

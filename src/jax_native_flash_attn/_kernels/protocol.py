@@ -58,11 +58,14 @@ class Forward(NamedTuple):
     Attributes:
       out: (batch..., T, N, D), in query's dtype if `Config.rounds_out`, else in accumulation dtype.
       lse: (batch..., N, T), in accumulation dtype, or None if the call does not need it.
+      max_logits: (batch..., N, T), the largest visible logit of each row, -inf if there is none; in accumulation dtype,
+        or None if the call does not need it.
       rounded: out in query's dtype as well, or None if the call does not ask for it.
     """
 
     out: jax.Array
     lse: jax.Array | None = None
+    max_logits: jax.Array | None = None
     rounded: jax.Array | None = None
 
 

@@ -13,16 +13,22 @@ from .sizes import Sizes
 
 
 class Settings(NamedTuple):
-    """What is static in a checked call. `static_band` is what a constant mask was, if it was a band."""
+    """What is static in a checked call.
+
+    `static_band` is what a constant mask was, if it was a band; `static_offset` an offset that is a Python number.
+    """
 
     is_causal: bool
     static_window: tuple[int, int] | None
     static_band: Band
+    static_offset: int
+    logits_soft_cap: float | None
     dropout: Dropout | None
     block_q: int | None
     block_kv: int | None
     precision: Any
     needs_lse: bool
+    needs_max_logits: bool
     implementation: str | None
     is_staged: bool
 
@@ -30,8 +36,8 @@ class Settings(NamedTuple):
 class Arrays(NamedTuple):
     """The arrays of a checked call, named as in `OPERANDS`; None where the call has none.
 
-    query, key, value, bias and mask have rank 4; scale and traced_window (2,) are not batched; `head_index` numbers the
-    heads for dropout.
+    query, key, value, bias and mask have rank 4; scale, traced_window (2,) and sinks (N,) are not batched; `head_index`
+    numbers the heads for dropout, or is (1, 1) where all share a mask.
     """
 
     query: jax.Array
@@ -43,6 +49,12 @@ class Arrays(NamedTuple):
     traced_window: jax.Array | None = None
     query_lengths: jax.Array | None = None
     key_value_lengths: jax.Array | None = None
+    query_segment_ids: jax.Array | None = None
+    key_value_segment_ids: jax.Array | None = None
+    query_positions: jax.Array | None = None
+    key_value_positions: jax.Array | None = None
+    query_offset: jax.Array | None = None
+    sinks: jax.Array | None = None
     dropout_key: jax.Array | None = None
     head_index: jax.Array | None = None
 
@@ -61,6 +73,8 @@ class Config:
     block_kv: int | None
     precision: Any
     needs_lse: bool
+    needs_max_logits: bool = False
+    logits_soft_cap: float | None = None
     implementation: str | None = None
     rounds_out: bool = False
     adds_rounded: bool = False
@@ -75,6 +89,7 @@ class Inputs(NamedTuple):
       scale: (batch...) multiplier of the products, in accumulation dtype.
       bias: (batch..., N, T, S) or None.
       mask: see `MaskOperands`.
+      sinks: (batch..., N), a further logit of each head that is in the denominator alone, or None.
       dropout_key: (batch..., 2) uint32, or None without dropout.
       head_index: (batch..., N) uint32, the number b * N + n of a head in the dropout mask, or None.
     """
@@ -85,6 +100,7 @@ class Inputs(NamedTuple):
     scale: jax.Array
     bias: jax.Array | None
     mask: MaskOperands
+    sinks: jax.Array | None
     dropout_key: jax.Array | None
     head_index: jax.Array | None
 
@@ -132,17 +148,30 @@ OPERANDS = {
     "traced_window": Operand("W"),
     "query_lengths": Operand("B"),
     "key_value_lengths": Operand("B"),
+    "query_segment_ids": Operand("BT"),
+    "key_value_segment_ids": Operand("BS"),
+    "query_positions": Operand("BT"),
+    "key_value_positions": Operand("BS"),
+    "query_offset": Operand("B"),
     # ... and as kernels get them: see `MaskOperands`.
     "key_start": Operand("BNT"),
     "key_stop": Operand("BNT"),
     "allowed": Operand("BNTS"),
     "dead": Operand("BNT"),
     "key_value_length": Operand("B"),
+    "query_ids": Operand("BNTS"),
+    "key_ids": Operand("BNTS"),
+    "lowest_position": Operand("BNTS"),
+    "highest_position": Operand("BNTS"),
+    "key_positions": Operand("BNTS"),
+    "is_exact": Operand("BNT"),
+    "sinks": Operand("BN", is_differentiable=True),
     "dropout_key": Operand("BW"),
     "head_index": Operand("BN"),
     # Results.
     "out": Operand("BTND"),
     "lse": Operand("BNT"),
+    "max_logits": Operand("BNT"),
 }
 
 # Axes behind the batch axes.

@@ -7,14 +7,14 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from .._semantics.call import OPERANDS, Arrays
+from .._semantics.call import OPERANDS, Arrays, Settings
 from .types import axis_names
 
 
-def over_explicit_axes(attention: Callable, arrays: Arrays, *, needs_lse: bool) -> Any:
+def over_explicit_axes(attention: Callable, arrays: Arrays, settings: Settings) -> Any:
     """Call `attention(arrays)`; in a `shard_map` over the explicit mesh axes that shard query, if any.
 
-    `attention` returns out (B, T, N, H) and, if needed, lse (B, T, N).
+    `attention` returns out (B, T, N, D), and lse (B, T, N) and max_logits (B, N, T), which may be None.
 
     Raises:
       ValueError: query is sharded over another axis than those of batch and heads, or over more devices than divide
@@ -47,14 +47,18 @@ def over_explicit_axes(attention: Callable, arrays: Arrays, *, needs_lse: bool) 
     # An array that a call lacks is None, which has no leaf.
     specs = Arrays(*(None if x is None else spec_of(name, x) for name, x in arrays._asdict().items()))  # pyright: ignore
     placed = Arrays(*(None if x is None else jax.sharding.reshard(x, s) for x, s in zip(arrays, specs, strict=True)))  # pyright: ignore
-    out_specs = PartitionSpec(spec[0], None, spec[2], None), PartitionSpec(spec[0], None, spec[2])
+    out_specs = (
+        PartitionSpec(spec[0], None, spec[2], None),
+        PartitionSpec(spec[0], None, spec[2]) if settings.needs_lse else None,
+        PartitionSpec(spec[0], spec[2], None) if settings.needs_max_logits else None,
+    )
     manual = {*axis_names(spec[0]), *axis_names(spec[2])}
     if not manual:
         return attention(placed)
     # By default all axes that no `vmap` maps over: JAX before 0.10 does not like to be left with some explicit ones.
     some_axes: dict[str, Any] = {} if set(mesh.axis_types) == {AxisType.Explicit} else {"axis_names": manual}
     return jax.shard_map(
-        attention, mesh=mesh, **some_axes, in_specs=(specs,), out_specs=out_specs[: 2 if needs_lse else 1]
+        lambda arrays: tuple(attention(arrays)), mesh=mesh, **some_axes, in_specs=(specs,), out_specs=out_specs
     )(placed)
 
 

@@ -54,6 +54,14 @@ class Blocks:
         return {1: (240, 24), 2: (240, 24), 3: (160, 24), 4: (112, 24)}[self.warpgroups]
 
 
+class BackwardBlocks(NamedTuple):
+    """Of the kernels for the gradients of query, of key and value, and of a bias, if there is one."""
+
+    dquery: Blocks
+    dkey_dvalue: Blocks
+    dbias: Blocks | None
+
+
 _FEW_ROWS, _PLAIN, _UNMASKED = "few rows", "plain", "plain, without a mask"
 _SCORES, _SHORT_SCORES = "bias or mask over T and S", "likewise, with short T"
 _BIAS = "bias over T and S that products start with"
@@ -207,7 +215,7 @@ def dquery_blocks(sizes: Sizes, term_bytes: int, *, with_scale: bool, is_even: b
 
 def dkey_dvalue_blocks(sizes: Sizes, term_bytes: int, *, needs_dlogits: bool, is_even: bool) -> Blocks:
     """Of the kernel for the gradients of key and value: there block_kv keys belong to one warpgroup."""
-    persistent = _takes_persistent(sizes, sizes.T * sizes.G, is_even=is_even)
+    persistent = _takes_persistent(sizes, sizes.group_rows, is_even=is_even)
     return _first_that_fits(
         lambda x: (
             2 * sizes.H * (1 + x.persistent) * (1 + needs_dlogits) * x.warpgroups * x.block_kv

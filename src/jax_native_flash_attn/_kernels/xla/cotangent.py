@@ -29,8 +29,9 @@ class ScaleMoments(NamedTuple):
         dscale = sum_t (sum_s dz_ts (x_ts - m_t) / P_t + dl_t m_t)  where  m_t = sum_s p_ts x_ts / P_t
 
     and P_t = sum_s p_ts; the same, as P_t is 1 and the dz of a row add up to dl_t (a dead row has neither, since its
-    lse is a constant to the caller). The error of delta, times p_ts, drops out, as does that of lse (the sum of rounded
-    weights, where logits have bounds), by which all of a row is multiplied.
+    lse is a constant to the caller). With a sink of weight p_t, P_t is p_t + sum_s p_ts, and the dz of a row add up to
+    dl_t + p_t delta_t. With a soft cap x_ts is multiplied by its derivative. The error of delta, times p_ts, drops out,
+    as does that of lse (the sum of rounded weights, where logits have bounds), by which all of a row is multiplied.
     """
 
     dz_x: jax.Array
@@ -39,17 +40,19 @@ class ScaleMoments(NamedTuple):
     p: jax.Array
 
     def with_tile(
-        self, tiles: Tiles, dlogits: jax.Array, weights: jax.Array, query: jax.Array, key: jax.Array
+        self, tiles: Tiles, dlogits: jax.Array, weights: jax.Array, logits: jax.Array, query: jax.Array, key: jax.Array
     ) -> "ScaleMoments":
-        dz, scores = dlogits.astype(tiles.plan.accumulate), tiles.scores(query, key)
+        dz, scores = dlogits.astype(tiles.plan.accumulate), tiles.through_cap(tiles.scores(query, key), logits)
         p = tiles.split(weights).astype(tiles.plan.accumulate)
         terms = dz * scores, dz, p * scores, p
         return ScaleMoments(*(total + x.sum(-1, keepdims=True) for total, x in zip(self, terms, strict=True)))
 
-    def gradient(self, dlse: jax.Array) -> jax.Array:
-        """Of each row, for the cotangents of lse."""
-        p = jnp.where(self.p == 0, 1, self.p)  # Padded rows may have visited no tile at all.
+    def gradient(self, dlse: jax.Array, delta: jax.Array, sink: jax.Array | None) -> jax.Array:
+        """Of each row, for the cotangents of lse, delta, and the weights of a sink."""
+        p = self.p if sink is None else self.p + sink
+        p = jnp.where(p == 0, 1, p)  # Padded rows may have visited no tile at all.
         mean = self.p_x / p
+        dlse = dlse if sink is None else dlse + sink / p * delta
         return (self.dz_x - self.dz * mean) / p + dlse * mean
 
 
@@ -78,7 +81,8 @@ def cotangent(
     needs_query = "query" in results or ("scale" in results and not uses_moments)
     has_out = "out" in cotangents
     # Where all keys of a row are in one tile, delta can be had from the weights instead of from out.
-    has_whole_rows = has_out and "lse" not in cotangents and nest.visits_one_key_tile and tiles.plan.transposes_weights
+    has_whole_rows = has_out and "lse" not in cotangents and nest.visits_one_key_tile and tiles.inputs.sinks is None
+    has_whole_rows &= tiles.plan.transposes_weights
     # A product is fast on CPU only if its left operand contracts its last axis. For the gradients of key and value,
     # either the weights are transposed, or the row operands and, in the end, the results: (batch..., K, H, S).
     zeros = {name: tiles.zeros_for(name, like) for name, like in results.items()}
@@ -101,7 +105,8 @@ def cotangent(
             dlse += nest.owned_rows(tiles.rows(cotangents["lse"], at), at).astype(tiles.plan.accumulate)
             delta -= dlse
         live_dout, delta = tiles.live_rows(dout, at), tiles.live_rows(delta, at)
-        row_lse, delta = tiles.joined(row_lse), tiles.joined(delta)
+        sink = None if tiles.inputs.sinks is None else tiles.exp(tiles.sinks(at) - row_lse)
+        row_delta, row_lse, delta = delta, tiles.joined(row_lse), tiles.joined(delta)
         has_cotangents = (live_dout != 0).any() | (delta != 0).any() if tiles.plan.passes_weights else False
         live_dout = live_dout.astype(tiles.plan.product)
 
@@ -118,7 +123,7 @@ def cotangent(
             keep = tiles.keep(at, columns)
             keep = None if keep is None else tiles.joined(keep)
             key = tiles.key(at, columns, mask)
-            weights = _weights(tiles, tiles.joined(tiles.logits(query, key, at, columns, mask)), row_lse)
+            weights = _weights(tiles, tiles.joined(logits := tiles.logits(query, key, at, columns, mask)), row_lse)
             if "value" in results and has_out:
                 dropped = tiles.split(tiles.drop(weights, keep))
                 results["value"] = _add_key_product(
@@ -145,7 +150,8 @@ def cotangent(
                 dlogits = logits_cotangent(weights)
             dlogits = tiles.split(dlogits)
             if moments is not None:
-                moments = moments.with_tile(tiles, dlogits, weights, query, key)
+                moments = moments.with_tile(tiles, dlogits, weights, logits, query, key)
+            dlogits = tiles.through_cap(dlogits, logits)
             if "key" in results:
                 rows = key_operands["key"]
                 if tiles.plan.converts_late:
@@ -167,7 +173,7 @@ def cotangent(
             results["query"] = nest.write_query(results["query"], dquery * tiles.scale(at), at, add=True)
         if "scale" in results:
             if moments is not None:
-                terms = moments.gradient(dlse)
+                terms = moments.gradient(dlse, row_delta, sink)
             else:
                 assert dquery is not None
                 terms = dquery * query.astype(tiles.plan.accumulate)

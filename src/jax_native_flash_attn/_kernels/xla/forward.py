@@ -31,7 +31,7 @@ class OnlineSoftmax(NamedTuple):
 
 
 def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, ...]:
-    """out (batch..., T, N, D) and, if needed, lse (batch..., N, T), in accumulation dtype.
+    """out (batch..., T, N, D) and, if needed, lse and max_logits (batch..., N, T), in accumulation dtype.
 
     (The derivatives need out unrounded: delta is a difference of nearly equal sums.)
     `bounds`: what is subtracted from the logits in place of the largest so far; see `family.py`.
@@ -92,13 +92,20 @@ def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, .
             # Padded rows may have visited no tile at all.
             denominator = jnp.where(denominator == 0, 1, denominator)
         out = state.numerator if tiles.plan.normalizes else state.numerator / denominator
+        lse = state.max_so_far + jnp.log(denominator)
+        if tiles.inputs.sinks is not None:
+            sinks = tiles.sinks(at)
+            out *= jax.nn.sigmoid(lse - sinks)
+            lse = jnp.logaddexp(lse, sinks)
         written = (nest.write_query(results[0], out, at, add=False),)
-        if tiles.config.needs_lse:
-            lse = state.max_so_far + jnp.log(denominator)
-            written += (nest.write_row(results[1], lse[..., 0], at, add=False),)
-        return written
+        rows = [lse] if tiles.config.needs_lse else []
+        rows += [tiles.visible_maximum(state.max_so_far, at)] if tiles.config.needs_max_logits else []
+        rows = [jnp.broadcast_to(x, (*nest.row_shape, 1))[..., 0] for x in rows]
+        return written + tuple(
+            nest.write_row(result, x, at, add=False) for result, x in zip(results[1:], rows, strict=True)
+        )
 
     results = (jnp.zeros((*sizes.batch, sizes.T, sizes.N, sizes.D), tiles.plan.out_dtype),)
-    if tiles.config.needs_lse:
-        results += (tiles.zeros(*sizes.batch, sizes.N, sizes.T),)
+    num_rows = tiles.config.needs_lse + tiles.config.needs_max_logits
+    results += tuple(tiles.zeros(*sizes.batch, sizes.N, sizes.T) for _ in range(num_rows))
     return nest.rows(row_tile, results)

@@ -160,6 +160,9 @@ class Nest(TileAccess):
             # A dead row's interval holds all keys, but its logits are not theirs: only masked tiles know that.
             any_dead = self.row_slice(self.mask.dead, at).any()
             traced = traced._replace(full_stop=jnp.where(any_dead, traced.full_first, traced.full_stop))
+        if self.mask.is_exact is not None:
+            is_exact = self.row_slice(self.mask.is_exact, at).all()
+            traced = traced._replace(full_stop=jnp.where(is_exact, traced.full_stop, traced.full_first))
         if self.mask.key_start is not None:
             return traced, True, True
         start, stop = self.band.intervals(self.sizes.T, self.sizes.S)
@@ -223,9 +226,10 @@ class Nest(TileAccess):
         position = self.column_positions(columns).reshape((1,) * (start.ndim - 1) + (-1,))
         allowed = (position >= start) & (position < stop)
         dead = None if mask.dead is None else self.row_slice(mask.dead, at)[..., None]
-        if mask.allowed is not None:
-            in_mask = self.score_slice(mask.allowed, at, columns)
-            allowed &= in_mask if dead is None else in_mask | dead
+        in_mask = None if mask.allowed is None else self.score_slice(mask.allowed, at, columns)
+        for elements in (in_mask, mask.matches(lambda x: self.score_slice(x, at, columns))):
+            if elements is not None:
+                allowed &= elements if dead is None else elements | dead
         return TileMask(allowed, dead)
 
     # ---- positions

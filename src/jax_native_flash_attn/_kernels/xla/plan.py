@@ -12,9 +12,10 @@ from ..._semantics.numerics import accumulation_dtype
 from ..._semantics.sizes import Sizes
 from ..protocol import Target
 from .forms import Forms
+from .limits import Limits
 from .loops import Nest
 from .quirks import CPU_FUSES_SOFTMAX, product_dtype
-from .shapes import TileShape, choose_tile
+from .shapes import TileShape, choose_tile, largest_divisor
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Plan:
 def make_plan(
     call: Call,
     target: Target,
+    limits: Limits,
     *,
     further: Mapping[str, Any] | None = None,
     is_bounded: bool = False,
@@ -99,6 +101,7 @@ def make_plan(
 
     Args:
       call, target: what is computed, and where.
+      limits: the sizes at which a pass takes another tile or form.
       further: other operands of the kernel; None for the forward kernel.
       is_bounded: whether bounds of the logits are known (see `family.py`).
       assumes_finite: whether what is not finite may reach results that it should not, even from padding.
@@ -121,9 +124,10 @@ def make_plan(
     forms = Forms(
         sizes,
         target,
+        limits,
         is_forward=further is None,
         has_mask=mask.allowed is not None,
-        has_bias_or_dropout=inputs.bias is not None or config.dropout is not None,
+        has_bias_or_dropout=any(x is not None for x in (inputs.bias, config.dropout, config.logits_soft_cap)),
         needs_lse=config.needs_lse,
         is_bounded=is_bounded,
         summed_over_batch=summed_over_batch,
@@ -134,6 +138,7 @@ def make_plan(
     tile = choose_tile(
         sizes,
         target.platform,
+        limits,
         block_q=config.block_q,
         block_kv=config.block_kv,
         is_banded=is_banded,
@@ -142,7 +147,7 @@ def make_plan(
         has_documents=has_documents and mask.allowed is not None and 1 not in mask.allowed.shape[-2:],
         band_width=config.band.width if mask.key_start is None else None,
         key_stop=int(config.band.intervals(sizes.T, sizes.S)[1].max()) if mask.key_start is None else sizes.S,
-        fuses_softmax=fuses_softmax and not (config.needs_lse or config.dropout) and inputs.bias is None,
+        fuses_softmax=fuses_softmax and not _is_more_than_softmax(call),
         # A cache that `vmap` shares would be copied for each of its rows.
         joins_heads=assumes_finite and all(x.shape[:-3] == sizes.batch for x in (inputs.key, inputs.value)),
         is_derivative=further is not None or config.needs_lse,
@@ -152,6 +157,8 @@ def make_plan(
         all_heads=target.is_reversed or target.is_sharded,
         form=forms.tile_form(mask),
     )
+    if limits.heads is not None:
+        tile = replace(tile, batch=(1,) * len(tile.batch), heads=largest_divisor(sizes.K, limits.heads))
     tile = replace(tile, is_sharded=target.is_sharded)
     never_skips_rows = forms.is_active or tile.holds_whole_heads(sizes)
     loops = Nest(sizes, tile, config.band, mask, target.is_reversed, never_skips_rows)
@@ -181,7 +188,7 @@ def make_plan(
         sums_values=forms.sums_values,
         fixes_layouts=forms.fixes_layouts(tile),
         passes_weights=forms.passes_weights(tile),
-        makes_softmax_again=forms.makes_softmax_again(loops),
+        makes_softmax_again=forms.makes_softmax_again(loops) and inputs.sinks is None,
         # A row of weights is also less to divide by its sum than a row of out, where scores are few.
         normalizes=forms.normalizes(loops) or (transposes_weights and has_one_tile),
         # Weights as small as bounds make them need the exponents of float32.
@@ -193,3 +200,10 @@ def make_plan(
         converts_late=product != transposed_product and transposes_weights and has_one_tile,
         takes_polynomial=is_loop and is_cpu and accumulate == jnp.float32,
     )
+
+
+def _is_more_than_softmax(call: Call) -> bool:
+    """Whether a call is more than a softmax, perhaps masked, between two products."""
+    config, inputs = call
+    others = (inputs.bias, inputs.sinks, config.dropout, config.logits_soft_cap)
+    return config.needs_lse or config.needs_max_logits or any(x is not None for x in others)

@@ -55,9 +55,11 @@ def tangent(
             dout, dlse = state
             keep = tiles.keep(at, columns)
             key = tiles.key(at, columns, mask)
-            weights = tiles.exp(tiles.logits(query, key, at, columns, mask) - row_lse)
+            logits = tiles.logits(query, key, at, columns, mask)
+            weights = tiles.exp(logits - row_lse)
             dlogits = logits_tangent(key, columns, mask)
             if dlogits is not None:
+                dlogits = tiles.through_cap(dlogits, logits)
                 dweights = weights * dlogits
                 row_dlse = dweights.sum(-1, keepdims=True)
                 dlse += row_dlse

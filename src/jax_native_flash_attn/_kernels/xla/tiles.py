@@ -170,11 +170,11 @@ class Tiles:
     ) -> jax.Array:
         """Logits of one tile, (lead..., rows, block_kv)."""
         logits = self.products(query, key, self.scale(at))
-        if self.inputs.bias is None and mask is None:
-            return logits
         if self.inputs.bias is not None:
             bias = self.bias(self.inputs.bias, at, columns)
             logits += jnp.maximum(bias, bias_floor(self.plan.accumulate))
+        if self.config.logits_soft_cap is not None:
+            logits = self.config.logits_soft_cap * jnp.tanh(logits / self.config.logits_soft_cap)
         if mask is None:
             return logits
         if self.nest.tile.fuses_softmax:
@@ -186,8 +186,14 @@ class Tiles:
 
     def changes_products(self, mask: TileMask | None) -> bool:
         """Whether logits are more than a product, in a loop on CPU: XLA (0.12) would make that for each reader."""
-        is_product = mask is None and self.inputs.bias is None and self.plan.product == self.plan.accumulate
+        is_product = mask is None and self.inputs.bias is None and self.config.logits_soft_cap is None
+        is_product &= self.plan.product == self.plan.accumulate
         return self.plan.platform == "cpu" and not (is_product or self.nest.visits_one_key_tile)
+
+    def through_cap(self, x: jax.Array, logits: jax.Array) -> jax.Array:
+        """Derivative of the soft cap, its own transpose, at capped logits; zero where a mask is in their place."""
+        cap = self.config.logits_soft_cap
+        return x if cap is None else x * (1 - jnp.square(jnp.clip(logits / cap, -1, 1)))
 
     def logits_tangent(self, products: jax.Array | None, bias: jax.Array | None, mask: TileMask | None) -> jax.Array:
         """Tangent of the logits, from those of the products, as rows, and of the bias tile."""
@@ -212,6 +218,18 @@ class Tiles:
         if dead is None or not self.plan.fuses_tiles:
             return x
         return jnp.where(self.nest.row_slice(dead, at)[..., None], 0, x)
+
+    def sinks(self, at: RowTile) -> jax.Array:
+        """(lead..., rows, 1)"""
+        assert self.inputs.sinks is not None
+        return self.rows(self.inputs.sinks[..., None], at)
+
+    def visible_maximum(self, maximum: jax.Array, at: RowTile) -> jax.Array:
+        """The largest logit of each row, (lead..., rows, 1), or -inf where no key is visible."""
+        has_key = maximum > lowest(self.plan.accumulate) / 2
+        if self.inputs.mask.dead is not None:
+            has_key &= ~self.rows(self.inputs.mask.dead, at)
+        return jnp.where(has_key, maximum, -jnp.inf)
 
     def rows(self, x: jax.Array, at: RowTile) -> jax.Array:
         """(batch..., N, T), broadcast in no axis but the batch's -> (lead..., rows, 1)"""

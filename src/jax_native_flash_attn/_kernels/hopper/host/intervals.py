@@ -42,6 +42,8 @@ def row_intervals(mask: MaskOperands, T: int, S: int, block_rows: int, block_kv:
         start = jnp.where(dead, DEAD, start)
         any_dead = _blocks(dead, block_rows).any(-1)
         bounds = (*bounds[:2], jnp.where(any_dead, 0, bounds[2]), bounds[3])
+    if mask.is_exact is not None:
+        bounds = (*bounds[:2], jnp.where(mask.is_exact, bounds[2], 0), bounds[3])
     ranges = jnp.stack([*tile_ranges(*bounds, block_kv, S)], -1)
     return RowIntervals(start, jnp.broadcast_to(stop, start.shape), ranges)
 
@@ -82,6 +84,8 @@ def query_tiles(
         any_dead = _blocks(_padded_dead(mask.dead, T, block_q), block_q).any(-1)
         low, any_dead = jnp.broadcast_arrays(low, any_dead)
         high = jnp.where(any_dead, 0, jnp.broadcast_to(high, low.shape))
+    if mask.is_exact is not None:
+        high = jnp.where(mask.is_exact, high, 0)
     return QueryTiles(
         ranges=jnp.stack([jnp.minimum(first, end), end], -1),
         bounds=jnp.stack([low, high], -1),

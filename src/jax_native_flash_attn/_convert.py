@@ -1,0 +1,190 @@
+"""Conversions of single arguments; each error names the argument, what was given and what is accepted."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from ._semantics.constant_masks import hidden
+from ._semantics.positions import clip_window_side
+
+LARGEST = int(np.iinfo(np.int32).max)
+
+
+def as_4d(x: Any, name: str, asarray: Callable[[Any], Any] = jnp.asarray) -> Any:
+    """An array of rank 4, with axes of size 1 put in front as `jax.nn` does."""
+    if x is None:
+        raise ValueError(f"{name} must be an array, got None")
+    x = asarray(x)
+    if x.ndim > 4:
+        raise ValueError(f"{name} must have at most 4 dimensions, got shape {x.shape}")
+    return x.reshape((1,) * (4 - x.ndim) + x.shape)
+
+
+def check_broadcastable(x: jax.Array, name: str, shape: tuple[int, int, int, int]) -> None:
+    """Bias and mask: each axis 1 or full. A wrong head axis is a ValueError (the reference asserts)."""
+    for axis, letter in enumerate("BNTS"):
+        if x.shape[axis] not in (1, shape[axis]):
+            error = ValueError if letter == "N" else TypeError
+            raise error(f"{name} must be broadcastable to (B, N, T, S) = {shape}, got {x.shape} (axis {letter})")
+
+
+def as_bias(bias: Any, shape: tuple[int, int, int, int]) -> jax.Array:
+    bias = as_4d(bias, "bias")
+    if jnp.issubdtype(bias.dtype, jnp.complexfloating):
+        raise TypeError(f"bias must be real, got {bias.dtype}")
+    if bias.dtype == jnp.bool_:
+        raise ValueError("bias must hold numbers, which are added, got dtype bool: pass what may be attended as mask=")
+    check_broadcastable(bias, "bias", shape)
+    return bias
+
+
+def as_mask(mask: Any, shape: tuple[int, int, int, int], *, is_staged: bool) -> Any:
+    """A NumPy array if the mask is known while a program is recorded, of which it would be a constant."""
+    is_known = isinstance(mask, np.ndarray | jax.Array) and not isinstance(mask, Tracer)
+    is_known = is_known and (isinstance(mask, np.ndarray) or mask.is_fully_addressable)
+    mask = as_4d(mask, "mask", np.asarray if is_staged and is_known else jnp.asarray)
+    if mask.dtype != jnp.bool_:
+        raise ValueError(f"mask must have dtype bool, got {mask.dtype} (an additive mask is a bias)")
+    check_broadcastable(mask, "mask", shape)
+    return mask
+
+
+def as_integers(x: Any, name: str, *, hides: bool = False, **shape: int) -> jax.Array | None:
+    """int32 of that shape, from any integers; what is outside of int32 becomes its nearest number.
+
+    `hides` a constant from XLA, which would compute what follows from it while it compiles.
+    """
+    if x is None:
+        return None
+    is_known = not isinstance(x, Tracer)
+    x = jnp.asarray(x)
+    if x.ndim == 1 < len(shape) and shape["B"] == 1:
+        x = x[None]
+    if x.shape != tuple(shape.values()):
+        letters, sizes = ", ".join(shape), ", ".join(map(str, shape.values()))
+        trailing = "," if len(shape) == 1 else ""
+        raise ValueError(f"{name} must have shape ({letters}{trailing}) = ({sizes}{trailing}), got {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} must hold integers, got dtype {x.dtype}")
+    x = as_int32(x)
+    return hidden(x) if hides and is_known else x
+
+
+def as_int32(x: jax.Array) -> jax.Array:
+    return x if x.dtype == jnp.int32 else clip_window_side(x, -LARGEST - 1, LARGEST)
+
+
+def as_offset(offset: Any, batch: int) -> tuple[int, jax.Array | None]:
+    """A Python number, or an array (B,)."""
+    if isinstance(offset, int | np.integer) and not isinstance(offset, bool):
+        return min(max(int(offset), -LARGEST), LARGEST), None
+    if not isinstance(offset, np.ndarray | jax.Array) or not jnp.issubdtype(offset.dtype, jnp.integer):
+        raise TypeError(f"query_offset must be an integer or an array (B,) of integers, got {offset!r}")
+    if offset.shape not in ((), (batch,)):
+        raise ValueError(f"query_offset must be a scalar or have shape (B,) = ({batch},), got {offset.shape}")
+    return 0, as_int32(jnp.broadcast_to(offset, (batch,)))
+
+
+def as_soft_cap(cap: Any) -> float | None:
+    if cap is None:
+        return None
+    if isinstance(cap, bool) or not isinstance(cap, int | float | np.integer | np.floating):
+        raise TypeError(f"logits_soft_cap must be a Python number (static) or None, got {cap!r}")
+    if not 0 < cap < np.inf:
+        raise ValueError(f"logits_soft_cap must be positive and finite, got {cap}: None is for no cap")
+    return float(cap)
+
+
+def as_sinks(sinks: Any, heads: int) -> jax.Array | None:
+    if sinks is None:
+        return None
+    sinks = jnp.asarray(sinks)
+    if sinks.shape != (heads,):
+        raise ValueError(f"sinks must have a number for each query head, shape (N,) = ({heads},), got {sinks.shape}")
+    if not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise TypeError(f"sinks must be real, got dtype {sinks.dtype}")
+    return sinks
+
+
+def as_window(window: Any) -> tuple[Any, Any] | None:
+    """(left, right), Python integers where they are static."""
+    if window is None:
+        return None
+    if _is_scalar_integer(window):
+        window = (window, window)
+    if not isinstance(window, tuple | list | np.ndarray | jax.Array):
+        raise TypeError(f"local_window_size must be an integer or a pair of integers, got {window!r}")
+    if len(window) != 2:
+        raise ValueError(f"local_window_size must be an integer or a pair (left, right), got {window!r}")
+    for side in window:
+        if not _is_scalar_integer(side):
+            raise TypeError(f"local_window_size must hold integers, got {window!r}")
+    return tuple(int(side) if isinstance(side, int | np.integer) else side for side in window)  # pyright: ignore[reportReturnType]
+
+
+def _is_scalar_integer(x: Any) -> bool:
+    if isinstance(x, np.ndarray | jax.Array):
+        return x.ndim == 0 and bool(jnp.issubdtype(x.dtype, jnp.integer))
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
+def as_scale(scale: Any, head_dim: int) -> jax.Array:
+    """Scalar; 1 / sqrt(H) by default."""
+    if scale is None:
+        return jnp.asarray(1 / np.sqrt(max(head_dim, 1)))
+    if isinstance(scale, str) or np.iscomplexobj(scale):
+        raise ValueError(f"scale must be a real number, got {scale!r}")
+    scale = jnp.asarray(scale)
+    if scale.size != 1:
+        raise ValueError(f"scale must be a scalar, got shape {scale.shape}")
+    return scale.reshape(())
+
+
+def as_precision(precision: Any) -> Any:
+    """As JAX spells it in a product: None, a pair of `jax.lax.Precision`, or an algorithm.
+
+    The context's default is read here, at trace time, as an einsum would.
+    """
+    if precision is None:
+        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        return _canonical_precision(tuple(precision) if isinstance(precision, list) else precision)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"precision must be what JAX takes as such, got {precision!r}. JAX says: {error}") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _canonical_precision(precision: Any) -> Any:
+    """By JAX itself, so that this knows no names."""
+    x = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    jaxpr = jax.make_jaxpr(lambda a, b: jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision))(x, x)
+    return jaxpr.jaxpr.eqns[0].params["precision"]
+
+
+def as_static_bool(x: Any, name: str) -> bool:
+    """Also of None, integers and arrays with one of these, as `jax.nn` asks only whether they are true."""
+    if isinstance(x, Tracer):
+        raise TypeError(
+            f"{name} must be static, got a traced value: name it in static_argnames of jax.jit, "
+            f"or bind it beforehand with functools.partial(..., {name}=True)"
+        )
+    if isinstance(x, np.ndarray | jax.Array) and x.ndim == 0 and x.dtype.kind in "bi":
+        x = x.item()
+    if not (x is None or isinstance(x, int | np.integer | np.bool_)):
+        raise TypeError(f"{name} must be a bool, got {x!r}")
+    return bool(x)
+
+
+def as_block(block: Any, name: str) -> int | None:
+    if block is None:
+        return None
+    if not isinstance(block, int | np.integer) or isinstance(block, bool):
+        raise TypeError(f"{name} must be an int or None, got {block!r}")
+    if block < 1:
+        raise ValueError(f"{name} must be at least 1, got {block}")
+    return int(block)

@@ -1,0 +1,46 @@
+"""Types of the optional arguments, and the defaults of those that `jax.nn` lacks."""
+
+from typing import Any, TypedDict
+
+import jax
+from jax.typing import ArrayLike
+
+
+class Options(TypedDict, total=False):
+    """Of `flash_attention` and `flash_attention_with_lse`."""
+
+    scale: ArrayLike | None
+    is_causal: bool
+    query_seq_lengths: ArrayLike | None
+    key_value_seq_lengths: ArrayLike | None
+    local_window_size: Any
+    dropout_rate: float
+    dropout_rng: jax.Array | None
+    deterministic: bool
+    block_q: int | None
+    block_kv: int | None
+    precision: Any
+    query_segment_ids: ArrayLike | None
+    key_value_segment_ids: ArrayLike | None
+    query_positions: ArrayLike | None
+    key_value_positions: ArrayLike | None
+    query_offset: ArrayLike
+    logits_soft_cap: float | None
+    sinks: ArrayLike | None
+    broadcast_dropout: bool
+
+
+EXTENSIONS: dict[str, Any] = {
+    "dropout_rate": 0.0,
+    "block_q": None,
+    "block_kv": None,
+    "precision": None,
+    "query_segment_ids": None,
+    "key_value_segment_ids": None,
+    "query_positions": None,
+    "key_value_positions": None,
+    "query_offset": 0,
+    "logits_soft_cap": None,
+    "sinks": None,
+    "broadcast_dropout": False,
+}

@@ -1,0 +1,105 @@
+"""All masks of a call as one."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from .masks import Band, MaskOperands, make_band
+from .positions import Order, Reach, cut, of_keys, of_rows, position_bounds
+from .visible import Visible, find_visible, rows_with_a_key
+
+_NO_BAND, _NO_ORDER = Band(), Order()
+
+
+def make_mask(
+    T: int,
+    S: int,
+    *,
+    is_causal: bool,
+    static_window: tuple[int, int] | None,
+    traced_window: jax.Array | None,
+    query_lengths: jax.Array | None,
+    key_value_lengths: jax.Array | None,
+    allowed: jax.Array | None,
+    static_band: Band = _NO_BAND,
+    static_offset: int = 0,
+    order: Order = _NO_ORDER,
+    find_visible: Callable[[MaskOperands, int, int], Visible] = find_visible,
+    has_dead_rows: bool = True,
+) -> tuple[Band, MaskOperands]:
+    """Intersect all masks of a call into one static band and the operands it cannot express.
+
+    Args:
+      static_band: what `hide_constant_mask` made of the mask.
+      static_offset: added to the index of a row for its position.
+      find_visible: see the function of this name.
+      has_dead_rows: whether rows without a key attend all; otherwise they attend none, as padded ones.
+    """
+    reach = Reach(*(static_window or (None, None))) if traced_window is None else Reach(*traced_window)
+    if is_causal:
+        reach = reach.causal()
+    moves = order.has_positions or order.query_offset is not None
+    is_static = traced_window is None and not moves
+    window = None if moves else static_window
+    band = make_band(
+        T, S, is_causal=is_causal and not moves, window=window, also=static_band, offset=0 if moves else static_offset
+    )
+    start, stop = band.intervals(T, S)
+    rows = jnp.arange(T, dtype=jnp.int32)[None, None, :]
+    padded = _padded_rows(query_lengths, order, rows)
+    traced = (
+        padded is not None
+        or key_value_lengths is not None
+        or not is_static
+        or order.query_ids is not None
+        or bool((stop <= start).any())  # the static form has no dead rows
+    )
+    if not traced and allowed is None:
+        return band, MaskOperands()
+
+    has_others = padded is not None or allowed is not None or not is_static or band.lower is not None
+    is_cut = key_value_lengths is not None and not has_others and has_dead_rows and bool((stop > 0).all())
+    start, stop = (jnp.asarray(x)[None, None, :] for x in (start, stop))
+    operands = MaskOperands(allowed=allowed, key_value_length=key_value_lengths)
+    if order.has_positions:
+        operands = operands._replace(**position_bounds(T, S, order, reach, static_offset))
+    elif not is_static:
+        start, stop = cut(start, stop, rows, reach, order.query_offset, static_offset, T, S)
+    if key_value_lengths is not None:
+        stop = jnp.minimum(stop, key_value_lengths[:, None, None])
+    if order.query_ids is not None and order.key_ids is not None:
+        operands = operands._replace(query_ids=of_rows(order.query_ids), key_ids=of_keys(order.key_ids))
+    if operands.matches() is not None:
+        start, stop, has_key, is_exact = find_visible(operands._replace(key_start=start, key_stop=stop), T, S)
+        operands = operands._replace(is_exact=is_exact)
+    elif allowed is None:
+        has_key = start < stop
+    else:
+        is_banded = band != Band() or not is_static or key_value_lengths is not None
+        has_key = rows_with_a_key(start, stop, allowed, is_banded=is_banded)
+    dead = ~has_key
+    if not has_dead_rows:
+        padded = dead if padded is None else dead | padded
+    if padded is not None:
+        dead &= ~padded
+        start, stop = jnp.where(padded, S, start), jnp.where(padded, 0, stop)
+    if has_dead_rows:
+        start, stop = jnp.where(dead, 0, start), jnp.where(dead, S, stop)
+    dead = dead if has_dead_rows else None
+    return Band(band.lower, band.upper, is_cut), operands._replace(key_start=start, key_stop=stop, dead=dead)
+
+
+def is_query_row(T: int, query_lengths: jax.Array | None, query_ids: jax.Array | None) -> jax.Array | None:
+    """Which rows (B, T) are not padding; None: all."""
+    rows = jnp.arange(T, dtype=jnp.int32)[None, :]
+    terms = [] if query_lengths is None else [rows < query_lengths[:, None]]
+    terms += [] if query_ids is None else [query_ids >= 0]
+    return functools.reduce(jnp.logical_and, terms) if terms else None
+
+
+def _padded_rows(query_lengths: jax.Array | None, order: Order, rows: jax.Array) -> jax.Array | None:
+    """(B, 1, T)"""
+    is_row = is_query_row(rows.shape[-1], query_lengths, order.query_ids)
+    return None if is_row is None else ~is_row[:, None, :]

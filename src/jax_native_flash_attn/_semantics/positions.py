@@ -1,0 +1,87 @@
+"""Where rows and keys stand: windows, offsets and positions, which may be traced."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Reach(NamedTuple):
+    """How far a row attends, in positions before and behind its own; None: without end."""
+
+    left: Any | None
+    right: Any | None
+
+    def causal(self) -> "Reach":
+        """Not behind its own position."""
+        if self.right is None or isinstance(self.right, int):
+            return Reach(self.left, min(0, self.right or 0))
+        return Reach(self.left, jnp.minimum(self.right, 0))
+
+
+class Order(NamedTuple):
+    """What ids and positions say: arrays (B, T) and (B, S) int32, or None, and a shift (B,) of the rows' positions."""
+
+    query_ids: jax.Array | None = None
+    key_ids: jax.Array | None = None
+    query_positions: jax.Array | None = None
+    key_positions: jax.Array | None = None
+    query_offset: jax.Array | None = None
+
+    @property
+    def has_positions(self) -> bool:
+        return self.query_positions is not None or self.key_positions is not None
+
+
+def clip_window_side(side: Any, lowest: int, highest: int) -> jax.Array:
+    """A side of a traced window, cut off where it changes nothing any more; int32, from any integer dtype."""
+    if not isinstance(side, int):
+        # In its own dtype, which may be narrower than int32 or wider, signed or not.
+        bounds = jnp.iinfo(side.dtype)
+        side = jnp.clip(side, max(lowest, int(bounds.min)), min(highest, int(bounds.max)))
+    else:
+        side = min(max(side, lowest), highest)
+    return jnp.asarray(side, jnp.int32)
+
+
+def cut(
+    start: jax.Array, stop: jax.Array, rows: jax.Array, reach: Reach, offset: Any, static_offset: int, T: int, S: int
+) -> tuple[jax.Array, jax.Array]:
+    """Intervals, cut where the reach of the rows ends, which are moved by an offset."""
+    shift = jnp.int32(static_offset) if offset is None else offset[:, None, None]
+    if reach.left is not None:
+        start = jnp.maximum(start, jnp.clip(saturated_sum(shift, -reach.left), -T, S) + rows)
+    if reach.right is not None:
+        stop = jnp.minimum(stop, jnp.clip(saturated_sum(shift, reach.right), -T, S) + rows + 1)
+    return start, stop
+
+
+def position_bounds(T: int, S: int, order: Order, reach: Reach, static_offset: int) -> dict[str, jax.Array]:
+    """Of `MaskOperands`, those of the fields on positions that say something."""
+    position, keys = order.query_positions, order.key_positions
+    if position is None:
+        shift = jnp.int32(static_offset) if order.query_offset is None else order.query_offset[:, None]
+        position = saturated_sum(shift, jnp.arange(T, dtype=jnp.int32)[None, :])
+    keys = jnp.arange(S, dtype=jnp.int32)[None, :] if keys is None else keys
+    bounds = {}
+    if reach.left is not None:
+        bounds["lowest_position"] = of_rows(saturated_sum(position, -reach.left))
+    if reach.right is not None:
+        bounds["highest_position"] = of_rows(saturated_sum(position, reach.right))
+    return bounds | {"key_positions": of_keys(keys)} if bounds else {}
+
+
+def of_rows(x: jax.Array) -> jax.Array:
+    return x[:, None, :, None]
+
+
+def of_keys(x: jax.Array) -> jax.Array:
+    return x[:, None, None, :]
+
+
+def saturated_sum(x: jax.Array, y: Any) -> jax.Array:
+    """x + y in int32, or the end of its range that it passes."""
+    info = jnp.iinfo(jnp.int32)
+    y = jnp.asarray(min(max(y, int(info.min)), int(info.max)) if isinstance(y, int) else y, jnp.int32)
+    room = jnp.where(y > 0, info.max - jnp.maximum(y, 0), info.min - jnp.minimum(y, 0))
+    return jnp.where(y > 0, jnp.minimum(x, room), jnp.maximum(x, room)) + y

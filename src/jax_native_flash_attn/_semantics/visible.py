@@ -1,0 +1,181 @@
+"""Which rows have a key, and, where ids and positions decide, between which keys these lie. No T x S array is made."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .masks import MaskOperands
+
+
+def rows_with_a_key(start: jax.Array, stop: jax.Array, allowed: jax.Array, *, is_banded: bool) -> jax.Array:
+    """Whether a row's interval holds an allowed key; (B, N, T), axes of size 1 where nothing varies."""
+    if not is_banded:
+        return _any_of_rows(allowed)
+    if allowed.shape[3] == 1:
+        return (start < stop) & allowed[..., 0]
+    if allowed.shape[2] > 1:
+        return _any_inside(start, stop, allowed)
+    # One mask for all rows, and an interval each: counts of allowed keys up to either end, not a T x S array.
+    count = jnp.cumsum(allowed[:, :, 0], -1, dtype=jnp.int32)
+    count = jnp.concatenate([jnp.zeros_like(count[..., :1]), count], -1)
+    lead = jnp.broadcast_shapes(start.shape[:2], stop.shape[:2], count.shape[:2])
+    count = jnp.broadcast_to(count, (*lead, count.shape[-1]))
+    S = allowed.shape[3]
+    start, stop = (jnp.broadcast_to(jnp.clip(x, 0, S), (*lead, x.shape[-1])) for x in (start, stop))
+    before, upto = (jnp.take_along_axis(count, x, -1) for x in (start, stop))
+    return upto > before
+
+
+def _any_of_rows(allowed: jax.Array) -> jax.Array:
+    """any(-1), in two steps: XLA:CPU vectorises a reduction of an axis that is not the last, four times faster."""
+    lanes = 32
+    *lead, T, S = allowed.shape
+    if T == 1 or S % lanes != 0:
+        return allowed.any(-1)
+    # The barrier keeps XLA from joining the steps.
+    return lax.optimization_barrier(allowed.reshape(*lead, T, S // lanes, lanes).any(-2)).any(-1)
+
+
+@jax.jit
+def _any_inside(start: jax.Array, stop: jax.Array, allowed: jax.Array) -> jax.Array:
+    """In one compiled reduction, which makes no array of the size of its operand."""
+    columns = jnp.arange(allowed.shape[-1], dtype=jnp.int32)[None, None, None, :]
+    return ((columns >= start[..., None]) & (columns < stop[..., None]) & allowed).any(-1)
+
+
+class Visible(NamedTuple):
+    """See `find_visible`."""
+
+    key_start: jax.Array
+    key_stop: jax.Array
+    has_key: jax.Array
+    is_exact: jax.Array
+
+
+def find_visible(mask: MaskOperands, T: int, S: int, *, may_branch: bool = True) -> Visible:
+    """Intervals of keys that hold all that ids and positions leave of those given.
+
+    Where keys are sorted by id, and within an id by position, each row's are an interval, found by binary search.
+    Keys of a negative id may stand before all others, or behind. Otherwise every element is compared.
+
+    Args:
+      mask: all but `dead` and `is_exact`.
+      T, S: the lengths.
+      may_branch: whether the choice between the two may be made at run time, once for all batch rows. Otherwise every
+        element is compared.
+
+    Returns:
+      `key_start`, `key_stop`, (batch..., N or 1, T); `has_key`, likewise, whether a row has a key that `allowed` leaves
+      too; and `is_exact`, (batch..., 1, 1), whether the intervals hold no other keys.
+    """
+    assert mask.key_start is not None
+    assert mask.key_stop is not None
+    key_start, key_stop = mask.key_start, mask.key_stop
+    keys = _sort_keys(mask)
+    is_sorted = _is_sorted(keys)[..., None]
+    orders = (mask.query_ids, mask.key_ids, mask.lowest_position, mask.highest_position, mask.key_positions)
+    lead = jnp.broadcast_shapes(
+        key_start.shape[:-1], key_stop.shape[:-1], *(x.shape[:-2] for x in orders if x is not None)
+    )
+    all_lead = lead if mask.allowed is None else jnp.broadcast_shapes(lead, mask.allowed.shape[:-2])
+
+    def in_full(start: jax.Array, stop: jax.Array, has_key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        start, stop = (jnp.broadcast_to(x, (*lead, T)).astype(jnp.int32) for x in (start, stop))
+        return start, stop, jnp.broadcast_to(has_key, (*all_lead, T))
+
+    def by_search() -> tuple[jax.Array, jax.Array, jax.Array]:
+        first, end = _search(keys, mask, S)
+        start, stop = jnp.maximum(key_start, first), jnp.minimum(key_stop, end)
+        has_key = start < stop if mask.allowed is None else rows_with_a_key(start, stop, mask.allowed, is_banded=True)
+        return in_full(start, stop, has_key)
+
+    def by_comparison() -> tuple[jax.Array, jax.Array, jax.Array]:
+        column = jnp.arange(S, dtype=jnp.int32)
+        match = mask.matches()
+        assert match is not None
+        match &= (column >= key_start[..., None]) & (column < key_stop[..., None])
+        start = jnp.where(match, column, S).min(-1)
+        stop = jnp.where(match, column + 1, 0).max(-1)
+        has_key = start < stop if mask.allowed is None else (match & mask.allowed).any(-1)
+        return in_full(start, stop, has_key)
+
+    if not may_branch:
+        start, stop, has_key = by_comparison()
+        return Visible(start, stop, has_key, jnp.zeros_like(is_sorted))
+    are_sorted = is_sorted.all()
+    start, stop, has_key = lax.cond(are_sorted, by_search, by_comparison)
+    return Visible(start, stop, has_key, jnp.broadcast_to(are_sorted, is_sorted.shape))
+
+
+_LAST = jnp.iinfo(jnp.int32).max
+
+
+class _SortKeys(NamedTuple):
+    """What keys are to be sorted by, each (batch..., 1, S); `ids` come before `positions`."""
+
+    ids: jax.Array | None
+    positions: jax.Array | None
+    has_last_id: jax.Array | bool = False
+
+
+def _sort_keys(mask: MaskOperands) -> _SortKeys:
+    positions = None if mask.key_positions is None else mask.key_positions[..., 0, :]
+    if mask.key_ids is None:
+        return _SortKeys(None, positions)
+    # Padding counts as before all ids, or behind; its position does not count.
+    ids = mask.key_ids[..., 0, :]
+    is_id, column = ids >= 0, jnp.arange(ids.shape[-1], dtype=jnp.int32)
+    first = jnp.where(is_id, column, ids.shape[-1]).min(-1, keepdims=True)
+    sort_ids = jnp.where(is_id, ids, jnp.where(column < first, -1, _LAST))
+    positions = None if positions is None else jnp.where(is_id, positions, 0)
+    return _SortKeys(sort_ids, positions, (ids == _LAST).any(-1))
+
+
+def _is_sorted(keys: _SortKeys) -> jax.Array:
+    """(batch..., 1)"""
+    is_tie_sorted = True if keys.positions is None else keys.positions[..., :-1] <= keys.positions[..., 1:]
+    if keys.ids is None:
+        return jnp.asarray(is_tie_sorted).all(-1)
+    left, right = keys.ids[..., :-1], keys.ids[..., 1:]
+    # The last of all ids would not be told from padding.
+    return ((left < right) | ((left == right) & is_tie_sorted)).all(-1) & ~jnp.asarray(keys.has_last_id)
+
+
+def _search(keys: _SortKeys, mask: MaskOperands, S: int) -> tuple[jax.Array, jax.Array]:
+    """The first key of each row, and the end of its keys, (batch..., 1, T), of sorted keys."""
+    ids = None if mask.query_ids is None else mask.query_ids[..., 0]
+    low, high = (None if x is None else x[..., 0] for x in (mask.lowest_position, mask.highest_position))
+
+    def count(ids: jax.Array | None, bound: jax.Array | None, *, with_ties: bool) -> jax.Array:
+        """How many keys are before (id, bound), or there, if `with_ties`; a bound of None is before or behind all."""
+
+        def is_counted(at: jax.Array) -> jax.Array:
+            is_tie_counted = jnp.asarray(with_ties)
+            if bound is not None and keys.positions is not None:
+                position = _take(keys.positions, at)
+                is_tie_counted = position <= bound if with_ties else position < bound
+            if ids is None or keys.ids is None:
+                return is_tie_counted
+            key = _take(keys.ids, at)
+            return (key < ids) | ((key == ids) & is_tie_counted)
+
+        rows = [x.shape for x in (ids, bound) if x is not None]
+        lead = [(*x.shape[:-1], 1) for x in (keys.ids, keys.positions) if x is not None]
+        found = jnp.zeros(jnp.broadcast_shapes(*rows, *lead), jnp.int32)
+        # Unrolled: XLA makes one kernel of it.
+        for step in (1 << n for n in reversed(range(S.bit_length()))):
+            further = found + step
+            found = jnp.where((further <= S) & is_counted(jnp.minimum(further, S) - 1), further, found)
+        return found
+
+    first = count(ids, low, with_ties=False)
+    end = count(None if ids is None else jnp.minimum(ids, _LAST - 1), high, with_ties=True)
+    return first, end
+
+
+def _take(keys: jax.Array, at: jax.Array) -> jax.Array:
+    """Elements of the last axis, with broadcasting in the others."""
+    keys = jnp.broadcast_to(keys, (*at.shape[:-1], keys.shape[-1]))
+    return jnp.take_along_axis(keys, at, -1, mode="promise_in_bounds")
