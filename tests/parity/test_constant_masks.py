@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn import flash_attention
-from jax_native_flash_attn._semantics.masks import Band, _as_band
+from jax_native_flash_attn._semantics.constant_masks import _as_band
+from jax_native_flash_attn._semantics.masks import Band
 from tests.support.environment import enable_x64, fast_compilation
 from tests.support.oracle import float64_oracle
 from tests.support.programs import equations
