@@ -92,9 +92,9 @@ def find_visible(mask: MaskOperands, T: int, S: int, *, may_branch: bool = True)
         return in_full(start, stop, has_key)
 
     def by_comparison() -> tuple[jax.Array, jax.Array, jax.Array]:
-        column = jnp.arange(S, dtype=jnp.int32)
         match = mask.matches()
         assert match is not None
+        column = _columns(S, match.ndim)
         match &= (column >= key_start[..., None]) & (column < key_stop[..., None])
         start = jnp.where(match, column, S).min(-1)
         stop = jnp.where(match, column + 1, 0).max(-1)
@@ -107,6 +107,11 @@ def find_visible(mask: MaskOperands, T: int, S: int, *, may_branch: bool = True)
     are_sorted = is_sorted.all()
     start, stop, has_key = lax.cond(are_sorted, by_search, by_comparison)
     return Visible(start, stop, has_key, jnp.broadcast_to(are_sorted, is_sorted.shape))
+
+
+def _columns(S: int, rank: int) -> jax.Array:
+    """(1..., S)"""
+    return jnp.arange(S, dtype=jnp.int32).reshape((1,) * (rank - 1) + (S,))
 
 
 _LAST = jnp.iinfo(jnp.int32).max
@@ -126,7 +131,7 @@ def _sort_keys(mask: MaskOperands) -> _SortKeys:
         return _SortKeys(None, positions)
     # Padding counts as before all ids, or behind; its position does not count.
     ids = mask.key_ids[..., 0, :]
-    is_id, column = ids >= 0, jnp.arange(ids.shape[-1], dtype=jnp.int32)
+    is_id, column = ids >= 0, _columns(ids.shape[-1], ids.ndim)
     first = jnp.where(is_id, column, ids.shape[-1]).min(-1, keepdims=True)
     sort_ids = jnp.where(is_id, ids, jnp.where(column < first, -1, _LAST))
     positions = None if positions is None else jnp.where(is_id, positions, 0)
