@@ -72,7 +72,7 @@ class Point(NamedTuple):
 
 def operand_types(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of the arrays that a program gets: floats, which can be differentiated, and others. Each batch row of a vmap has
-    its own scale and window."""
+    its own scale, sinks and window."""
     types = call_types(case)
     rows = case.shape[:1] if case.vmapped else ()
     wide = jnp.dtype("float64" if case.x64 else "float32")
@@ -80,7 +80,9 @@ def operand_types(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
     if "local_window_size" in types:
         window = types["local_window_size"]
         types["local_window_size"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(rows, x.dtype), window)
-    return _split(types, ("query", "key", "value", "bias", "scale"))
+    if "sinks" in types:
+        types["sinks"] = jax.ShapeDtypeStruct((*rows, *types["sinks"].shape), types["sinks"].dtype)
+    return _split(types, ("query", "key", "value", "bias", "scale", "sinks"))
 
 
 # ---- transformations: (case) -> a program of (floats, others)
