@@ -141,6 +141,7 @@ SHAPES = {
     "many items": (5, 70, 90, 16, 2, 32),
     "one row, keys split": (1, 1, 9000, 1, 2, 64),
     "rows, keys split": (2, 70, 5000, 1, 1, 128),
+    "small": (2, 53, 67, 2, 2, 16),
     # Few query rows: pure JAX multiplies for all heads at once.
     "decoding": (2, 1, 1100, 2, 2, 8),
     "decoding, three rows": (2, 3, 1100, 2, 2, 8),
@@ -187,32 +188,26 @@ FEATURES: dict[str, dict[str, Any]] = {
     "largest logits": {"with_lse": True},
     # Of `jax.nn`, what the above have to combine with.
     "causal": {"is_causal": True},
-    "window": {"local_window_size": (60, 25), "traced": frozenset({"window"})},
-    "lengths": {"query_seq_lengths": (150, 301), "key_value_seq_lengths": (333, 101), "traced": frozenset({"lengths"})},
+    "window": {"local_window_size": (40, 9), "traced": frozenset({"window"})},
+    "lengths": {"query_seq_lengths": (40, 301), "key_value_seq_lengths": (333, 31), "traced": frozenset({"lengths"})},
     "bias": {"bias": (False, True, True, True)},
     "mask": {"mask": (True, False, True, True), "mask_density": 0.7},
     "vmap": {"vmapped": True},
 }
-_ANOTHER_VALUE = ("segments", "shuffled segments", "padded segments")  # one argument: not with each other
+NEW_FEATURES = tuple(FEATURES)[:10]
+# What cannot be in one call: values of one argument, and what means the same.
+_ALTERNATIVES = ({"segments", "shuffled segments", "padded segments"}, {"positions", "offset"})
 
 
-def feature_pairs() -> dict[str, dict[str, Any]]:
-    """Options of each pair of FEATURES, of which one at least is not of `jax.nn`; positions and offsets go with causal.
-
-    But not those of two values of one argument, and not positions of queries with an offset.
-    """
-    new = [name for name in FEATURES if name not in ("causal", "window", "lengths", "bias", "mask", "vmap")]
-    pairs = {}
-    for first, second in itertools.combinations(FEATURES, 2):
-        names = {first, second}
-        if first not in new or names <= set(_ANOTHER_VALUE) or names == {"positions", "offset"}:
-            continue
-        pairs[f"{first}, {second}"] = features(first, second)
-    return pairs
+def feature_pairs() -> list[tuple[str, str]]:
+    """Each pair of FEATURES that can be in one call, of which one at least is not of `jax.nn`."""
+    pairs = itertools.combinations(FEATURES, 2)
+    return [pair for pair in pairs if pair[0] in NEW_FEATURES and not any(set(pair) <= x for x in _ALTERNATIVES)]
 
 
 def features(*names: str) -> dict[str, Any]:
     """Options of several FEATURES at once."""
+    assert set(names) <= set(FEATURES), names
     options: dict[str, Any] = {}
     for name in names:
         traced = options.get("traced", frozenset()) | FEATURES[name].get("traced", frozenset())
