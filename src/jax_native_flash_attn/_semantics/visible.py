@@ -1,12 +1,13 @@
 """Which rows have a key, and, where ids and positions decide, between which keys these lie. No T x S array is made."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from .masks import MaskOperands
+from .sizes import static_size
 
 
 def rows_with_a_key(start: jax.Array, stop: jax.Array, allowed: jax.Array, *, is_banded: bool) -> jax.Array:
@@ -54,7 +55,9 @@ class Visible(NamedTuple):
     is_exact: jax.Array
 
 
-def find_visible(mask: MaskOperands, T: int, S: int, *, may_branch: bool = True) -> Visible:
+def find_visible(
+    mask: MaskOperands, T: int, S: int, *, may_branch: bool = True, block_scores: int = 1 << 20
+) -> Visible:
     """Intervals of keys that hold all that ids and positions leave of those given.
 
     Where keys are sorted by id, and within an id by position, each row's are an interval, found by binary search.
@@ -65,6 +68,7 @@ def find_visible(mask: MaskOperands, T: int, S: int, *, may_branch: bool = True)
       T, S: the lengths.
       may_branch: whether the choice between the two may be made at run time, once for all batch rows. Otherwise every
         element is compared.
+      block_scores: how many elements are compared at once; XLA may write them.
 
     Returns:
       `key_start`, `key_stop`, (batch..., N or 1, T); `has_key`, likewise, whether a row has a key that `allowed` leaves
@@ -92,14 +96,7 @@ def find_visible(mask: MaskOperands, T: int, S: int, *, may_branch: bool = True)
         return in_full(start, stop, has_key)
 
     def by_comparison() -> tuple[jax.Array, jax.Array, jax.Array]:
-        column = jnp.arange(S, dtype=jnp.int32)
-        match = mask.matches()
-        assert match is not None
-        match &= (column >= key_start[..., None]) & (column < key_stop[..., None])
-        start = jnp.where(match, column, S).min(-1)
-        stop = jnp.where(match, column + 1, 0).max(-1)
-        has_key = start < stop if mask.allowed is None else (match & mask.allowed).any(-1)
-        return in_full(start, stop, has_key)
+        return in_full(*_compare(mask, T, S, max(1, block_scores // max(1, static_size((*all_lead, S))))))
 
     if not may_branch:
         start, stop, has_key = by_comparison()
@@ -107,6 +104,38 @@ def find_visible(mask: MaskOperands, T: int, S: int, *, may_branch: bool = True)
     are_sorted = is_sorted.all()
     start, stop, has_key = lax.cond(are_sorted, by_search, by_comparison)
     return Visible(start, stop, has_key, jnp.broadcast_to(are_sorted, is_sorted.shape))
+
+
+def _compare(mask: MaskOperands, T: int, S: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`key_start`, `key_stop` and `has_key`, by comparing every element, for so many rows at once."""
+
+    def of_rows(at: Any, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def some(x: jax.Array, axis: int) -> jax.Array:
+            is_whole = x.shape[axis] == 1 or count == T
+            return x if is_whole else lax.dynamic_slice_in_dim(x, at, count, x.ndim + axis)
+
+        assert mask.key_start is not None
+        assert mask.key_stop is not None
+        start, stop = some(mask.key_start, -1)[..., None], some(mask.key_stop, -1)[..., None]
+        column = jnp.arange(S, dtype=jnp.int32)
+        match = mask.matches(lambda x: some(x, -2))
+        assert match is not None
+        match &= (column >= start) & (column < stop)
+        start = jnp.where(match, column, S).min(-1)
+        stop = jnp.where(match, column + 1, 0).max(-1)
+        has_key = start < stop if mask.allowed is None else (match & some(mask.allowed, -2)).any(-1)
+        return start, stop, has_key
+
+    if block >= T:
+        return of_rows(0, T)
+
+    def step(i: jax.Array, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        at = jnp.minimum(i * block, T - block)
+        pairs = zip(results, of_rows(at, block), strict=True)
+        return tuple(lax.dynamic_update_slice_in_dim(x, y, at, x.ndim - 1) for x, y in pairs)
+
+    types = jax.eval_shape(lambda: of_rows(0, T))
+    return lax.fori_loop(0, -(-T // block), step, tuple(jnp.zeros(x.shape, x.dtype) for x in types))
 
 
 _LAST = jnp.iinfo(jnp.int32).max

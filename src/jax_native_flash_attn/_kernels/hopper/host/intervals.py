@@ -5,7 +5,7 @@ come as two int32 vectors, and XLA reduces them to four tile numbers for each bl
 kernel knows its trip counts from four scalars. A band is computed in the kernel: see `device/masks.py`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,24 @@ from ..operands import DEAD, QueryTiles, RowIntervals
 from ..pallas import pad_axis, round_up
 
 
-def tile_ranges(start_min: Any, start_max: Any, stop_min: Any, stop_max: Any, block_kv: int, S: int) -> ColumnRange:
+class Bounds(NamedTuple):
+    """Of the intervals of each block of rows."""
+
+    least_start: Any
+    largest_start: Any
+    least_stop: Any
+    largest_stop: Any
+
+
+def tile_ranges(bounds: Bounds, block_kv: int, S: int) -> ColumnRange:
     """As `masks.column_range`, of bounds of the rows' intervals; never empty, which saves the pipelines a case."""
     count = -(-S // block_kv)
     down = lambda x: lax.div(x, jnp.full_like(x, block_kv))  # noqa: E731
     up = lambda x: down(x + (block_kv - 1))  # noqa: E731
-    first = jnp.minimum(down(start_min), count - 1)
-    stop = jnp.maximum(up(stop_max), first + 1)
-    full_first = jnp.minimum(jnp.maximum(up(start_max), first), stop)
-    full_stop = jnp.minimum(jnp.maximum(down(stop_min), full_first), stop)
+    first = jnp.minimum(down(bounds.least_start), count - 1)
+    stop = jnp.maximum(up(bounds.largest_stop), first + 1)
+    full_first = jnp.minimum(jnp.maximum(up(bounds.largest_start), first), stop)
+    full_stop = jnp.minimum(jnp.maximum(down(bounds.least_stop), full_first), stop)
     return ColumnRange(first, full_first, full_stop, stop)
 
 
@@ -33,7 +42,7 @@ def row_intervals(mask: MaskOperands, T: int, S: int, block_rows: int, block_kv:
     if mask.key_start is None or mask.key_stop is None:
         return None
     start, stop, dead = _padded(mask, T, S, block_rows)
-    ranges = jnp.stack([*tile_ranges(*_bounds(mask, start, stop, dead, block_rows), block_kv, S)], -1)
+    ranges = jnp.stack([*tile_ranges(_bounds(mask, start, stop, dead, block_rows), block_kv, S)], -1)
     start = start if dead is None else jnp.where(dead, DEAD, start)
     return RowIntervals(start, stop, ranges)
 
@@ -60,10 +69,10 @@ def query_tiles(
     if mask.key_start is None or mask.key_stop is None:
         return None
     start, stop, dead = _padded(mask, T, S, block_q)
-    start_min, low, high, stop_max = _bounds(mask, start, stop, dead, block_q)
+    least_start, low, high, largest_stop = _bounds(mask, start, stop, dead, block_q)
     num_tiles = start.shape[-1] // block_q
     first_key = jnp.arange(0, S, block_keys, dtype=jnp.int32).reshape((1,) * (start.ndim - 1) + (-1, 1))
-    attends = (start_min[..., None, :] < first_key + block_keys) & (stop_max[..., None, :] > first_key)
+    attends = (least_start[..., None, :] < first_key + block_keys) & (largest_stop[..., None, :] > first_key)
     tile = jnp.arange(num_tiles, dtype=jnp.int32).reshape((1,) * start.ndim + (-1,))
     first = jnp.where(attends, tile, num_tiles).min((-1, -3))
     end = jnp.where(attends, tile + 1, 0).max((-1, -3))
@@ -91,11 +100,8 @@ def _padded(mask: MaskOperands, T: int, S: int, block: int) -> tuple[jax.Array, 
     return start, stop, dead
 
 
-def _bounds(mask: MaskOperands, start: jax.Array, stop: jax.Array, dead: jax.Array | None, block: int) -> tuple:
-    """Of each block of rows: the least and largest start, the least and largest stop.
-
-    A tile that is full knows nothing of dead rows, nor of ids: where these count, no stop is far enough for one.
-    """
+def _bounds(mask: MaskOperands, start: jax.Array, stop: jax.Array, dead: jax.Array | None, block: int) -> Bounds:
+    """A tile that is full knows nothing of dead rows, nor of ids: where these count, no stop is far enough for one."""
     least_stop = stop if dead is None else jnp.where(dead, 0, stop)
     least_stop = least_stop if mask.is_exact is None else jnp.where(mask.is_exact, least_stop, 0)
     operands = [x.reshape(*x.shape[:-1], -1, block) for x in (start, start, least_stop, stop)]
@@ -106,4 +112,4 @@ def _bounds(mask: MaskOperands, start: jax.Array, stop: jax.Array, dead: jax.Arr
         return tuple(kind(a, b) for kind, a, b in zip(kinds, x, y, strict=True))
 
     initial = tuple(map(jnp.int32, (largest, lowest, largest, lowest)))
-    return lax.reduce(tuple(operands), initial, combine, (start.ndim,))
+    return Bounds(*lax.reduce(tuple(operands), initial, combine, (start.ndim,)))
