@@ -117,7 +117,7 @@ def _compare(mask: MaskOperands, T: int, S: int, block: int) -> tuple[jax.Array,
         assert mask.key_start is not None
         assert mask.key_stop is not None
         start, stop = some(mask.key_start, -1)[..., None], some(mask.key_stop, -1)[..., None]
-        column = jnp.arange(S, dtype=jnp.int32)
+        column = jnp.arange(S, dtype=jnp.int32).reshape((1,) * (start.ndim - 1) + (-1,))
         match = mask.matches(lambda x: some(x, -2))
         assert match is not None
         match &= (column >= start) & (column < stop)
