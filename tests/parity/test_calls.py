@@ -6,9 +6,10 @@ What a family does not support on this machine is skipped, with its reason (`pyt
 import dataclasses
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
-from tests.support.cases import SHAPES, Case, named_case, with_lengths
-from tests.support.families import by_family, check_family
+from tests.support.cases import FEATURES, IDS, POSITIONS, SHAPES, Case, feature_pairs, features, named_case, with_lengths
+from tests.support.families import EVERYWHERE, by_family, check_family
 
 
 def _grid(
@@ -113,4 +114,100 @@ _DECODINGS = {
     }
 )
 def test_decoding(case: Case, family: str) -> None:
+    check_family(case, family)
+
+
+# ---- segments, positions, offsets, soft cap, sinks, value dimension, shared dropout, largest logits
+
+
+def _with(shape: str, dtype: str, *names: str, **changes: Any) -> Case:
+    return Case(SHAPES[shape], **{"dtype": dtype, **features(*names), **changes})
+
+
+# What a GPU runs is large; a CPU has the small one.
+_LARGE_AND_SMALL = (("odd", "bfloat16"), ("small", "float32"))
+
+
+@by_family(
+    {
+        f"{name}, {shape}, {dtype}": _with(shape, dtype, name)
+        for name in FEATURES
+        for shape, dtype in (*_LARGE_AND_SMALL, ("prime", "float16"), ("small", "bfloat16"))
+        if shape != "prime" or name != "lengths"
+    }
+)
+def test_each_feature(case: Case, family: str) -> None:
+    check_family(case, family)
+
+
+@by_family(
+    {
+        f"{first}, {second}, {shape}": _with(shape, dtype, first, second)
+        for first, second in feature_pairs()
+        for shape, dtype in _LARGE_AND_SMALL
+    }
+)
+def test_each_pair_of_features(case: Case, family: str) -> None:
+    check_family(case, family)
+
+
+_TRACED = frozenset({"ids", "positions", "offset", "lengths", "window"})
+_SELF = Case((2, 67, 67, 2, 2, 16), is_causal=True)
+_ORDERS = {
+    **{f"{kind} ids": {"segment_ids": kind} for kind in IDS},
+    **{f"{kind} positions": {"query_positions": kind, "key_value_positions": kind} for kind in POSITIONS},
+    "restarting positions of sorted ids": {
+        "segment_ids": "padding behind",
+        "query_positions": "restarting",
+        "key_value_positions": "restarting",
+    },
+    "permuted queries": {"query_positions": "permuted"},
+    "permuted keys": {"key_value_positions": "permuted"},
+    "window of positions": {"query_positions": "zig-zag", "key_value_positions": "zig-zag", "local_window_size": (9, 4)},
+    "traced window, ends": {"query_positions": "ends", "local_window_size": (2**31 - 1, 5), "key_value_positions": "ends"},
+    **{f"offset {x}": {"query_offset": x} for x in (-9, 200, 2**31 - 1, -(2**31) + 1, (7, -20), (2**31 - 1, -(2**31)))},
+    "window and offset": {"local_window_size": (7, 3), "query_offset": 30},
+    "keys behind an offset": {"query_offset": 5, "key_value_positions": "sorted"},
+}
+_INTEGERS = {
+    "ids, int8": {"segment_ids": "largest", "integer_dtype": "int8"},
+    "ids, int64": {"segment_ids": "largest", "integer_dtype": "int64", "x64": True},
+    "ids, uint32": {"segment_ids": "shuffled", "integer_dtype": "uint32"},
+    "positions, uint64": {"query_positions": "sorted", "integer_dtype": "uint64", "x64": True},
+    "offset, int16": {"query_offset": (5, -3), "integer_dtype": "int16"},
+    "lengths, uint8": {"query_seq_lengths": (60, 70), "key_value_seq_lengths": (3, 200), "integer_dtype": "uint8"},
+}
+
+
+@by_family(
+    {
+        f"{name}, {'traced' if is_traced else 'static'}": dataclasses.replace(
+            _SELF, traced=_TRACED if is_traced else frozenset(), **changes
+        )
+        for i, (name, changes) in enumerate((_ORDERS | _INTEGERS).items())
+        for is_traced in ((True, False) if "offset" in name else (i % 3 > 0,))
+    }
+)
+def test_orders_of_tokens(case: Case, family: str) -> None:
+    """In one tile and in several: which of them are skipped is decided by ids and positions."""
+    check_family(case, family)
+    if family == EVERYWHERE:
+        check_family(dataclasses.replace(case, block_q=16, block_kv=16), family)
+
+
+_EDGE = features("soft cap", "sinks", "value dimension", "largest logits")
+
+
+@by_family(
+    {
+        f"{shape}, {name}": Case(shape, **{**_EDGE, **features(name), **changes})
+        for shape in ((2, 1, 1, 1, 2, 8), (2, 1, 40, 1, 2, 8), (2, 40, 1, 1, 2, 8))
+        for name, changes in (
+            ("shuffled segments", {"with_lse": True}),
+            ("positions", {"with_lse": True}),
+            ("offset", {"query_offset": -1}),
+        )
+    }
+)
+def test_one_row_or_key(case: Case, family: str) -> None:
     check_family(case, family)

@@ -150,7 +150,7 @@ def test_bfloat16_gradient_of_scale_through_out_and_lse(monkeypatch: pytest.Monk
         actual = pulled_back(
             lambda s, blocks=blocks: flash_attention_with_lse(query, key, value, mask=mask, scale=s, **blocks), scale
         )
-        dense = pulled_back(lambda s: dense_same_dtype(query, key, value, bias, s, masks), scale)
+        dense = pulled_back(lambda s: dense_same_dtype(query, key, value, bias, s, masks)[:2], scale)
         with enable_x64():
             expected = pulled_back(lambda s: float64_oracle(query, key, value, mask=mask, scale=s), jnp.float64(scale))
         assert_as_accurate_as_dense("scale", actual, dense, expected)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from jax_native_flash_attn import flash_attention
+from jax_native_flash_attn import flash_attention, flash_attention_with_lse
 from tests.support.environment import bernoulli, enable_x64, fast_compilation
 from tests.support.oracle import (
     NOTHING_ALLOWED,
@@ -61,6 +62,10 @@ _POOL = (
 )
 BLOCKS = (None, 16, 32, 48, 128)
 
+# How ids and positions go. Their numbers follow from the seed; with T = S, queries and keys have the same ids.
+IDS = ("sorted", "padding behind", "padding in front", "padding between", "shuffled", "largest")
+POSITIONS = ("sorted", "permuted", "zig-zag", "restarting", "negative", "ends")
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -81,6 +86,16 @@ class Case:
     poison: bool = False  # NaN in the padding
     scale: float | None = None
     dropout_rate: float = 0.0
+    broadcast_dropout: bool = False
+    value_dim: int | None = None  # D; None: H
+    segment_ids: str | None = None  # of IDS
+    query_positions: str | None = None  # of POSITIONS
+    key_value_positions: str | None = None
+    query_offset: tuple[int, ...] | int = 0  # of each batch row, or of all
+    integer_dtype: str = "int32"  # of lengths, ids, positions and the offset; 64 bits only where these are on
+    logits_soft_cap: float | None = None
+    sinks: str | None = None  # their dtype
+    with_lse: bool = False  # by flash_attention_with_lse: lse with a cotangent of its own, and the largest logits
     block_q: int | None = None
     block_kv: int | None = None
     traced: frozenset[str] = frozenset()  # subset of TRACEABLE that jit sees as arguments
@@ -95,7 +110,17 @@ class Case:
         return B * K * G * T * S
 
 
-TRACEABLE = ("lengths", "scale", "window")
+_TRACED_WITH = {
+    "query_seq_lengths": "lengths",
+    "key_value_seq_lengths": "lengths",
+    "local_window_size": "window",
+    "query_segment_ids": "ids",
+    "key_value_segment_ids": "ids",
+    "query_positions": "positions",
+    "key_value_positions": "positions",
+    "query_offset": "offset",
+}
+TRACEABLE = ("scale", *dict.fromkeys(_TRACED_WITH.values()))
 
 # ---- cases by name: lengths around the block shapes of every kernel family, and their multiples
 
@@ -116,6 +141,7 @@ SHAPES = {
     "many items": (5, 70, 90, 16, 2, 32),
     "one row, keys split": (1, 1, 9000, 1, 2, 64),
     "rows, keys split": (2, 70, 5000, 1, 1, 128),
+    "small": (2, 53, 67, 2, 2, 16),
     # Few query rows: pure JAX multiplies for all heads at once.
     "decoding": (2, 1, 1100, 2, 2, 8),
     "decoding, three rows": (2, 3, 1100, 2, 2, 8),
@@ -147,6 +173,47 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "x64": {"x64": True, "is_causal": True},
     "vmap": {"vmapped": True, "is_causal": True},
 }
+
+# Beside those of `jax.nn`. Each alone, and each with each other, is a test.
+FEATURES: dict[str, dict[str, Any]] = {
+    "segments": {"segment_ids": "sorted", "traced": frozenset({"ids"})},
+    "shuffled segments": {"segment_ids": "shuffled", "traced": frozenset({"ids"})},
+    "padded segments": {"segment_ids": "padding behind", "traced": frozenset({"ids"})},
+    "positions": {"query_positions": "zig-zag", "key_value_positions": "permuted", "traced": frozenset({"positions"})},
+    "offset": {"query_offset": 11, "traced": frozenset({"offset"})},
+    "soft cap": {"logits_soft_cap": 1.5, "magnitude": 3.0},
+    "sinks": {"sinks": "float32"},
+    "value dimension": {"value_dim": 32},
+    "shared dropout": {"dropout_rate": 0.2, "broadcast_dropout": True},
+    "largest logits": {"with_lse": True},
+    # Of `jax.nn`, what the above have to combine with.
+    "causal": {"is_causal": True},
+    "window": {"local_window_size": (40, 9), "traced": frozenset({"window"})},
+    "lengths": {"query_seq_lengths": (40, 301), "key_value_seq_lengths": (333, 31), "traced": frozenset({"lengths"})},
+    "bias": {"bias": (False, True, True, True)},
+    "mask": {"mask": (True, False, True, True), "mask_density": 0.7},
+    "vmap": {"vmapped": True},
+}
+NEW_FEATURES = tuple(FEATURES)[:10]
+# What cannot be in one call: values of one argument, and what means the same.
+_ALTERNATIVES = ({"segments", "shuffled segments", "padded segments"}, {"positions", "offset"})
+
+
+def feature_pairs() -> list[tuple[str, str]]:
+    """Each pair of FEATURES that can be in one call, of which one at least is not of `jax.nn`."""
+    pairs = itertools.combinations(FEATURES, 2)
+    return [pair for pair in pairs if pair[0] in NEW_FEATURES and not any(set(pair) <= x for x in _ALTERNATIVES)]
+
+
+def features(*names: str) -> dict[str, Any]:
+    """Options of several FEATURES at once."""
+    assert set(names) <= set(FEATURES), names
+    options: dict[str, Any] = {}
+    for name in names:
+        traced = options.get("traced", frozenset()) | FEATURES[name].get("traced", frozenset())
+        options |= {**FEATURES[name], "traced": traced}
+    # Of themselves, positions and offsets say nothing.
+    return options | ({"is_causal": True} if {"positions", "offset"} & set(names) else {})
 
 
 def named_case(shape: str, options: str, **changes: Any) -> Case:
@@ -184,8 +251,24 @@ def cases(draw: st.DrawFn, dtypes: tuple[str, ...] = DTYPES) -> Case:
         one = st.one_of(some, some, st.sampled_from((full + 3, full // 3, 0)), st.integers(0, full))
         return st.none() | st.tuples(*[one] * B)
 
+    def rarely(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+        return st.none() | st.none() | strategy
+
+    offsets = st.sampled_from((0, 5, -3, T, S - T, S + 40, -T - 2, 2**31 - 1, -(2**31) + 1))
+    query_positions = draw(rarely(st.sampled_from(POSITIONS)))
+    has_offset = query_positions is None and draw(st.booleans())
     return Case(
         shape=shape,
+        value_dim=draw(rarely(st.sampled_from((1, 8, 24)))),
+        segment_ids=draw(rarely(st.sampled_from(IDS))),
+        query_positions=query_positions,
+        key_value_positions=draw(rarely(st.sampled_from(POSITIONS))),
+        query_offset=draw(offsets | st.tuples(*[offsets] * B)) if has_offset else 0,
+        integer_dtype=draw(st.sampled_from(("int32", "int32", "int8", "uint32", "int64", "uint64"))),
+        logits_soft_cap=draw(rarely(st.sampled_from((2.0, 0.5, 30.0)))),
+        sinks=draw(rarely(st.sampled_from(("float32", "bfloat16")))),
+        with_lse=draw(st.booleans()),
+        broadcast_dropout=draw(st.booleans()),
         dtype=draw(st.sampled_from(dtypes)),
         magnitude=draw(st.sampled_from((1.0, 6.0))),
         bias=draw(st.none() | axes),
@@ -218,49 +301,106 @@ def broadcast_shape(case: Case, full_axes: tuple[bool, ...]) -> tuple[int, ...]:
     return tuple(n if is_full else 1 for n, is_full in zip((B, K * G, T, S), full_axes, strict=True))
 
 
+def integers(case: Case) -> dict[str, Any]:
+    """Integer arguments of flash_attention: Python numbers where they are static and can be, arrays otherwise."""
+    B, T, S, *_ = case.shape
+    has_64_bits = case.x64 or case.dtype == "float64"
+    dtype = np.dtype(case.integer_dtype if has_64_bits else case.integer_dtype.replace("64", "32"))
+    rng = np.random.default_rng((case.seed, 1))
+    found: dict[str, Any] = {}
+
+    def array(x: Any) -> np.ndarray:
+        return np.clip(x, np.iinfo(dtype).min, np.iinfo(dtype).max).astype(dtype)
+
+    for name in ("query_seq_lengths", "key_value_seq_lengths"):
+        if (lengths := getattr(case, name)) is not None:
+            found[name] = array(lengths)
+    if case.segment_ids is not None:
+        found["query_segment_ids"] = found["key_value_segment_ids"] = array(_ids(rng, B, T, case.segment_ids))
+        if T != S:
+            found["key_value_segment_ids"] = array(_ids(rng, B, S, case.segment_ids))
+    for side, length in (("query", T), ("key_value", S)):
+        if (kind := getattr(case, f"{side}_positions")) is not None:
+            ids = found.get(f"{side}_segment_ids")
+            found[f"{side}_positions"] = array(_positions(rng, B, length, kind, ids))
+    if case.query_offset != 0:
+        is_static = isinstance(case.query_offset, int) and "offset" not in case.traced
+        found["query_offset"] = case.query_offset if is_static else array(case.query_offset)
+    if (window := case.local_window_size) is not None:
+        found["local_window_size"] = window if "window" not in case.traced else jax.tree.map(np.int32, window)
+    return found
+
+
+def _ids(rng: np.random.Generator, B: int, length: int, kind: str) -> np.ndarray:
+    ids = np.sort(rng.integers(0, 4, (B, length)), axis=1)
+    if kind == "shuffled":
+        return rng.permuted(ids - 1, axis=1)
+    if kind == "largest":
+        return np.where(ids == 3, 2**31 - 1, ids)
+    for row, count in zip(ids, rng.integers(0, length // 2 + 1, B), strict=True):
+        start = {"padding in front": 0, "padding between": length // 3, "padding behind": length - count}.get(kind)
+        if start is not None:
+            row[start : start + count] = -1 if kind == "padding behind" else -7
+    return ids
+
+
+def _positions(rng: np.random.Generator, B: int, length: int, kind: str, ids: np.ndarray | None) -> np.ndarray:
+    index = np.broadcast_to(np.arange(length), (B, length))
+    if kind == "permuted":
+        return rng.permuted(index, axis=1)
+    if kind == "zig-zag":  # as devices of a ring hold a causal sequence: parts from both ends
+        parts = np.array_split(np.arange(length), 6)
+        return np.broadcast_to(np.concatenate([parts[i] for i in (0, 5, 1, 4, 2, 3)]), (B, length))
+    if kind == "restarting":
+        ids = np.sort(rng.integers(0, 4, (B, length)), axis=1) if ids is None else ids
+        is_first = np.concatenate([np.ones((B, 1), bool), ids[:, 1:] != ids[:, :-1]], axis=1)
+        return index - np.maximum.accumulate(np.where(is_first, index, 0), axis=1)
+    if kind == "ends":
+        ends = np.array([-(2**31), -(2**31) + 9, 2**31 - 9, 2**31 - 1])
+        return rng.choice(ends, (B, length)) + rng.integers(-3, 4, (B, length))
+    return np.sort(rng.integers(0, 2 * length, (B, length)), axis=1) - (length if kind == "negative" else 0)
+
+
 def call_types(case: Case) -> dict[str, Any]:
     """Of the arrays that a program gets: types, by the names of flash_attention's arguments. Without `unbatched`."""
     B, T, S, K, G, H = case.shape
-    shapes = {"query": (B, T, K * G, H), "key": (B, S, K, H), "value": (B, S, K, H)}
+    shapes = {"query": (B, T, K * G, H), "key": (B, S, K, H), "value": (B, S, K, case.value_dim or H)}
     types: dict[str, Any] = {name: jax.ShapeDtypeStruct(x, jnp.dtype(case.dtype)) for name, x in shapes.items()}
     if case.bias is not None:
         dtype = jnp.dtype(case.bias_dtype or case.dtype)
         types["bias"] = jax.ShapeDtypeStruct(broadcast_shape(case, case.bias), dtype)
     if case.mask is not None:
         types["mask"] = jax.ShapeDtypeStruct(broadcast_shape(case, case.mask), jnp.dtype(bool))
-    for name in ("query_seq_lengths", "key_value_seq_lengths"):
-        if getattr(case, name) is not None and "lengths" in case.traced:
-            types[name] = jax.ShapeDtypeStruct((B,), jnp.dtype("int32"))
+    if case.sinks is not None:
+        types["sinks"] = jax.ShapeDtypeStruct((K * G,), jnp.dtype(case.sinks))
     if case.scale is not None and "scale" in case.traced:
         types["scale"] = jax.ShapeDtypeStruct((), wide_dtype(case.dtype))
-    if case.local_window_size is not None and "window" in case.traced:
-        side = jax.ShapeDtypeStruct((), jnp.dtype("int32"))
-        types["local_window_size"] = jax.tree.map(lambda _: side, case.local_window_size)
+    for name, x in integers(case).items():
+        if _TRACED_WITH[name] in case.traced:
+            types[name] = jax.tree.map(lambda y: jax.ShapeDtypeStruct(np.shape(y), y.dtype), x)
     return types
 
 
 def static_options(case: Case) -> dict[str, Any]:
     """All other arguments of flash_attention that the case has."""
     options: dict[str, Any] = {"is_causal": case.is_causal, "block_q": case.block_q, "block_kv": case.block_kv}
-    if "lengths" not in case.traced:
-        for name in ("query_seq_lengths", "key_value_seq_lengths"):
-            lengths = getattr(case, name)
-            options[name] = None if lengths is None else np.asarray(lengths, np.int32)
+    options |= {name: x for name, x in integers(case).items() if _TRACED_WITH[name] not in case.traced}
     if "scale" not in case.traced:
         options["scale"] = case.scale
-    if "window" not in case.traced:
-        options["local_window_size"] = case.local_window_size
+    if case.logits_soft_cap is not None:
+        options["logits_soft_cap"] = case.logits_soft_cap
     if case.dropout_rate:
         options |= {"dropout_rate": case.dropout_rate, "dropout_rng": jax.random.key(case.seed)}
+        options |= {"broadcast_dropout": True} if case.broadcast_dropout else {}
     return options
 
 
 def over_batch_rows(attention: Callable[..., Any]) -> Callable[..., Any]:
     """`attention` of each batch row as a call of its own, under vmap; what batch rows share is shared.
 
-    Of 4-D arrays. The scale and the sides of the window may have an axis of batch rows.
+    Of 4-D arrays. The scale, the sinks and the sides of the window may have an axis of batch rows.
     """
-    by_row = ("query", "key", "value", "bias", "mask", "query_seq_lengths", "key_value_seq_lengths")
+    by_row = ("query", "key", "value", "bias", "mask", *(name for name in _TRACED_WITH if name != "local_window_size"))
 
     def mapped(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, **options: Any) -> Any:
         arguments = {"query": query, "key": key, "value": value, "bias": bias, "mask": mask, **options}
@@ -270,11 +410,14 @@ def over_batch_rows(attention: Callable[..., Any]) -> Callable[..., Any]:
             for name in (*by_row, "scale", "local_window_size")
             if name in arguments
         }
+        if "sinks" in arguments:
+            axes["sinks"] = 0 if np.ndim(arguments["sinks"]) == 2 else None
         rows = {name: arguments.pop(name) for name in axes}
 
         def one(row: Any) -> Any:
             row = {name: x[None] if name in by_row and axes[name] == 0 else x for name, x in row.items()}
-            return jax.tree.map(lambda x: x[0], attention(**row, **arguments))
+            # The largest logits have no axis of batch rows.
+            return jax.tree.map(lambda x: x if x.ndim == 1 else x[0], attention(**row, **arguments))
 
         return jax.vmap(one, (axes,))(rows)
 
@@ -290,7 +433,9 @@ class Inputs:
     value: np.ndarray
     bias: np.ndarray | None
     mask: np.ndarray | None
+    sinks: np.ndarray | None
     dout: np.ndarray
+    dlse: np.ndarray | None
     dropout_rng: jax.Array | None
     keep: np.ndarray | None
     poisoned: tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -303,10 +448,6 @@ def _drop_axes(array: np.ndarray | None, trim: bool) -> np.ndarray | None:
     return array
 
 
-def _window_pair(window: tuple[int, int] | int | None) -> tuple[int, int] | None:
-    return (window, window) if isinstance(window, int) else window
-
-
 def make_inputs(case: Case) -> Inputs:
     """Draws the numbers of a case. Call it with x64 set as the case wants it."""
     B, T, S, K, G, H = case.shape
@@ -317,9 +458,10 @@ def make_inputs(case: Case) -> Inputs:
     def normal(shape: tuple[int, ...], dtype: Any = dtype, magnitude: float = 1.0) -> np.ndarray:
         return (magnitude * rng.standard_normal(shape)).astype(dtype)
 
+    D = case.value_dim or H
     query = normal((B, T, N, H), magnitude=case.magnitude)
-    key, value = normal((B, S, K, H)), normal((B, S, K, H))
-    dout = normal((B, T, N, H))
+    key, value = normal((B, S, K, H)), normal((B, S, K, D))
+    dout = normal((B, T, N, D))
     bias = mask = keep = dropout_rng = None
     if case.bias is not None:
         bias = normal(broadcast_shape(case, case.bias), jnp.dtype(case.bias_dtype or case.dtype))
@@ -328,24 +470,26 @@ def make_inputs(case: Case) -> Inputs:
     if case.dropout_rate:
         dropout_rng = jax.random.key(case.seed)
         # The contract of dropout: the kept weights are those of this very call.
-        keep = np.asarray(bernoulli(dropout_rng, 1 - case.dropout_rate, (1 if case.vmapped else B, N, T, S)))
+        lead = (1, 1) if case.broadcast_dropout else (1 if case.vmapped else B, N)
+        keep = np.asarray(bernoulli(dropout_rng, 1 - case.dropout_rate, (*lead, T, S)))
         keep = np.broadcast_to(keep, (B, N, T, S))
     masks = masking(
         query,
         key,
         mask,
         is_causal=case.is_causal,
-        query_seq_lengths=case.query_seq_lengths,
-        key_value_seq_lengths=case.key_value_seq_lengths,
-        local_window_size=_window_pair(case.local_window_size),
         dropout_rate=case.dropout_rate,
         keep=keep,
+        logits_soft_cap=case.logits_soft_cap,
+        **integers(case),
     )
+    sinks = None if case.sinks is None else normal((N,), jnp.dtype(case.sinks))
+    dlse = normal((B, T, N), wide_dtype(dtype)) if case.with_lse else None
     poisoned = query, key, value
     if case.poison:
         # A row that may attend no key is the mean over padding too: no NaN for its batch element.
         dead = masks.query_valid[:, None, :] & ~masks.allowed.any(axis=-1)
-        spared = dead.any(axis=(1, 2))[:, None]
+        spared = dead.any(axis=(1, 2))[:, None] & (case.sinks is None)
         bad_query = ~masks.query_valid[:, :, None, None]
         bad_key = ~(masks.key_valid | spared)[:, :, None, None]
         nan = np.array(np.nan, dtype)
@@ -354,48 +498,56 @@ def make_inputs(case: Case) -> Inputs:
             np.where(bad_key, nan, key),
             np.where(bad_key, nan, value),
         )
-    return Inputs(query, key, value, bias, mask, dout, dropout_rng, keep, poisoned, masks)
+    return Inputs(query, key, value, bias, mask, sinks, dout, dlse, dropout_rng, keep, poisoned, masks)
 
 
 def run_case(
     case: Case, inputs: Inputs, attention: Callable[..., Any], compiler_options: dict[str, Any] | None = None
 ) -> dict[str, np.ndarray]:
     """Value, lse and gradients of `attention` under jit, under the names of Case's results."""
-    query, key, value = (x[0] if case.unbatched else x for x in inputs.poisoned)
-    dout = inputs.dout[0] if case.unbatched else inputs.dout
+    query, key, value, dout, dlse = (
+        x[0] if case.unbatched and x is not None else x for x in (*inputs.poisoned, inputs.dout, inputs.dlse)
+    )
     bias, mask = (_drop_axes(x, case.trim) for x in (inputs.bias, inputs.mask))
     static = static_options(case)
     static.pop("dropout_rng", None)
+    static |= {"return_max_logits": True} if case.with_lse else {"return_residual": True}
     traced = call_types(case)
-    others: dict[str, Any] = {"mask": mask, "dropout_rng": inputs.dropout_rng}
-    for name in ("query_seq_lengths", "key_value_seq_lengths"):
-        if name in traced:
-            others[name] = np.asarray(getattr(case, name), np.int32)
-    if "local_window_size" in traced:
-        others["local_window_size"] = case.local_window_size
+    others: dict[str, Any] = {name: x for name, x in integers(case).items() if name in traced}
+    others |= {"mask": mask, "dropout_rng": inputs.dropout_rng}
     scale = traced["scale"].dtype.type(case.scale) if "scale" in traced else None
     attention = over_batch_rows(attention) if case.vmapped else attention
 
     @functools.partial(jax.jit, compiler_options=compiler_options)
-    def run(query, key, value, bias, scale, others, dout):
-        def call(query, key, value, bias, scale):
-            scaling = {} if scale is None else {"scale": scale}
-            return attention(query, key, value, bias, return_residual=True, **static, **others, **scaling)
+    def run(query, key, value, bias, scale, sinks, others, dout, dlse):
+        def call(query, key, value, bias, scale, sinks):
+            floats = {name: x for name, x in (("scale", scale), ("sinks", sinks)) if x is not None}
+            out, *rest = attention(query, key, value, bias, **static, **others, **floats)
+            return ((out, rest[0]), rest) if case.with_lse else (out, rest)
 
-        out, vjp, lse = jax.vjp(call, query, key, value, bias, scale, has_aux=True)
-        return out, lse, *vjp(dout)
+        _, vjp, (lse, *max_logits) = results = jax.vjp(call, query, key, value, bias, scale, sinks, has_aux=True)
+        out = results[0][0] if case.with_lse else results[0]
+        return out, lse, *(max_logits or [None]), *vjp((dout, dlse) if case.with_lse else dout)
 
-    results = run(query, key, value, bias, scale, others, dout)
-    named: dict[str, Any] = dict(zip(("out", "lse", "query", "key", "value", "bias", "scale"), results, strict=True))
+    results = run(query, key, value, bias, scale, inputs.sinks, others, dout, dlse)
+    named: dict[str, Any] = dict(zip(_RESULTS, results, strict=True))
     assert named["out"].dtype == query.dtype
-    assert named["lse"].dtype == query.dtype
+    assert named["out"].shape == dout.shape
+    assert named["lse"].dtype == (wide_dtype(query.dtype) if case.with_lse else query.dtype)
     assert named["lse"].shape == query.shape[:-1]
-    for name, primal in (("query", query), ("key", key), ("value", value), ("bias", bias)):
+    if case.with_lse:
+        B, _, _, K, G, _ = case.shape
+        assert named["max_logits"].dtype == np.float32
+        assert named["max_logits"].shape == ((B, K * G) if case.vmapped else (K * G,))
+    primals = {"query": query, "key": key, "value": value, "bias": bias, "sinks": inputs.sinks}
+    for name, primal in primals.items():
         if primal is not None:
             assert named[name].dtype == primal.dtype, name
             assert named[name].shape == primal.shape, name
     return {k: np.asarray(v) for k, v in named.items() if v is not None}
 
+
+_RESULTS = ("out", "lse", "max_logits", "query", "key", "value", "bias", "scale", "sinks")
 
 # Compiling is what takes time here, not running. On a GPU it takes longest: the oracle stays on the CPU.
 FAST_COMPILATION = fast_compilation()
@@ -403,12 +555,16 @@ _DENSE_COMPILATION = FAST_COMPILATION or {"xla_backend_optimization_level": 0}
 
 
 @functools.partial(jax.jit, compiler_options=_DENSE_COMPILATION)
-def _dense(query, key, value, bias, scale, masks, dout):
+def _dense(query, key, value, bias, scale, sinks, masks, dout, dlse):
     """One compilation for each shape (and dtype), since every option is data by now."""
-    call = functools.partial(dense_same_dtype, masks=masks)
-    out, vjp, lse = jax.vjp(call, query, key, value, bias, scale, has_aux=True)
-    names = ("out", "lse", "query", "key", "value", "bias", "scale")
-    return dict(zip(names, (out, lse, *vjp(dout.astype(out.dtype))), strict=True))
+
+    def call(query, key, value, bias, scale, sinks):
+        out, lse, max_logits = dense_same_dtype(query, key, value, bias, scale, masks, sinks)
+        return (out, lse), max_logits
+
+    (out, lse), vjp, max_logits = jax.vjp(call, query, key, value, bias, scale, sinks, has_aux=True)
+    gradients = vjp((dout.astype(out.dtype), dlse))
+    return dict(zip(_RESULTS, (out, lse, max_logits.max(-1, initial=-jnp.inf), *gradients), strict=True))
 
 
 def _on_cpu(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -418,10 +574,12 @@ def _on_cpu(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def check_case(
     case: Case,
-    attention: Callable[..., Any] = flash_attention,
+    attention: Callable[..., Any] | None = None,
     compiler_options: dict[str, Any] | None = None,
 ) -> dict[str, Accuracy]:
-    """Asserts that value, lse and gradients of a case are as accurate as dense attention's.
+    """Asserts that value, lse, largest logits and gradients of a case are as accurate as dense attention's.
+
+    `attention` has the signature of `flash_attention`, or of `flash_attention_with_lse` where the case is one of it.
 
     A GPU multiplies float32 in TensorFloat-32: there dense attention is to do so as well, and runs there.
     """
@@ -429,21 +587,32 @@ def check_case(
     N = K * G
     with enable_x64(case.x64 or case.dtype == "float64"):
         inputs = make_inputs(case)
+        attention = attention or (flash_attention_with_lse if case.with_lse else flash_attention)
         actual = run_case(case, inputs, attention, compiler_options)
 
     scale = 1.0 / math.sqrt(H) if case.scale is None else case.scale
     arrays = inputs.query, inputs.key, inputs.value
     masks, dout = inputs.masks, inputs.dout
+    # Rows whose lse is a number; that of others is constant.
+    live = masks.allowed.any(axis=-1).transpose(0, 2, 1)  # (B, T, N)
+    live = live if inputs.sinks is None else np.broadcast_to(masks.query_valid[:, :, None], live.shape)
+    dlse = np.zeros(live.shape) if inputs.dlse is None else np.where(live, inputs.dlse, 0)
+    # A case without sinks has some that weigh nothing: dense attention is compiled for both.
+    sinks = np.full((N,), -np.inf) if inputs.sinks is None else inputs.sinks
     full_bias = np.broadcast_to(0.0 if inputs.bias is None else inputs.bias, (B, N, T, S))
     bias64, scale64 = full_bias.astype(np.float64), np.float64(scale)
     query64, key64, value64, dout64 = (x.astype(np.float64) for x in (*arrays, dout))
     # Float64 is judged by more digits than dense attention in it has.
     exact = np.longdouble if case.dtype == "float64" else np.float64
-    expected = dense_numpy(*(x.astype(exact) for x in (*arrays, bias64, scale64)), masks, dout.astype(exact)).results(K)
-    floors = noise_floor(query64, key64, value64, bias64, scale64, masks, dout64, case.dtype)
+    given = None if inputs.sinks is None else sinks.astype(np.float64)
+    expected = dense_numpy(
+        *(x.astype(exact) for x in (*arrays, bias64, scale64)), masks, dout.astype(exact), given, dlse.astype(exact)
+    ).results(K)
+    floors = noise_floor(query64, key64, value64, bias64, scale64, masks, dout64, case.dtype, given, dlse)
     with enable_x64(case.dtype == "float64"):
         wide = wide_dtype(case.dtype)
-        dense_arguments = (*arrays, full_bias.astype(wide), wide.type(scale), masks, dout)
+        dense_arguments = (*arrays, full_bias.astype(wide), wide.type(scale), sinks.astype(wide), masks, dout)
+        dense_arguments = (*dense_arguments, dlse.astype(wide))
         dense = _dense(*dense_arguments) if case.dtype == "float32" else _on_cpu(_dense, *dense_arguments)
     expected, floors, dense = ({k: np.asarray(v) for k, v in results.items()} for results in (expected, floors, dense))
     floors["bias"] = reduce_bias_noise(
@@ -455,10 +624,19 @@ def check_case(
             results["bias"] = results["bias"].sum(axis=axes, keepdims=True)
         low = jnp.finfo(inputs.bias.dtype).eps / 2  # the gradient leaves in the dtype of bias
         floors["bias"] = floors["bias"] + float(low) * np.abs(expected["bias"])
+    axes = () if case.vmapped else (0,)
+    for results in (expected, dense, floors):
+        results["max_logits"] = results["max_logits"].max(axis=axes, initial=-np.inf)
+    finite = np.where(np.isfinite(expected["max_logits"]), expected["max_logits"], 0)
+    floors["max_logits"] = floors["max_logits"] + float(jnp.finfo(jnp.float32).eps) / 2 * np.abs(finite)
+    if inputs.sinks is not None:
+        for results in (expected, dense):
+            results["sinks"] = results["sinks"] if results is dense else results["sinks"].sum(axis=0)
+        floors["sinks"] = np.sqrt((floors["sinks"] ** 2).sum(axis=0))
+        floors["sinks"] += float(jnp.finfo(inputs.sinks.dtype).eps) / 2 * np.abs(expected["sinks"])
 
     # Padded rows are exact, and rows that may attend nothing have the documented lse.
     query_valid, key_valid = inputs.masks.query_valid, inputs.masks.key_valid
-    live = inputs.masks.allowed.any(axis=-1).transpose(0, 2, 1)  # (B, T, N)
     actual = {k: _with_batch(v, k, case) for k, v in actual.items()}
     assert not actual["out"][~query_valid].any(), "out is not 0 past query_seq_lengths"
     assert not actual["query"][~query_valid].any(), "gradient past query_seq_lengths"
@@ -471,6 +649,7 @@ def check_case(
     np.testing.assert_allclose(
         actual["lse"][~live].astype(np.float64), float(nothing), rtol=float(jnp.finfo(jnp.float32).eps)
     )
+    dense["lse"] = dense["lse"].astype(actual["lse"].dtype)
     for results in (actual, dense, expected, floors):
         results["lse"] = results["lse"][live]
 
@@ -483,4 +662,4 @@ def check_case(
 
 
 def _with_batch(result: np.ndarray, name: str, case: Case) -> np.ndarray:
-    return result[None] if case.unbatched and name not in ("bias", "scale") else result
+    return result[None] if case.unbatched and name not in ("bias", "scale", "sinks", "max_logits") else result

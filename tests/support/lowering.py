@@ -13,7 +13,7 @@ import numpy as np
 
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse
 from jax_native_flash_attn._autodiff.linear import FirstDerivative
-from tests.support.cases import TRACEABLE, Case, call_types, over_batch_rows, static_options
+from tests.support.cases import FEATURES, NEW_FEATURES, TRACEABLE, Case, call_types, features, over_batch_rows, static_options
 from tests.support.programs import equations
 
 PRIMITIVES = ("flash_attention", "flash_attention_linear_kernel")
@@ -40,6 +40,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lengths of both": {"query_seq_lengths": (91, 130), "key_value_seq_lengths": (150, 77)},
     "vmap": {"vmapped": True},
 }
+# Beside the options: what a call may have that one of `jax.nn` has not.
+FEATURE_OPTIONS = {
+    name: {key: x for key, x in features(name).items() if key != "traced"}
+    for name in NEW_FEATURES
+    if "with_lse" not in FEATURES[name]
+}
 DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (64, 128)
 
@@ -63,7 +69,7 @@ class Point(NamedTuple):
             scale=0.3,
             bias_dtype="float64" if self.x64 else None,
             mask_density=0.7,
-            **{"traced": frozenset(TRACEABLE), **MASKS[self.mask], **OPTIONS[self.option]},
+            **{"traced": frozenset(TRACEABLE), **MASKS[self.mask], **(OPTIONS | FEATURE_OPTIONS)[self.option]},
         )
 
     def __str__(self) -> str:
@@ -72,15 +78,17 @@ class Point(NamedTuple):
 
 def operand_types(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of the arrays that a program gets: floats, which can be differentiated, and others. Each batch row of a vmap has
-    its own scale and window."""
+    its own scale, sinks and window."""
     types = call_types(case)
     rows = case.shape[:1] if case.vmapped else ()
-    wide = jnp.dtype("float64" if case.x64 else "float32")
+    wide = jnp.dtype("float64" if case.x64 or case.dtype == "float64" else "float32")
     types["scale"] = jax.ShapeDtypeStruct(rows, wide)
     if "local_window_size" in types:
         window = types["local_window_size"]
         types["local_window_size"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(rows, x.dtype), window)
-    return _split(types, ("query", "key", "value", "bias", "scale"))
+    if "sinks" in types:
+        types["sinks"] = jax.ShapeDtypeStruct((*rows, *types["sinks"].shape), types["sinks"].dtype)
+    return _split(types, ("query", "key", "value", "bias", "scale", "sinks"))
 
 
 # ---- transformations: (case) -> a program of (floats, others)

@@ -2,12 +2,13 @@
 
 Nothing here calls the library or `jax.nn`. Axis letters are those of the library (B T S N K G H D).
 
-    logits[b,n,t,s] = scale * query[b,t,n] . key[b,s,n // G] + bias[b,n,t,s]
-    probs[b,n,t,:]  = softmax of logits[b,n,t,:] over the allowed keys s
+    x[b,n,t,s]      = scale * query[b,t,n] . key[b,s,n // G] + bias[b,n,t,s]
+    logits[b,n,t,s] = cap * tanh(x[b,n,t,s] / cap), or x without a cap
+    probs[b,n,t,:]  = softmax of logits[b,n,t,:] over the allowed keys s, and over the sink of the head if there is one
     out[b,t,n]      = sum over s of probs[b,n,t,s] * factor[b,n,t,s] * value[b,s,n // G]
 
 with `factor` = keep / (1 - rate) of dropout. A row that may attend no key weighs every key, masked and
-padded ones included, by 1 / S; a row past its query length gives 0. Three implementations:
+padded ones included, by 1 / S, but with a sink gives 0; a padded row gives 0. Three implementations:
 
 - `float64_oracle`: everything in float64; its derivatives, of any order, come from autodiff.
 - `dense_numpy`: value and first derivatives by hand, in any float of NumPy, with nothing to compile: in
@@ -44,25 +45,48 @@ def allowed_pairs(
     query_seq_lengths: Any = None,
     key_value_seq_lengths: Any = None,
     local_window_size: Any = None,
+    query_segment_ids: Any = None,
+    key_value_segment_ids: Any = None,
+    query_positions: Any = None,
+    key_value_positions: Any = None,
+    query_offset: Any = 0,
     rows: Any = None,
-) -> np.ndarray:
+    xp: Any = np,
+) -> Any:
     """Which query row may attend which key, as booleans of shape (B, N, T, S).
 
-    Of the query rows numbered `rows` alone, where given: those are then the rows of `mask` and of the result.
+    Of the query rows numbered `rows` alone, where given: those are then the rows of `mask` and of the result. `xp`:
+    `numpy`, in int64, or `jax.numpy`, for arguments that are traced, in int32.
     """
     B, N, T, S = shape
     rows = np.arange(T) if rows is None else np.asarray(rows)
-    t, s = rows[:, None], np.arange(S)[None, :]
-    allowed = np.ones((B, N, len(rows), S), bool)
+
+    def integers(x: Any, *axes: int) -> Any:
+        return xp.asarray(x).astype(np.int64 if xp is np else np.int32).reshape(axes)
+
+    def of_rows(x: Any) -> Any:  # (B, T) -> (B, 1, rows, 1)
+        return integers(x, -1, 1, T, 1)[:, :, rows]
+
+    def of_keys(x: Any) -> Any:
+        return integers(x, -1, 1, 1, S)
+
+    t = of_rows(np.arange(T)) + integers(query_offset, -1, 1, 1, 1)
+    t = t if query_positions is None else of_rows(query_positions)
+    s = of_keys(np.arange(S) if key_value_positions is None else key_value_positions)
+    allowed = xp.ones((B, N, len(rows), S), bool)
     if mask is not None:
-        allowed &= to_4d(np.asarray(mask))
+        allowed &= to_4d(xp.asarray(mask))
     if is_causal:
         allowed &= s <= t
     if local_window_size is not None:
-        left, right = np.broadcast_to(np.asarray(local_window_size), (2,))
+        pair = local_window_size if isinstance(local_window_size, tuple) else np.broadcast_to(local_window_size, (2,))
+        left, right = (integers(side, 1, 1, 1, 1) for side in pair)
         allowed &= (t - left <= s) & (s <= t + right)
-    allowed &= valid_rows(B, T, query_seq_lengths)[:, None, rows, None]
-    allowed &= valid_rows(B, S, key_value_seq_lengths)[:, None, None, :]
+    if query_segment_ids is not None:
+        ids = of_keys(key_value_segment_ids)
+        allowed &= (of_rows(query_segment_ids) == ids) & (ids >= 0)
+    allowed &= valid_rows(B, T, query_seq_lengths, query_segment_ids, xp=xp)[:, None, rows, None]
+    allowed &= valid_rows(B, S, key_value_seq_lengths, xp=xp)[:, None, None, :]
     return allowed
 
 
@@ -71,11 +95,14 @@ def wide_dtype(dtype: Any) -> Any:
     return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == np.float64 else jnp.float32)
 
 
-def valid_rows(B: int, length: int, lengths: Any) -> np.ndarray:
-    """Which rows of a padded array (B, length, ...) are not padding."""
-    if lengths is None:
-        return np.ones((B, length), bool)
-    return np.arange(length)[None, :] < np.asarray(lengths)[:, None]
+def valid_rows(B: int, length: int, lengths: Any = None, ids: Any = None, *, xp: Any = np) -> Any:
+    """Which rows of a padded array (B, length, ...) are not padding, by their lengths and by ids (B, length)."""
+    valid = xp.ones((B, length), bool)
+    if lengths is not None:
+        valid &= np.arange(length, dtype=np.int32)[None, :] < xp.asarray(lengths).astype(np.int32)[:, None]
+    if ids is not None:
+        valid &= xp.asarray(ids).reshape(-1, length) >= 0
+    return valid
 
 
 def dropout_factor(keep: Any, rate: float) -> Any:
@@ -98,9 +125,10 @@ class Masking:
     query_valid: Any  # (B, T)
     key_valid: Any  # (B, S)
     factor: Any  # (B, N, T, S), or 1.0 without dropout
+    cap: Any = math.inf  # of the logits
 
 
-jax.tree_util.register_dataclass(Masking, ["allowed", "query_valid", "key_valid", "factor"], [])
+jax.tree_util.register_dataclass(Masking, ["allowed", "query_valid", "key_valid", "factor", "cap"], [])
 
 
 def masking(
@@ -108,49 +136,59 @@ def masking(
     key: Any,
     mask: Any = None,
     *,
-    is_causal: bool = False,
     query_seq_lengths: Any = None,
     key_value_seq_lengths: Any = None,
-    local_window_size: Any = None,
+    query_segment_ids: Any = None,
     dropout_rate: float = 0.0,
     keep: Any = None,
+    logits_soft_cap: float | None = None,
+    xp: Any = np,
+    **selection: Any,
 ) -> Masking:
-    """Gathers the arguments of flash_attention that select or drop pairs; `keep` is the dropout mask."""
+    """Gathers the arguments of flash_attention that are not differentiable; `keep` is the dropout mask."""
     (B, T, N, _), S = to_4d(query).shape, to_4d(key).shape[1]
+    lengths = {"query_seq_lengths": query_seq_lengths, "key_value_seq_lengths": key_value_seq_lengths}
     return Masking(
-        allowed_pairs(
-            (B, N, T, S),
-            mask,
-            is_causal=is_causal,
-            query_seq_lengths=query_seq_lengths,
-            key_value_seq_lengths=key_value_seq_lengths,
-            local_window_size=local_window_size,
-        ),
-        valid_rows(B, T, query_seq_lengths),
-        valid_rows(B, S, key_value_seq_lengths),
+        allowed_pairs((B, N, T, S), mask, query_segment_ids=query_segment_ids, xp=xp, **lengths, **selection),
+        valid_rows(B, T, query_seq_lengths, query_segment_ids, xp=xp),
+        valid_rows(B, S, key_value_seq_lengths, xp=xp),
         dropout_factor(None if keep is None else np.asarray(keep, np.float64), dropout_rate),
+        math.inf if logits_soft_cap is None else logits_soft_cap,
     )
 
 
-def dense_float64(query, key, value, bias, scale, masks: Masking):
+def _capped(x: Any, cap: Any) -> Any:
+    cap = jnp.asarray(cap, x.dtype)
+    finite = jnp.where(jnp.isinf(cap), jnp.ones_like(cap), cap)
+    return jnp.where(jnp.isinf(cap), x, finite * jnp.tanh(x / finite))
+
+
+def _sink_column(sinks: Any, dtype: Any) -> Any:
+    """(1 or B, N, 1, 1) of sinks (N,) or (B, N); -inf for none."""
+    return (jnp.full((1, 1, 1, 1), -jnp.inf, dtype) if sinks is None else
+            sinks.astype(dtype).reshape(-1, sinks.shape[-1], 1, 1))
+
+
+def dense_float64(query, key, value, bias, scale, masks: Masking, sinks=None):
     """(out, lse) of 4-D float64 inputs; differentiable in every argument but `masks`."""
     N, S = query.shape[2], key.shape[1]
     allowed, factor = jnp.asarray(masks.allowed), jnp.asarray(masks.factor)
     query_valid = jnp.asarray(masks.query_valid)[:, :, None, None]
     key_valid = jnp.asarray(masks.key_valid)[:, :, None, None]
-    live = allowed.any(axis=-1, keepdims=True)  # (B, N, T, 1)
+    sink = _sink_column(sinks, query.dtype)
+    live = allowed.any(axis=-1, keepdims=True) | (query_valid[:, None, :, 0] & (sink > -jnp.inf))  # (B, N, T, 1)
 
     # Padding may hold NaN, and 0 * NaN is NaN: it must not enter a product, here or in a derivative.
     real_query = jnp.where(query_valid, query, 0.0)
     real_key = _heads(jnp.where(key_valid, key, 0.0), N)
     real_value = _heads(jnp.where(key_valid, value, 0.0), N)
 
-    logits = jnp.einsum("btnh,bsnh->bnts", real_query, real_key) * scale + bias
+    logits = _capped(jnp.einsum("btnh,bsnh->bnts", real_query, real_key) * scale + bias, masks.cap)
     logits = jnp.where(allowed, logits, -jnp.inf)
-    row_max = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
+    row_max = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf), sink)
     row_max = jax.lax.stop_gradient(jnp.where(live, row_max, 0.0))
     weights = jnp.exp(logits - row_max)
-    total = jnp.where(live, weights.sum(axis=-1, keepdims=True), 1.0)
+    total = jnp.where(live, weights.sum(axis=-1, keepdims=True) + jnp.exp(sink - row_max), 1.0)
     out = jnp.einsum("bnts,bsnd->btnd", weights / total * factor, real_value)
     lse = (row_max + jnp.log(total))[..., 0].transpose(0, 2, 1)
 
@@ -180,8 +218,7 @@ def float64_oracle(
     mask: Any = None,
     *,
     scale: Any = None,
-    dropout_rate: float = 0.0,
-    keep: Any = None,
+    sinks: Any = None,
     **selection: Any,
 ) -> tuple[Any, Any]:
     """(out, lse) in float64 for the arguments of flash_attention, and the dropout mask `keep`.
@@ -189,17 +226,17 @@ def float64_oracle(
     Call it, and differentiate it, inside `enable_x64()`.
     """
     shape = query.shape
-    masks = masking(query, key, mask, dropout_rate=dropout_rate, keep=keep, **selection)
+    masks = masking(query, key, mask, **selection)
     query, key, value, bias = (
         to_4d(jnp.asarray(x, jnp.float64)) for x in (query, key, value, 0.0 if bias is None else bias)
     )
     bias = jnp.broadcast_to(bias, jnp.shape(masks.allowed))
     scale = 1.0 / math.sqrt(shape[-1]) if scale is None else jnp.asarray(scale, jnp.float64)
-    arguments = query, key, value, bias, scale, masks
+    arguments = query, key, value, bias, scale, masks, None if sinks is None else jnp.asarray(sinks, jnp.float64)
     # What is differentiated cannot be compiled with options inside.
     is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments))
     out, lse = dense_float64(*arguments) if is_traced else _compiled_dense_float64()(*arguments)
-    return out.reshape(shape), lse.reshape(shape[:-1])
+    return out.reshape(*shape[:-1], -1), lse.reshape(shape[:-1])
 
 
 @jax.custom_vjp
@@ -214,10 +251,10 @@ _round_cotangent.defvjp(
 )
 
 
-def dense_same_dtype(query, key, value, bias, scale, masks: Masking):
-    """(out, lse) as dense code computes them in the dtype of its 4-D inputs; differentiable.
+def dense_same_dtype(query, key, value, bias, scale, masks: Masking, sinks=None):
+    """(out, lse, largest logits) as dense code computes them in the dtype of its 4-D inputs; differentiable.
 
-    Products take the input dtype and accumulate in float32 (float64 for float64), in the derivative
+    lse and the largest logit of each row, (B, N, T), are in the wider dtype. Products take the input dtype and accumulate in float32 (float64 for float64), in the derivative
     too; softmax is in that wider dtype, and the probabilities are rounded to the dtype of value.
     Written with an upcast before each product, which is exact and runs on every backend (XLA:CPU
     has no float16 product).
@@ -228,16 +265,18 @@ def dense_same_dtype(query, key, value, bias, scale, masks: Masking):
     allowed = jnp.asarray(masks.allowed)
     logits = jnp.einsum("btnh,bsnh->bnts", query.astype(wide), key.astype(wide))
     logits = _round_cotangent(logits, jnp.zeros((), dtype))
-    logits = logits * jnp.asarray(scale, wide) + bias.astype(wide)
+    logits = _capped(logits * jnp.asarray(scale, wide) + bias.astype(wide), masks.cap)
     logits = jnp.where(allowed, logits, jnp.asarray(NOTHING_ALLOWED, wide))
-    row_max = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    largest = jnp.where(allowed.any(-1), logits.max(axis=-1), -jnp.inf)
+    sink = _sink_column(sinks, wide)
+    row_max = jax.lax.stop_gradient(jnp.maximum(logits.max(axis=-1, keepdims=True), sink))
     weights = jnp.exp(logits - row_max)
-    total = weights.sum(axis=-1, keepdims=True)
+    total = weights.sum(axis=-1, keepdims=True) + jnp.exp(sink - row_max)
     probs = weights / total * jnp.asarray(masks.factor).astype(wide)
     out = jnp.einsum("bnts,bsnd->btnd", probs.astype(dtype).astype(wide), value.astype(wide))
     out = jnp.where(jnp.asarray(masks.query_valid)[:, :, None, None], out.astype(dtype), 0)
     lse = (row_max + jnp.log(total))[..., 0].transpose(0, 2, 1)
-    return out, lse.astype(dtype)
+    return out, lse, largest
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -252,7 +291,7 @@ def _round_tangent_jvp(dtype: str, primals: Any, tangents: Any) -> Any:  # pyrig
     return primals[0], tangents[0].astype(dtype).astype(tangents[0].dtype)
 
 
-def dense_in_both_modes(query, key, value, bias, scale, masks: Masking):
+def dense_in_both_modes(query, key, value, bias, scale, masks: Masking, sinks=None):
     """As `dense_same_dtype`, but differentiable in both modes and every order; of float32 and 16 bits.
 
     Of rows without a key, lse is -inf.
@@ -261,10 +300,14 @@ def dense_in_both_modes(query, key, value, bias, scale, masks: Masking):
     allowed = jnp.asarray(masks.allowed)
     key, value = (_heads(x, N).astype(wide) for x in (key, value))
     logits = _round_tangent(jnp.einsum("btnh,bsnh->bnts", query.astype(wide), key), str(dtype))
-    logits = logits * scale.astype(wide) + bias.astype(wide)
+    logits = _capped(logits * scale.astype(wide) + bias.astype(wide), masks.cap)
+    sink = _sink_column(sinks, wide)
+    has_sink = jnp.broadcast_to(sink > -jnp.inf, (*logits.shape[:-1], 1))
     logits = jnp.where(allowed, logits, jnp.float32(-1e30))
-    lse = jnp.where(allowed.any(-1), jax.nn.logsumexp(logits, axis=-1), -jnp.inf)
-    probs = jax.nn.softmax(logits) * jnp.asarray(masks.factor).astype(wide)
+    logits = jnp.concatenate([logits, jnp.broadcast_to(sink, has_sink.shape)], -1)
+    is_live = allowed.any(-1) | (has_sink[..., 0] & jnp.asarray(masks.query_valid)[:, None, :])
+    lse = jnp.where(is_live, jax.nn.logsumexp(logits, axis=-1), -jnp.inf)
+    probs = jax.nn.softmax(logits)[..., :-1] * jnp.asarray(masks.factor).astype(wide)
     out = jnp.einsum("bnts,bsnd->btnd", probs.astype(dtype).astype(wide), value).astype(dtype)
     return jnp.where(jnp.asarray(masks.query_valid)[:, :, None, None], out, 0), jnp.moveaxis(lse, 1, 2)
 
@@ -284,11 +327,16 @@ class Dense:
     out: np.ndarray
     dprobs: np.ndarray
     delta: np.ndarray  # (B, N, T, 1)
-    dlogits: np.ndarray
+    dlogits: np.ndarray  # behind the cap
+    slope: np.ndarray  # of the cap
+    sink_probs: np.ndarray  # (B, N, T, 1)
+    max_logits: np.ndarray  # (B, N)
+    dproducts: np.ndarray  # of scaled products, and of the bias
     dquery: np.ndarray
     dkey: np.ndarray
     dvalue: np.ndarray
     dscale: np.ndarray
+    dsinks: np.ndarray  # (B, N)
 
     def results(self, num_kv_heads: int) -> dict[str, np.ndarray]:
         """By the names of Case's results; bias in full shape."""
@@ -298,8 +346,10 @@ class Dense:
             "query": self.dquery,
             "key": _sum_heads(self.dkey, num_kv_heads),
             "value": _sum_heads(self.dvalue, num_kv_heads),
-            "bias": self.dlogits,
+            "bias": self.dproducts,
             "scale": self.dscale,
+            "sinks": self.dsinks,
+            "max_logits": self.max_logits,
         }
 
 
@@ -311,24 +361,33 @@ def _sum_heads(x: np.ndarray, num_kv_heads: int) -> np.ndarray:
     return x.reshape(B, S, num_kv_heads, N // num_kv_heads, D).sum(axis=3)
 
 
-def dense_numpy(query, key, value, bias, scale, masks: Masking, dout) -> Dense:
+def dense_numpy(query, key, value, bias, scale, masks: Masking, dout, sinks=None, dlse=None) -> Dense:
     """Of 4-D NumPy arrays without NaN and a bias of full shape; in the dtype of the arrays."""
     G = query.shape[2] // key.shape[2]
     key, value = np.repeat(key, G, axis=2), np.repeat(value, G, axis=2)
     allowed, factor = masks.allowed, np.asarray(masks.factor, query.dtype)
     query_valid = masks.query_valid[:, :, None, None]
     dout = np.where(query_valid, dout, 0)
-    live = allowed.any(axis=-1, keepdims=True)
+    has_key = allowed.any(axis=-1, keepdims=True)
+    sink = np.full((1, 1, 1, 1), -np.inf, query.dtype) if sinks is None else sinks[None, :, None, None]
+    live = has_key | (query_valid[:, None, :, 0] & (sink > -np.inf))
     products = _einsum("btnh,bsnh->bnts", query, key)
-    logits = np.where(allowed, products * scale + bias, -np.inf)
-    top = np.where(live, logits.max(axis=-1, keepdims=True), 0)
-    weights = np.exp(logits - top)
-    total = np.where(live, weights.sum(axis=-1, keepdims=True), 1)
-    probs = np.where(live, weights / total, np.ones_like(scale) / allowed.shape[-1])
+    x = products * scale + bias
+    tanh = np.tanh(x / np.asarray(masks.cap, x.dtype)) if masks.cap < math.inf else np.zeros_like(x)
+    x = masks.cap * tanh if masks.cap < math.inf else x
+    logits = np.where(allowed, x, -np.inf)
+    largest = logits.max(axis=-1, keepdims=True, initial=-np.inf)
+    top = np.where(live, np.maximum(largest, sink), 0)
+    weights, sink_weight = np.exp(logits - top), np.where(live, np.exp(sink - top), 0)
+    total = np.where(live, weights.sum(axis=-1, keepdims=True) + sink_weight, 1)
+    probs = np.where(live, weights / total, np.ones_like(scale) / max(allowed.shape[-1], 1))
     out = _einsum("bnts,bsnd->btnd", probs * factor, value)
     dprobs = _einsum("btnd,bsnd->bnts", dout, value)
     delta = (dout * out).sum(axis=-1).transpose(0, 2, 1)[..., None]
+    if dlse is not None:
+        delta = delta - np.where(live, dlse.transpose(0, 2, 1)[..., None], 0)
     dlogits = np.where(live, probs * (dprobs * factor - delta), 0)
+    dproducts = dlogits * (1 - tanh * tanh)
     return Dense(
         key=key,
         value=value,
@@ -342,10 +401,15 @@ def dense_numpy(query, key, value, bias, scale, masks: Masking, dout) -> Dense:
         dprobs=dprobs,
         delta=delta,
         dlogits=dlogits,
-        dquery=scale * _einsum("bnts,bsnh->btnh", dlogits, key),
-        dkey=scale * _einsum("bnts,btnh->bsnh", dlogits, query),
+        slope=1 - tanh * tanh,
+        sink_probs=sink_weight / total,
+        max_logits=largest.max(axis=(2, 3), initial=-np.inf),
+        dproducts=dproducts,
+        dquery=scale * _einsum("bnts,bsnh->btnh", dproducts, key),
+        dkey=scale * _einsum("bnts,btnh->bsnh", dproducts, query),
         dvalue=_einsum("bnts,btnd->bsnd", probs * factor, dout),
-        dscale=(dlogits * products).sum(),
+        dscale=(dproducts * products).sum(),
+        dsinks=-(sink_weight / total * delta).sum(axis=(2, 3)),
     )
 
 
@@ -353,7 +417,9 @@ def dense_numpy(query, key, value, bias, scale, masks: Masking, dout) -> Dense:
 # The tolerance
 
 
-def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> dict[str, Any]:
+def noise_floor(
+    query, key, value, bias, scale, masks: Masking, dout, dtype, sinks=None, dlse=None
+) -> dict[str, Any]:
     """The error that a single rounding of every term would make, for each result; in float64.
 
     Dense code is now and then exact by luck (one key; one term; a sum that cancels), so twice its
@@ -376,18 +442,22 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> 
     def rows(x):  # (B, T, N) -> (B, N, T, 1)
         return x.transpose(0, 2, 1)[..., None]
 
-    x = dense_numpy(query, key, value, bias, scale, masks, dout)
+    x = dense_numpy(query, key, value, bias, scale, masks, dout, sinks, dlse)
     allowed, factor, live = masks.allowed, masks.factor, x.live
     key, value, dout, K = x.key, x.value, x.dout, key.shape[2]
     plain, logits, probs, lse, out = x.products, x.logits, x.probs, x.lse, x.out
-    dprobs, delta, dlogits = x.dprobs, x.delta, x.dlogits
+    dprobs, delta, dlogits, slope = x.dprobs, x.delta, x.dlogits, x.slope
 
     def per_head(noise):  # reduces query heads to key/value heads, root of squares
         return np.sqrt(_sum_heads(noise * noise, K))
 
-    logit_size = root("btnh,bsnh->bnts", query, key) * np.abs(scale) + np.abs(bias)
-    logit_size = np.where(allowed, np.maximum(logit_size, np.abs(logits)), 0.0)
-    lse_noise = wide * (1.0 + logit_size.max(axis=-1, keepdims=True))  # (B, N, T, 1)
+    product_size = root("btnh,bsnh->bnts", query, key) * np.abs(scale) + np.abs(bias)
+    logit_size = np.where(allowed, np.maximum(slope * product_size, np.abs(logits)), 0.0)
+    lse_noise = wide * (1.0 + logit_size.max(axis=-1, keepdims=True, initial=0.0))  # (B, N, T, 1)
+    if sinks is not None:
+        lse_noise = lse_noise + wide * np.abs(sinks)[None, :, None, None]
+    # The slope is 1 - tanh^2: that of a large logit cancels.
+    slope_noise = wide * (1.0 + 2.0 * slope * product_size / masks.cap) if masks.cap < math.inf else 0.0
     probs_wide = probs * wide * (1.0 + logit_size)  # as softmax leaves them
     probs_noise = probs_wide + probs * (low + lse_noise)  # as they enter the product with value
 
@@ -403,17 +473,18 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> 
     delta_size = summing * rows(root("btnd,btnd->btn", dout, out)) + np.abs(delta)
 
     def own_noise(rounding):
+        """Of the cotangents in front of the cap."""
         noise = probs * (rounding * np.abs(dprobs) + wide * dprobs_size) * factor + rounding * np.abs(dlogits)
         noise = noise + (probs_wide + probs * lse_noise) * np.abs(dprobs * factor - delta)
-        return np.where(live, noise, 0.0)
+        return np.where(live, noise * slope + np.abs(dlogits) * slope_noise, 0.0)
 
     own = own_noise(low)
-    common = np.where(live, wide * delta_size, 0.0)  # times probs, the same sign along a row
+    common = np.where(live, wide * delta_size, 0.0)  # times probs and slope, the same sign along a row
 
     def column(own_size, common_size):
         return np.sqrt(own_size**2 + common_size**2)
 
-    common_probs = common * probs
+    common_probs = common * probs * slope
     lse_rows = lse_noise[..., 0].transpose(0, 2, 1)[..., None]  # (B, T, N, 1)
     # Dense multiplies the cotangents of logits with the products before any of them is rounded to `dtype`.
     scale_own = root("bnts,bnts->", own_noise(wide), plain)
@@ -427,6 +498,8 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> 
     # Dense may sum the keys in several parts, which is more exact (of few rows, XLA does so in JAX 0.12).
     summing_keys = accumulating(value.shape[1]) * wide * root("bnts,bsnd->btnd", probs * factor, value)
     out_noise = np.hypot(root("bnts,bsnd->btnd", probs_noise * factor, value), summing_keys)
+    rounded = low * root("bnts,bnts->bnt", probs * factor, dprobs)[..., None]
+    sink_noise = x.sink_probs * (rounded + wide * delta_size + (lse_noise + wide) * np.abs(delta))
     return {
         "out": out_noise + (low + lse_rows) * np.abs(out),
         "lse": 3 * lse_rows[..., 0] + low * np.abs(lse),
@@ -437,6 +510,9 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype) -> 
         "scale": scale_own + scale_common + wide * np.abs(x.dscale),
         "bias": own,
         "bias_row": common_probs,
+        # Rounded weights, or their rounded cotangents, make delta noise.
+        "sinks": np.sqrt((sink_noise**2).sum(axis=(2, 3))),
+        "max_logits": wide * (1.0 + logit_size.max(axis=(2, 3), initial=0.0)),
     }
 
 
@@ -490,6 +566,10 @@ def assert_as_accurate_as_dense(
     dtype = np.asarray(actual).dtype
     actual, dense, expected = _widened(actual), _widened(dense), _widened(expected)
     assert actual.shape == expected.shape, (name, actual.shape, expected.shape)
+    if name == "max_logits":  # of a head without any key
+        none = expected == -np.inf
+        np.testing.assert_array_equal(actual == -np.inf, none)
+        actual, dense, expected = (np.where(none, 0.0, x) for x in (actual, dense, expected))
     assert np.isfinite(expected).all(), f"{name}: the oracle is not finite"
     assert np.isfinite(actual).all(), f"{name}: {np.sum(~np.isfinite(actual))} values not finite"
     largest = np.abs(expected).max(initial=0.0)
