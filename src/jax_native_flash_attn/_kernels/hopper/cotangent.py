@@ -18,6 +18,8 @@ from .operands import TermKind
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
+_MOST_COLUMNS = 256  # of the gradients of key and value that a warpgroup's registers hold, beside scores
+
 
 def cotangent(
     config: Config,
@@ -37,7 +39,7 @@ def cotangent(
         is_summed = "query" in wanted and wanted["query"].shape[:-3] != z.batch
         out_dtype = jnp.float32 if is_summed else inputs.query.dtype
         with_scale = "scale" in wanted
-        blocks = dquery_blocks(z, tiled_bytes, with_scale=with_scale, is_even=is_even)
+        blocks = dquery_blocks(z, tiled_bytes, with_scale=with_scale, is_even=is_even, is_wide=is_summed)
         rows = dquery(call, blocks, out_dtype, cores, with_scale=with_scale)
         results["query"] = rows.dquery
         if rows.moments is not None:
@@ -101,10 +103,12 @@ def _backward(
 
 
 def _passes(call: Backward, wanted: Shapes) -> list[KeyGradients]:
-    """The gradients of keys and values that are computed together: at 128 columns both fill a warpgroup's registers."""
+    """The gradients of keys and values that are computed together: those that fit into a warpgroup's registers."""
     key, value = (_kernel_result(call, wanted[name]) if name in wanted else None for name in ("key", "value"))
-    if key is None or value is None or (key.shape == value.shape and call.sizes.H <= 128):
+    if key is None or value is None:
         return [] if key is None and value is None else [KeyGradients(key, value)]
+    if key.shape[:-1] == value.shape[:-1] and call.sizes.H + call.sizes.D <= _MOST_COLUMNS:
+        return [KeyGradients(key, value)]
     return [KeyGradients(key=key), KeyGradients(value=value)]
 
 
