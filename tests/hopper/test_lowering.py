@@ -41,6 +41,21 @@ def test_lowers_for_cuda_without_a_gpu(shape: str, options: dict[str, Any], dtyp
     assert "mosaic_gpu" in lowered_text("mosaic_gpu", "cuda", arrays=arrays, **options)
 
 
+@pytest.mark.parametrize(
+    ("shape", "H", "D", "dtype"),
+    [
+        ("odd", 192, 128, "bfloat16"),
+        ("short", 192, 128, "bfloat16"),  # query heads packed into rows
+        ("one row, keys split", 64, 128, "bfloat16"),
+        ("odd", 128, 64, "float32"),
+    ],
+)
+def test_values_of_another_dimension_lower_for_cuda(shape: str, H: int, D: int, dtype: str) -> None:
+    B, T, S, K, G, _ = SHAPES[shape]
+    arrays = make_types(B, T, S, K * G, K, H, jnp.dtype(dtype), D)
+    assert "mosaic_gpu" in lowered_text("mosaic_gpu", "cuda", arrays=arrays, is_causal=True)
+
+
 @pytest.mark.parametrize("H", [64, 256])
 @pytest.mark.parametrize("which", ["bias", "mask", "both"])
 def test_bias_and_mask_lower_for_cuda_without_a_gpu(H: int, which: str) -> None:
@@ -99,14 +114,20 @@ GRADIENTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.usefixtures("no_pure_jax")
 @pytest.mark.parametrize(
-    ("options", "head_dim"),
+    ("options", "H", "D"),
     [
-        *((options, 128) for options in GRADIENTS),
-        *itertools.product(("plain", "bias and mask"), (16, 144, 256)),
-        ("mask", 256),  # needs the most shared memory
+        *((options, 128, 128) for options in GRADIENTS),
+        *((options, H, H) for options, H in itertools.product(("plain", "bias and mask"), (16, 144, 256))),
+        ("mask", 256, 256),  # needs the most shared memory
+        ("causal", 192, 128),
+        ("bias and mask", 192, 128),
+        ("lengths", 64, 128),
+        ("scale", 96, 64),
+        ("dropout", 16, 256),
+        ("bias of keys", 256, 16),
     ],
 )
-def test_gradients_lower_for_cuda_without_a_gpu(options: str, head_dim: int) -> None:
+def test_gradients_lower_for_cuda_without_a_gpu(options: str, H: int, D: int) -> None:
     traced = {name: x for name, x in GRADIENTS[options].items() if isinstance(x, jax.ShapeDtypeStruct)}
     static = {name: x for name, x in GRADIENTS[options].items() if name not in traced}
 
@@ -116,9 +137,7 @@ def test_gradients_lower_for_cuda_without_a_gpu(options: str, head_dim: int) -> 
         loss = lambda v: mosaic_attention(**{**operands, **v}, dropout_rng=rng, **static).astype(jnp.float32).sum()  # noqa: E731
         return jax.grad(loss)(varying)
 
-    query, key, value = (
-        jax.ShapeDtypeStruct((2, n, h, head_dim), jnp.bfloat16) for n, h in ((130, 4), (150, 2), (150, 2))
-    )
+    query, key, value = make_types(2, 130, 150, 4, 2, H, D=D)
     operands = {"query": query, "key": key, "value": value, **traced}
     text = jax.jit(gradients).trace(operands).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text

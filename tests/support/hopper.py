@@ -56,8 +56,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_types(B: int, T: int, S: int, N: int, K: int, H: int, dtype: Any = jnp.bfloat16) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct(shape, dtype) for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, H))]
+def make_types(
+    B: int, T: int, S: int, N: int, K: int, H: int, dtype: Any = jnp.bfloat16, D: int | None = None
+) -> list[jax.ShapeDtypeStruct]:
+    shapes = (B, T, N, H), (B, S, K, H), (B, S, K, D or H)
+    return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
 
 
 def make_arrays(*sizes: Any) -> list[jax.Array]:
