@@ -31,8 +31,9 @@ from harness.shapes import FORWARD, AttentionShape
 from harness.suites import GPU_SHAPES, find_shape
 from harness.timing import interleaved_seconds, ratio, warm_up
 
-from jax_native_flash_attn._kernels.hopper import family
 from jax_native_flash_attn._kernels.hopper.blocks import Blocks
+from jax_native_flash_attn._kernels.hopper.support import HopperKernels
+from jax_native_flash_attn._kernels.select import replacing
 
 _SECONDS = 1e-3  # of one program: shorter calls are repeated in it
 
@@ -63,15 +64,9 @@ def lowered(name: str, candidate: str, *, needs_lse: bool) -> Any:
         function = functools.partial(attention, implementation, shape, inputs=inputs)
         return jax.vjp(function, inputs.differentiated)[0] if needs_lse else function(inputs.differentiated)
 
-    call_module: Any = family
-    choose = call_module.forward_blocks
-    if blocks is not None:
-        call_module.forward_blocks = lambda *_, **__: blocks
-    try:
+    with replacing(HopperKernels(forward_blocks=blocks)):
         traced = jax.jit(repeated(call, count)).trace(input_types(shape))
         return traced.lower(lowering_platforms=("cuda",)), count
-    finally:
-        call_module.forward_blocks = choose
 
 
 def measure(name: str, candidates: list[str], options: Any) -> None:

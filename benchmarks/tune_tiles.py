@@ -1,14 +1,11 @@
-"""Time flash_attention over tile sizes: the measurements behind `choose_tile` in `_kernels/xla/shapes.py`.
+"""Time flash_attention over tile sizes: the measurements behind `Limits` and `choose_tile` in `_kernels/xla`.
 
 uv run python benchmarks/tune_tiles.py --shapes 1x4096x8x64 gqa-1x4096x8/2x64-causal --mode forward
 uv run python benchmarks/tune_tiles.py --shapes 4x512x16x64 --blocks 512x512 --heads 1 2 4 8 16
 """
 
-import contextlib
-import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
-from unittest import mock
+from collections.abc import Sequence
 
 import numpy as np
 from harness.implementations import OURS, REFERENCE, compile_attention
@@ -21,8 +18,9 @@ from harness.shapes import FORWARD, AttentionShape
 from harness.suites import find_shape
 from harness.timing import interleaved_seconds, ratio
 
-from jax_native_flash_attn._kernels.xla import plan
-from jax_native_flash_attn._kernels.xla.shapes import TileShape, choose_tile, largest_divisor
+from jax_native_flash_attn._kernels.select import replacing
+from jax_native_flash_attn._kernels.xla.family import XlaKernels
+from jax_native_flash_attn._kernels.xla.limits import Limits
 
 _BLOCKS = (128, 256, 512, 1024, 2048, 4096)
 
@@ -58,7 +56,7 @@ def _tune(
     calls, temporary = {}, {}
     for name, (implementation, limit) in progress(names.items(), lambda item: f"{shape.name} {mode}: {item[0]}"):
         try:
-            with _heads_in_a_tile(limit):
+            with replacing(XlaKernels(Limits(heads=limit))):
                 compiled = compile_attention(implementation, shape, mode)
                 calls[name] = compiled.bind(inputs)
                 calls[name]()
@@ -75,20 +73,6 @@ def _tune(
         for name in sorted(medians, key=lambda name: medians[name]):
             found = ratio(samples[name], samples[unit])
             table.add(name, milliseconds(medians[name]), str(found), mebibytes(temporary[name]))
-
-
-@contextlib.contextmanager
-def _heads_in_a_tile(limit: int | None) -> Iterator[None]:
-    """Compile with at most `limit` key/value heads of one batch row in a tile; None leaves the choice."""
-
-    def limited(sizes, *args, **kwargs) -> TileShape:  # pyright: ignore[reportMissingParameterType]
-        tile = choose_tile(sizes, *args, **kwargs)
-        if limit is None:
-            return tile
-        return dataclasses.replace(tile, batch=(1,) * len(tile.batch), heads=largest_divisor(sizes.K, limit))
-
-    with mock.patch.object(plan, "choose_tile", limited):
-        yield
 
 
 if __name__ == "__main__":

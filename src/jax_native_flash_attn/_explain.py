@@ -120,7 +120,7 @@ def _platform_here() -> str:
 def _explain(call: Call, which: Pass, target: Target) -> PassExplanation:
     family = select.choose(call, which, target)
     reasons = {name: reason for name, reason in select.reasons(call, which, target).items() if reason is not None}
-    later = [f.name for f in select.FAMILIES if f.name != family.name and f.name not in reasons]
+    later = [f.name for f in select.families() if f.name != family.name and f.name not in reasons]
     reasons |= {name: f"{family.name} comes first and supports the call" for name in later}
     return PassExplanation(family.name, reasons, family.plan(call, which, target))
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 
 from jax_native_flash_attn import flash_attention
-from jax_native_flash_attn._kernels.xla import forms, shapes
 from jax_native_flash_attn._kernels.xla import forward as kernel
+from jax_native_flash_attn._kernels.xla.limits import Limits
 from jax_native_flash_attn._kernels.xla.tiles import Tiles
 from tests.support.accelerator import accelerator_kernels
 from tests.support.cases import FAST_COMPILATION, Case, cases, check_case
@@ -22,13 +22,14 @@ from tests.support.cases import FAST_COMPILATION, Case, cases, check_case
 @pytest.fixture(autouse=True, scope="module")
 def _accelerator() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
     """Every kernel is made for an accelerator, with limits so small that these calls take each of the forms."""
-    with accelerator_kernels() as patch:
-        patch.setattr(shapes, "ACCELERATOR_SCORES", 1 << 14)
-        patch.setattr(forms, "ACCELERATOR_SCORES", 1 << 14)
-        patch.setattr(shapes, "_ACCELERATOR_LEAST", 1 << 11)
-        patch.setattr(shapes, "_ACCELERATOR_KEYS", 1 << 10)
-        patch.setattr(forms, "_LARGE", 1 << 10)
-        patch.setattr(forms, "_LARGE_TILE", 1 << 9)
+    limits = Limits(
+        accelerator_scores=1 << 14,
+        accelerator_least=1 << 11,
+        accelerator_keys=1 << 10,
+        accelerator_large=1 << 10,
+        accelerator_large_tile=1 << 9,
+    )
+    with accelerator_kernels(limits):
         yield
 
 

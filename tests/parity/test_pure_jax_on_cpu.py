@@ -1,7 +1,6 @@
 """The forms that the kernels take on a CPU by size and processor, each against the float64 oracle."""
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,18 +10,16 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse
-from jax_native_flash_attn._kernels.xla import forms, quirks
-from jax_native_flash_attn._kernels.xla import forward as kernel
 from tests.support.cases import FAST_COMPILATION, Case, check_case
-from tests.support.environment import lenient_promotion
 from tests.support.oracle import (
     assert_as_accurate_as_dense,
+    check_out,
     dense_same_dtype,
     enable_x64,
     float64_oracle,
     masking,
-    noise_floor,
 )
+from tests.support.targets import pretend_bfloat16_unit
 
 # (B, T, S, K, G, H): of many and of few scores for their size, and one that several tiles cover.
 SHAPES = {
@@ -48,58 +45,23 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(("shape", "has_hardware"), [*((shape, True) for shape in SHAPES), ("many scores", False)])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    ("shape", "has_hardware", "options"),
+    [
+        *(("many scores", has_hardware, options) for has_hardware in (True, False) for options in OPTIONS),
+        *((shape, True, options) for shape in list(SHAPES)[1:] for options in ("causal", "bias, mask and lengths")),
+    ],
+)
 def test_bfloat16_products_and_shapes(
-    options: str, shape: str, has_hardware: bool, monkeypatch: pytest.MonkeyPatch
+    shape: str, has_hardware: bool, options: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quirks, "cpu_multiplies_bfloat16", lambda: has_hardware)
+    pretend_bfloat16_unit(monkeypatch, exists=has_hardware)
     case = OPTIONS[options]
     B = SHAPES[shape][0]
     lengths = case.key_value_seq_lengths and case.key_value_seq_lengths[:B]
     blocks = {"block_q": 48, "block_kv": 48} if shape == "several tiles" else {}
     changes = {"shape": SHAPES[shape], "dtype": "bfloat16", "key_value_seq_lengths": lengths, **blocks}
     check_case(Case(**{**case.__dict__, **changes}), compiler_options=FAST_COMPILATION)
-
-
-# One or few query rows against many keys: products for all heads at once, in one tile or (block_kv) in several.
-DECODING = {
-    "plain": {},
-    "tiles": {"block_kv": 256},
-    "lengths": {"key_value_seq_lengths": (1100, 7), "traced": frozenset({"lengths"})},
-    "lengths, tiles": {"key_value_seq_lengths": (1100, 300), "block_kv": 256},
-    "padding": {"key_value_seq_lengths": (900, 7), "poison": True},
-    "mask": {"mask": (True, True, False, True), "mask_density": 0.3},
-    "no keys": {"mask": (True, True, False, True), "mask_density": 0.0},
-    "bias": {"bias": (False, True, True, True)},
-    "dropout": {"dropout_rate": 0.3},
-}
-
-
-@pytest.mark.parametrize(
-    ("dtype", "options"),
-    [
-        *itertools.product(["float32", "bfloat16"], DECODING),
-        *itertools.product(["float16", "float64"], ["plain", "mask"]),
-    ],
-)
-def test_decoding(options: str, dtype: str) -> None:
-    check_case(Case((2, 1, 1100, 2, 2, 8), dtype, **DECODING[options]), compiler_options=FAST_COMPILATION)
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 1100, 2, 2, 8), (1, 1, 1100, 1, 4, 8), (3, 1, 1100, 3, 1, 8)])
-def test_decoding_shapes(shape: tuple[int, ...]) -> None:
-    check_case(Case(shape, key_value_seq_lengths=(1100, 900, 5)[: shape[0]]), compiler_options=FAST_COMPILATION)
-
-
-def check_out(name: str, out: Any, dense: Any, *operands: Any, at: Any = ..., **options: Any) -> None:
-    """Asserts that `out[at]` is as accurate as `dense[at]`."""
-    with enable_x64():
-        expected, _ = float64_oracle(*operands, **options)
-    query, key, value = (np.asarray(x, np.float64) for x in operands)
-    masks, scale = masking(query, key, **options), 1 / np.sqrt(query.shape[-1])
-    floors = noise_floor(query, key, value, np.zeros(masks.allowed.shape), scale, masks, np.zeros(out.shape), out.dtype)
-    assert_as_accurate_as_dense(name, out[at], dense[at], np.asarray(expected)[at], floors["out"][at])
 
 
 @pytest.mark.parametrize("mapped", ["query", "key", "value", "key and value", "all"])
@@ -165,87 +127,9 @@ def test_masked_keys_may_be_anything(masks: str, bad: float) -> None:
         assert np.isnan(out[allowed]).all()
 
 
-@pytest.mark.parametrize("documents", [1, 8])
-@pytest.mark.parametrize("has_dead_rows", [False, True])
-@pytest.mark.parametrize("is_bounded", [False, True])
-def test_mask_of_documents(
-    documents: int, has_dead_rows: bool, is_bounded: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Few and many occupied tiles take different forms, decided at run time, with and without bounds."""
-    monkeypatch.setattr(forms, "_CPU_LARGE", 1 if is_bounded else 1 << 62)
-    L = 1024
-    rng = np.random.default_rng(0)
-    query, key, value = (jnp.asarray(rng.standard_normal((1, L, 1, 8)), jnp.float32) for _ in range(3))
-    document = np.arange(L) * documents // L
-    mask = (document[:, None] == document) & ~(has_dead_rows & (np.arange(L) == 5))[:, None]
-    out = jax.jit(lambda *x: flash_attention(*x, mask=mask[None, None]))(query, key, value)
-    dense = jax.nn.dot_product_attention(query, key, value, mask=mask[None, None])
-    check_out("out", out, dense, query, key, value, mask=mask[None, None])
-
-
-@pytest.mark.parametrize(
-    ("masks", "magnitude", "dtype"),
-    [
-        ("plain", np.nan, "float32"),
-        ("causal", 1.0, "float32"),
-        ("causal", 9.0, "float32"),
-        ("causal", 1.0, "float64"),
-        ("causal", 1.0, "bfloat16"),
-        ("window", 1.0, "float32"),
-        ("lengths", 1.0, "float32"),
-        ("lengths", 9.0, "float32"),
-        ("lengths", np.nan, "float32"),
-        ("mask", 1.0, "float32"),
-        ("mask", 9.0, "float32"),
-        ("mask and lengths", 1.0, "float32"),
-        ("no keys", 1.0, "float32"),
-    ],
-)
-def test_bounds_of_logits(masks: str, magnitude: float, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is subtracted from the logits is decided at run time, and where tiles are large or small alike."""
-    taken = []
-    forward = kernel.forward
-
-    def watched(tiles: Any, bounds: Any = None) -> Any:
-        jax.debug.callback(lambda: taken.append(bounds is not None))
-        return forward(tiles, bounds)
-
-    monkeypatch.setattr(kernel, "forward", watched)
-    monkeypatch.setattr(forms, "_CPU_LARGE", 1)
-    rng = np.random.default_rng(0)
-    shapes = (2, 131, 4, 16), (2, 139, 2, 16), (2, 139, 2, 16)
-    allowed = jnp.asarray(rng.random((2, 1, 131, 139)) < 0.5)
-    lengths = {"key_value_seq_lengths": jnp.array([0, 70]), "query_seq_lengths": jnp.array([100, 131])}
-    options = {
-        "plain": {},
-        "causal": {"is_causal": True},
-        "window": {"local_window_size": (20, 3)},
-        "lengths": lengths,
-        "mask": {"mask": allowed.at[1, 0, 5].set(False)},  # a row without keys
-        "mask and lengths": {"mask": allowed, **lengths},
-        "no keys": {"mask": allowed & False},
-    }[masks]
-    with enable_x64(dtype == "float64"):
-        query, key, value = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
-        query *= jnp.asarray(1.0 if np.isnan(magnitude) else magnitude, dtype)
-        padded = key if not np.isnan(magnitude) else key.at[1, 120].set(np.nan)
-        call = functools.partial(flash_attention, block_q=64, block_kv=48, **options)
-        out = jax.jit(call, compiler_options=FAST_COMPILATION)(query, padded, value)
-        jax.effects_barrier()
-        with lenient_promotion():
-            dense = jax.nn.dot_product_attention(query, key, value, **options)
-    is_padding = "lengths" in masks
-    assert taken == [magnitude == 1.0 or (np.isnan(magnitude) and is_padding)]
-    if np.isnan(magnitude) and not is_padding:
-        reaches = np.broadcast_to(masking(query, key, **options).allowed, (2, 4, 131, 139))[1, ..., 120].T
-        assert np.isnan(out[1][reaches]).all()
-    else:
-        check_out("out", out, dense, query, key, value, **options)
-
-
 def test_bfloat16_gradient_of_scale_through_out_and_lse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where products round their operands it comes from sums that need the cotangent of lse apart; a row is dead."""
-    monkeypatch.setattr(quirks, "cpu_multiplies_bfloat16", lambda: True)
+    pretend_bfloat16_unit(monkeypatch, exists=True)
     rng = np.random.default_rng(0)
     query, key, value, dout = (jnp.asarray(rng.standard_normal((1, 70, 2, 16)), jnp.bfloat16) for _ in range(4))
     dlse = jnp.asarray(rng.standard_normal((1, 70, 2)), jnp.bfloat16)

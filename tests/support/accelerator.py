@@ -1,4 +1,4 @@
-"""The pure JAX kernels as they are made for an accelerator, run on the CPU. What it patches is private to them."""
+"""The pure JAX kernels as they are made for an accelerator, run on the CPU."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,18 +9,34 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jax_native_flash_attn._kernels.xla import family
-from jax_native_flash_attn._kernels.xla.plan import Plan, make_plan
+from jax_native_flash_attn._kernels.protocol import Forward, LinearPass, Target
+from jax_native_flash_attn._kernels.select import replacing
+from jax_native_flash_attn._kernels.xla.family import XlaKernels
+from jax_native_flash_attn._kernels.xla.limits import Limits
 from jax_native_flash_attn._kernels.xla.tiles import Tiles
+from jax_native_flash_attn._semantics.call import Call
+
+
+class AcceleratorKernels(XlaKernels):
+    """Made for an accelerator, whatever they are lowered for, but those of float64."""
+
+    def forward(self, call: Call, target: Target) -> Forward:
+        return super().forward(call, _accelerator(call, target))
+
+    def cotangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
+        return super().cotangent(call, given, _accelerator(call, target))
+
+    def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
+        return super().tangent(call, given, _accelerator(call, target))
+
+
+def _accelerator(call: Call, target: Target) -> Target:
+    return target._replace(platform="cpu" if call.inputs.query.dtype == jnp.float64 else "accelerator")
 
 
 @contextlib.contextmanager
-def accelerator_kernels(*, rounds_float32: bool = False) -> Iterator[pytest.MonkeyPatch]:
-    """All but those of float64. `rounds_float32`: products are in TensorFloat-32 unless more is asked for."""
-
-    def planned(call: Any, target: Any, **options: Any) -> Plan:
-        platform = "cpu" if call.inputs.query.dtype == jnp.float64 else "accelerator"
-        return make_plan(call, target._replace(platform=platform), **options)
+def accelerator_kernels(limits: Limits = Limits(), *, rounds_float32: bool = False) -> Iterator[None]:  # noqa: B008
+    """`rounds_float32`: products are in TensorFloat-32 unless more is asked for."""
 
     def einsum(self: Tiles, subscripts: str, *operands: jax.Array, dtype: Any = None) -> jax.Array:
         """As `Tiles.einsum`; XLA:CPU cannot run every product of 16-bit floats."""
@@ -33,9 +49,6 @@ def accelerator_kernels(*, rounds_float32: bool = False) -> Iterator[pytest.Monk
 
         return jnp.einsum(subscripts, *map(rounded, operands), precision=self.config.precision)
 
-    jax.clear_caches()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(family, "make_plan", planned)
+    with pytest.MonkeyPatch.context() as patch, replacing(AcceleratorKernels(limits)):
         patch.setattr(Tiles, "einsum", einsum)
-        yield patch
-    jax.clear_caches()
+        yield

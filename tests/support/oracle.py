@@ -526,3 +526,13 @@ __all__ = [
     "valid_rows",
     "wide_dtype",
 ]
+
+
+def check_out(name: str, out: Any, dense: Any, *operands: Any, at: Any = ..., **options: Any) -> None:
+    """Asserts that `out[at]` is as accurate as `dense[at]`."""
+    with enable_x64():
+        expected, _ = float64_oracle(*operands, **options)
+    query, key, value = (np.asarray(x, np.float64) for x in operands)
+    masks, scale = masking(query, key, **options), 1 / np.sqrt(query.shape[-1])
+    floors = noise_floor(query, key, value, np.zeros(masks.allowed.shape), scale, masks, np.zeros(out.shape), out.dtype)
+    assert_as_accurate_as_dense(name, out[at], dense[at], np.asarray(expected)[at], floors["out"][at])

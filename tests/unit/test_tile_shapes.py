@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn._kernels.xla import shapes
+from jax_native_flash_attn._kernels.xla.limits import Limits
 from jax_native_flash_attn._semantics.sizes import Sizes
 
 
@@ -52,6 +53,7 @@ def random_arguments(rng: np.random.Generator) -> dict[str, Any]:
     return {
         "sizes": sizes,
         "platform": "cpu" if flag() else "accelerator",
+        "limits": Limits(),
         "block_q": size(300) if rng.random() < 0.3 else None,
         "block_kv": size(300) if rng.random() < 0.3 else None,
         "band_width": size(1200) if is_narrow else None,

@@ -4,6 +4,9 @@ The choice is made while a primitive is lowered, so that one traced program runs
 for one kind of GPU alone (an export for several platforms) takes the pure JAX kernels.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
 
 from .._semantics.call import Call
@@ -12,6 +15,30 @@ from .protocol import Forward, Kernels, LinearPass, Pass, Target
 from .xla.family import XlaKernels
 
 FAMILIES: tuple[Kernels, ...] = (HopperKernels(), XlaKernels())  # in order of preference; the last supports every call
+_replacements: dict[str, Kernels] = {}
+
+
+def families() -> tuple[Kernels, ...]:
+    """In order of preference."""
+    return tuple(_replacements.get(family.name, family) for family in FAMILIES)
+
+
+@contextlib.contextmanager
+def replacing(*others: Kernels) -> Iterator[None]:
+    """Takes families of other limits or plans, each in place of the one of its name: for tuners and tests.
+
+    In the whole process. What JAX has traced and compiled is forgotten before and behind it, so that no program made
+    outside runs inside, or the other way round; but what `lower` and `compile` have returned stays as it is.
+    """
+    before = dict(_replacements)
+    _replacements.update({family.name: family for family in others})
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        _replacements.clear()
+        _replacements.update(before)
+        jax.clear_caches()
 
 
 def reasons(call: Call, which: Pass, target: Target) -> dict[str, str | None]:
@@ -24,7 +51,7 @@ def reasons(call: Call, which: Pass, target: Target) -> dict[str, str | None]:
         family.name: f"implementation={asked!r} was asked for"
         if asked == FAMILIES[-1].name != family.name
         else family.supports(call, which, target)
-        for family in FAMILIES
+        for family in families()
     }
 
 
@@ -68,4 +95,4 @@ def is_opaque(call: Call, which: Pass, target: Target) -> bool:
 
 
 def _first(found: dict[str, str | None]) -> Kernels:
-    return next(family for family in FAMILIES if found[family.name] is None)
+    return next(family for family in families() if found[family.name] is None)

@@ -23,15 +23,20 @@ class Sizes:
         return self.K * self.G
 
     @property
+    def group_rows(self) -> int:
+        """Query rows of a key/value head."""
+        return self.T * self.G
+
+    @property
     def has_few_scores(self) -> bool:
         """Whether all scores of a head are fewer than the elements of its query and keys."""
-        rows = self.G * self.T
+        rows = self.group_rows
         return rows * self.S < (rows + self.S) * self.H
 
     @property
     def has_few_products(self) -> bool:
         """Whether scores are so few that reading and converting query and keys costs more than multiplying them."""
-        rows = self.G * self.T
+        rows = self.group_rows
         return self.has_few_scores and rows * self.S <= 32 * (rows + self.S)
 
 

@@ -54,6 +54,14 @@ class Blocks:
         return {1: (240, 24), 2: (240, 24), 3: (160, 24), 4: (112, 24)}[self.warpgroups]
 
 
+class BackwardBlocks(NamedTuple):
+    """Of the kernels for the gradients of query, of key and value, and of a bias, if there is one."""
+
+    dquery: Blocks
+    dkey_dvalue: Blocks
+    dbias: Blocks | None
+
+
 _FEW_ROWS, _PLAIN, _UNMASKED = "few rows", "plain", "plain, without a mask"
 _SCORES, _SHORT_SCORES = "bias or mask over T and S", "likewise, with short T"
 _BIAS = "bias over T and S that products start with"
@@ -193,7 +201,7 @@ def _takes_persistent(sizes: Sizes, visited: int, *, is_even: bool) -> bool:
     return is_even and columns <= 128 and visited * max(columns, 64) <= _SHORT_ITEM
 
 
-def dquery_blocks(sizes: Sizes, term_bytes: int, *, with_scale: bool, is_even: bool, is_wide: bool = False) -> Blocks:
+def dquery_blocks(sizes: Sizes, term_bytes: int, *, with_scale: bool, is_even: bool, is_wide: bool) -> Blocks:
     """Block shape of the kernel for the gradient of query (and of scale: its sum takes shared memory too).
 
     `is_even`: items take about the same time, but for what a causal mask makes of them. `is_wide`: the result is in
@@ -222,7 +230,7 @@ def dkey_dvalue_blocks(sizes: Sizes, term_bytes: int, *, needs_dlogits: bool, is
     """Of the kernel for the gradients of key and value: there block_kv keys belong to one warpgroup."""
     H, D = sizes.H, sizes.D
     key_and_value = H if H == D and not needs_dlogits else H + D
-    persistent = _takes_persistent(sizes, sizes.T * sizes.G, is_even=is_even)
+    persistent = _takes_persistent(sizes, sizes.group_rows, is_even=is_even)
     return _first_that_fits(
         lambda x: (
             2 * key_and_value * (1 + x.persistent) * x.warpgroups * x.block_kv

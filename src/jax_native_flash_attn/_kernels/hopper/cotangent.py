@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ..._semantics.call import Config, Inputs, sum_to
-from ..._semantics.sizes import Sizes
+from ..._semantics.call import Call, Config, Inputs, sum_to
+from ..protocol import LinearPass
 from .backward import dbias, dkey_dvalue, dquery
-from .blocks import Blocks, Chip, dbias_blocks, dkey_dvalue_blocks, dquery_blocks
+from .blocks import BackwardBlocks, dbias_blocks, dkey_dvalue_blocks, dquery_blocks
 from .host.backward import Backward
 from .host.dkey_dvalue_plan import KeyGradients
 from .host.operands import kind_of, term_bytes
@@ -21,57 +20,48 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 _MOST_COLUMNS = 256  # of the gradients of key and value that a warpgroup's registers hold, beside scores
 
 
-def cotangent(
-    config: Config,
-    inputs: Inputs,
-    out: jax.Array,
-    lse: jax.Array,
-    cotangents: Mapping[str, jax.Array],
-    wanted: Shapes,
-    chip: Chip,
-) -> dict[str, jax.Array]:
-    """See `select.cotangent`."""
-    cores, is_even = chip.cores, _is_even(inputs)
-    call = _backward(config, inputs, out, lse, cotangents)
-    z, tiled_bytes = call.sizes, term_bytes(inputs)
+def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores: int) -> dict[str, jax.Array]:
+    """See `select.cotangent`. `asked`: blocks in place of those that `plan` chooses."""
+    inputs, cotangents, wanted = call.inputs, given.operands, given.wanted
+    backward = _backward(call.config, inputs, given.out, given.lse, cotangents)
     results: dict[str, jax.Array] = {}
     if "query" in wanted or "scale" in wanted:
-        is_summed = "query" in wanted and wanted["query"].shape[:-3] != z.batch
+        is_summed = "query" in wanted and wanted["query"].shape[:-3] != backward.sizes.batch
         out_dtype = jnp.float32 if is_summed else inputs.query.dtype
         with_scale = "scale" in wanted
-        blocks = dquery_blocks(z, tiled_bytes, with_scale=with_scale, is_even=is_even, is_wide=is_summed)
-        rows = dquery(call, blocks, out_dtype, cores, with_scale=with_scale)
+        blocks = asked or plan(inputs, with_scale=with_scale, is_wide=is_summed)
+        rows = dquery(backward, blocks.dquery, out_dtype, cores, with_scale=with_scale)
         results["query"] = rows.dquery
         if rows.moments is not None:
             dz_x, dz, mean = rows.moments
             # The dz of a row add up to the cotangent of its lse, but for the error of delta, which so drops out.
             excess = dz - cotangents["lse"].astype(jnp.float32) if "lse" in cotangents else dz
             results["scale"] = (dz_x - excess * mean).sum((-1, -2))
-    for types in _passes(call, wanted):
-        blocks = dkey_dvalue_blocks(z, tiled_bytes, needs_dlogits=types.key is not None, is_even=is_even)
-        gradients = dkey_dvalue(call, blocks, types, cores)
+    for types in _passes(backward, wanted):
+        blocks = asked or plan(inputs, needs_dlogits=types.key is not None)
+        gradients = dkey_dvalue(backward, blocks.dkey_dvalue, types, cores)
         results |= {"key": gradients.key} if gradients.key is not None else {}
         results |= {"value": gradients.value} if gradients.value is not None else {}
-    if "bias" in wanted:
-        results["bias"] = dbias(call, _dbias_blocks(inputs, z), wanted["bias"])
+    if "bias" in wanted and (tiles := (asked or plan(inputs)).dbias) is not None:
+        results["bias"] = dbias(backward, tiles, wanted["bias"])
     return {name: sum_to(results[name], like) for name, like in wanted.items()}
 
 
-class BackwardPlan(NamedTuple):
-    """Block shapes of the kernels for the gradients of query, of key and value, and of a bias, if there is one."""
+def plan(
+    inputs: Inputs, *, with_scale: bool = False, is_wide: bool = False, needs_dlogits: bool = True
+) -> BackwardBlocks:
+    """The block shapes of `cotangent`; of inputs the types suffice.
 
-    dquery: Blocks
-    dkey_dvalue: Blocks
-    dbias: Blocks | None
-
-
-def plan(inputs: Inputs) -> BackwardPlan:
-    """What `cotangent` takes for all gradients but that of scale; of inputs the types suffice."""
+    `with_scale`: for the gradient of scale, too. `is_wide`: for that of query in float32. `needs_dlogits`: not for that
+    of value alone.
+    """
     z, tiled_bytes, is_even = inputs.sizes, term_bytes(inputs), _is_even(inputs)
-    return BackwardPlan(
-        dquery_blocks(z, tiled_bytes, with_scale=False, is_even=is_even),
-        dkey_dvalue_blocks(z, tiled_bytes, needs_dlogits=True, is_even=is_even),
-        None if inputs.bias is None else _dbias_blocks(inputs, z),
+    allowed = inputs.mask.allowed
+    has_key_mask = allowed is not None and kind_of(allowed) is TermKind.COLUMNS
+    return BackwardBlocks(
+        dquery_blocks(z, tiled_bytes, with_scale=with_scale, is_even=is_even, is_wide=is_wide),
+        dkey_dvalue_blocks(z, tiled_bytes, needs_dlogits=needs_dlogits, is_even=is_even),
+        None if inputs.bias is None else dbias_blocks(z, tiled_bytes, has_key_mask=has_key_mask),
     )
 
 
@@ -79,12 +69,6 @@ def _is_even(inputs: Inputs) -> bool:
     """Lengths make items uneven. A boolean mask has intervals too, for its rows without keys."""
     mask = inputs.mask
     return mask.key_value_length is None and (mask.key_start is None or mask.allowed is not None)
-
-
-def _dbias_blocks(inputs: Inputs, sizes: Sizes) -> Blocks:
-    allowed = inputs.mask.allowed
-    has_key_mask = allowed is not None and kind_of(allowed) is TermKind.COLUMNS
-    return dbias_blocks(sizes, term_bytes(inputs), has_key_mask=has_key_mask)
 
 
 def _backward(

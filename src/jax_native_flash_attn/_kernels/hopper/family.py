@@ -15,12 +15,12 @@ from .host.operands import column_bytes, starts_with_bias, term_bytes
 _FEW_ROWS = 64  # of one warpgroup
 
 
-def forward(config: Config, inputs: Inputs, chip: Chip) -> tuple[jax.Array, ...]:
-    """out, lse if needed, and out rounded if asked for; see `select.forward`."""
+def forward(config: Config, inputs: Inputs, blocks: Blocks, cores: int) -> tuple[jax.Array, ...]:
+    """out, lse if needed, and out rounded if asked for; see `select.forward`. `blocks`: as of `plan`."""
     z = inputs.sizes
     if not _packs_groups(config, inputs):
-        return forward_kernel(config, inputs, _blocks(config, inputs, chip), chip.cores)
-    results = list(forward(_packed(config), _pack_groups(config, inputs), chip))
+        return forward_kernel(config, inputs, blocks, cores)
+    results = list(forward_kernel(_packed(config), _pack_groups(config, inputs), blocks, cores))
     for i, x in enumerate(results):
         if config.needs_lse and i == 1:
             x = jnp.swapaxes(x.reshape(*z.batch, z.K, z.T, z.G), -1, -2).reshape(*z.batch, z.N, z.T)
@@ -35,10 +35,6 @@ def plan(config: Config, inputs: Inputs, chip: Chip) -> Blocks:
     if _packs_groups(config, inputs):
         inputs = jax.eval_shape(functools.partial(_pack_groups, config), inputs)
         config = _packed(config)
-    return _blocks(config, inputs, chip)
-
-
-def _blocks(config: Config, inputs: Inputs, chip: Chip) -> Blocks:
     mask = inputs.mask
     return forward_blocks(
         inputs.sizes,
@@ -54,7 +50,7 @@ def _blocks(config: Config, inputs: Inputs, chip: Chip) -> Blocks:
 
 def _packs_groups(config: Config, inputs: Inputs) -> bool:
     z = inputs.sizes
-    return z.G > 1 and z.T * z.G <= _FEW_ROWS and config.dropout is None
+    return z.G > 1 and z.group_rows <= _FEW_ROWS and config.dropout is None
 
 
 def _packed(config: Config) -> Config:
@@ -74,16 +70,22 @@ def _pack_groups(config: Config, inputs: Inputs) -> Inputs:
         heads = (1, 1) if x.shape[at] == 1 else (z.K, z.G)
         shape = (*x.shape[:at], *heads, *x.shape[at + 1 :])
         x = jnp.broadcast_to(x.reshape(shape), (*shape[: at + 1], z.G, z.T, *shape[at + 3 :]))
-        return jnp.swapaxes(x, at + 1, at + 2).reshape(*shape[: at + 1], z.T * z.G, *shape[at + 3 :])
+        return jnp.swapaxes(x, at + 1, at + 2).reshape(*shape[: at + 1], z.group_rows, *shape[at + 3 :])
 
     grouped = inputs.query.reshape(*inputs.query.shape[:-2], z.K, z.G, z.H)
-    query = jnp.moveaxis(grouped, -2, -3).reshape(*inputs.query.shape[:-3], z.T * z.G, z.K, z.H)
+    query = jnp.moveaxis(grouped, -2, -3).reshape(*inputs.query.shape[:-3], z.group_rows, z.K, z.H)
     start, stop = mask.key_start, mask.key_stop
     if start is None and config.band != Band():
         # From positions: a table would be a constant, which custom_partitioning does not take.
         row = jnp.arange(z.T, dtype=jnp.int32).reshape((1,) * (len(z.batch) + 1) + (z.T,))
         start, stop = config.band.interval(row, z.S, jnp)
     packed_mask = mask._replace(
-        key_start=rows(start, 0), key_stop=rows(stop, 0), allowed=rows(mask.allowed, 1), dead=rows(mask.dead, 0)
+        key_start=rows(start, 0),
+        key_stop=rows(stop, 0),
+        allowed=rows(mask.allowed, 1),
+        dead=rows(mask.dead, 0),
+        query_ids=rows(mask.query_ids, 1),
+        lowest_position=rows(mask.lowest_position, 1),
+        highest_position=rows(mask.highest_position, 1),
     )
     return inputs._replace(query=query, bias=rows(inputs.bias, 1), mask=packed_mask)

@@ -5,6 +5,7 @@ Without that backend, which this module does not import: JAX before 0.10 lacks i
 
 import functools
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,16 +13,23 @@ import jax.numpy as jnp
 
 from ..._semantics.call import Call
 from ..protocol import Forward, LinearPass, Pass, Target
-from .blocks import Chip
+from .blocks import BackwardBlocks, Blocks, Chip
 
 _JAX_WITH_BACKEND = (0, 10)
 _COMPUTE_CAPABILITY = 9  # Hopper: wgmma exists on no other
 _FEW_ROWS = 64  # with which copies of float32 keys and values would cost more than attention
 
 
+@dataclass(frozen=True)
 class HopperKernels:
-    """See `Kernels`."""
+    """See `Kernels`.
 
+    Attributes:
+      forward_blocks, backward_blocks: of every call; None: those that `blocks.py` chooses for it.
+    """
+
+    forward_blocks: Blocks | None = None
+    backward_blocks: BackwardBlocks | None = None
     name = "mosaic_gpu"
     is_opaque = True
 
@@ -35,26 +43,31 @@ class HopperKernels:
             _warn_of_backend(reason)
         return reason
 
-    def plan(self, call: Call, which: Pass, target: Target) -> Any:
-        from . import cotangent, family
+    def plan(self, call: Call, which: Pass, target: Target) -> Blocks | BackwardBlocks:
+        """A cotangent's is for all gradients but that of scale."""
+        from . import cotangent
 
         if which is Pass.COTANGENT:
-            return cotangent.plan(call.inputs)
-        return family.plan(call.config, call.inputs, _chip())
+            return self.backward_blocks or cotangent.plan(call.inputs)
+        return self._forward_blocks(call)
+
+    def _forward_blocks(self, call: Call) -> Blocks:
+        from . import family
+
+        return self.forward_blocks or family.plan(call.config, call.inputs, _chip())
 
     def forward(self, call: Call, target: Target) -> Forward:
         from . import family
 
         config = call.config
-        out, *others = family.forward(config, call.inputs, _chip())
+        out, *others = family.forward(config, call.inputs, self._forward_blocks(call), _chip().cores)
         lse = others.pop(0) if config.needs_lse else None
         return Forward(out, lse, rounded=others[0] if config.adds_rounded else None)
 
     def cotangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
         from . import cotangent
 
-        residuals = given.out, given.lse
-        return cotangent.cotangent(call.config, call.inputs, *residuals, given.operands, given.wanted, _chip())
+        return cotangent.cotangent(call, given, self.backward_blocks, _chip().cores)
 
     def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
         raise NotImplementedError(_why_not_pass(call, Pass.TANGENT))
@@ -103,8 +116,6 @@ def _why_not_call(call: Call) -> str | None:
             )
     if not all(n % 16 == 0 and 16 <= n <= 256 for n in (H, D)):
         return f"it takes head dimensions that are multiples of 16 up to 256, got {_named(H, D)}"
-    if inputs.mask.is_exact is not None:
-        return "it takes no segment ids or positions"
     if inputs.sinks is not None or config.logits_soft_cap is not None or config.needs_max_logits:
         return "it takes no sinks, soft cap or largest logits"
     if config.block_q is not None or config.block_kv is not None:

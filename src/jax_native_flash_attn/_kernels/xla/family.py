@@ -19,6 +19,7 @@ large tiles, in which products are twice as fast.
 """
 
 import math
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from ..._semantics.call import Call
 from ..._semantics.numerics import accumulation_dtype
 from ..protocol import Forward, LinearPass, Pass, Target
 from . import cotangent, forward, tangent
+from .limits import Limits
 from .plan import Plan, make_plan
 from .tiles import Tiles
 
@@ -36,9 +38,15 @@ _ROUNDING = 1.001  # of norms and products
 _FEW_TILES = 0.3  # of small tiles with an allowed key: then they win
 
 
+@dataclass(frozen=True)
 class XlaKernels:
-    """See `Kernels`. It supports every call."""
+    """See `Kernels`. It supports every call.
 
+    Attributes:
+      limits: what every plan is made by.
+    """
+
+    limits: Limits = field(default_factory=Limits)
     name = "pure_jax"
     is_opaque = False
 
@@ -48,12 +56,13 @@ class XlaKernels:
     def plan(self, call: Call, which: Pass, target: Target) -> Plan:
         """Of the usual form; derivatives of query, key and value."""
         if which is Pass.FORWARD:
-            return make_plan(call, target)
-        return make_plan(call, target, further={})
+            return make_plan(call, target, self.limits)
+        return make_plan(call, target, self.limits, further={})
 
     def forward(self, call: Call, target: Target) -> Forward:
         # Of the forms, JAX differentiates the usual one alone.
-        out, *others = _forward(call, target) if target.differentiated is None else _usual_forward(call, target)
+        kernel = _forward if target.differentiated is None else _usual_forward
+        out, *others = kernel(call, target, self.limits)
         lse = others.pop(0) if call.config.needs_lse else None
         max_logits = others.pop(0) if call.config.needs_max_logits else None
         dtype = call.inputs.query.dtype
@@ -65,6 +74,7 @@ class XlaKernels:
         plan = make_plan(
             call,
             target,
+            self.limits,
             further={**given.operands, "lse": given.lse},
             summed_over_batch="bias" in wanted and math.prod(wanted["bias"].shape[-2:]) > 1,
             rounds_weights="scale" not in wanted,
@@ -72,24 +82,24 @@ class XlaKernels:
         return cotangent.cotangent(Tiles(call, plan), given.out, given.lse, given.operands, wanted)
 
     def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
-        plan = make_plan(call, target, further={**given.operands, "lse": given.lse})
+        plan = make_plan(call, target, self.limits, further={**given.operands, "lse": given.lse})
         return tangent.tangent(Tiles(call, plan), given.out, given.lse, given.operands, given.wanted)
 
 
-def _usual_forward(call: Call, target: Target) -> tuple[jax.Array, ...]:
-    return forward.forward(Tiles(call, make_plan(call, target)))
+def _usual_forward(call: Call, target: Target, limits: Limits) -> tuple[jax.Array, ...]:
+    return forward.forward(Tiles(call, make_plan(call, target, limits)))
 
 
-def _forward(call: Call, target: Target) -> tuple[jax.Array, ...]:
+def _forward(call: Call, target: Target, limits: Limits) -> tuple[jax.Array, ...]:
     """As `forward.forward`."""
-    usual = make_plan(call, target)
+    usual = make_plan(call, target, limits)
     tiles = Tiles(call, usual)
-    finite = make_plan(call, target, assumes_finite=True)
+    finite = make_plan(call, target, limits, assumes_finite=True)
     if finite.tile != usual.tile:
         results = forward.forward(Tiles(call, finite))
         is_finite = jnp.isfinite(results[0].sum())  # of a large array faster than isfinite of each
         return lax.cond(is_finite, lambda: results, lambda: forward.forward(tiles))
-    small = Tiles(call, make_plan(call, target, has_documents=True))
+    small = Tiles(call, make_plan(call, target, limits, has_documents=True))
     has_documents = None if small.plan.tile == usual.tile else small.nest.occupied_share <= _FEW_TILES
 
     def by_documents(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, ...]:
@@ -102,7 +112,7 @@ def _forward(call: Call, target: Target) -> tuple[jax.Array, ...]:
 
     if not usual.may_be_bounded or call.config.needs_max_logits:
         return by_documents(tiles)
-    bounded = Tiles(call, make_plan(call, target, is_bounded=True))
+    bounded = Tiles(call, make_plan(call, target, limits, is_bounded=True))
     bounds = _bounds(call, bounded.plan)
     is_bounded = (bounds <= _LARGEST_BOUND).all()
     return lax.cond(is_bounded, lambda: by_documents(bounded, bounds), lambda: by_documents(tiles))

@@ -10,15 +10,9 @@ from dataclasses import dataclass
 from ..._semantics.masks import Band, MaskOperands
 from ..._semantics.sizes import Sizes, static_size
 from ..protocol import Target
+from .limits import Limits
 from .loops import Nest
-from .shapes import ACCELERATOR_SCORES, AcceleratorForm, TileShape
-
-# Scores of a call and of a tile, from which on a second tile, or a decision at run time (a wait for the host), is worth
-# the passes over the scores that it saves.
-_LARGE, _LARGE_TILE = 1 << 26, 1 << 25
-_FEW_ROWS, _FEWEST_ROWS = 63, 8
-# Scores of a call, from which on bounds save the CPU more than compiling a second kernel costs.
-_CPU_LARGE = 1 << 22
+from .shapes import AcceleratorForm, TileShape
 
 
 @dataclass(frozen=True)
@@ -34,6 +28,7 @@ class Forms:
 
     sizes: Sizes
     target: Target
+    limits: Limits
     is_forward: bool
     has_mask: bool
     has_bias_or_dropout: bool
@@ -61,17 +56,17 @@ class Forms:
 
     @property
     def is_large(self) -> bool:
-        return self._num_scores >= _LARGE
+        return self._num_scores >= self.limits.accelerator_large
 
     @property
     def has_few_rows(self) -> bool:
         """Decoding: reading keys and values is what costs."""
-        return self.is_active and self.is_forward and self.sizes.T * self.sizes.G <= _FEW_ROWS
+        return self.is_active and self.is_forward and self.sizes.group_rows <= self.limits.few_rows
 
     @property
     def sums_values(self) -> bool:
         """Multiply and sum in place of a product, which wants its batch axes outermost: XLA would copy all values."""
-        return self.has_few_rows and self.sizes.T * self.sizes.G <= _FEWEST_ROWS
+        return self.has_few_rows and self.sizes.group_rows <= self.limits.fewest_rows
 
     def is_banded(self, band: Band, mask: MaskOperands) -> bool:
         """Whether tiles are empty often enough that several for a row are worth an online softmax."""
@@ -81,7 +76,7 @@ class Forms:
         if not self.is_active or band != Band() or mask.allowed is None:
             return is_banded
         # What a boolean mask leaves of a row may lie anywhere; if small, or alike in all rows, it empties no tile.
-        is_small = self._num_scores <= ACCELERATOR_SCORES
+        is_small = self._num_scores <= self.limits.accelerator_scores
         return mask.key_value_length is not None or (mask.allowed.shape[-2] > 1 and not is_small)
 
     def tile_form(self, mask: MaskOperands) -> AcceleratorForm:
@@ -116,7 +111,7 @@ class Forms:
         It is skipped where cotangents are zero, of which the derivatives need not be.
         """
         scores = static_size(tile.batch) * self.sizes.G * tile.heads * tile.block_q * tile.block_kv
-        return self.is_active and self.target.differentiated is None and scores >= _LARGE_TILE
+        return self.is_active and self.target.differentiated is None and scores >= self.limits.accelerator_large_tile
 
     def may_be_bounded(self, tile: TileShape) -> bool:
         """Whether a kernel that subtracts bounds of the logits is worth having beside the usual one."""
@@ -125,5 +120,6 @@ class Forms:
         if self.is_active:
             return self.is_large and not (self.has_mask or self.has_few_rows or tile.follows_band)
         # For few rows the norms of the keys cost as much as what is saved; in a gradient that is little anyway.
-        has_rows = self.sizes.T * self.sizes.G > _FEW_ROWS and not self.needs_lse
-        return self.target.platform == "cpu" and self._may_loop and has_rows and self._num_scores >= _CPU_LARGE
+        has_rows = self.sizes.group_rows > self.limits.few_rows and not self.needs_lse
+        is_large = self._num_scores >= self.limits.cpu_large
+        return self.target.platform == "cpu" and self._may_loop and has_rows and is_large

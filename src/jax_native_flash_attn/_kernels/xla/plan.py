@@ -12,9 +12,10 @@ from ..._semantics.numerics import accumulation_dtype
 from ..._semantics.sizes import Sizes
 from ..protocol import Target
 from .forms import Forms
+from .limits import Limits
 from .loops import Nest
 from .quirks import CPU_FUSES_SOFTMAX, product_dtype
-from .shapes import TileShape, choose_tile
+from .shapes import TileShape, choose_tile, largest_divisor
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Plan:
 def make_plan(
     call: Call,
     target: Target,
+    limits: Limits,
     *,
     further: Mapping[str, Any] | None = None,
     is_bounded: bool = False,
@@ -99,6 +101,7 @@ def make_plan(
 
     Args:
       call, target: what is computed, and where.
+      limits: the sizes at which a pass takes another tile or form.
       further: other operands of the kernel; None for the forward kernel.
       is_bounded: whether bounds of the logits are known (see `family.py`).
       assumes_finite: whether what is not finite may reach results that it should not, even from padding.
@@ -121,6 +124,7 @@ def make_plan(
     forms = Forms(
         sizes,
         target,
+        limits,
         is_forward=further is None,
         has_mask=mask.allowed is not None,
         has_bias_or_dropout=any(x is not None for x in (inputs.bias, config.dropout, config.logits_soft_cap)),
@@ -134,6 +138,7 @@ def make_plan(
     tile = choose_tile(
         sizes,
         target.platform,
+        limits,
         block_q=config.block_q,
         block_kv=config.block_kv,
         is_banded=is_banded,
@@ -152,6 +157,8 @@ def make_plan(
         all_heads=target.is_reversed or target.is_sharded,
         form=forms.tile_form(mask),
     )
+    if limits.heads is not None:
+        tile = replace(tile, batch=(1,) * len(tile.batch), heads=largest_divisor(sizes.K, limits.heads))
     tile = replace(tile, is_sharded=target.is_sharded)
     never_skips_rows = forms.is_active or tile.holds_whole_heads(sizes)
     loops = Nest(sizes, tile, config.band, mask, target.is_reversed, never_skips_rows)
@@ -181,7 +188,7 @@ def make_plan(
         sums_values=forms.sums_values,
         fixes_layouts=forms.fixes_layouts(tile),
         passes_weights=forms.passes_weights(tile),
-        makes_softmax_again=forms.makes_softmax_again(loops) and inputs.sinks is None,
+        makes_softmax_again=forms.makes_softmax_again(loops) and inputs.sinks is None and mask.query_ids is None,
         # A row of weights is also less to divide by its sum than a row of out, where scores are few.
         normalizes=forms.normalizes(loops) or (transposes_weights and has_one_tile),
         # Weights as small as bounds make them need the exponents of float32.

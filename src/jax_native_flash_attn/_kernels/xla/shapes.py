@@ -6,6 +6,7 @@ from typing import Any
 
 from ..._semantics.sizes import Sizes, static_size
 from . import quirks
+from .limits import Limits
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,10 @@ class AcceleratorForm:
     keeps_batch: bool = False
 
 
-# Elements (query rows x keys, over all heads, unless said) of a tile ...
-_CPU_SHARED = {"forward": 1 << 20, "derivative": 1 << 21}  # ... that several heads share where one has fewer
-_CPU_WHOLE_SCORES = 1 << 20  # ... of a whole problem
-_CPU_FUSED = 1 << 22  # ... of a plain softmax that XLA fuses with its products; its scratch then is 16 MiB
-# ... of query and key in such a tile, which then stay in a core's cache
-_CPU_OPERANDS = 1 << 19
-# ... of query and key of a whole problem in one tile, without loops, slices and writes into a larger array
-_CPU_WHOLE = {"forward": 1 << 18, "forward, 16 bit": 1 << 21, "derivative": 1 << 22}
-_CPU_KEYS = 1 << 19  # ... of the keys, where few rows make reading them what costs
-_CPU_REVERSE = 1 << 22  # ... in reverse mode through a kernel
-ACCELERATOR_SCORES = 1 << 28  # ... of float32 scores: 1 GiB for each temporary
-_ACCELERATOR_KEYS = 1 << 28  # ... of the keys, where few rows make reading them what costs
-_ACCELERATOR_LEAST = 1 << 25  # ... that hide the launches of its kernels
-
-_WIDEST_BAND = 1025  # keys: 1024 and the diagonal
-_CPU_BAND_ROWS, _ACCELERATOR_BAND_ROWS = 256, 1024
-
-
 def choose_tile(
     sizes: Sizes,
     platform: str,
+    limits: Limits,
     *,
     block_q: int | None,
     block_kv: int | None,
@@ -95,6 +79,7 @@ def choose_tile(
     Args:
       sizes: axis sizes of the call.
       platform: 'cpu' or anything else.
+      limits: see `Limits`.
       block_q, block_kv: what the caller asked for, or None.
       is_banded: whether rows attend an interval of the keys only; smaller tiles then skip more.
       is_masked: whether that, or a boolean mask, may leave tiles empty.
@@ -112,16 +97,16 @@ def choose_tile(
         array would make its transpose touch the whole array for every tile).
       form: what else decides on an accelerator.
     """
-    band_tile = _band_tile(sizes, platform, block_q, band_width, all_heads)
+    band_tile = _band_tile(sizes, platform, limits, block_q, band_width, all_heads)
     if band_tile is not None and block_kv is None:
         return band_tile
     heads = max(1, static_size(sizes.batch) * sizes.K * sizes.G)
     num_keys = min(sizes.S, max(1, key_stop))
-    is_decoding = sizes.T * sizes.G < 64 and num_keys > 1024
+    is_decoding = sizes.group_rows <= limits.few_rows and num_keys > 1024
     if platform != "cpu":
-        tile = _accelerator_tile(sizes, block_q, block_kv, num_keys, is_banded, form)
+        tile = _accelerator_tile(sizes, limits, block_q, block_kv, num_keys, is_banded, form)
         return replace(tile, batch=sizes.batch) if all_heads else tile
-    kind = "derivative" if is_derivative else "forward"
+    shared = limits.cpu_shared_derivative if is_derivative else limits.cpu_shared_forward
     if not all_heads:
         # Large products are the fastest: one head at a time, square if possible. Where masks may leave tiles empty,
         # smaller ones skip more; of four heads, their products are as fast.
@@ -129,18 +114,18 @@ def choose_tile(
         side = 512 if is_small else 1024
         if has_documents and min(sizes.T, num_keys) <= 2048:
             side = 256
-        columns = min(4096, max(side, side**2 // (sizes.T * sizes.G)))
+        columns = min(4096, max(side, side**2 // sizes.group_rows))
         rows = max(1, min(4096, max(side, side**2 // num_keys)) // sizes.G)
         if is_small:
-            rows = max(rows, min(side, _CPU_SHARED[kind] // (side * sizes.G)))
-        if kind == "forward" and not (is_masked or is_elementwise):
+            rows = max(rows, min(side, shared // (side * sizes.G)))
+        if not (is_derivative or is_masked or is_elementwise):
             columns = max(columns, 2 * side)
         if is_decoding:
-            columns = min(4096, max(1024, _CPU_KEYS // (sizes.K * sizes.H)))
+            columns = min(4096, max(1024, limits.cpu_keys // (sizes.K * sizes.H)))
     else:
-        side = _square(_CPU_REVERSE // heads)
+        side = _square(limits.cpu_reverse // heads)
         rows, columns = side, side
-        whole_rows = max(1, _CPU_REVERSE // heads) // max(1, sizes.S)
+        whole_rows = max(1, limits.cpu_reverse // heads) // max(1, sizes.S)
         if not is_banded and whole_rows >= min(128, sizes.T):
             rows, columns = min(2048, 1 << (whole_rows.bit_length() - 1)), sizes.S
     is_asked = block_q is not None or block_kv is not None
@@ -154,29 +139,30 @@ def choose_tile(
         # In loops XLA collects results of 16 bits, and before JAX 0.11 reads operands, in 32 bits as a whole: more than
         # what a tile saves. Where keys are what is large, small tiles of them stay in a core's cache.
         reads_whole = quirks.CPU_CONVERTS_BEFORE_LOOPS or (is_derivative and not is_decoding)
-        if reads_whole or sizes.G * sizes.T >= sizes.S:
+        if reads_whole or sizes.group_rows >= sizes.S:
             return TileShape(sizes.batch, sizes.K, sizes.T, sizes.S, merges_lead=True)
     if is_decoding:
         if not joins_heads:
-            return _with_heads(sizes, block_q, block_kv, _CPU_KEYS // (block_kv * sizes.H))
+            return _with_heads(sizes, block_q, block_kv, limits.cpu_keys // (block_kv * sizes.H))
         batch = (1,) * len(sizes.batch)
         # Slices of keys and values are copies, and of 16 bits, before JAX 0.11, even conversions of whole arrays.
         skips = is_banded and not has_16_bits and 4 * block_kv < sizes.S
-        most_scores = 4 * _CPU_WHOLE_SCORES if has_16_bits else _CPU_WHOLE_SCORES
+        most_scores = 4 * limits.cpu_whole_scores if has_16_bits else limits.cpu_whole_scores
         if not (is_asked or skips or converts) and heads * sizes.T * sizes.S <= most_scores:
             batch, block_q, block_kv = sizes.batch, sizes.T, sizes.S
         return TileShape(batch, sizes.K, block_q, block_kv, merges_lead=True, joins_heads=True)
     per_head = max(1, sizes.G * block_q * block_kv)
     is_whole = block_q == sizes.T and block_kv == sizes.S and not sizes.has_few_scores
     if fuses_softmax and is_whole and per_head <= 1 << 16:
-        return replace(_with_heads(sizes, block_q, block_kv, _CPU_FUSED // per_head), fuses_softmax=True)
+        return replace(_with_heads(sizes, block_q, block_kv, limits.cpu_fused // per_head), fuses_softmax=True)
     operands = max(1, (sizes.G * block_q + block_kv) * sizes.H)
-    limit = min(_CPU_SHARED[kind] // per_head, _CPU_OPERANDS // operands)
-    whole = _CPU_WHOLE["forward, 16 bit" if has_16_bits and not is_derivative else kind]
+    limit = min(shared // per_head, limits.cpu_operands // operands)
+    forward_whole = limits.cpu_whole_16_bits if has_16_bits else limits.cpu_whole_forward
+    whole = limits.cpu_whole_derivative if is_derivative else forward_whole
     if collects_rounded and is_masked and sizes.has_few_scores:
         # Operands of a whole problem are all in 32 bits at once, those of a loop never.
-        whole = _CPU_WHOLE["forward"]
-    if heads // sizes.G * operands <= whole and heads // sizes.G * per_head <= _CPU_WHOLE_SCORES:
+        whole = limits.cpu_whole_forward
+    if heads // sizes.G * operands <= whole and heads // sizes.G * per_head <= limits.cpu_whole_scores:
         limit = heads
     return _with_heads(sizes, block_q, block_kv, limit)
 
@@ -191,22 +177,28 @@ def _cpu_joined_rows(has_16_bits: bool) -> int:
 
 
 def _accelerator_tile(
-    sizes: Sizes, block_q: int | None, block_kv: int | None, num_keys: int, is_banded: bool, form: AcceleratorForm
+    sizes: Sizes,
+    limits: Limits,
+    block_q: int | None,
+    block_kv: int | None,
+    num_keys: int,
+    is_banded: bool,
+    form: AcceleratorForm,
 ) -> TileShape:
     """Kernel launches and bandwidth decide: all heads, and batch rows unless each has its own empty tiles."""
     batch = tuple(n if isinstance(n, int) else 1 for n in sizes.batch)
     if form.varies_in_batch and not form.reads_keys:
         least = sizes.N * min(sizes.T, 2048) * min(num_keys, 1024)
-        batch = _batch_within(sizes.batch, _ACCELERATOR_LEAST // least)
+        batch = _batch_within(sizes.batch, limits.accelerator_least // least)
     elif not (is_banded or form.keeps_batch or form.reads_keys):
-        batch = _batch_within(sizes.batch, ACCELERATOR_SCORES // max(1, sizes.N * sizes.T * num_keys))
-    per_head = max(1, ACCELERATOR_SCORES // max(1, math.prod(batch) * sizes.N))
+        batch = _batch_within(sizes.batch, limits.accelerator_scores // max(1, sizes.N * sizes.T * num_keys))
+    per_head = max(1, limits.accelerator_scores // max(1, math.prod(batch) * sizes.N))
     rows = columns = _square(per_head)
     whole_rows = per_head // num_keys
     if form.reads_keys:
         rows, columns = sizes.T, num_keys
         if is_banded:
-            columns = max(1024, _ACCELERATOR_KEYS // (math.prod(batch) * sizes.K * sizes.H))
+            columns = max(1024, limits.accelerator_keys // (math.prod(batch) * sizes.K * sizes.H))
     elif form.varies_in_batch:
         columns = min(columns, 1024)
         rows = min(4096, max(rows, per_head // columns))
@@ -225,20 +217,20 @@ def _square(elements: int) -> int:
 
 
 def _band_tile(
-    sizes: Sizes, platform: str, block_q: int | None, width: int | None, all_heads: bool
+    sizes: Sizes, platform: str, limits: Limits, block_q: int | None, width: int | None, all_heads: bool
 ) -> TileShape | None:
     """All the keys of some rows in one tile, if that is less than half of S: softmax needs no correction then."""
-    if width is None or width > _WIDEST_BAND:
+    if width is None or width > limits.widest_band:
         return None
-    rows = _CPU_BAND_ROWS if platform == "cpu" else _ACCELERATOR_BAND_ROWS
+    rows = limits.cpu_band_rows if platform == "cpu" else limits.accelerator_band_rows
     block_q = balanced_block(sizes.T, block_q or max(1, rows // sizes.G))
     block_kv = -(-(block_q + width - 1) // 64) * 64
     if 2 * block_kv > sizes.S:
         return None
     if platform == "cpu" and not all_heads:
-        tile = _with_heads(sizes, block_q, block_kv, _CPU_SHARED["forward"] // (sizes.G * block_q * block_kv))
+        tile = _with_heads(sizes, block_q, block_kv, limits.cpu_shared_forward // (sizes.G * block_q * block_kv))
         return replace(tile, follows_band=True)
-    limit = _CPU_REVERSE if platform == "cpu" else ACCELERATOR_SCORES
+    limit = limits.cpu_reverse if platform == "cpu" else limits.accelerator_scores
     if static_size(sizes.batch) * sizes.N * block_q * block_kv > limit:
         return None
     return TileShape(sizes.batch, sizes.K, block_q, block_kv, follows_band=True)

@@ -184,7 +184,8 @@ class TileLogits:
                 x = x + functools.reduce(jnp.add, addends)
             return (x if self.adds_mask or in_mask is None else jnp.where(in_mask != 0, x, _OUTSIDE)), LOG2E
 
-        def edge(products: jax.Array) -> tuple[Any, Any]:
+        def edge(products: jax.Array, *, compares: bool = False) -> tuple[Any, Any]:
+            """`compares` ids and positions, element by element."""
             x, factor = full(products)
             outside = _OUTSIDE
             if not self.has_terms:
@@ -192,17 +193,31 @@ class TileLogits:
             pair = rows.pair()
             allowed = self.intervals.allowed(pair, self.head, rows.row, tile * self.block_kv, self.shape, self.q_axis)
             dead = self.intervals.dead(pair, self.head, self.shape, self.q_axis)
-            if in_mask is not None:
-                in_mask_here = in_mask == 0 if self.adds_mask else in_mask != 0
-                allowed = allowed & (in_mask_here if dead is None else in_mask_here | dead)
+            elements = [] if in_mask is None else [in_mask == 0 if self.adds_mask else in_mask != 0]
+            if compares:
+                layouts = self.kv_layout, self.q_layout
+                column = tile * self.block_kv
+                elements.append(self.intervals.matches(self.head, rows.row, column, self.shape, self.q_axis, layouts))
+            for x_allowed in elements:
+                allowed = allowed & (x_allowed if dead is None else x_allowed | dead)
             if dead is not None:
                 x = jnp.where(dead, 0.0, x)
             return jnp.where(allowed, x, outside), factor
 
+        def masked_tile(products: jax.Array) -> Any:
+            if self.intervals.elements is None:
+                return then(*edge(products))
+            return lax.cond(
+                self.intervals.decides_elements,
+                lambda p: lax.optimization_barrier(then(*edge(p, compares=True))),
+                lambda p: then(*edge(p)),
+                products,
+            )
+
         if isinstance(masked, bool):
-            return then(*(edge(products) if masked else full(products)))
+            return masked_tile(products) if masked else then(*full(products))
         # The barrier keeps what both kinds of tile do last in the branch, where it is fused with what comes before.
-        return lax.cond(masked, lambda p: lax.optimization_barrier(then(*edge(p))), lambda p: then(*full(p)), products)
+        return lax.cond(masked, lambda p: lax.optimization_barrier(masked_tile(p)), lambda p: then(*full(p)), products)
 
     def _apart(self, factor: Any) -> jax.Array:
         """The same numbers, one for each row of the tile; to the compiler, others.
