@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from jax_native_flash_attn._kernels.xla.family import XlaKernels
-from tests.support.cases import Case, call_types, named_case, static_options
+from tests.support.cases import SHAPES, Case, call_types, named_case, static_options
 from tests.support.hopper import VMAPS, lowered_text, mosaic_attention, shared_operand_gradients, vmap_arguments
 from tests.support.targets import needs_backend
 
@@ -28,6 +28,20 @@ def test_lowers_for_cuda_without_a_gpu(shape: str, options: str, has_residual: b
     if case.shape[1] == 1 and dtype == "float32":
         pytest.skip("a row of float32 takes pure JAX")
     assert "mosaic_gpu" in lowered_text("mosaic_gpu", "cuda", case=case, return_residual=has_residual)
+
+
+@pytest.mark.parametrize(
+    ("shape", "H", "D", "dtype"),
+    [
+        ("odd", 192, 128, "bfloat16"),
+        ("short", 192, 128, "bfloat16"),  # query heads packed into rows
+        ("one row, keys split", 64, 128, "bfloat16"),
+        ("odd", 128, 64, "float32"),
+    ],
+)
+def test_values_of_another_dimension_lower_for_cuda(shape: str, H: int, D: int, dtype: str) -> None:
+    case = Case((*SHAPES[shape][:-1], H), dtype, value_dim=D, is_causal=True)
+    assert "mosaic_gpu" in lowered_text("mosaic_gpu", "cuda", case=case)
 
 
 @pytest.mark.parametrize("H", [64, 80])
@@ -65,16 +79,21 @@ GRADIENTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.usefixtures("no_pure_jax")
 @pytest.mark.parametrize(
-    ("options", "head_dim"),
+    ("options", "H", "D"),
     [
-        *((options, 128) for options in ("bias", "mask", "bias and mask")),
-        *itertools.product(("plain", "bias and mask"), (16, 144)),
-        *((options, 256) for options in GRADIENTS),  # "mask" needs the most shared memory
+        *((options, 128, None) for options in ("bias", "mask", "bias and mask")),
+        *((options, H, None) for options, H in itertools.product(("plain", "bias and mask"), (16, 144))),
+        *((options, 256, None) for options in GRADIENTS),  # "mask" needs the most shared memory
+        ("plain", 192, 128),
+        ("bias and mask", 192, 128),
+        ("mask", 64, 128),
+        ("plain", 16, 256),
+        ("bias", 256, 16),
     ],
 )
-def test_gradients_lower_for_cuda_without_a_gpu(options: str, head_dim: int) -> None:
+def test_gradients_lower_for_cuda_without_a_gpu(options: str, H: int, D: int | None) -> None:
     """What the grid of `test_lowering_transformations` lacks: head dimensions, a bias and a mask of heads."""
-    case = Case((2, 130, 150, 2, 2, head_dim), "bfloat16", **GRADIENTS[options])
+    case = Case((2, 130, 150, 2, 2, H), "bfloat16", value_dim=D, **GRADIENTS[options])
 
     def gradients(operands: Any) -> Any:
         varying = {name: x for name, x in operands.items() if x.dtype != bool}

@@ -8,7 +8,17 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
-from tests.support.cases import FEATURES, IDS, POSITIONS, SHAPES, Case, feature_pairs, features, named_case, with_lengths
+from tests.support.cases import (
+    FEATURES,
+    IDS,
+    POSITIONS,
+    SHAPES,
+    Case,
+    feature_pairs,
+    features,
+    named_case,
+    with_lengths,
+)
 from tests.support.families import EVERYWHERE, by_family, check_family
 
 
@@ -59,6 +69,31 @@ CASES: dict[str, Case] = {
 
 @by_family(CASES)
 def test_calls(case: Case, family: str) -> None:
+    check_family(case, family)
+
+
+_DIMENSIONS = (
+    ("odd", "causal", 192, 128),
+    ("odd", "bias and mask", 192, 128),
+    ("short", "plain", 192, 128),
+    ("one head", "plain", 192, 128),
+    ("odd", "dropout", 64, 128),
+    ("one row, keys split", "plain", 64, 128),
+    ("odd", "scale", 128, 64),
+    ("many items", "causal", 16, 256),
+    ("odd", "bias", 256, 16),
+)
+
+
+@by_family(
+    {
+        f"{shape}, {options}, {H}, {D}": dataclasses.replace(
+            named_case(shape, options, value_dim=D), shape=(*SHAPES[shape][:-1], H)
+        )
+        for shape, options, H, D in _DIMENSIONS
+    }
+)
+def test_values_of_another_dimension(case: Case, family: str) -> None:
     check_family(case, family)
 
 
@@ -163,8 +198,16 @@ _ORDERS = {
     },
     "permuted queries": {"query_positions": "permuted"},
     "permuted keys": {"key_value_positions": "permuted"},
-    "window of positions": {"query_positions": "zig-zag", "key_value_positions": "zig-zag", "local_window_size": (9, 4)},
-    "traced window, ends": {"query_positions": "ends", "local_window_size": (2**31 - 1, 5), "key_value_positions": "ends"},
+    "window of positions": {
+        "query_positions": "zig-zag",
+        "key_value_positions": "zig-zag",
+        "local_window_size": (9, 4),
+    },
+    "traced window, ends": {
+        "query_positions": "ends",
+        "local_window_size": (2**31 - 1, 5),
+        "key_value_positions": "ends",
+    },
     **{f"offset {x}": {"query_offset": x} for x in (-9, 200, 2**31 - 1, -(2**31) + 1, (7, -20), (2**31 - 1, -(2**31)))},
     "window and offset": {"local_window_size": (7, 3), "query_offset": 30},
     "keys behind an offset": {"query_offset": 5, "key_value_positions": "sorted"},

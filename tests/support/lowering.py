@@ -13,7 +13,16 @@ import numpy as np
 
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse
 from jax_native_flash_attn._autodiff.linear import FirstDerivative
-from tests.support.cases import FEATURES, NEW_FEATURES, TRACEABLE, Case, call_types, features, over_batch_rows, static_options
+from tests.support.cases import (
+    FEATURES,
+    NEW_FEATURES,
+    TRACEABLE,
+    Case,
+    call_types,
+    features,
+    over_batch_rows,
+    static_options,
+)
 from tests.support.programs import equations
 
 PRIMITIVES = ("flash_attention", "flash_attention_linear_kernel")

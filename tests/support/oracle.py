@@ -165,8 +165,11 @@ def _capped(x: Any, cap: Any) -> Any:
 
 def _sink_column(sinks: Any, dtype: Any) -> Any:
     """(1 or B, N, 1, 1) of sinks (N,) or (B, N); -inf for none."""
-    return (jnp.full((1, 1, 1, 1), -jnp.inf, dtype) if sinks is None else
-            sinks.astype(dtype).reshape(-1, sinks.shape[-1], 1, 1))
+    return (
+        jnp.full((1, 1, 1, 1), -jnp.inf, dtype)
+        if sinks is None
+        else sinks.astype(dtype).reshape(-1, sinks.shape[-1], 1, 1)
+    )
 
 
 def dense_float64(query, key, value, bias, scale, masks: Masking, sinks=None):
@@ -417,9 +420,7 @@ def dense_numpy(query, key, value, bias, scale, masks: Masking, dout, sinks=None
 # The tolerance
 
 
-def noise_floor(
-    query, key, value, bias, scale, masks: Masking, dout, dtype, sinks=None, dlse=None
-) -> dict[str, Any]:
+def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype, sinks=None, dlse=None) -> dict[str, Any]:
     """The error that a single rounding of every term would make, for each result; in float64.
 
     Dense code is now and then exact by luck (one key; one term; a sum that cancels), so twice its

@@ -60,7 +60,8 @@ def _combine(splits: ForwardOuts) -> tuple[jax.Array, jax.Array]:
 def _split_forward(config: Config, inputs: Inputs, blocks: Blocks, cores: int, **wanted: bool) -> ForwardOuts:
     """Results over each split of the tiles; `wanted` as of `ForwardPlan`."""
     z = inputs.sizes
-    operands = prepare(config, inputs, blocks.rows, blocks.block_kv, TmaLoad(z.H, inputs.query.dtype))
+    tma, value_tma = (TmaLoad(columns, inputs.query.dtype) for columns in (z.H, z.D))
+    operands = prepare(config, inputs, blocks.rows, blocks.block_kv, tma, value_tma)
     plan = ForwardPlan.make(config, inputs, operands, blocks, cores, **wanted)
     results = launch(
         functools.partial(kernel, plan),

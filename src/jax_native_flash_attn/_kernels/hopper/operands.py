@@ -82,7 +82,8 @@ class Operands:
 
     Attributes:
       query: (batch..., T, N, H).
-      key, value: (batch..., S, K, H); values in float32 are (batch..., K, H, S).
+      key: (batch..., S, K, H).
+      value: (batch..., S, K, D); in float32 (batch..., K, D, S).
       scale: (batch...).
       length: (batch...), the `key_value_length`.
     """
@@ -126,7 +127,7 @@ class RowOperands:
     """What a backward kernel reads of each query row, beside the query.
 
     Attributes:
-      dout: (batch..., T, N, H).
+      dout: (batch..., T, N, D).
       lse, delta: (batch..., N, T) in float32, padded to whole blocks.
       scales_lse: whether the kernel is to bring lse to base 2.
     """

@@ -45,7 +45,7 @@ class DBiasContext(BackwardContext):
 
     @classmethod
     def of(cls, plan: DBiasPlan, operands: BackwardOperands, out: Any, buffers: DBiasBuffers) -> "DBiasContext":
-        forward, blocks, tma = operands.forward, plan.blocks, plan.tma
+        forward, blocks, tma, value_tma = operands.forward, plan.blocks, plan.tma, plan.value_tma
         return cls(
             config=plan.config,
             sizes=plan.sizes,
@@ -59,9 +59,9 @@ class DBiasContext(BackwardContext):
             out=out,
             buffers=buffers,
             query=tma.views(buffers.query),
-            dout=tma.views(buffers.dout),
+            dout=value_tma.views(buffers.dout),
             key=tma.views(buffers.key),
-            value=tma.views(buffers.value),
+            value=value_tma.views(buffers.value),
             ring=Ring(blocks.stages, buffers.ready, buffers.free),
         )
 

@@ -34,7 +34,7 @@ from .dkey_dvalue_context import KeyBlock, KeyContext, Visit
 from .logits import RowVectors, TileLogits, TileTerms
 from .transfers import query_slice, row_slice
 
-_MOST_HELD = 128  # head dimension up to which the compiler may keep descriptors from step to step
+_MOST_HELD = 256  # columns of key and value up to which the compiler may keep descriptors from step to step
 
 
 def kernel(plan: KeyPlan, operands: BackwardOperands, outs: KeyGradients, buffers: KeyBuffers) -> None:
@@ -96,7 +96,7 @@ def _compute_block(block: KeyBlock) -> None:
         next_is_edge = block.is_edge(next_visit)  # traced masks: read from global memory, so a step ahead
         logits = _logits_of(context, head, None if plan.scale_is_summed else scale)
         # Else descriptors of keys and values would stay in registers, and spill: see `dquery.py`.
-        at = hide_from_compiler(mine) if plan.sizes.H > _MOST_HELD else mine
+        at = hide_from_compiler(mine) if plan.sizes.H + plan.sizes.D > _MOST_HELD else mine
         rows = logits.rows(row, late=True)
         vectors = None if context.terms.tiled else logits.tile_terms(rows, tile)
         context.rows_ring.wait_until_ready(slot)
@@ -109,7 +109,7 @@ def _compute_block(block: KeyBlock) -> None:
         context.rows_ring.release(slot)
         return next_visit, next_is_edge, sums
 
-    sums = jax.tree.map(lambda _: zeros(blocks.block_kv, plan.sizes.H), plan.wanted)
+    sums = jax.tree.map(lambda x: zeros(blocks.block_kv, x.shape[-1]), plan.wanted)
     *_, sums = lax.fori_loop(0, block.num_steps, step, (block.first_visit, first_is_edge, sums))
     outs = context.outs
     if sums.key is not None:

@@ -56,7 +56,7 @@ class DQueryContext(BackwardContext):
             dout=Views(dout, dout_loaded),
             result=result,
             key=plan.tma.views(buffers.key),
-            value=plan.tma.views(buffers.value),
+            value=plan.value_tma.views(buffers.value),
             key_ring=Ring(blocks.stages, buffers.key_ready, buffers.key_free),
             value_ring=Ring(plan.value_stages, buffers.value_ready, buffers.value_free),
         )

@@ -79,7 +79,7 @@ class Rows:
             scale=scale,
             starts_with_bias=context.plan.starts_with_bias,
         )
-        self.no_output = zeros(blocks.block_q, context.sizes.H)
+        self.no_output = zeros(blocks.block_q, context.sizes.D)
 
     def slot(self, i: Any) -> Any:
         """Of keys and of values."""
@@ -121,6 +121,9 @@ class Rows:
         if outs.unrounded is not None:
             store(query_slice(outs.unrounded, index, self.row, count), out)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left
+        if (all_done := context.buffers.all_done) is not None:
+            plgpu.barrier_arrive(all_done)
+            plgpu.barrier_wait(all_done)
         if context.out is not None:
             store(context.out.at[wg], out.astype(self.dtype))
         rows_of_lse = outs.lse.at[(*index, pl.ds(self.row, count))] if outs.lse is not None else None

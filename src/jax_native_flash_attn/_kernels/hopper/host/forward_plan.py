@@ -45,6 +45,8 @@ class ForwardBuffers:
       query_free: completed by the compute warpgroup whose rows they are: the next item's query may be loaded.
       key_free, value_free: completed by all compute warpgroups: the slot may be loaded again.
       turn: completed by the compute warpgroup before: it has issued its products, the next one may.
+      all_done: completed by all compute warpgroups: nobody reads the query any more. Only where out takes its memory
+        and has rows of another length, so that those of one warpgroup lie where another's query was.
       value_clean: completed by compute warpgroup 0: the padding in the values of a slot is clean.
     """
 
@@ -62,6 +64,7 @@ class ForwardBuffers:
     key_free: Any
     value_free: Any
     turn: Any
+    all_done: Any | None
     value_clean: Any
 
 
@@ -102,7 +105,7 @@ class ForwardPlan:
         scheduler = schedule(
             heads,
             -(-z.T // blocks.rows),
-            heads_per_group(math.prod(heads), 2 * dtype.itemsize * z.S * z.H / z.G),
+            heads_per_group(math.prod(heads), dtype.itemsize * z.S * (z.H + z.D) / z.G),
             cores if blocks.persistent and is_even else None,
             config.band,
             splits=blocks.splits,
@@ -129,7 +132,7 @@ class ForwardPlan:
 
     @property
     def value_tile(self) -> tuple[int, int]:
-        keys, head_dim = self.blocks.block_kv, self.sizes.H
+        keys, head_dim = self.blocks.block_kv, self.sizes.D
         return (head_dim, keys) if self.dtype == jnp.float32 else (keys, head_dim)
 
     @property
@@ -161,8 +164,8 @@ class ForwardPlan:
     def out_types(self) -> ForwardOuts:
         # Of matrices TMA leaves out what lies past the end; vectors and what registers store are whole blocks.
         z, splits, all_rows = self.sizes, self.blocks.splits, self.scheduler.blocks * self.blocks.rows
-        out = jax.ShapeDtypeStruct((splits, *z.batch, self.store.length, z.N, z.H), self.dtype)
-        unrounded = jax.ShapeDtypeStruct((splits, *z.batch, all_rows, z.N, z.H), jnp.float32)
+        out = jax.ShapeDtypeStruct((splits, *z.batch, self.store.length, z.N, z.D), self.dtype)
+        unrounded = jax.ShapeDtypeStruct((splits, *z.batch, all_rows, z.N, z.D), jnp.float32)
         lse = jax.ShapeDtypeStruct((splits, *z.batch, z.N, all_rows), jnp.float32)
         return ForwardOuts(
             out if self.needs_out else None,
@@ -174,7 +177,7 @@ class ForwardPlan:
         blocks, dtype, value_tile = self.blocks, self.dtype, self.value_tile
         compute, stages = blocks.warpgroups, blocks.stages
         rows_like = compute, blocks.block_q
-        out = self.store.buffer(*rows_like, self.sizes.H, dtype=dtype)
+        out = self.store.buffer(*rows_like, self.sizes.D, dtype=dtype)
         # Float32 leaves no room for it; through shared memory takes less, for short items up to 5% of a call.
         has_lse = self.needs_lse and dtype != jnp.float32
         # Both operands of the second product have one swizzle.
@@ -182,6 +185,7 @@ class ForwardPlan:
         weights = compute, blocks.block_q, blocks.block_kv
         num_streamed = len(operands.tiled) + len(operands.columns)
         shared = plgpu.RefUnion(*self.tma.buffers(*rows_like), out) if self.shares_buffer else None
+        is_shifted = self.shares_buffer and self.sizes.H != self.sizes.D and compute > 1
         return ForwardBuffers(
             query=shared or self.tma.buffer(*rows_like),
             out=out if self.needs_out and not self.shares_buffer else None,
@@ -197,5 +201,6 @@ class ForwardPlan:
             key_free=plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
             value_free=plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
             turn=plgpu.Barrier(num_barriers=compute),
+            all_done=plgpu.Barrier(num_arrivals=compute) if is_shifted else None,
             value_clean=plgpu.Barrier(num_barriers=stages),
         )
