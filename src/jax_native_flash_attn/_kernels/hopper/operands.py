@@ -66,6 +66,7 @@ class Operands:
       key, value: (batch..., S, K, H); values in float32 are (batch..., K, H, S).
       scale: (batch...).
       length: (batch...), the `key_value_length`.
+      sinks: of the forward; (batch..., N, 1), or (batch..., N, T) padded to whole blocks.
     """
 
     query: Any
@@ -77,6 +78,7 @@ class Operands:
     mask: LogitTerm | None
     length: Any | None
     dropout: Dropout | None
+    sinks: Any | None = None
 
     @property
     def tiled(self) -> tuple[LogitTerm, ...]:

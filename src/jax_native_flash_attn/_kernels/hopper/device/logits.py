@@ -13,6 +13,7 @@ from ..operands import LogitTerm, TermKind
 from ..pallas import COLUMN, ROW, broadcast_index, columns_of, iota, load, pl, plgpu, spread, zeros
 from .context import KernelContext
 from .overlap import widened
+from .soft_cap import soft_cap
 from .transfers import TermRefs
 from .units import Unit, split_scale
 
@@ -52,11 +53,13 @@ class TileLogits:
         transposed: bool = False,
         scale: Any = None,
         starts_with_bias: bool = False,
+        scales_cap: bool = False,
     ):
         """`row_in_block` is where this warpgroup's rows start in the buffers (or, transposed, the number of its tile),
         `head` the index (batch..., N).
 
-        `scale` is read here unless it was read before.
+        `scale` is read here unless it was read before. With `scales_cap` the tangent of a soft cap comes as what it is
+        of, see `__call__`; otherwise as itself, for a derivative.
         """
         self.context, self.config, self.intervals = context, context.config, context.intervals
         self.terms, self.head, self.row_in_block = context.terms, head, row_in_block
@@ -70,6 +73,10 @@ class TileLogits:
         self.has_terms = self.terms.bias is not None or mask is not None
         # A mask of keys is added.
         self.adds_mask = mask is not None and mask.term.kind is TermKind.COLUMNS
+        cap = self.config.logits_soft_cap
+        # What the tangent of a soft cap is to be multiplied by: in base e beside terms, otherwise in base 2.
+        self.cap_factor = None if cap is None else cap if self.has_terms else cap * LOG2E
+        self.cap_size = self.cap_factor if scales_cap and self.cap_factor is not None else 1.0
         self.starts_with_bias = starts_with_bias
         # With such a start, what queries are to be multiplied by, and the unit that logits then come in.
         self.power, self.unit = None, Unit()
@@ -151,6 +158,16 @@ class TileLogits:
         whole, divided = self._clipped, lambda bias: self._clipped(bias) * (1.0 / self.unit.size)
         return lax.cond(self.unit.size == 1.0, whole, divided, terms.bias), terms._replace(bias=None)
 
+    def capped(self, products: jax.Array, terms: TileTerms, multiplier: Any) -> tuple[jax.Array, TileTerms]:
+        """What `__call__` takes: the products, or the tangents of a soft cap, and the terms that are left."""
+        cap = self.config.logits_soft_cap
+        if cap is None:
+            return products, terms
+        if terms.bias is None:
+            return soft_cap(products, multiplier * (LN2 / cap), self.cap_size), terms
+        logits = products * (multiplier * LN2) + self._clipped(terms.bias)
+        return soft_cap(logits, 1.0 / cap, self.cap_size), terms._replace(bias=None)
+
     def __call__(
         self,
         products: jax.Array,
@@ -167,6 +184,8 @@ class TileLogits:
         the subtraction of the maximum (see `to_base_2`). If the products have started with the bias, x is in `unit`,
         and factor without meaning.
 
+        `products` and `terms` are those that `capped` returned.
+
         `multiplier` is that of the products, in base 2. `masked` is True, False, or a scalar known at run time; `then`
         is part of what is chosen by it. (One loop whose step branches is faster than a loop for each kind of tile: the
         compiler keeps the products of several loops from overlapping with other work.)
@@ -175,9 +194,15 @@ class TileLogits:
 
         def full(products: jax.Array) -> tuple[Any, Any]:
             """In a tile that all rows' intervals cover, which has no dead row."""
-            if not self.has_terms:
+            if self.cap_factor is not None:
+                rest = self.cap_factor / self.cap_size
+                if not self.has_terms:
+                    return products, None if rest == 1.0 else rest
+                x = products if rest == 1.0 else products * rest
+            elif not self.has_terms:
                 return products, multiplier
-            x = products if self.starts_with_bias else products * (multiplier * LN2)
+            else:
+                x = products if self.starts_with_bias else products * (multiplier * LN2)
             addends = [] if terms.bias is None else [self._clipped(terms.bias)]
             addends += [in_mask] if self.adds_mask and in_mask is not None else []
             if addends:
@@ -188,7 +213,9 @@ class TileLogits:
             x, factor = full(products)
             outside = _OUTSIDE
             if not self.has_terms:
-                x, factor, outside = x * self._apart(factor), None, lowest(jnp.float32)
+                outside = lowest(jnp.float32)
+                if factor is not None:
+                    x, factor = x * self._apart(factor), None
             pair = rows.pair()
             allowed = self.intervals.allowed(pair, self.head, rows.row, tile * self.block_kv, self.shape, self.q_axis)
             dead = self.intervals.dead(pair, self.head, self.shape, self.q_axis)
