@@ -29,13 +29,13 @@ def forward(config: Config, inputs: Inputs, sinks: jax.Array | None, blocks: Blo
             needs_unrounded=not config.rounds_out,
             needs_lse=config.needs_lse,
         )
-        results = jax.tree.map(lambda x: x[0], results)
-        return Forward(
+        wanted = (
             results.out if config.rounds_out else results.unrounded,
             results.lse,
             results.max_logits,
             results.out if config.adds_rounded else None,
         )
+        return Forward(*(None if x is None else x[0] for x in wanted))
     results = _split_forward(config, inputs, None, blocks, cores, needs_out=False, needs_unrounded=True, needs_lse=True)
     out, lse = _combine(results, sinks)
     rounded = out.astype(inputs.query.dtype)
