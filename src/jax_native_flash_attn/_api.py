@@ -136,57 +136,27 @@ def flash_attention(
       NotImplementedError: an extension together with implementation='cudnn'; implementation='mosaic_gpu' where it
         cannot run (when the call is compiled).
     """
+    arguments = {name: x for name, x in locals().items() if name not in ("implementation", "return_residual")}
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {_IMPLEMENTATIONS}, got {implementation!r}")
     if implementation == "cudnn":
-        given = locals() | {"dropout_rate": 0.0 if deterministic else dropout_rate}
-        for name, default in EXTENSIONS.items():
-            if not (given[name] is None or (isinstance(given[name], bool | int | float) and given[name] == default)):
-                raise NotImplementedError(f"{name} is not supported by implementation='cudnn', which is jax.nn's")
-        return _jax_attention(
-            query,
-            key,
-            value,
-            bias,
-            mask,
-            scale=scale,
-            is_causal=is_causal,
-            query_seq_lengths=query_seq_lengths,
-            key_value_seq_lengths=key_value_seq_lengths,
-            local_window_size=local_window_size,
-            implementation="cudnn",
-            **({"return_residual": True} if return_residual else {}),
-        )
-    checked = check(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        dropout_rate=dropout_rate,
-        dropout_rng=dropout_rng,
-        deterministic=deterministic,
-        block_q=block_q,
-        block_kv=block_kv,
-        precision=precision,
-        query_segment_ids=query_segment_ids,
-        key_value_segment_ids=key_value_segment_ids,
-        query_positions=query_positions,
-        key_value_positions=key_value_positions,
-        query_offset=query_offset,
-        logits_soft_cap=logits_soft_cap,
-        sinks=sinks,
-        broadcast_dropout=broadcast_dropout,
-        needs_lse=return_residual,
-        implementation=None if implementation == "xla" else implementation,
-    )
+        return _by_cudnn(arguments, return_residual)
+    own = None if implementation == "xla" else implementation
+    checked = check(**arguments, needs_lse=return_residual, implementation=own)
     out, lse, _ = attention(*checked, jnp.asarray(query).shape)
     return out if lse is None else (out, lax.stop_gradient(lse.astype(out.dtype)))
+
+
+def _by_cudnn(arguments: dict[str, Any], return_residual: bool) -> Any:
+    if arguments.pop("deterministic"):
+        arguments["dropout_rate"] = 0.0
+    for name, default in EXTENSIONS.items():
+        given = arguments.pop(name)
+        if not (given is None or (isinstance(given, bool | int | float) and given == default)):
+            raise NotImplementedError(f"{name} is not supported by implementation='cudnn', which is jax.nn's")
+    del arguments["dropout_rng"]
+    residual = {"return_residual": True} if return_residual else {}
+    return _jax_attention(**arguments, implementation="cudnn", **residual)
 
 
 flash_attention.replaces = _jax_attention  # pyright: ignore[reportFunctionMemberAccess]
@@ -260,34 +230,8 @@ def flash_attention_with_lse(
 
     Raises: as `flash_attention`.
     """
-    checked = check(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        dropout_rate=dropout_rate,
-        dropout_rng=dropout_rng,
-        deterministic=deterministic,
-        block_q=block_q,
-        block_kv=block_kv,
-        precision=precision,
-        query_segment_ids=query_segment_ids,
-        key_value_segment_ids=key_value_segment_ids,
-        query_positions=query_positions,
-        key_value_positions=key_value_positions,
-        query_offset=query_offset,
-        logits_soft_cap=logits_soft_cap,
-        sinks=sinks,
-        broadcast_dropout=broadcast_dropout,
-        needs_lse=True,
-        needs_max_logits=return_max_logits,
-    )
+    arguments = {name: x for name, x in locals().items() if name != "return_max_logits"}
+    checked = check(**arguments, needs_lse=True, needs_max_logits=return_max_logits)
     out, lse, max_logits = attention(*checked, jnp.asarray(query).shape)
     assert lse is not None
     return (out, lse) if max_logits is None else (out, lse, max_logits)

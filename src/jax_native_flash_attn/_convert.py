@@ -82,7 +82,7 @@ def as_int32(x: jax.Array) -> jax.Array:
 def as_offset(offset: Any, batch: int) -> tuple[int, jax.Array | None]:
     """A Python number, or an array (B,)."""
     if isinstance(offset, int | np.integer) and not isinstance(offset, bool):
-        return int(offset), None
+        return min(max(int(offset), -LARGEST), LARGEST), None
     if not isinstance(offset, np.ndarray | jax.Array) or not jnp.issubdtype(offset.dtype, jnp.integer):
         raise TypeError(f"query_offset must be an integer or an array (B,) of integers, got {offset!r}")
     if offset.shape not in ((), (batch,)):

@@ -4,12 +4,14 @@ import warnings
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 
+from tests.support.cases import Case
 from tests.support.environment import enable_x64
-from tests.support.hopper import lowered_text, make_types
+from tests.support.hopper import lowered_text
 from tests.support.targets import needs_backend, pretend_gpu, pretend_no_backend
+
+BFLOAT16, FLOAT32 = Case((1, 128, 128, 2, 1, 64), "bfloat16"), Case((1, 128, 128, 2, 1, 64))
 
 
 @needs_backend
@@ -34,33 +36,32 @@ def test_several_platforms_take_pure_jax(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("reason", "arrays", "options"),
+    ("reason", "case", "options"),
     [
-        ("compiled for cpu", None, {}),
-        ("precision is .*HIGHEST", (1, 128, 128, 2, 2, 64, jnp.float32), {"precision": "highest"}),
-        ("more than 64 query rows", (1, 64, 128, 2, 2, 64, jnp.float32), {}),
-        ("got float64", (1, 128, 128, 2, 2, 64, jnp.float64), {}),
-        ("multiples of 16", (1, 128, 128, 2, 2, 40), {}),
-        ("block_q", None, {"block_q": 64}),
+        ("compiled for cpu", BFLOAT16, {}),
+        ("precision is .*HIGHEST", FLOAT32, {"precision": "highest"}),
+        ("more than 64 query rows", Case((1, 64, 128, 2, 1, 64)), {}),
+        ("got float64", Case((1, 128, 128, 2, 1, 64), "float64"), {}),
+        ("multiples of 16", Case((1, 128, 128, 2, 1, 40), "bfloat16"), {}),
+        ("block_q", Case((1, 128, 128, 2, 1, 64), "bfloat16", block_q=64), {}),
     ],
 )
-def test_asking_where_it_cannot_run_is_an_error(reason: str, arrays: Any, options: dict[str, Any]) -> None:
+def test_asking_where_it_cannot_run_is_an_error(reason: str, case: Case, options: dict[str, Any]) -> None:
     platform = "cpu" if reason == "compiled for cpu" else "cuda"
     with enable_x64("float64" in reason), pytest.raises(NotImplementedError, match=reason):
-        lowered_text("mosaic_gpu", platform, arrays=arrays and make_types(*arrays), **options)
+        lowered_text("mosaic_gpu", platform, case=case, **options)
 
 
 @needs_backend
 def test_unsupported_calls_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, "9.0")
-    assert "mosaic_gpu" not in lowered_text(None, "cuda", arrays=make_types(1, 128, 128, 2, 2, 40))
-    float32 = make_types(1, 128, 128, 2, 2, 64, jnp.float32)
-    assert "mosaic_gpu" in lowered_text(None, "cuda", arrays=float32)
+    assert "mosaic_gpu" not in lowered_text(None, "cuda", case=Case((1, 128, 128, 2, 1, 40), "bfloat16"))
+    assert "mosaic_gpu" in lowered_text(None, "cuda", case=FLOAT32)
     # As XLA multiplies on a GPU; each spelling as the others of the same precision.
     for precision in ("highest", "float32", jax.lax.Precision.HIGHEST, ("default", "highest"), "F32_F32_F32"):
-        assert "mosaic_gpu" not in lowered_text(None, "cuda", arrays=float32, precision=precision)
+        assert "mosaic_gpu" not in lowered_text(None, "cuda", case=FLOAT32, precision=precision)
     for precision in ("default", "fastest", "bfloat16", "high", "bfloat16_3x", "tensorfloat32", ("high", "default")):
-        assert "mosaic_gpu" in lowered_text(None, "cuda", arrays=float32, precision=precision)
+        assert "mosaic_gpu" in lowered_text(None, "cuda", case=FLOAT32, precision=precision)
     assert "mosaic_gpu" not in lowered_text(None, "cuda", precision="BF16_BF16_F32")
 
 

@@ -10,50 +10,30 @@ import jax.numpy as jnp
 import pytest
 
 from jax_native_flash_attn._kernels.xla.family import XlaKernels
-from tests.support.hopper import (
-    CAUSAL,
-    SHAPES,
-    VMAPS,
-    lowered_text,
-    make_types,
-    mosaic_attention,
-    shared_operand_gradients,
-    vmap_arguments,
-)
+from tests.support.cases import Case, call_types, named_case, static_options
+from tests.support.hopper import VMAPS, lowered_text, mosaic_attention, shared_operand_gradients, vmap_arguments
 from tests.support.targets import needs_backend
 
 pytestmark = needs_backend
 
 
 @pytest.mark.parametrize(
-    ("shape", "options"),
-    [
-        *((shape, CAUSAL) for shape in ("tile", "many items", "one row, keys split")),
-        *(("prime", x) for x in ({}, CAUSAL, {"local_window_size": (5, 5)}, {"return_residual": True})),
-    ],
+    ("shape", "options", "has_residual"),
+    [*((shape, "causal", False) for shape in ("tile", "many items", "one row, keys split")), ("prime", "plain", True)],
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_lowers_for_cuda_without_a_gpu(shape: str, options: dict[str, Any], dtype: str) -> None:
-    B, T, S, K, G, H = SHAPES[shape]
-    if T == 1 and dtype == "float32":
+def test_lowers_for_cuda_without_a_gpu(shape: str, options: str, has_residual: bool, dtype: str) -> None:
+    """What the grid of `test_lowering_transformations` lacks: other shapes."""
+    case = named_case(shape, options, dtype=dtype)
+    if case.shape[1] == 1 and dtype == "float32":
         pytest.skip("a row of float32 takes pure JAX")
-    arrays = make_types(B, T, S, K * G, K, H, jnp.dtype(dtype))
-    assert "mosaic_gpu" in lowered_text("mosaic_gpu", "cuda", arrays=arrays, **options)
-
-
-@pytest.mark.parametrize("H", [64, 256])
-@pytest.mark.parametrize("which", ["bias", "mask", "both"])
-def test_bias_and_mask_lower_for_cuda_without_a_gpu(H: int, which: str) -> None:
-    bias = None if which == "mask" else jax.ShapeDtypeStruct((1, 2, 200, 300), jnp.bfloat16)
-    mask = None if which == "bias" else jax.ShapeDtypeStruct((2, 1, 1, 300), bool)
-    arrays = [*make_types(2, 200, 300, 2, 1, H), bias, mask]
-    assert "mosaic_gpu" in lowered_text("mosaic_gpu", "cuda", arrays=arrays)
+    assert "mosaic_gpu" in lowered_text("mosaic_gpu", "cuda", case=case, return_residual=has_residual)
 
 
 @pytest.mark.parametrize("H", [64, 80])
 def test_rows_of_any_number_are_not_copied(H: int) -> None:
     """But for those whose tiles are several columns wide, and by JAX that cannot swizzle rows, which are padded."""
-    arrays = make_types(2, 301, 333, 4, 4, H)
+    arrays = call_types(Case((2, 301, 333, 4, 1, H), "bfloat16")).values()
 
     def gradients(*arrays: jax.Array) -> Any:
         out, pullback = jax.vjp(mosaic_attention, *arrays)
@@ -77,23 +57,9 @@ def no_pure_jax(monkeypatch: pytest.MonkeyPatch) -> None:
 
 GRADIENTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "causal": CAUSAL,
-    "window": {"local_window_size": (70, 30)},
-    "lengths": {"key_value_seq_lengths": jax.ShapeDtypeStruct((2,), jnp.int32)},
-    "lengths of both": {
-        "query_seq_lengths": jax.ShapeDtypeStruct((2,), jnp.int32),
-        "key_value_seq_lengths": jax.ShapeDtypeStruct((2,), jnp.int32),
-    },
-    "bias": {"bias": jax.ShapeDtypeStruct((1, 4, 130, 150), jnp.bfloat16)},
-    "bias of keys": {"bias": jax.ShapeDtypeStruct((2, 1, 1, 150), jnp.bfloat16)},
-    "bias of rows": {"bias": jax.ShapeDtypeStruct((2, 4, 130, 1), jnp.bfloat16)},
-    "mask": {"mask": jax.ShapeDtypeStruct((1, 4, 130, 150), bool)},
-    "bias and mask": {
-        "bias": jax.ShapeDtypeStruct((2, 4, 130, 150), jnp.float32),
-        "mask": jax.ShapeDtypeStruct((2, 1, 130, 150), bool),
-    },
-    "scale": {"scale": jax.ShapeDtypeStruct((), jnp.float32)},
-    "dropout": {"dropout_rate": 0.1},
+    "bias": {"bias": (False, True, True, True)},
+    "mask": {"mask": (False, True, True, True)},
+    "bias and mask": {"bias": (True, True, True, True), "bias_dtype": "float32", "mask": (True, False, True, True)},
 }
 
 
@@ -101,39 +67,35 @@ GRADIENTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("options", "head_dim"),
     [
-        *((options, 128) for options in GRADIENTS),
-        *itertools.product(("plain", "bias and mask"), (16, 144, 256)),
-        ("mask", 256),  # needs the most shared memory
+        *((options, 128) for options in ("bias", "mask", "bias and mask")),
+        *itertools.product(("plain", "bias and mask"), (16, 144)),
+        *((options, 256) for options in GRADIENTS),  # "mask" needs the most shared memory
     ],
 )
 def test_gradients_lower_for_cuda_without_a_gpu(options: str, head_dim: int) -> None:
-    traced = {name: x for name, x in GRADIENTS[options].items() if isinstance(x, jax.ShapeDtypeStruct)}
-    static = {name: x for name, x in GRADIENTS[options].items() if name not in traced}
+    """What the grid of `test_lowering_transformations` lacks: head dimensions, a bias and a mask of heads."""
+    case = Case((2, 130, 150, 2, 2, head_dim), "bfloat16", **GRADIENTS[options])
 
     def gradients(operands: Any) -> Any:
-        varying = {name: x for name, x in operands.items() if x.dtype not in (jnp.int32, bool)}
-        rng = jax.random.key(0) if "dropout_rate" in static else None
-        loss = lambda v: mosaic_attention(**{**operands, **v}, dropout_rng=rng, **static).astype(jnp.float32).sum()  # noqa: E731
-        return jax.grad(loss)(varying)
+        varying = {name: x for name, x in operands.items() if x.dtype != bool}
+        call = functools.partial(mosaic_attention, **static_options(case))
+        return jax.grad(lambda v: call(**{**operands, **v}).astype(jnp.float32).sum())(varying)
 
-    query, key, value = (
-        jax.ShapeDtypeStruct((2, n, h, head_dim), jnp.bfloat16) for n, h in ((130, 4), (150, 2), (150, 2))
-    )
-    operands = {"query": query, "key": key, "value": value, **traced}
-    text = jax.jit(gradients).trace(operands).lower(lowering_platforms=("cuda",)).as_text()
+    text = jax.jit(gradients).trace(call_types(case)).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
 
 
 @pytest.mark.usefixtures("no_pure_jax")
 def test_three_warpgroups_of_the_gradient_of_bias_fit_into_shared_memory() -> None:
-    T = 384
-    mask = jax.ShapeDtypeStruct((2, 1, 1, T), bool)
+    shape = (2, 384, 384, 4, 1, 64)
+    full = {"bias": (False, True, True, True), "bias_dtype": "float32", "mask": (True, False, False, True)}
+    types = call_types(Case(shape, "bfloat16", **full))
 
-    def gradient(bias: jax.Array, mask: jax.Array, *arrays: jax.Array) -> jax.Array:
-        return jax.grad(lambda bias: mosaic_attention(*arrays, bias, mask).astype(jnp.float32).sum())(bias)
+    def gradient(bias: jax.Array, others: Any) -> jax.Array:
+        return jax.grad(lambda bias: mosaic_attention(**others, bias=bias).astype(jnp.float32).sum())(bias)
 
-    operands = jax.ShapeDtypeStruct((1, 4, T, T), jnp.float32), mask, *make_types(2, T, T, 4, 4, 64)
-    assert "mosaic_gpu" in jax.jit(gradient).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    text = jax.jit(gradient).trace(types.pop("bias"), types).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
 
 
 @pytest.mark.usefixtures("no_pure_jax")

@@ -1,25 +1,25 @@
 """Every program lowers for CUDA as on a Hopper GPU, without one: transformations, dtypes, masks and 64-bit types.
 
-Full: every transformation of `lowering.Programs` x mask x {bfloat16, float32} x 64-bit types {off, on}; and every mask
-x what else a call may have (`lowering.OPTIONS`), with value, gradient and second order of two kinds.
-So is the former for float16, but for the kernels that Mosaic GPU has, which are lowered with the latter alone.
-Sampled: of the former's kernels that Mosaic GPU has, those of value and gradient and of every fourth other program,
-which rotates with mask and 64-bit types, as head dimension and option do. Beside the latter, dtype, head dimension and
-64-bit types rotate such that every option, and every mask, meets each dtype with and without 64-bit types. Every second
-of those calls has the gradient alone; the others value and second order too, and every other of them pure JAX in tiles.
+The grid has every mask x what else a call may have (`lowering.OPTIONS`). There dtype, head dimension and 64-bit types
+rotate such that every option, and every mask, meets each dtype with and without 64-bit types. All of it lowers value
+and gradient in full, and every second point derivatives of second order of two kinds.
+A part of the grid has every mask x dtype x {64-bit types off, on}, and traces every transformation of
+`lowering.Programs` there. All kernels are lowered but those that Mosaic GPU has: of these a fourth of the programs,
+which rotates with mask and 64-bit types; of float16 none. Every fourth point of the grid has pure JAX in tiles, too.
 
 Tracing is quick, and lowering a Mosaic kernel takes up to a second: a kernel is lowered once in each process.
 """
 
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import pytest
 
 from tests.support.environment import enable_x64
-from tests.support.lowering import DTYPES, HEAD_DIMS, MASKS, OPTIONS, Bind, Call, Programs, binds
+from tests.support.lowering import DTYPES, HEAD_DIMS, MASKS, OPTIONS, Bind, Point, Programs, binds
 from tests.support.targets import pretend_gpu, why_no_backend
 
 HAS_BACKEND = jax.__version_info__ >= (0, 10)
@@ -28,7 +28,7 @@ without_backend = pytest.mark.skipif(not HAS_BACKEND, reason=f"JAX {jax.__versio
 # Whose kernels are all Mosaic's for 16-bit types.
 FIRST_ORDER = ("value", "gradient", "gradient of all", "vmap", "gradient of vmap", "vmap of gradient", "lse")
 FIRST = ("value", "gradient of all")
-SOME = (*FIRST, "forward over reverse", "reverse over forward")
+SECOND = ("forward over reverse", "reverse over forward")
 
 _lowered: dict[tuple[Bind, bool], str] = {}
 
@@ -50,28 +50,23 @@ def _lower(bind: Bind, x64: bool) -> str:
     return _lowered[bind, x64]
 
 
-def _faults(
-    call: Call,
-    names: Iterable[str] | None = None,
-    *,
-    higher_order: bool = False,
-    is_sampled: bool = False,
-    **options: Any,
-) -> dict[str, str]:
-    """What each program of a call does wrong, by its name.
+def _faults(point: Point, full: Sequence[str], sampled: Sequence[str] = (), **options: Any) -> dict[str, str]:
+    """What each program of a case does wrong, by its name.
 
-    `higher_order` leaves out first-order kernels, `is_sampled` those of programs whose turn it is not.
+    Of `sampled`, first-order kernels are lowered for programs whose turn it is alone, and not for float16.
     """
     faults = {}
-    programs = Programs(call, **options).all()
-    turn = MASKS.index(call.mask) + call.x64
-    unsampled = {name for i, name in enumerate(programs) if is_sampled and name not in FIRST and (i + turn) % 4}
-    with enable_x64(call.x64):
-        for name in programs if names is None else names:
+    case = point.case
+    programs = Programs(case, **options).all()
+    turn = list(MASKS).index(point.mask) + case.x64
+    with enable_x64(case.x64):
+        for i, name in enumerate(programs):
+            if name not in full and name not in sampled:
+                continue
+            skips = name not in full and (case.dtype == "float16" or (i + turn) % 4 > 0)
             try:
-                skips = higher_order or name in unsampled
-                found = [bind for bind in binds(programs[name], call) if not (skips and bind.is_first_order)]
-                texts = {bind: _lower(bind, call.x64) for bind in found}
+                found = [bind for bind in binds(programs[name], case) if not (skips and bind.is_first_order)]
+                texts = {bind: _lower(bind, case.x64) for bind in found}
             except Exception as error:  # any is a fault
                 faults[name] = f"{type(error).__name__}: {str(error)[:300]}"
                 continue
@@ -83,54 +78,42 @@ def _faults(
                 if (
                     is_first
                     and not takes_mosaic
-                    and (call.dtype != "float32" or bind.primitive.name == "flash_attention")
+                    and (case.dtype != "float32" or bind.primitive.name == "flash_attention")
                 ):
                     faults[name] = f"{bind.primitive.name} takes pure JAX"
                 # Of float64 operands alone may there be arrays of float64; scalars cost nothing.
-                if call.dtype != "float64" and not bind.has_float64 and re.search(r"\dxf64>", text):
+                if case.dtype != "float64" and not bind.has_float64 and re.search(r"\dxf64>", text):
                     faults[name] = "computes arrays in float64"
     return faults
 
 
-def _all_transformations() -> list[Call]:
-    calls = []
+def _grid() -> dict[Point, bool]:
+    """The points, and whether all transformations are traced there."""
+    points = {}
     for i, mask in enumerate(MASKS):
-        for k, dtype in enumerate(DTYPES):
-            for x64 in (False, True):
-                option = OPTIONS[(i + 3 * k + 4 * x64) % len(OPTIONS)]
-                calls.append(Call(dtype, HEAD_DIMS[(i + k + x64) % 2], mask, option, x64))
-    return calls
+        for j, option in enumerate(OPTIONS):
+            x64 = bool((i // 3 + j) % 2)
+            point = Point(DTYPES[(i + j) % 3], HEAD_DIMS[(i + j // 2) % 2], mask, option, x64)
+            # Any six in a row that start with an even one have each dtype with and without 64-bit types.
+            points[point] = 2 * (i % 2) <= j < 6 + 2 * (i % 2)
+    assert {(p.mask, p.dtype, p.x64) for p, is_traced in points.items() if is_traced} == {
+        *itertools.product(MASKS, DTYPES, (False, True))
+    }
+    return points
 
 
-def _all_options() -> list[Call]:
-    return [
-        Call(DTYPES[(i + j) % 3], HEAD_DIMS[(i + j // 2) % 2], mask, option, bool((i // 3 + j) % 2))
-        for i, mask in enumerate(MASKS)
-        for j, option in enumerate(OPTIONS)
-    ]
-
-
-def _is_second(call: Call) -> bool:
-    return (MASKS.index(call.mask) + OPTIONS.index(call.option)) % 2 == 1
-
-
-def _id(call: Call) -> str:
-    return ", ".join([call.dtype, str(call.head_dim), call.mask, call.option, "x64" if call.x64 else "x32"])
+def _is_second(point: Point) -> bool:
+    return (list(MASKS).index(point.mask) + list(OPTIONS).index(point.option)) % 2 == 1
 
 
 @without_backend
-@pytest.mark.parametrize("call", _all_transformations(), ids=_id)
-def test_every_transformation(call: Call):
-    assert not _faults(call, higher_order=call.dtype == "float16", is_sampled=True)
+@pytest.mark.parametrize("point", _grid(), ids=str)
+def test_every_mask_beside_every_option(point: Point):
+    full = (*FIRST, *SECOND) if _is_second(point) else FIRST
+    assert not _faults(point, full, tuple(Programs(point.case).all()) if _grid()[point] else ())
 
 
-@without_backend
-@pytest.mark.parametrize("call", _all_options(), ids=_id)
-def test_every_mask_beside_every_option(call: Call):
-    assert not _faults(call, SOME if _is_second(call) else FIRST[1:])
-
-
-@pytest.mark.parametrize("call", [call for call in _all_options() if _is_second(call)][::2], ids=_id)
-def test_pure_jax_in_several_tiles(call: Call):
+@pytest.mark.parametrize("point", [point for point in _grid() if _is_second(point)][::2], ids=str)
+def test_pure_jax_in_several_tiles(point: Point):
     """Loops with run-time trip counts, and their derivatives."""
-    assert not _faults(call, SOME, implementation="pure_jax", block_q=64, block_kv=64)
+    assert not _faults(point, (*FIRST, *SECOND), implementation="pure_jax", block_q=64, block_kv=64)

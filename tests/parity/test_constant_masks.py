@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn import flash_attention
-from jax_native_flash_attn._semantics.masks import Band, _as_band
+from jax_native_flash_attn._semantics.constant_masks import _as_band
+from jax_native_flash_attn._semantics.masks import Band
 from tests.support.environment import enable_x64, fast_compilation
 from tests.support.oracle import float64_oracle
 from tests.support.programs import equations
@@ -134,12 +135,12 @@ def test_a_band_leaves_no_array(name: str, options: str):
 
 
 def test_eager_calls_analyse_nothing(monkeypatch: pytest.MonkeyPatch):
-    from jax_native_flash_attn._semantics import masks
+    from jax_native_flash_attn._semantics import constant_masks
 
     def forbidden(*unused: Any) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr(masks, "_as_band", forbidden)
+    monkeypatch.setattr(constant_masks, "_as_band", forbidden)
     for scale in (None, jnp.float32(0.3)):
         attention = functools.partial(flash_attention, mask=BANDS["causal"], scale=scale)
         attention(*qkv())

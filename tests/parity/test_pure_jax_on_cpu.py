@@ -1,7 +1,6 @@
 """The forms that the kernels take on a CPU by size and processor, each against the float64 oracle."""
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,10 +45,15 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(("shape", "has_hardware"), [*((shape, True) for shape in SHAPES), ("many scores", False)])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    ("shape", "has_hardware", "options"),
+    [
+        *(("many scores", has_hardware, options) for has_hardware in (True, False) for options in OPTIONS),
+        *((shape, True, options) for shape in list(SHAPES)[1:] for options in ("causal", "bias, mask and lengths")),
+    ],
+)
 def test_bfloat16_products_and_shapes(
-    options: str, shape: str, has_hardware: bool, monkeypatch: pytest.MonkeyPatch
+    shape: str, has_hardware: bool, options: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend_bfloat16_unit(monkeypatch, exists=has_hardware)
     case = OPTIONS[options]
@@ -58,36 +62,6 @@ def test_bfloat16_products_and_shapes(
     blocks = {"block_q": 48, "block_kv": 48} if shape == "several tiles" else {}
     changes = {"shape": SHAPES[shape], "dtype": "bfloat16", "key_value_seq_lengths": lengths, **blocks}
     check_case(Case(**{**case.__dict__, **changes}), compiler_options=FAST_COMPILATION)
-
-
-# One or few query rows against many keys: products for all heads at once, in one tile or (block_kv) in several.
-DECODING = {
-    "plain": {},
-    "tiles": {"block_kv": 256},
-    "lengths": {"key_value_seq_lengths": (1100, 7), "traced": frozenset({"lengths"})},
-    "lengths, tiles": {"key_value_seq_lengths": (1100, 300), "block_kv": 256},
-    "padding": {"key_value_seq_lengths": (900, 7), "poison": True},
-    "mask": {"mask": (True, True, False, True), "mask_density": 0.3},
-    "no keys": {"mask": (True, True, False, True), "mask_density": 0.0},
-    "bias": {"bias": (False, True, True, True)},
-    "dropout": {"dropout_rate": 0.3},
-}
-
-
-@pytest.mark.parametrize(
-    ("dtype", "options"),
-    [
-        *itertools.product(["float32", "bfloat16"], DECODING),
-        *itertools.product(["float16", "float64"], ["plain", "mask"]),
-    ],
-)
-def test_decoding(options: str, dtype: str) -> None:
-    check_case(Case((2, 1, 1100, 2, 2, 8), dtype, **DECODING[options]), compiler_options=FAST_COMPILATION)
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 1100, 2, 2, 8), (1, 1, 1100, 1, 4, 8), (3, 1, 1100, 3, 1, 8)])
-def test_decoding_shapes(shape: tuple[int, ...]) -> None:
-    check_case(Case(shape, key_value_seq_lengths=(1100, 900, 5)[: shape[0]]), compiler_options=FAST_COMPILATION)
 
 
 @pytest.mark.parametrize("mapped", ["query", "key", "value", "key and value", "all"])

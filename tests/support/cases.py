@@ -29,7 +29,7 @@ from tests.support.oracle import (
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # (B, T, S, K, G, H). A pool, not independent draws: dense attention is compiled once for each.
-SHAPES = (
+_POOL = (
     (1, 1, 1, 1, 1, 8),
     (1, 1, 5, 1, 1, 4),
     (2, 3, 2, 1, 2, 8),
@@ -85,17 +85,95 @@ class Case:
     block_kv: int | None = None
     traced: frozenset[str] = frozenset()  # subset of TRACEABLE that jit sees as arguments
     unbatched: bool = False  # 3-D query, key and value
+    vmapped: bool = False  # each batch row is a call of its own, under vmap
     x64: bool = False  # float64 enabled although dtype is narrower
     seed: int = 0
 
+    @property
+    def scores(self) -> int:
+        B, T, S, K, G, _ = self.shape
+        return B * K * G * T * S
+
 
 TRACEABLE = ("lengths", "scale", "window")
+
+# ---- cases by name: lengths around the block shapes of every kernel family, and their multiples
+
+SHAPES = {
+    "tile": (1, 128, 128, 1, 1, 64),
+    "odd": (2, 301, 333, 2, 2, 64),
+    "prime": (1, 509, 521, 1, 3, 128),
+    "wide": (1, 200, 190, 2, 1, 256),
+    "less wide": (1, 140, 200, 1, 2, 144),
+    "narrow": (2, 150, 300, 1, 2, 16),
+    "eighty": (1, 260, 140, 2, 2, 80),
+    "short": (3, 5, 700, 2, 4, 64),
+    "one row": (2, 1, 1000, 2, 4, 128),
+    "one key": (2, 70, 1, 1, 2, 32),
+    "one head": (3, 131, 77, 1, 1, 64),
+    "long": (1, 1100, 1300, 1, 1, 64),
+    # More items than a GPU has multiprocessors, so that blocks go through several; few items, so that keys are split.
+    "many items": (5, 70, 90, 16, 2, 32),
+    "one row, keys split": (1, 1, 9000, 1, 2, 64),
+    "rows, keys split": (2, 70, 5000, 1, 1, 128),
+    # Few query rows: pure JAX multiplies for all heads at once.
+    "decoding": (2, 1, 1100, 2, 2, 8),
+    "decoding, three rows": (2, 3, 1100, 2, 2, 8),
+    "decoding, one head": (1, 1, 1100, 1, 4, 8),
+    "decoding, no groups": (3, 1, 1100, 3, 1, 8),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "window": {"local_window_size": (70, 30)},
+    "traced window": {"local_window_size": (40, 0), "traced": frozenset({"window"}), "is_causal": True},
+    "scale": {"scale": -0.5, "magnitude": 3.0, "traced": frozenset({"scale"})},
+    "no scale": {"scale": 0.0, "traced": frozenset({"scale"})},
+    "bias": {"bias": (True, True, True, True)},
+    "bias of all": {"bias": (False, True, True, True), "is_causal": True},
+    "bias of keys": {"bias": (True, False, False, True), "bias_dtype": "float32"},
+    "bias of rows": {"bias": (True, True, True, False)},
+    "bias of one": {"bias": (False, False, False, False)},
+    "bias float32": {"bias": (False, False, True, True), "bias_dtype": "float32"},
+    "mask": {"mask": (True, True, True, True)},
+    "sparse mask": {"mask": (False, True, True, True), "mask_density": 0.02},
+    "mask of keys": {"mask": (True, False, False, True), "is_causal": True},
+    "mask of rows": {"mask": (True, True, True, False)},
+    "empty mask": {"mask": (False, False, True, True), "mask_density": 0.0},
+    "bias and mask": {"bias": (False, True, True, True), "mask": (True, False, False, True)},
+    "dropout": {"dropout_rate": 0.3},
+    "causal dropout": {"dropout_rate": 0.1, "is_causal": True, "x64": True},
+    "float16": {"dtype": "float16", "is_causal": True},
+    "x64": {"x64": True, "is_causal": True},
+    "vmap": {"vmapped": True, "is_causal": True},
+}
+
+
+def named_case(shape: str, options: str, **changes: Any) -> Case:
+    """Of SHAPES and OPTIONS; bfloat16, unless the options or `changes` say otherwise."""
+    return Case(SHAPES[shape], **{"dtype": "bfloat16", **OPTIONS[options], **changes})
+
+
+def with_lengths(case: Case, *, of_queries: bool = True) -> Case:
+    """Lengths over half of each array, one past it and one of zero, and so on, and NaN in the padding."""
+    B, T, S, *_ = case.shape
+    lengths = [(n // 2 + 1, n + 3, 0) if of_queries else (0, n // 2 + 1, n + 3) for n in (T, S)]
+    lengths = [(some * B)[:B] for some in lengths]
+    return dataclasses.replace(
+        case,
+        query_seq_lengths=lengths[0] if of_queries else None,
+        key_value_seq_lengths=lengths[1],
+        poison=True,
+    )
+
+
+# ---- generated cases
 
 
 @st.composite
 def cases(draw: st.DrawFn, dtypes: tuple[str, ...] = DTYPES) -> Case:
     """Draws a call; shrinks towards a small float32 one with every option off."""
-    shape = draw(st.sampled_from(SHAPES))
+    shape = draw(st.sampled_from(_POOL))
     B, T, S, *_ = shape
     axes = st.tuples(*[st.booleans()] * 4)
     sides = st.sampled_from((17, 3, 64, 1, 0, 200))
@@ -129,6 +207,78 @@ def cases(draw: st.DrawFn, dtypes: tuple[str, ...] = DTYPES) -> Case:
         x64=draw(st.sampled_from((False, False, False, True))),
         seed=draw(st.integers(0, 2**31 - 1)),
     )
+
+
+# ---- what a case is: types, options, numbers
+
+
+def broadcast_shape(case: Case, full_axes: tuple[bool, ...]) -> tuple[int, ...]:
+    """The shape of a bias or mask, 4-D."""
+    B, T, S, K, G, _ = case.shape
+    return tuple(n if is_full else 1 for n, is_full in zip((B, K * G, T, S), full_axes, strict=True))
+
+
+def call_types(case: Case) -> dict[str, Any]:
+    """Of the arrays that a program gets: types, by the names of flash_attention's arguments. Without `unbatched`."""
+    B, T, S, K, G, H = case.shape
+    shapes = {"query": (B, T, K * G, H), "key": (B, S, K, H), "value": (B, S, K, H)}
+    types: dict[str, Any] = {name: jax.ShapeDtypeStruct(x, jnp.dtype(case.dtype)) for name, x in shapes.items()}
+    if case.bias is not None:
+        dtype = jnp.dtype(case.bias_dtype or case.dtype)
+        types["bias"] = jax.ShapeDtypeStruct(broadcast_shape(case, case.bias), dtype)
+    if case.mask is not None:
+        types["mask"] = jax.ShapeDtypeStruct(broadcast_shape(case, case.mask), jnp.dtype(bool))
+    for name in ("query_seq_lengths", "key_value_seq_lengths"):
+        if getattr(case, name) is not None and "lengths" in case.traced:
+            types[name] = jax.ShapeDtypeStruct((B,), jnp.dtype("int32"))
+    if case.scale is not None and "scale" in case.traced:
+        types["scale"] = jax.ShapeDtypeStruct((), wide_dtype(case.dtype))
+    if case.local_window_size is not None and "window" in case.traced:
+        side = jax.ShapeDtypeStruct((), jnp.dtype("int32"))
+        types["local_window_size"] = jax.tree.map(lambda _: side, case.local_window_size)
+    return types
+
+
+def static_options(case: Case) -> dict[str, Any]:
+    """All other arguments of flash_attention that the case has."""
+    options: dict[str, Any] = {"is_causal": case.is_causal, "block_q": case.block_q, "block_kv": case.block_kv}
+    if "lengths" not in case.traced:
+        for name in ("query_seq_lengths", "key_value_seq_lengths"):
+            lengths = getattr(case, name)
+            options[name] = None if lengths is None else np.asarray(lengths, np.int32)
+    if "scale" not in case.traced:
+        options["scale"] = case.scale
+    if "window" not in case.traced:
+        options["local_window_size"] = case.local_window_size
+    if case.dropout_rate:
+        options |= {"dropout_rate": case.dropout_rate, "dropout_rng": jax.random.key(case.seed)}
+    return options
+
+
+def over_batch_rows(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """`attention` of each batch row as a call of its own, under vmap; what batch rows share is shared.
+
+    Of 4-D arrays. The scale and the sides of the window may have an axis of batch rows.
+    """
+    by_row = ("query", "key", "value", "bias", "mask", "query_seq_lengths", "key_value_seq_lengths")
+
+    def mapped(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, **options: Any) -> Any:
+        arguments = {"query": query, "key": key, "value": value, "bias": bias, "mask": mask, **options}
+        B = query.shape[0]
+        axes = {
+            name: jax.tree.map(lambda x: 0 if np.ndim(x) and x.shape[0] == B else None, arguments[name])
+            for name in (*by_row, "scale", "local_window_size")
+            if name in arguments
+        }
+        rows = {name: arguments.pop(name) for name in axes}
+
+        def one(row: Any) -> Any:
+            row = {name: x[None] if name in by_row and axes[name] == 0 else x for name, x in row.items()}
+            return jax.tree.map(lambda x: x[0], attention(**row, **arguments))
+
+        return jax.vmap(one, (axes,))(rows)
+
+    return mapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,22 +317,19 @@ def make_inputs(case: Case) -> Inputs:
     def normal(shape: tuple[int, ...], dtype: Any = dtype, magnitude: float = 1.0) -> np.ndarray:
         return (magnitude * rng.standard_normal(shape)).astype(dtype)
 
-    def broadcastable(full_axes: tuple[bool, ...]) -> tuple[int, ...]:
-        full = (B, N, T, S)
-        return tuple(n if is_full else 1 for n, is_full in zip(full, full_axes, strict=True))
-
     query = normal((B, T, N, H), magnitude=case.magnitude)
     key, value = normal((B, S, K, H)), normal((B, S, K, H))
     dout = normal((B, T, N, H))
     bias = mask = keep = dropout_rng = None
     if case.bias is not None:
-        bias = normal(broadcastable(case.bias), jnp.dtype(case.bias_dtype or case.dtype))
+        bias = normal(broadcast_shape(case, case.bias), jnp.dtype(case.bias_dtype or case.dtype))
     if case.mask is not None:
-        mask = rng.random(broadcastable(case.mask)) < case.mask_density
+        mask = rng.random(broadcast_shape(case, case.mask)) < case.mask_density
     if case.dropout_rate:
         dropout_rng = jax.random.key(case.seed)
         # The contract of dropout: the kept weights are those of this very call.
-        keep = np.asarray(bernoulli(dropout_rng, 1 - case.dropout_rate, (B, N, T, S)))
+        keep = np.asarray(bernoulli(dropout_rng, 1 - case.dropout_rate, (1 if case.vmapped else B, N, T, S)))
+        keep = np.broadcast_to(keep, (B, N, T, S))
     masks = masking(
         query,
         key,
@@ -214,47 +361,31 @@ def run_case(
     case: Case, inputs: Inputs, attention: Callable[..., Any], compiler_options: dict[str, Any] | None = None
 ) -> dict[str, np.ndarray]:
     """Value, lse and gradients of `attention` under jit, under the names of Case's results."""
-    lengths = tuple(
-        None if x is None else np.asarray(x, np.int32) for x in (case.query_seq_lengths, case.key_value_seq_lengths)
-    )
-    window = case.local_window_size
     query, key, value = (x[0] if case.unbatched else x for x in inputs.poisoned)
     dout = inputs.dout[0] if case.unbatched else inputs.dout
     bias, mask = (_drop_axes(x, case.trim) for x in (inputs.bias, inputs.mask))
-    scale = None if case.scale is None else wide_dtype(case.dtype).type(case.scale)
-    dynamic = {"lengths": lengths, "window": window, "scale": scale}
-    static = {name: dynamic.pop(name) for name in TRACEABLE if name not in case.traced}
+    static = static_options(case)
+    static.pop("dropout_rng", None)
+    traced = call_types(case)
+    others: dict[str, Any] = {"mask": mask, "dropout_rng": inputs.dropout_rng}
+    for name in ("query_seq_lengths", "key_value_seq_lengths"):
+        if name in traced:
+            others[name] = np.asarray(getattr(case, name), np.int32)
+    if "local_window_size" in traced:
+        others["local_window_size"] = case.local_window_size
+    scale = traced["scale"].dtype.type(case.scale) if "scale" in traced else None
+    attention = over_batch_rows(attention) if case.vmapped else attention
 
     @functools.partial(jax.jit, compiler_options=compiler_options)
-    def run(query, key, value, bias, mask, dout, dropout_rng, dynamic):
-        options = static | dynamic
-        if "scale" in static:
-            options["scale"] = case.scale  # a Python float
+    def run(query, key, value, bias, scale, others, dout):
+        def call(query, key, value, bias, scale):
+            scaling = {} if scale is None else {"scale": scale}
+            return attention(query, key, value, bias, return_residual=True, **static, **others, **scaling)
 
-        def call(query, key, value, bias, traced_scale):
-            return attention(
-                query,
-                key,
-                value,
-                bias,
-                mask,
-                scale=options["scale"] if traced_scale is None else traced_scale,
-                is_causal=case.is_causal,
-                query_seq_lengths=options["lengths"][0],
-                key_value_seq_lengths=options["lengths"][1],
-                local_window_size=options["window"],
-                return_residual=True,
-                dropout_rate=case.dropout_rate,
-                dropout_rng=dropout_rng,
-                block_q=case.block_q,
-                block_kv=case.block_kv,
-            )
-
-        primals = query, key, value, bias, dynamic.get("scale")
-        out, vjp, lse = jax.vjp(call, *primals, has_aux=True)
+        out, vjp, lse = jax.vjp(call, query, key, value, bias, scale, has_aux=True)
         return out, lse, *vjp(dout)
 
-    results = run(query, key, value, bias, mask, dout, inputs.dropout_rng, dynamic)
+    results = run(query, key, value, bias, scale, others, dout)
     named: dict[str, Any] = dict(zip(("out", "lse", "query", "key", "value", "bias", "scale"), results, strict=True))
     assert named["out"].dtype == query.dtype
     assert named["lse"].dtype == query.dtype
@@ -289,12 +420,10 @@ def check_case(
     case: Case,
     attention: Callable[..., Any] = flash_attention,
     compiler_options: dict[str, Any] | None = None,
-    *,
-    dense_on_cpu: bool = True,
 ) -> dict[str, Accuracy]:
     """Asserts that value, lse and gradients of a case are as accurate as dense attention's.
 
-    A GPU multiplies float32 with fewer bits than a CPU: there dense attention is to do so as well.
+    A GPU multiplies float32 in TensorFloat-32: there dense attention is to do so as well, and runs there.
     """
     B, T, S, K, G, H = case.shape
     N = K * G
@@ -315,7 +444,7 @@ def check_case(
     with enable_x64(case.dtype == "float64"):
         wide = wide_dtype(case.dtype)
         dense_arguments = (*arrays, full_bias.astype(wide), wide.type(scale), masks, dout)
-        dense = _on_cpu(_dense, *dense_arguments) if dense_on_cpu else _dense(*dense_arguments)
+        dense = _dense(*dense_arguments) if case.dtype == "float32" else _on_cpu(_dense, *dense_arguments)
     expected, floors, dense = ({k: np.asarray(v) for k, v in results.items()} for results in (expected, floors, dense))
     floors["bias"] = reduce_bias_noise(
         floors["bias"], floors.pop("bias_row"), (1,) * 4 if inputs.bias is None else inputs.bias.shape

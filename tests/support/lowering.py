@@ -13,27 +13,40 @@ import numpy as np
 
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse
 from jax_native_flash_attn._autodiff.linear import FirstDerivative
+from tests.support.cases import TRACEABLE, Case, call_types, over_batch_rows, static_options
 from tests.support.programs import equations
 
 PRIMITIVES = ("flash_attention", "flash_attention_linear_kernel")
 
-B, T, S, N, K = 2, 130, 150, 4, 2
-MASKS = ("none", "causal", "window", "traced window", "mask of keys", "mask of scores", "mask of rows")
-OPTIONS = (
-    "nothing",
-    "bias of scores",
-    "bias of keys",
-    "bias of rows",
-    "dropout",
-    "lengths of keys",
-    "lengths of both",
-    "vmap",
-)
+# ---- a grid of cases
+
+# All that is traced here can be: the lengths, the scale and the window.
+MASKS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "causal": {"is_causal": True},
+    "window": {"local_window_size": (40, 20), "traced": frozenset({"lengths", "scale"})},
+    "traced window": {"local_window_size": (40, 0), "is_causal": True},
+    "mask of keys": {"mask": (True, False, False, True)},
+    "mask of scores": {"mask": (True, False, True, True)},
+    "mask of rows": {"mask": (True, False, True, False)},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "bias of scores": {"bias": (True, True, True, True)},
+    "bias of keys": {"bias": (True, False, False, True)},
+    "bias of rows": {"bias": (True, True, True, False)},
+    "dropout": {"dropout_rate": 0.1},
+    "lengths of keys": {"key_value_seq_lengths": (150, 77)},
+    "lengths of both": {"query_seq_lengths": (91, 130), "key_value_seq_lengths": (150, 77)},
+    "vmap": {"vmapped": True},
+}
 DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (64, 128)
 
 
-class Call(NamedTuple):
+class Point(NamedTuple):
+    """A case by its place in the grid."""
+
     dtype: str
     head_dim: int
     mask: str
@@ -41,57 +54,36 @@ class Call(NamedTuple):
     x64: bool
 
     @property
-    def floats(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """What can be differentiated. With 64-bit types, bias and scale are float64."""
-        dtype = jnp.dtype(self.dtype)
-        beside = jnp.dtype("float64") if self.x64 else dtype
-        shapes = {"query": (B, T, N, self.head_dim), "key": (B, S, K, self.head_dim), "value": (B, S, K, self.head_dim)}
-        arrays = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
-        bias = {"bias of scores": (B, N, T, S), "bias of keys": (B, 1, 1, S), "bias of rows": (B, N, T, 1)}
-        if self.option in bias:
-            arrays["bias"] = jax.ShapeDtypeStruct(bias[self.option], beside)
-        arrays["scale"] = jax.ShapeDtypeStruct((), jnp.dtype("float64") if self.x64 else jnp.dtype("float32"))
-        return self._vmapped(arrays)
+    def case(self) -> Case:
+        """With 64-bit types, its bias and scale are float64."""
+        return Case(
+            (2, 130, 150, 2, 2, self.head_dim),
+            self.dtype,
+            x64=self.x64,
+            scale=0.3,
+            bias_dtype="float64" if self.x64 else None,
+            mask_density=0.7,
+            **{"traced": frozenset(TRACEABLE), **MASKS[self.mask], **OPTIONS[self.option]},
+        )
 
-    @property
-    def others(self) -> dict[str, Any]:
-        arrays: dict[str, Any] = {}
-        masks = {"mask of keys": (B, 1, 1, S), "mask of scores": (B, 1, T, S), "mask of rows": (B, 1, T, 1)}
-        if self.mask in masks:
-            arrays["mask"] = jax.ShapeDtypeStruct(masks[self.mask], jnp.dtype(bool))
-        if self.mask == "traced window":
-            arrays["left"] = jax.ShapeDtypeStruct((), jnp.dtype("int32"))
-        if self.option.startswith("lengths"):
-            arrays["key_value_seq_lengths"] = jax.ShapeDtypeStruct((B,), jnp.dtype("int32"))
-        if self.option == "lengths of both":
-            arrays["query_seq_lengths"] = jax.ShapeDtypeStruct((B,), jnp.dtype("int32"))
-        return self._vmapped(arrays)
-
-    def _vmapped(self, arrays: dict[str, Any]) -> dict[str, Any]:
-        if self.option != "vmap":
-            return arrays
-        return {name: jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for name, x in arrays.items()}
-
-    def attention(self, function: Callable, floats: dict[str, Any], others: dict[str, Any], **static: Any) -> Any:
-        """`flash_attention` or `flash_attention_with_lse`; without 'scale', that is a Python or NumPy number."""
-        if self.mask in ("causal", "traced window"):
-            static["is_causal"] = True
-        if self.mask == "window":
-            static["local_window_size"] = (40, 20)
-        if self.option == "dropout":
-            static |= {"dropout_rate": 0.1, "dropout_rng": jax.random.key(0)}
-        if "scale" not in floats:
-            static["scale"] = np.float64(0.3) if self.x64 else 0.3
-
-        def one(floats: dict[str, Any], others: dict[str, Any]) -> Any:
-            others = dict(others)
-            window = {"local_window_size": (others.pop("left"), 0)} if "left" in others else {}
-            return function(**floats, **others, **window, **static)
-
-        return (jax.vmap(one) if self.option == "vmap" else one)(floats, others)
+    def __str__(self) -> str:
+        return ", ".join([self.dtype, str(self.head_dim), self.mask, self.option, "x64" if self.x64 else "x32"])
 
 
-# ---- transformations: (call) -> a program of (floats, others)
+def operand_types(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the arrays that a program gets: floats, which can be differentiated, and others. Each batch row of a vmap has
+    its own scale and window."""
+    types = call_types(case)
+    rows = case.shape[:1] if case.vmapped else ()
+    wide = jnp.dtype("float64" if case.x64 else "float32")
+    types["scale"] = jax.ShapeDtypeStruct(rows, wide)
+    if "local_window_size" in types:
+        window = types["local_window_size"]
+        types["local_window_size"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(rows, x.dtype), window)
+    return _split(types, ("query", "key", "value", "bias", "scale"))
+
+
+# ---- transformations: (case) -> a program of (floats, others)
 
 Program = Callable[[dict[str, Any], dict[str, Any]], Any]
 QKV = ("query", "key", "value")
@@ -119,20 +111,28 @@ def _weighed(results: Any) -> jax.Array:
 
 
 class Programs:
-    """Of one call: each transformation, of queries, keys and values or of everything that is a float."""
+    """Of one case: each transformation, of queries, keys and values or of everything that is a float."""
 
-    def __init__(self, call: Call, with_lse: Callable | None = None, **options: Any):
+    def __init__(self, case: Case, with_lse: Callable | None = None, **options: Any):
         """`with_lse`: another function in place of `flash_attention_with_lse`, and of `flash_attention`."""
-        self.call, self.options = call, options
+        self.case, self.options = case, options
         self._with_lse = with_lse or flash_attention_with_lse
         self._attention = flash_attention if with_lse is None else lambda *args, **kwargs: with_lse(*args, **kwargs)[0]
 
+    def _call(self, function: Callable, floats: dict[str, Any], others: dict[str, Any]) -> Any:
+        """Without 'scale' among the floats, that is a Python or NumPy number."""
+        options = {**static_options(self.case), **self.options}
+        if "scale" not in floats:
+            options["scale"] = np.float64(self.case.scale) if self.case.x64 else self.case.scale
+        function = over_batch_rows(function) if self.case.vmapped else function
+        return function(**floats, **others, **options)
+
     def out(self, floats: Any, others: Any) -> Any:
-        return self.call.attention(self._attention, floats, others, **self.options)
+        return self._call(self._attention, floats, others)
 
     def lse(self, floats: Any, others: Any) -> Any:
         """out and lse, which is 0 here in rows without a key."""
-        out, lse = self.call.attention(self._with_lse, floats, others, **self.options)
+        out, lse = self._call(self._with_lse, floats, others)
         return out, jnp.where(lse > -1e30, lse, 0)
 
     def _of(self, names: Any, transform: Callable, function: Callable | None = None) -> Program:
@@ -148,7 +148,7 @@ class Programs:
         return program
 
     def all(self) -> dict[str, Program]:
-        names = tuple(self.call.floats)
+        names = tuple(operand_types(self.case)[0])
         loss = lambda f: lambda x: _sum(f(x))  # noqa: E731
         gradient = lambda f: jax.grad(loss(f))  # noqa: E731
         corner = lambda f: lambda x: jax.tree.map(lambda y: y[(0,) * (y.ndim - 3) + np.s_[0:2, 0, 0:2]], f(x))  # noqa: E731
@@ -251,9 +251,9 @@ class Bind(NamedTuple):
         return run.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def binds(program: Program, call: Call) -> dict[Bind, None]:
+def binds(program: Program, case: Case) -> dict[Bind, None]:
     """In the order of the program."""
-    closed = jax.make_jaxpr(program)(call.floats, call.others)
+    closed = jax.make_jaxpr(program)(*operand_types(case))
     return dict.fromkeys(
         Bind(
             eqn.primitive,

@@ -11,11 +11,6 @@ def why_no_backend() -> str | None:
     return support._why_not_backend()
 
 
-def why_no_hopper() -> str | None:
-    """Why Hopper kernels cannot run here; None where they can."""
-    return why_no_backend() or support._why_not_device(is_asked=False)
-
-
 needs_backend = pytest.mark.skipif(why_no_backend() is not None, reason=str(why_no_backend()))
 
 

@@ -1,4 +1,4 @@
-"""A transformation of `lowering.Programs`, run, beside the float64 oracle and dense attention in the call's dtype."""
+"""A transformation of `lowering.Programs`, run, beside the float64 oracle and dense attention in the case's dtype."""
 
 from typing import Any
 
@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.support.cases import Case
 from tests.support.environment import bernoulli, enable_x64
-from tests.support.lowering import B, Call, N, Programs, S, T
+from tests.support.lowering import Programs, operand_types
 from tests.support.oracle import Masking, assert_as_accurate_as_dense, dense_float64, dense_in_both_modes
 
 _DRAWS = 3  # a result may be one number, whose error is then no statistic
@@ -30,8 +31,10 @@ def _dense(core: Any, keep: np.ndarray) -> Any:
         key_value_seq_lengths: Any = None,
         dropout_rate: float = 0.0,
         dropout_rng: Any = None,
+        **_: Any,
     ) -> tuple[jax.Array, jax.Array]:
         del dropout_rng  # `keep` is drawn from it
+        (B, T, N, _), S = query.shape, key.shape[1]
         rows, columns = (x[None, None].astype(np.int32) for x in (np.arange(T)[:, None], np.arange(S)[None, :]))
         wide = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
         allowed = jnp.ones((B, N, T, S), bool)
@@ -48,7 +51,7 @@ def _dense(core: Any, keep: np.ndarray) -> Any:
         if query_seq_lengths is not None:
             query_valid = np.arange(T, dtype=np.int32)[None] < query_seq_lengths[:, None]
         allowed &= key_valid[:, None, None, :] & query_valid[:, None, :, None]
-        factor = jnp.asarray(keep / (1 - dropout_rate) if dropout_rate else np.ones(keep.shape), wide)
+        factor = jnp.asarray(keep / (1 - dropout_rate) if dropout_rate else np.ones(allowed.shape), wide)
         bias = jnp.zeros((1, 1, 1, 1), wide) if bias is None else bias
         masks = Masking(allowed, query_valid, key_valid, factor)
         return core(query, key, value, jnp.broadcast_to(bias, allowed.shape), jnp.asarray(scale, wide), masks)
@@ -56,52 +59,56 @@ def _dense(core: Any, keep: np.ndarray) -> Any:
     return attention
 
 
-def _numbers(call: Call, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Rounded to the call's dtype first, so that all that compute with them get the same numbers."""
+def _numbers(case: Case, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rounded to the case's dtype first, so that all that compute with them get the same numbers."""
     rng = np.random.default_rng(seed)
-    floats = {
-        name: np.asarray(0.3 if name == "scale" else rng.standard_normal(x.shape) * np.ones(x.shape))
-        .astype(jnp.dtype(call.dtype))
-        .astype(x.dtype)
-        for name, x in call.floats.items()
+    floats, others = operand_types(case)
+    drawn = {
+        name: np.broadcast_to(case.scale or 1.0, x.shape) if name == "scale" else rng.standard_normal(x.shape)
+        for name, x in floats.items()
     }
-    floats["scale"] = np.broadcast_to(floats["scale"], call.floats["scale"].shape)
-    others: dict[str, Any] = {}
-    for name, x in call.others.items():
-        if x.dtype == bool:
-            others[name] = rng.random(x.shape) < 0.7
-        else:
-            lengths = {"left": 40, "key_value_seq_lengths": [S, 77], "query_seq_lengths": [91, T]}
-            others[name] = np.broadcast_to(np.asarray(lengths[name], np.int32), x.shape)
-    return floats, others
+    numbers = {name: x.astype(jnp.dtype(case.dtype)).astype(floats[name].dtype) for name, x in drawn.items()}
+
+    def given(name: str, types: Any) -> Any:
+        if name == "mask":
+            return rng.random(types.shape) < case.mask_density
+        values = np.asarray(getattr(case, name), np.int32)
+        if name == "local_window_size":
+            return tuple(np.broadcast_to(side, x.shape) for side, x in zip(values, types, strict=True))
+        return values
+
+    return numbers, {name: given(name, x) for name, x in others.items()}
 
 
-def check_transformation(name: str, call: Call) -> None:
-    """Results are at most twice as far from float64 attention as dense attention in the call's dtype."""
-    rate = 0.1
-    with enable_x64(call.x64):
-        keep = np.asarray(bernoulli(jax.random.key(0), 1 - rate, (B, N, T, S)))
+def check_transformation(name: str, case: Case) -> None:
+    """Results are at most twice as far from float64 attention as dense attention in the case's dtype.
+
+    Not with dropout under vmap.
+    """
+    B, T, S, K, G, _ = case.shape
+    with enable_x64(case.x64):
+        keep = np.asarray(bernoulli(jax.random.key(case.seed), 1 - case.dropout_rate, (B, K * G, T, S)))
 
     def results(x64: bool, dtype: Any, core: Any = None) -> list[list[np.ndarray]]:
-        program = Programs(call, None if core is None else _dense(core, keep)).all()[name]
+        program = Programs(case, None if core is None else _dense(core, keep)).all()[name]
         with enable_x64(x64):
             run = jax.jit(program)
             found = []
             for seed in range(_DRAWS):
-                floats, others = _numbers(call, seed)
+                floats, others = _numbers(case, seed)
                 floats = {n: x if dtype is None else x.astype(dtype) for n, x in floats.items()}
                 found.append([np.asarray(x) for x in jax.tree.leaves(run(floats, others))])
         return found
 
-    actual = results(call.x64, None)
+    actual = results(case.x64, None)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         expected = results(True, np.float64, dense_float64)
-        dense = results(call.x64, None, dense_in_both_modes)
+        dense = results(case.x64, None, dense_in_both_modes)
     for i in range(len(expected[0])):
         stacked = (np.stack([draw[i] for draw in some]) for some in (actual, dense, expected))
-        assert_as_accurate_as_dense(f"{name} {i}", *stacked, floor=_floor(call, [draw[i] for draw in expected]))
+        assert_as_accurate_as_dense(f"{name} {i}", *stacked, floor=_floor(case, [draw[i] for draw in expected]))
 
 
-def _floor(call: Call, expected: Any) -> float:
-    """Two units in the last place of the call's dtype, whatever the dtype of the result."""
-    return 2 * float(jnp.finfo(call.dtype).eps) * max(float(np.abs(x).max(initial=0.0)) for x in expected)
+def _floor(case: Case, expected: Any) -> float:
+    """Two units in the last place of the case's dtype, whatever the dtype of the result."""
+    return 2 * float(jnp.finfo(case.dtype).eps) * max(float(np.abs(x).max(initial=0.0)) for x in expected)

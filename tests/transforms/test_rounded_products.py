@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.accelerator import accelerator_kernels
-from tests.support.lowering import Call
+from tests.support.lowering import Point
 from tests.support.transformations import check_transformation
 
 
@@ -32,4 +32,4 @@ def _accelerator() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
     ],
 )
 def test_derivatives_are_as_accurate_as_dense_attention(name: str, mask: str, option: str, dtype: str):
-    check_transformation(name, Call(dtype, 64, mask, option, False))
+    check_transformation(name, Point(dtype, 64, mask, option, False).case)

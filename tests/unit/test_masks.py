@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_native_flash_attn._semantics import masks
+from jax_native_flash_attn._semantics import join_masks, masks
 
 LENGTHS = [(1, 1), (1, 9), (9, 1), (5, 7), (7, 5), (6, 6)]  # T, S
 SIDES = (None, -8, -6, -1, 0, 2, 7, 9)
@@ -122,7 +122,7 @@ def test_operands_of_a_mask_are_the_dense_mask(T: int, S: int, kind: str):
 def check_mask(arguments: dict[str, Any], B: int, N: int, T: int, S: int) -> None:
     expected, padded = dense_mask(arguments, B, N, T, S)
     traced = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
-    band, mask = masks.make_mask(T, S, **traced)
+    band, mask = join_masks.make_mask(T, S, **traced)
     dead = np.zeros((1, 1, 1), bool) if mask.dead is None else np.asarray(mask.dead)
     dead = np.broadcast_to(dead, (B, N, T))
     np.testing.assert_array_equal(dead, ~expected.any(-1) & ~padded)
@@ -168,7 +168,7 @@ def test_kernels_compute_intervals_from_lengths_of_keys_alone(given: dict[str, A
     for name in ("traced_window", "query_lengths", "key_value_lengths"):
         arguments[name] = None if arguments[name] is None else jnp.ones(2, jnp.int32)
     arguments["allowed"] = None if arguments["allowed"] is None else jnp.ones((1, 1, 5, 7), bool)
-    band, _ = masks.make_mask(5, 7, is_causal=given.get("is_causal", False), **arguments)
+    band, _ = join_masks.make_mask(5, 7, is_causal=given.get("is_causal", False), **arguments)
     assert band.is_cut == expected
 
 

@@ -8,7 +8,19 @@ import jax_native_flash_attn
 
 ROOT = Path(jax_native_flash_attn.__file__).parent
 # From the ground up: a floor imports floors before it, and itself.
-FLOORS = ("_semantics", "_kernels", "_sharding", "_autodiff", "_arguments", "_attention", "_merge", "_api", "_explain")
+FLOORS = (
+    "_semantics",
+    "_kernels",
+    "_sharding",
+    "_autodiff",
+    "_convert",
+    "_arguments",
+    "_attention",
+    "_merge",
+    "_options",
+    "_api",
+    "_explain",
+)
 MAX_LINES, MAX_FUNCTION_LINES = 300, 120
 
 

@@ -39,10 +39,10 @@ def make_mask(
     """
     reach = Reach(*(static_window or (None, None))) if traced_window is None else Reach(*traced_window)
     if is_causal:
-        reach = reach._replace(right=0 if reach.right is None else jnp.minimum(reach.right, 0))
+        reach = reach.causal()
     moves = order.has_positions or order.query_offset is not None
     is_static = traced_window is None and not moves
-    window = static_window if is_static else None
+    window = None if moves else static_window
     band = make_band(
         T, S, is_causal=is_causal and not moves, window=window, also=static_band, offset=0 if moves else static_offset
     )

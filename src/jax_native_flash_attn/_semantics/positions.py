@@ -12,6 +12,12 @@ class Reach(NamedTuple):
     left: Any | None
     right: Any | None
 
+    def causal(self) -> "Reach":
+        """Not behind its own position."""
+        if self.right is None or isinstance(self.right, int):
+            return Reach(self.left, min(0, self.right or 0))
+        return Reach(self.left, jnp.minimum(self.right, 0))
+
 
 class Order(NamedTuple):
     """What ids and positions say: arrays (B, T) and (B, S) int32, or None, and a shift (B,) of the rows' positions."""

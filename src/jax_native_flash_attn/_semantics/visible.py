@@ -58,7 +58,7 @@ def find_visible(mask: MaskOperands, T: int, S: int, *, may_branch: bool = True)
     """Intervals of keys that hold all that ids and positions leave of those given.
 
     Where keys are sorted by id, and within an id by position, each row's are an interval, found by binary search.
-    Keys of a negative id may stand before all others, or behind. Otherwise every element is compared.
+    Keys of a negative id may stand before all others, or all behind. Otherwise every element is compared.
 
     Args:
       mask: all but `dead` and `is_exact`.
@@ -102,10 +102,11 @@ def find_visible(mask: MaskOperands, T: int, S: int, *, may_branch: bool = True)
         return in_full(start, stop, has_key)
 
     if not may_branch:
-        return Visible(*by_comparison(), jnp.zeros_like(is_sorted))
+        start, stop, has_key = by_comparison()
+        return Visible(start, stop, has_key, jnp.zeros_like(is_sorted))
     are_sorted = is_sorted.all()
-    found = lax.cond(are_sorted, by_search, by_comparison)
-    return Visible(*found, jnp.broadcast_to(are_sorted, is_sorted.shape))
+    start, stop, has_key = lax.cond(are_sorted, by_search, by_comparison)
+    return Visible(start, stop, has_key, jnp.broadcast_to(are_sorted, is_sorted.shape))
 
 
 _LAST = jnp.iinfo(jnp.int32).max
@@ -116,20 +117,19 @@ class _SortKeys(NamedTuple):
 
     ids: jax.Array | None
     positions: jax.Array | None
-    has_last_id: jax.Array | bool = False
+    is_last_id: jax.Array | None = None
 
 
 def _sort_keys(mask: MaskOperands) -> _SortKeys:
     positions = None if mask.key_positions is None else mask.key_positions[..., 0, :]
     if mask.key_ids is None:
         return _SortKeys(None, positions)
-    # Padding counts as before all ids, or behind; its position does not count.
+    # Padding counts as before all ids, if the first key is padding, or else as behind; its position does not count.
     ids = mask.key_ids[..., 0, :]
-    is_id, column = ids >= 0, jnp.arange(ids.shape[-1], dtype=jnp.int32)
-    first = jnp.where(is_id, column, ids.shape[-1]).min(-1, keepdims=True)
-    sort_ids = jnp.where(is_id, ids, jnp.where(column < first, -1, _LAST))
+    is_id = ids >= 0
+    sort_ids = jnp.where(is_id, ids, jnp.where(ids[..., :1] < 0, -1, _LAST))
     positions = None if positions is None else jnp.where(is_id, positions, 0)
-    return _SortKeys(sort_ids, positions, (ids == _LAST).any(-1))
+    return _SortKeys(sort_ids, positions, ids == _LAST)
 
 
 def _is_sorted(keys: _SortKeys) -> jax.Array:
@@ -138,8 +138,10 @@ def _is_sorted(keys: _SortKeys) -> jax.Array:
     if keys.ids is None:
         return jnp.asarray(is_tie_sorted).all(-1)
     left, right = keys.ids[..., :-1], keys.ids[..., 1:]
+    assert keys.is_last_id is not None
     # The last of all ids would not be told from padding.
-    return ((left < right) | ((left == right) & is_tie_sorted)).all(-1) & ~jnp.asarray(keys.has_last_id)
+    is_pair_sorted = ((left < right) | ((left == right) & is_tie_sorted)) & ~keys.is_last_id[..., 1:]
+    return is_pair_sorted.all(-1) & ~keys.is_last_id[..., 0]
 
 
 def _search(keys: _SortKeys, mask: MaskOperands, S: int) -> tuple[jax.Array, jax.Array]:

@@ -77,7 +77,13 @@ def _pack_groups(config: Config, inputs: Inputs) -> Inputs:
         row = jnp.arange(z.T, dtype=jnp.int32).reshape((1,) * (len(z.batch) + 1) + (z.T,))
         start, stop = config.band.interval(row, z.S, jnp)
     packed_mask = mask._replace(
-        key_start=rows(start, 0), key_stop=rows(stop, 0), allowed=rows(mask.allowed, 1), dead=rows(mask.dead, 0)
+        key_start=rows(start, 0),
+        key_stop=rows(stop, 0),
+        allowed=rows(mask.allowed, 1),
+        dead=rows(mask.dead, 0),
+        query_ids=rows(mask.query_ids, 1),
+        lowest_position=rows(mask.lowest_position, 1),
+        highest_position=rows(mask.highest_position, 1),
     )
     return inputs._replace(query=query, bias=rows(inputs.bias, 1), mask=packed_mask)
 

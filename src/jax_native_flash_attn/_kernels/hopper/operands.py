@@ -51,6 +51,25 @@ class RowIntervals:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Elements:
+    """What decides of single elements, where the intervals of rows hold keys that ids or positions exclude.
+
+    Attributes:
+      is_exact: (1,) int32, 0 if that is so anywhere.
+      query_ids, lowest_position, highest_position: (batch..., 1, T), padded to whole blocks.
+      key_ids, key_positions: (batch..., 1, S), likewise.
+    """
+
+    is_exact: Any
+    query_ids: Any | None
+    key_ids: Any | None
+    lowest_position: Any | None
+    highest_position: Any | None
+    key_positions: Any | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Dropout:
     key: Any
     head_index: Any
@@ -74,6 +93,7 @@ class Operands:
     value: Any
     scale: Any
     intervals: RowIntervals | None
+    elements: Elements | None
     bias: LogitTerm | None
     mask: LogitTerm | None
     length: Any | None

@@ -116,8 +116,6 @@ def _why_not_call(call: Call) -> str | None:
             )
     if H % 16 or not 16 <= H <= 256 or inputs.sizes.D != H:
         return f"it takes head dimensions that are multiples of 16 up to 256, got {H}"
-    if inputs.mask.is_exact is not None:
-        return "it takes no segment ids or positions"
     if config.block_q is not None or config.block_kv is not None:
         return "block_q and block_kv are for the pure JAX kernels"
     if isinstance(config.precision, jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset):

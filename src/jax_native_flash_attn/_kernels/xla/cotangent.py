@@ -81,8 +81,8 @@ def cotangent(
     needs_query = "query" in results or ("scale" in results and not uses_moments)
     has_out = "out" in cotangents
     # Where all keys of a row are in one tile, delta can be had from the weights instead of from out.
-    has_whole_rows = has_out and "lse" not in cotangents and nest.visits_one_key_tile and tiles.plan.transposes_weights
-    has_whole_rows &= tiles.inputs.sinks is None
+    has_whole_rows = has_out and "lse" not in cotangents and nest.visits_one_key_tile and tiles.inputs.sinks is None
+    has_whole_rows &= tiles.plan.transposes_weights
     # A product is fast on CPU only if its left operand contracts its last axis. For the gradients of key and value,
     # either the weights are transposed, or the row operands and, in the end, the results: (batch..., K, H, S).
     zeros = {name: tiles.zeros_for(name, like) for name, like in results.items()}
@@ -106,8 +106,7 @@ def cotangent(
             delta -= dlse
         live_dout, delta = tiles.live_rows(dout, at), tiles.live_rows(delta, at)
         sink = None if tiles.inputs.sinks is None else tiles.exp(tiles.sinks(at) - row_lse)
-        row_delta = delta
-        row_lse, delta = tiles.joined(row_lse), tiles.joined(delta)
+        row_delta, row_lse, delta = delta, tiles.joined(row_lse), tiles.joined(delta)
         has_cotangents = (live_dout != 0).any() | (delta != 0).any() if tiles.plan.passes_weights else False
         live_dout = live_dout.astype(tiles.plan.product)
 
@@ -124,8 +123,7 @@ def cotangent(
             keep = tiles.keep(at, columns)
             keep = None if keep is None else tiles.joined(keep)
             key = tiles.key(at, columns, mask)
-            logits = tiles.logits(query, key, at, columns, mask)
-            weights = _weights(tiles, tiles.joined(logits), row_lse)
+            weights = _weights(tiles, tiles.joined(logits := tiles.logits(query, key, at, columns, mask)), row_lse)
             if "value" in results and has_out:
                 dropped = tiles.split(tiles.drop(weights, keep))
                 results["value"] = _add_key_product(

@@ -62,9 +62,9 @@ def softmax_weights(
             return (x - lse) * factor
         return (x if factor is None else x * factor) - lse
 
-    products, terms = logits.capped(products, terms, logits.scale * LOG2E)
-    p = jnp.exp2(logits(products, terms, rows, tile, logits.scale * LOG2E, masked, exponents))
-    return Weights(p, p if logits.cap_factor is None else p * (1.0 - products * products))
+    products, terms, multiplier = logits.capped(products, terms, logits.scale * LOG2E)
+    p = jnp.exp2(logits(products, terms, rows, tile, multiplier, masked, exponents))
+    return Weights(p, p if logits.config.logits_soft_cap is None else p * (1.0 - products * products))
 
 
 def logits_cotangent(

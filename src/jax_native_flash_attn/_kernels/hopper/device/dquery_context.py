@@ -99,7 +99,7 @@ class DQueryRows:
         order_before_wgmma_wait(fold_columns(ds, jnp.add))
         if self.context.plan.with_scale:
             dz = ds
-            if logits.cap_factor is not None:
+            if logits.config.logits_soft_cap is not None:
                 dz = logits_cotangent(logits, weights.p, dp, vectors, tile(i), self.delta)
             sums = ds * s, dz, weights.through_cap * s
             moments = tuple(x + fold_columns(y, jnp.add) for x, y in zip(moments, sums, strict=True))

@@ -140,8 +140,8 @@ class Softmax:
             return x * factor - columns_of(new_top, rows.shape), new_top
 
         tile = rows.item.tile(i)
-        products, terms = logits.capped(products, terms, self.magnitude)
-        exponent, new_top = logits(products, terms, self.vectors, tile, self.magnitude, masked, exponents)
+        products, terms, multiplier = logits.capped(products, terms, self.magnitude)
+        exponent, new_top = logits(products, terms, self.vectors, tile, multiplier, masked, exponents)
         weights = jnp.exp2(exponent)
         correction = top
         if not has_fixed_top:

@@ -58,8 +58,7 @@ class TileLogits:
         """`row_in_block` is where this warpgroup's rows start in the buffers (or, transposed, the number of its tile),
         `head` the index (batch..., N).
 
-        `scale` is read here unless it was read before. With `scales_cap` the tangent of a soft cap comes as what it is
-        of, see `__call__`; otherwise as itself, for a derivative.
+        `scale` is read here unless it was read before. `scales_cap`: see `capped`.
         """
         self.context, self.config, self.intervals = context, context.config, context.intervals
         self.terms, self.head, self.row_in_block = context.terms, head, row_in_block
@@ -73,10 +72,7 @@ class TileLogits:
         self.has_terms = self.terms.bias is not None or mask is not None
         # A mask of keys is added.
         self.adds_mask = mask is not None and mask.term.kind is TermKind.COLUMNS
-        cap = self.config.logits_soft_cap
-        # What the tangent of a soft cap is to be multiplied by: in base e beside terms, otherwise in base 2.
-        self.cap_factor = None if cap is None else cap if self.has_terms else cap * LOG2E
-        self.cap_size = self.cap_factor if scales_cap and self.cap_factor is not None else 1.0
+        self.scales_cap = scales_cap
         self.starts_with_bias = starts_with_bias
         # With such a start, what queries are to be multiplied by, and the unit that logits then come in.
         self.power, self.unit = None, Unit()
@@ -158,15 +154,19 @@ class TileLogits:
         whole, divided = self._clipped, lambda bias: self._clipped(bias) * (1.0 / self.unit.size)
         return lax.cond(self.unit.size == 1.0, whole, divided, terms.bias), terms._replace(bias=None)
 
-    def capped(self, products: jax.Array, terms: TileTerms, multiplier: Any) -> tuple[jax.Array, TileTerms]:
-        """What `__call__` takes: the products, or the tangents of a soft cap, and the terms that are left."""
+    def capped(self, products: jax.Array, terms: TileTerms, multiplier: Any) -> tuple[jax.Array, TileTerms, Any]:
+        """What `__call__` takes: the same; or tangents of a soft cap, the other terms, and the multiplier of tangents.
+
+        With `scales_cap`, tangents come multiplied, as far as each element is to be.
+        """
         cap = self.config.logits_soft_cap
         if cap is None:
-            return products, terms
-        if terms.bias is None:
-            return soft_cap(products, multiplier * (LN2 / cap), self.cap_size), terms
-        logits = products * (multiplier * LN2) + self._clipped(terms.bias)
-        return soft_cap(logits, 1.0 / cap, self.cap_size), terms._replace(bias=None)
+            return products, terms, multiplier
+        size = 1.0 if not self.scales_cap else cap if self.has_terms else cap * LOG2E
+        factor = multiplier * (LN2 / cap)
+        if terms.bias is not None:
+            products, factor = products * (multiplier * LN2) + self._clipped(terms.bias), 1.0 / cap
+        return soft_cap(products, factor, size), terms._replace(bias=None), cap * LOG2E / size
 
     def __call__(
         self,
@@ -184,52 +184,57 @@ class TileLogits:
         the subtraction of the maximum (see `to_base_2`). If the products have started with the bias, x is in `unit`,
         and factor without meaning.
 
-        `products` and `terms` are those that `capped` returned.
-
-        `multiplier` is that of the products, in base 2. `masked` is True, False, or a scalar known at run time; `then`
-        is part of what is chosen by it. (One loop whose step branches is faster than a loop for each kind of tile: the
-        compiler keeps the products of several loops from overlapping with other work.)
+        Products, terms and multiplier (of the products, in base 2) are as `capped` returned them. `masked` is True,
+        False, or a scalar known at run time; `then` is part of what is chosen by it. (One loop whose step branches is
+        faster than a loop for each kind of tile: the compiler keeps the products of several from overlapping.)
         """
         in_mask = terms.mask
 
         def full(products: jax.Array) -> tuple[Any, Any]:
             """In a tile that all rows' intervals cover, which has no dead row."""
-            if self.cap_factor is not None:
-                rest = self.cap_factor / self.cap_size
-                if not self.has_terms:
-                    return products, None if rest == 1.0 else rest
-                x = products if rest == 1.0 else products * rest
-            elif not self.has_terms:
+            if not self.has_terms:
                 return products, multiplier
-            else:
-                x = products if self.starts_with_bias else products * (multiplier * LN2)
+            x = products if self.starts_with_bias else products * (multiplier * LN2)
             addends = [] if terms.bias is None else [self._clipped(terms.bias)]
             addends += [in_mask] if self.adds_mask and in_mask is not None else []
             if addends:
                 x = x + functools.reduce(jnp.add, addends)
             return (x if self.adds_mask or in_mask is None else jnp.where(in_mask != 0, x, _OUTSIDE)), LOG2E
 
-        def edge(products: jax.Array) -> tuple[Any, Any]:
+        def edge(products: jax.Array, *, compares: bool = False) -> tuple[Any, Any]:
+            """`compares` ids and positions, element by element."""
             x, factor = full(products)
             outside = _OUTSIDE
             if not self.has_terms:
-                outside = lowest(jnp.float32)
-                if factor is not None:
-                    x, factor = x * self._apart(factor), None
+                x, factor, outside = x * self._apart(factor), None, lowest(jnp.float32)
             pair = rows.pair()
             allowed = self.intervals.allowed(pair, self.head, rows.row, tile * self.block_kv, self.shape, self.q_axis)
             dead = self.intervals.dead(pair, self.head, self.shape, self.q_axis)
-            if in_mask is not None:
-                in_mask_here = in_mask == 0 if self.adds_mask else in_mask != 0
-                allowed = allowed & (in_mask_here if dead is None else in_mask_here | dead)
+            elements = [] if in_mask is None else [in_mask == 0 if self.adds_mask else in_mask != 0]
+            if compares:
+                layouts = self.kv_layout, self.q_layout
+                column = tile * self.block_kv
+                elements.append(self.intervals.matches(self.head, rows.row, column, self.shape, self.q_axis, layouts))
+            for x_allowed in elements:
+                allowed = allowed & (x_allowed if dead is None else x_allowed | dead)
             if dead is not None:
                 x = jnp.where(dead, 0.0, x)
             return jnp.where(allowed, x, outside), factor
 
+        def masked_tile(products: jax.Array) -> Any:
+            if self.intervals.elements is None:
+                return then(*edge(products))
+            return lax.cond(
+                self.intervals.decides_elements,
+                lambda p: lax.optimization_barrier(then(*edge(p, compares=True))),
+                lambda p: then(*edge(p)),
+                products,
+            )
+
         if isinstance(masked, bool):
-            return then(*(edge(products) if masked else full(products)))
+            return masked_tile(products) if masked else then(*full(products))
         # The barrier keeps what both kinds of tile do last in the branch, where it is fused with what comes before.
-        return lax.cond(masked, lambda p: lax.optimization_barrier(then(*edge(p))), lambda p: then(*full(p)), products)
+        return lax.cond(masked, lambda p: lax.optimization_barrier(masked_tile(p)), lambda p: then(*full(p)), products)
 
     def _apart(self, factor: Any) -> jax.Array:
         """The same numbers, one for each row of the tile; to the compiler, others.

@@ -16,7 +16,7 @@ from jax import lax
 from ...._semantics.masks import Band, ColumnRange
 from ...._semantics.sizes import Sizes
 from ..host.intervals import tile_ranges
-from ..operands import DEAD, Operands, QueryTiles, RowIntervals
+from ..operands import DEAD, Elements, Operands, QueryTiles, RowIntervals
 from ..pallas import broadcast_index, iota, load, pl, spread
 
 
@@ -34,6 +34,7 @@ class Intervals:
       key_value_length: (batch...), or None.
       is_cut: as `Operands.is_cut`.
       query_tiles: of the kernel for the gradients of keys and values.
+      elements: ids and positions, and whether they decide of single elements.
       skips_dead_rows: dead rows of a band that is cut off visit no tile but the first, in place of all.
     """
 
@@ -45,6 +46,8 @@ class Intervals:
     key_value_length: Any | None
     is_cut: bool
     query_tiles: QueryTiles | None = None
+    elements: Elements | None = None
+    decides_elements: Any = False
     skips_dead_rows: bool = False
 
     @classmethod
@@ -59,7 +62,20 @@ class Intervals:
         skips_dead_rows: bool = False,
     ) -> "Intervals":
         traced, length, is_cut = operands.intervals, operands.length, operands.is_cut
-        return cls(band, sizes.T, sizes.S, block_kv, traced, length, is_cut, query_tiles, skips_dead_rows)
+        elements = operands.elements
+        return cls(
+            band=band,
+            T=sizes.T,
+            S=sizes.S,
+            block_kv=block_kv,
+            traced=traced,
+            key_value_length=length,
+            is_cut=is_cut,
+            query_tiles=query_tiles,
+            elements=elements,
+            decides_elements=False if elements is None else elements.is_exact[0] == 0,
+            skips_dead_rows=skips_dead_rows,
+        )
 
     @property
     def has_length(self) -> bool:
@@ -199,6 +215,26 @@ class Intervals:
         result = functools.reduce(jnp.logical_and, terms)
         dead = self.dead(None, head, shape, q_axis)
         return result if dead is None else result | dead
+
+    def matches(self, head: tuple, row: Any, column: Any, shape: Any, q_axis: int, layouts: tuple[Any, Any]) -> Any:
+        """What ids and positions say of the tile from (row, column) on; `layouts` of vectors along rows and keys."""
+        elements = self.elements
+        assert elements is not None
+
+        def vector(ref: Any, start: Any, axis: int) -> jax.Array:
+            index = (*broadcast_index(head, ref.shape[:-1]), pl.ds(start, shape[axis]))
+            return spread(load(ref.at[index], layout=layouts[axis == q_axis]), shape, axis)
+
+        rows = functools.partial(vector, start=row, axis=q_axis)
+        keys = functools.partial(vector, start=column, axis=1 - q_axis)
+        terms = []
+        if elements.query_ids is not None:
+            terms.append(rows(elements.query_ids) == keys(elements.key_ids))
+        if elements.lowest_position is not None:
+            terms.append(keys(elements.key_positions) >= rows(elements.lowest_position))
+        if elements.highest_position is not None:
+            terms.append(keys(elements.key_positions) <= rows(elements.highest_position))
+        return functools.reduce(jnp.logical_and, terms)
 
     def dead(self, rows: tuple[jax.Array, jax.Array] | None, head: tuple, shape: Any, q_axis: int) -> jax.Array | None:
         """Which rows have no key at all."""

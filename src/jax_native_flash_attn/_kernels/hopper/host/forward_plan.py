@@ -13,7 +13,7 @@ from ...._semantics.sizes import Sizes
 from ..blocks import Blocks
 from ..operands import Operands, TermBuffers, TermKind
 from ..pallas import TmaLoad, TmaStore, matrix_buffer, plgpu, swizzle_bytes
-from ..scheduler import TileScheduler, heads_per_group, schedule
+from ..scheduler import TileScheduler, heads_per_group, is_even_band, schedule
 from .operands import starts_with_bias, term_buffers
 
 _LONG_ITEM = 8  # tiles
@@ -100,11 +100,15 @@ class ForwardPlan:
     ) -> "ForwardPlan":
         z, dtype, bias = inputs.sizes, inputs.query.dtype, operands.bias
         heads = (*z.batch, z.N)
+        # The kernel cannot know how many tiles traced intervals leave to an item. A boolean mask leaves all.
+        is_even = (operands.intervals is None or operands.mask is not None) and is_even_band(
+            config.band, z.T, z.S, blocks.rows
+        )
         scheduler = schedule(
             heads,
             -(-z.T // blocks.rows),
             heads_per_group(math.prod(heads), 2 * dtype.itemsize * z.S * z.H / z.G),
-            cores if blocks.persistent else None,
+            cores if blocks.persistent and is_even else None,
             config.band,
             splits=blocks.splits,
             batch_fastest=bias is not None and bias.kind is TermKind.TILED and bias.array.shape[:-3] != z.batch,

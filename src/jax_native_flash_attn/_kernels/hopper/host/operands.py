@@ -11,7 +11,8 @@ import numpy as np
 from jax import lax
 
 from ...._semantics.call import Config, Inputs
-from ..operands import MASKED, Dropout, LogitTerm, Operands, TermBuffers, TermKind
+from ...._semantics.masks import MaskOperands
+from ..operands import MASKED, Dropout, Elements, LogitTerm, Operands, TermBuffers, TermKind
 from ..pallas import TmaLoad, matrix_buffer, pad_axis, plgpu, round_up, swizzle_bytes
 from .intervals import row_intervals
 
@@ -43,7 +44,38 @@ def prepare(
     dropout = None
     if config.dropout is not None and inputs.dropout_key is not None and inputs.head_index is not None:
         dropout = Dropout(inputs.dropout_key, inputs.head_index)
-    return Operands(query, key, value, inputs.scale, intervals, bias_term, mask_term, mask.key_value_length, dropout)
+    return Operands(
+        query=query,
+        key=key,
+        value=value,
+        scale=inputs.scale,
+        intervals=intervals,
+        elements=_elements(mask, z.T, z.S, block_rows, block_kv),
+        bias=bias_term,
+        mask=mask_term,
+        length=mask.key_value_length,
+        dropout=dropout,
+    )
+
+
+def _elements(mask: MaskOperands, T: int, S: int, block_rows: int, block_kv: int) -> Elements | None:
+    if mask.is_exact is None:
+        return None
+
+    def rows(x: jax.Array | None) -> jax.Array | None:
+        return None if x is None else pad_axis(x[..., 0], -1, round_up(T, block_rows))
+
+    def keys(x: jax.Array | None) -> jax.Array | None:
+        return None if x is None else pad_axis(x[..., 0, :], -1, round_up(S, block_kv))
+
+    return Elements(
+        is_exact=mask.is_exact.all().astype(jnp.int32)[None],
+        query_ids=rows(mask.query_ids),
+        key_ids=keys(mask.key_ids),
+        lowest_position=rows(mask.lowest_position),
+        highest_position=rows(mask.highest_position),
+        key_positions=keys(mask.key_positions),
+    )
 
 
 def kind_of(x: jax.Array) -> TermKind:
