@@ -58,7 +58,7 @@ class TileLogits:
         """`row_in_block` is where this warpgroup's rows start in the buffers (or, transposed, the number of its tile),
         `head` the index (batch..., N).
 
-        `scale` is read here unless it was read before. `scales_cap`: see `capped`.
+        `scale` is read here unless it was read before. With `scales_cap` the tangents of `capped` come multiplied.
         """
         self.context, self.config, self.intervals = context, context.config, context.intervals
         self.terms, self.head, self.row_in_block = context.terms, head, row_in_block
@@ -155,10 +155,7 @@ class TileLogits:
         return lax.cond(self.unit.size == 1.0, whole, divided, terms.bias), terms._replace(bias=None)
 
     def capped(self, products: jax.Array, terms: TileTerms, multiplier: Any) -> tuple[jax.Array, TileTerms, Any]:
-        """What `__call__` takes: the same; or tangents of a soft cap, the other terms, and the multiplier of tangents.
-
-        With `scales_cap`, tangents come multiplied, as far as each element is to be.
-        """
+        """What `__call__` takes: the same; or tangents of a soft cap, the other terms, and the tangents' multiplier."""
         cap = self.config.logits_soft_cap
         if cap is None:
             return products, terms, multiplier
