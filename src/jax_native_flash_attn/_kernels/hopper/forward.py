@@ -48,20 +48,23 @@ def forward(config: Config, inputs: Inputs, sinks: jax.Array | None, blocks: Blo
 
 
 def _combine(splits: ForwardOuts, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Out and lse over all splits: the means of the splits' outputs, weighted by their sums of exponentials."""
+    """Out and lse over all splits: the means of the splits' outputs, weighted by their sums of exponentials.
+
+    `sinks`, (batch..., N, T or 1), count once.
+    """
     # A row without keys in a split has the lowest lse there, and no weight; without any, zeros as without splits.
     out, lse = splits.unrounded, splits.lse
     assert out is not None
     assert lse is not None
-    top = lse.max(0, keepdims=True)
-    has_key = None
+    top = largest = lse.max(0, keepdims=True)
+    sinks = None if sinks is None else sinks[None]
     if sinks is not None:
-        has_key, top = top > NO_KEY, jnp.maximum(top, sinks)
+        top = jnp.maximum(largest, sinks)
     weights = jnp.exp(lse - top)
     total = weights.sum(0, keepdims=True)
     if sinks is not None:
         total += jnp.exp(sinks - top)
-    has_key = top > NO_KEY if has_key is None else has_key
+    has_key = largest > NO_KEY
     factors = jnp.where(has_key, weights / total, 0.0)
     lse = jnp.where(has_key, top + jnp.log(total), 0.0 if sinks is None else sinks)
     return (out * jnp.swapaxes(factors, -1, -2)[..., None]).sum(0), lse[0]
