@@ -33,7 +33,10 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, cores: int) -> Forwa
         return jnp.swapaxes(x.reshape(*z.batch, z.K, z.T, z.G), -1, -2).reshape(*z.batch, z.N, z.T)
 
     return Forward(
-        *(None if x is None else f(x) for x, f in zip(results, (of_heads, of_rows, of_rows, of_heads), strict=True))
+        of_heads(results.out),
+        None if results.lse is None else of_rows(results.lse),
+        None if results.max_logits is None else of_rows(results.max_logits),
+        None if results.rounded is None else of_heads(results.rounded),
     )
 
 

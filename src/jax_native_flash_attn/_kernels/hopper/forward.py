@@ -35,7 +35,9 @@ def forward(config: Config, inputs: Inputs, sinks: jax.Array | None, blocks: Blo
             results.max_logits,
             results.out if config.adds_rounded else None,
         )
-        return Forward(*(None if x is None else x[0] for x in wanted))
+        out, lse, max_logits, rounded = (None if x is None else x[0] for x in wanted)
+        assert out is not None
+        return Forward(out, lse, max_logits, rounded)
     results = _split_forward(config, inputs, None, blocks, cores, needs_out=False, needs_unrounded=True, needs_lse=True)
     out, lse = _combine(results, sinks)
     rounded = out.astype(inputs.query.dtype)

@@ -131,7 +131,7 @@ class Rows:
         index, count = (self.item.split, *self.item.head), self.shape[0]
         if outs.unrounded is not None:
             store(query_slice(outs.unrounded, index, self.row, count), out)
-        if outs.max_logits is not None:
+        if outs.max_logits is not None and max_logits is not None:
             store(outs.max_logits.at[(*index, pl.ds(self.row, count))], max_logits)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left
         if context.out is not None:

@@ -87,12 +87,12 @@ def _any(set_predicate: str, *operands: Any) -> Any:
     text = "{ .reg .pred p; .reg .f32 x; " + set_predicate
     text += " vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
     i32 = ir.IntegerType.get_signless(32)
-    vote = llvm.inline_asm(i32, list(operands), text, "=r,f,f", has_side_effects=True, asm_dialect=0)
+    vote: Any = llvm.inline_asm(i32, list(operands), text, "=r,f,f", has_side_effects=True, asm_dialect=0)
     return llvm.trunc(ir.IntegerType.get_signless(1), vote, overflow_flags=llvm.IntegerOverflowFlags.none)
 
 
 def _either(condition: Any, then: Callable[[], list[Any]], otherwise: Callable[[], list[Any]], count: int) -> list[Any]:
-    branch = scf.IfOp(condition, [ir.F32Type.get()] * count, has_else=True)
+    branch: Any = scf.IfOp(condition, [ir.F32Type.get()] * count, has_else=True)
     for block, build in ((branch.then_block, then), (branch.else_block, otherwise)):
         with ir.InsertionPoint(block):
             scf.yield_(build())
