@@ -36,6 +36,9 @@ def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores
             dz_x, dz, mean = rows.moments
             # The dz of a row add up to the cotangent of its lse, but for the error of delta, which so drops out.
             excess = dz - cotangents["lse"].astype(jnp.float32) if "lse" in cotangents else dz
+            if inputs.sinks is not None:
+                # With a sink, they and its own do, -p delta.
+                excess = excess - jnp.exp(inputs.sinks[..., None] - backward.lse) * backward.delta
             results["scale"] = (dz_x - excess * mean).sum((-1, -2))
     for types in _passes(backward, wanted):
         blocks = asked or plan(inputs, needs_dlogits=types.key is not None)

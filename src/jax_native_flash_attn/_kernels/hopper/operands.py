@@ -86,6 +86,7 @@ class Operands:
       value: (batch..., S, K, D); in float32 (batch..., K, D, S).
       scale: (batch...).
       length: (batch...), the `key_value_length`.
+      sinks: of the forward; (batch..., N, 1), or (batch..., N, T) padded to whole blocks.
     """
 
     query: Any
@@ -98,6 +99,7 @@ class Operands:
     mask: LogitTerm | None
     length: Any | None
     dropout: Dropout | None
+    sinks: Any | None = None
 
     @property
     def tiled(self) -> tuple[LogitTerm, ...]:

@@ -18,7 +18,10 @@ from .operands import prepare, term_buffers
 
 
 class Moments(NamedTuple):
-    """For the gradient of scale, of each row, (batch..., N, T) in float32: sums over the keys, with x = q . k."""
+    """For the gradient of scale, of each row, (batch..., N, T) in float32: sums over the keys, with x = q . k.
+
+    In a product with x, dz and p go through the derivative of the soft cap.
+    """
 
     dz_x: Any
     dz: Any

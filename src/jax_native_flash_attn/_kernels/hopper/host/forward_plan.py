@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ...._semantics.call import Config, Inputs
+from ...._semantics.numerics import LOG2E
 from ...._semantics.sizes import Sizes
 from ..blocks import Blocks
 from ..operands import Operands, TermBuffers, TermKind
@@ -16,6 +17,7 @@ from ..scheduler import TileScheduler, heads_per_group, is_even_band, schedule
 from .operands import starts_with_bias, term_buffers
 
 _LONG_ITEM = 8  # tiles
+_LARGEST_EXPONENT = 80  # of a weight; leaves as much for values and the number of keys
 
 
 @jax.tree_util.register_dataclass
@@ -26,12 +28,13 @@ class ForwardOuts:
     Attributes:
       out: (batch..., T, N, D) in query's dtype.
       unrounded: the same in float32.
-      lse: (batch..., N, T) in float32.
+      lse, max_logits: (batch..., N, T) in float32.
     """
 
     out: Any | None = None
     unrounded: Any | None = None
     lse: Any | None = None
+    max_logits: Any | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -80,6 +83,7 @@ class ForwardPlan:
     needs_out: bool
     needs_unrounded: bool
     needs_lse: bool
+    needs_max_logits: bool
     streams_terms: bool
     starts_with_bias: bool
 
@@ -95,6 +99,7 @@ class ForwardPlan:
         needs_out: bool,
         needs_unrounded: bool,
         needs_lse: bool,
+        needs_max_logits: bool,
     ) -> "ForwardPlan":
         z, dtype, bias = inputs.sizes, inputs.query.dtype, operands.bias
         heads = (*z.batch, z.N)
@@ -121,9 +126,17 @@ class ForwardPlan:
             needs_out,
             needs_unrounded,
             needs_lse,
+            needs_max_logits,
             streams_terms,
-            starts_with_bias(inputs),
+            starts_with_bias(config, inputs),
         )
+
+    @property
+    def has_fixed_top(self) -> bool:
+        """Whether nothing is subtracted from logits, as a soft cap keeps weights and their sums in range."""
+        cap = self.config.logits_soft_cap
+        is_wide = self.dtype != jnp.float16 and not self.needs_max_logits
+        return cap is not None and cap * LOG2E <= _LARGEST_EXPONENT and is_wide
 
     @property
     def tma(self) -> TmaLoad:
@@ -171,6 +184,7 @@ class ForwardPlan:
             out if self.needs_out else None,
             unrounded if self.needs_unrounded else None,
             lse if self.needs_lse else None,
+            lse if self.needs_max_logits else None,
         )
 
     def buffers(self, operands: Operands) -> ForwardBuffers:

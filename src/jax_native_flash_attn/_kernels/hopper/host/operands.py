@@ -113,10 +113,12 @@ def _term(x: jax.Array, T: int, S: int, block_rows: int, block_kv: int, *, trans
     return LogitTerm(x, kind, transposes)
 
 
-def starts_with_bias(inputs: Inputs) -> bool:
+def starts_with_bias(config: Config, inputs: Inputs) -> bool:
     """Whether the forward's products are added to the bias: `TileLogits.start`."""
     bias = inputs.bias
-    return bias is not None and kind_of(bias) is TermKind.TILED and inputs.query.dtype == jnp.bfloat16
+    if bias is None or config.logits_soft_cap is not None:
+        return False
+    return kind_of(bias) is TermKind.TILED and inputs.query.dtype == jnp.bfloat16
 
 
 def term_bytes(inputs: Inputs) -> int:
