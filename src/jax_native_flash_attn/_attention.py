@@ -60,8 +60,9 @@ def _attend(settings: Settings, arrays: Arrays) -> Results:
     call, is_row = prepare(settings, arrays)
     out, lse, max_logits = flash_attention_core(*call)
     out = out[..., :D]
-    if is_row is not None:
-        out = jnp.where(is_row[..., None, None], out, 0)
+    # Padding by ids is finite, and kernels do with it.
+    if (in_length := is_query_row(T, arrays.query_lengths, None)) is not None:
+        out = jnp.where(in_length[..., None, None], out, 0)
     if lse is not None:
         if call.inputs.mask.dead is not None:
             lse = jnp.where(call.inputs.mask.dead, DEAD_ROW_LSE, lse)
@@ -104,9 +105,9 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
         has_dead_rows=arrays.sinks is None,
     )
     is_row = is_query_row(T, arrays.query_lengths, arrays.query_segment_ids)
-    if is_row is not None:
+    if (in_length := is_query_row(T, arrays.query_lengths, None)) is not None:
         # Padded rows may hold NaN, and their cotangents are zero: the two must not meet.
-        query = jnp.where(is_row[..., None, None], query, 0)
+        query = jnp.where(in_length[..., None, None], query, 0)
     # Without a head dimension, logits are bias and masks alone, as with one dimension of zeros.
     query, key, value = (jnp.pad(x, ((0, 0),) * 3 + ((0, 1),)) if x.shape[-1] == 0 else x for x in (query, key, value))
     scale = arrays.scale.astype(accumulation_dtype(query.dtype))

@@ -16,6 +16,8 @@ def merge_attention(outs: Sequence[jax.Array], lses: Sequence[jax.Array]) -> tup
     arXiv:2205.14135, section 3.1). Equal, values and gradients, to attention over all keys at once; a row without keys
     in any part gives the mean of the parts' means.
 
+    A sink must count once: pass `sinks` to the call for one part alone, and none to the others.
+
     Args:
       outs: partial results, each (..., T, N, H), as `flash_attention_with_lse` gives them.
       lses: their log-sum-exps, each (..., T, N).

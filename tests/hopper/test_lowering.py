@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jax_native_flash_attn import flash_attention_with_lse
 from jax_native_flash_attn._kernels.xla.family import XlaKernels
-from tests.support.cases import Case, call_types, named_case, static_options
+from tests.support.cases import SHAPES, Case, call_types, named_case, static_options
 from tests.support.hopper import VMAPS, lowered_text, mosaic_attention, shared_operand_gradients, vmap_arguments
-from tests.support.targets import needs_backend
+from tests.support.targets import needs_backend, pretend_gpu
 
 pytestmark = needs_backend
 
@@ -28,6 +29,20 @@ def test_lowers_for_cuda_without_a_gpu(shape: str, options: str, has_residual: b
     if case.shape[1] == 1 and dtype == "float32":
         pytest.skip("a row of float32 takes pure JAX")
     assert "mosaic_gpu" in lowered_text("mosaic_gpu", "cuda", case=case, return_residual=has_residual)
+
+
+@pytest.mark.parametrize(
+    ("shape", "H", "D", "dtype"),
+    [
+        ("odd", 192, 128, "bfloat16"),
+        ("short", 192, 128, "bfloat16"),  # query heads packed into rows
+        ("one row, keys split", 64, 128, "bfloat16"),
+        ("odd", 128, 64, "float32"),
+    ],
+)
+def test_values_of_another_dimension_lower_for_cuda(shape: str, H: int, D: int, dtype: str) -> None:
+    case = Case((*SHAPES[shape][:-1], H), dtype, value_dim=D, is_causal=True)
+    assert "mosaic_gpu" in lowered_text("mosaic_gpu", "cuda", case=case)
 
 
 @pytest.mark.parametrize("H", [64, 80])
@@ -65,16 +80,21 @@ GRADIENTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.usefixtures("no_pure_jax")
 @pytest.mark.parametrize(
-    ("options", "head_dim"),
+    ("options", "H", "D"),
     [
-        *((options, 128) for options in ("bias", "mask", "bias and mask")),
-        *itertools.product(("plain", "bias and mask"), (16, 144)),
-        *((options, 256) for options in GRADIENTS),  # "mask" needs the most shared memory
+        *((options, 128, None) for options in ("bias", "mask", "bias and mask")),
+        *((options, H, None) for options, H in itertools.product(("plain", "bias and mask"), (16, 144))),
+        *((options, 256, None) for options in GRADIENTS),  # "mask" needs the most shared memory
+        ("plain", 192, 128),
+        ("bias and mask", 192, 128),
+        ("mask", 64, 128),
+        ("plain", 16, 256),
+        ("bias", 256, 16),
     ],
 )
-def test_gradients_lower_for_cuda_without_a_gpu(options: str, head_dim: int) -> None:
+def test_gradients_lower_for_cuda_without_a_gpu(options: str, H: int, D: int | None) -> None:
     """What the grid of `test_lowering_transformations` lacks: head dimensions, a bias and a mask of heads."""
-    case = Case((2, 130, 150, 2, 2, head_dim), "bfloat16", **GRADIENTS[options])
+    case = Case((2, 130, 150, 2, 2, H), "bfloat16", value_dim=D, **GRADIENTS[options])
 
     def gradients(operands: Any) -> Any:
         varying = {name: x for name, x in operands.items() if x.dtype != bool}
@@ -83,6 +103,66 @@ def test_gradients_lower_for_cuda_without_a_gpu(options: str, head_dim: int) -> 
 
     text = jax.jit(gradients).trace(call_types(case)).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
+
+
+ADDED: dict[str, dict[str, Any]] = {
+    "soft cap": {"logits_soft_cap": 50.0, "is_causal": True},
+    "soft cap, no fixed maximum": {"logits_soft_cap": 500.0, "bias": jax.ShapeDtypeStruct((2, 1, 1, 150), jnp.float32)},
+    "soft cap and mask": {"logits_soft_cap": 50.0, "mask": jax.ShapeDtypeStruct((1, 4, 130, 150), bool)},
+    "sinks": {"sinks": jax.ShapeDtypeStruct((4,), jnp.float32), "is_causal": True},
+    "all": {
+        "logits_soft_cap": 50.0,
+        "sinks": jax.ShapeDtypeStruct((4,), jnp.float32),
+        "bias": jax.ShapeDtypeStruct((1, 4, 130, 150), jnp.bfloat16),
+        "key_value_seq_lengths": jax.ShapeDtypeStruct((2,), jnp.int32),
+    },
+}
+
+
+@pytest.mark.usefixtures("no_pure_jax")
+@pytest.mark.parametrize(("options", "head_dim"), [*((options, 64) for options in ADDED), ("all", 128), ("all", 256)])
+def test_gradients_inside_a_soft_cap_and_beside_sinks_lower_for_cuda(options: str, head_dim: int) -> None:
+    """Of scale too, whose kernel leaves other sums then."""
+    traced = {name: x for name, x in ADDED[options].items() if isinstance(x, jax.ShapeDtypeStruct)}
+    static = {name: x for name, x in ADDED[options].items() if name not in traced}
+    types = call_types(Case((2, 130, 150, 2, 2, head_dim), "bfloat16"))
+    types |= {"scale": jax.ShapeDtypeStruct((), jnp.float32), **traced}
+
+    def gradients(operands: Any) -> Any:
+        varying = {name: x for name, x in operands.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+        call = functools.partial(mosaic_attention, **static)
+        return jax.grad(lambda v: call(**{**operands, **v}).astype(jnp.float32).sum())(varying)
+
+    assert "mosaic_gpu" in jax.jit(gradients).trace(types).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.usefixtures("no_pure_jax")
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [("tile", "float16"), ("short", "bfloat16"), ("one row, keys split", "bfloat16"), ("rows, keys split", "float32")],
+)
+def test_largest_logits_lower_for_cuda(shape: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside cap and sinks; of query heads that become rows too, and of parts of the keys."""
+    pretend_gpu(monkeypatch, "9.0")
+    types = call_types(named_case(shape, "plain", dtype=dtype))
+    types["sinks"] = jax.ShapeDtypeStruct(types["query"].shape[-2:-1], jnp.float32)
+    run = functools.partial(flash_attention_with_lse, logits_soft_cap=50.0, return_max_logits=True)
+    traced = jax.jit(lambda operands: run(**operands)).trace(types)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.usefixtures("no_pure_jax")
+def test_the_gradient_of_a_bias_of_rows_inside_a_soft_cap_takes_pure_jax() -> None:
+    """It is no sum over rows then, and the kernel for a bias goes along the keys."""
+    types = call_types(Case((1, 128, 128, 2, 1, 64), "bfloat16", bias=(False, True, True, False)))
+
+    def loss(bias: jax.Array, others: Any) -> jax.Array:
+        return mosaic_attention(**others, bias=bias, logits_soft_cap=50.0).astype(jnp.float32).sum()
+
+    operands = types.pop("bias"), types
+    assert "mosaic_gpu" in jax.jit(loss).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    with pytest.raises(AssertionError, match="took the pure JAX kernels"):
+        jax.jit(jax.grad(loss)).trace(*operands).lower(lowering_platforms=("cuda",))
 
 
 @pytest.mark.usefixtures("no_pure_jax")

@@ -72,6 +72,31 @@ def test_calls(case: Case, family: str) -> None:
     check_family(case, family)
 
 
+_DIMENSIONS = (
+    ("odd", "causal", 192, 128),
+    ("odd", "bias and mask", 192, 128),
+    ("short", "plain", 192, 128),
+    ("one head", "plain", 192, 128),
+    ("odd", "dropout", 64, 128),
+    ("one row, keys split", "plain", 64, 128),
+    ("odd", "scale", 128, 64),
+    ("many items", "causal", 16, 256),
+    ("odd", "bias", 256, 16),
+)
+
+
+@by_family(
+    {
+        f"{shape}, {options}, {H}, {D}": dataclasses.replace(
+            named_case(shape, options, value_dim=D), shape=(*SHAPES[shape][:-1], H)
+        )
+        for shape, options, H, D in _DIMENSIONS
+    }
+)
+def test_values_of_another_dimension(case: Case, family: str) -> None:
+    check_family(case, family)
+
+
 _BIASES = {str(full): full for full in itertools.product((False, True), repeat=4)}
 
 

@@ -135,12 +135,12 @@ def test_a_band_leaves_no_array(name: str, options: str):
 
 
 def test_eager_calls_analyse_nothing(monkeypatch: pytest.MonkeyPatch):
-    from jax_native_flash_attn._semantics import masks
+    from jax_native_flash_attn._semantics import constant_masks
 
     def forbidden(*unused: Any) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr(masks, "_as_band", forbidden)
+    monkeypatch.setattr(constant_masks, "_as_band", forbidden)
     for scale in (None, jnp.float32(0.3)):
         attention = functools.partial(flash_attention, mask=BANDS["causal"], scale=scale)
         attention(*qkv())

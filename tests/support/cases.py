@@ -105,6 +105,10 @@ class Case:
     seed: int = 0
 
     @property
+    def D(self) -> int:
+        return self.value_dim or self.shape[-1]
+
+    @property
     def scores(self) -> int:
         B, T, S, K, G, _ = self.shape
         return B * K * G * T * S
@@ -364,7 +368,7 @@ def _positions(rng: np.random.Generator, B: int, length: int, kind: str, ids: np
 def call_types(case: Case) -> dict[str, Any]:
     """Of the arrays that a program gets: types, by the names of flash_attention's arguments. Without `unbatched`."""
     B, T, S, K, G, H = case.shape
-    shapes = {"query": (B, T, K * G, H), "key": (B, S, K, H), "value": (B, S, K, case.value_dim or H)}
+    shapes = {"query": (B, T, K * G, H), "key": (B, S, K, H), "value": (B, S, K, case.D)}
     types: dict[str, Any] = {name: jax.ShapeDtypeStruct(x, jnp.dtype(case.dtype)) for name, x in shapes.items()}
     if case.bias is not None:
         dtype = jnp.dtype(case.bias_dtype or case.dtype)
@@ -458,10 +462,9 @@ def make_inputs(case: Case) -> Inputs:
     def normal(shape: tuple[int, ...], dtype: Any = dtype, magnitude: float = 1.0) -> np.ndarray:
         return (magnitude * rng.standard_normal(shape)).astype(dtype)
 
-    D = case.value_dim or H
     query = normal((B, T, N, H), magnitude=case.magnitude)
-    key, value = normal((B, S, K, H)), normal((B, S, K, D))
-    dout = normal((B, T, N, D))
+    key, value = normal((B, S, K, H)), normal((B, S, K, case.D))
+    dout = normal((B, T, N, case.D))
     bias = mask = keep = dropout_rng = None
     if case.bias is not None:
         bias = normal(broadcast_shape(case, case.bias), jnp.dtype(case.bias_dtype or case.dtype))

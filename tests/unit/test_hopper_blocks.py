@@ -21,28 +21,38 @@ BARRIERS = 1024  # bytes, and what aligns the buffers
 
 # Of a score: none, a mask, a bias of 16 or 32 bits, both.
 SCORE_BYTES = (0, 1, 2, 3, 4, 5)
-HEAD_DIMS = (16, 64, 80, 128, 144, 256)
+# Of query and key, and of value.
+HEAD_DIMS = (*((H, H) for H in (16, 64, 80, 128, 144, 256)), (192, 128), (64, 128), (256, 128), (16, 256), (256, 16))
 LENGTHS = (1, 64, 65, 100, 300, 384, 1000, 5000)
 
 
 def _blocks(T: int, S: int, heads: int, H: int, *, chip: Chip = Chip(), **settings: Any) -> Blocks:  # noqa: B008
+    sizes = Sizes((1,), T, S, heads, 1, H, settings.pop("D", H))
     defaults: dict[str, Any] = {"term_bytes": 0, "column_bytes": 0, "has_dropout": False, "itemsize": 2}
-    return forward_blocks(Sizes((1,), T, S, heads, 1, H, H), **(defaults | settings), chip=chip)
+    return forward_blocks(sizes, **(defaults | settings), chip=chip)
 
 
-@pytest.mark.parametrize("H", [16, 64, 128, 256])
+@pytest.mark.parametrize(("H", "D"), [x for x in HEAD_DIMS if x not in ((80, 80), (144, 144))])
 @pytest.mark.parametrize("T", [1, 64, 65, 4096])
 @pytest.mark.parametrize(
     "settings", [{}, {"term_bytes": 2}, {"term_bytes": 1, "column_bytes": 4}, {"has_dropout": True}]
 )
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_blocks_for_every_kind_of_call(H: int, T: int, settings: dict[str, Any], itemsize: int) -> None:
-    if itemsize == 4 and (H > 128 or T <= 64):
+def test_blocks_for_every_kind_of_call(H: int, D: int, T: int, settings: dict[str, Any], itemsize: int) -> None:
+    if itemsize == 4 and (max(H, D) > 128 or T <= 64):
         pytest.skip("pure JAX")
-    blocks = _blocks(T, 4096, 8, H, itemsize=itemsize, **settings)
+    blocks = _blocks(T, 4096, 8, H, D=D, itemsize=itemsize, **settings)
     scores = (settings.get(name, 0) for name in ("term_bytes", "column_bytes"))
-    assert shared_bytes(blocks, H, *scores, itemsize) <= 224 * 1024  # barriers take up to 2.7 KiB more
+    sizes = Sizes((1,), T, 4096, 8, 1, H, D)
+    assert shared_bytes(blocks, sizes, *scores, itemsize) <= 224 * 1024  # barriers take up to 2.7 KiB more
     assert blocks.rows == 64 or T > 64
+
+
+def test_keys_of_192_columns_and_values_of_128_come_in_tiles_of_128() -> None:
+    """Those of 256 columns would not fit twice."""
+    blocks = _blocks(4096, 4096, 64, 192, D=128)
+    assert (blocks.block_kv, blocks.stages, blocks.warpgroups) == (128, 2, 2)
+    assert _blocks(4096, 4096, 64, 256, D=128).block_kv == 64
 
 
 def test_a_chip_that_nobody_measured_has_the_default_blocks() -> None:
@@ -67,18 +77,19 @@ def check(blocks: Blocks, num_bytes: int) -> None:
 def backward_calls() -> list[tuple[Sizes, int, bool]]:
     """Sizes, bytes of a score, and a switch."""
     return [
-        (Sizes((1,), T, S, 2, 1, H, H), term_bytes, flag)
-        for T, S, H, term_bytes in itertools.product(LENGTHS, LENGTHS[::3], HEAD_DIMS, SCORE_BYTES)
+        (Sizes((1,), T, S, 2, 1, *head_dims), term_bytes, flag)
+        for T, S, head_dims, term_bytes in itertools.product(LENGTHS, LENGTHS[::3], HEAD_DIMS, SCORE_BYTES)
         for flag in (False, True)
     ]
 
 
-@pytest.mark.parametrize("is_even", [False, True])
-def test_buffers_of_the_gradient_of_query_fit(is_even: bool) -> None:
+@pytest.mark.parametrize(("is_even", "is_wide"), [(False, False), (True, False), (True, True)])
+def test_buffers_of_the_gradient_of_query_fit(is_even: bool, is_wide: bool) -> None:
     for z, term_bytes, with_scale in backward_calls():
-        x = dquery_blocks(z, term_bytes, with_scale=with_scale, is_even=is_even)
-        query_and_dout = 2 * (2 if x.persistent else 1) * x.rows * z.H * 2
-        key, value = x.stages * x.block_kv * z.H * 2, (x.stages - 1) * x.block_kv * z.H * 2
+        x = dquery_blocks(z, term_bytes, with_scale=with_scale, is_even=is_even, is_wide=is_wide)
+        query_and_dout = (2 if x.persistent and not is_wide else 1) * x.rows * (z.H + z.D) * 2
+        query_and_dout = max(query_and_dout, x.rows * z.H * 4 * is_wide)
+        key, value = x.stages * x.block_kv * z.H * 2, (x.stages - 1) * x.block_kv * z.D * 2
         scores = (x.stages - 1) * x.rows * x.block_kv * term_bytes
         check(x, query_and_dout + key + value + scores + with_scale * 3 * x.rows * 4)
 
@@ -88,8 +99,8 @@ def test_buffers_of_the_gradients_of_key_and_value_fit(is_even: bool) -> None:
     for z, term_bytes, needs_dlogits in backward_calls():
         x = dkey_dvalue_blocks(z, term_bytes, needs_dlogits=needs_dlogits, is_even=is_even)
         keys = (2 if x.persistent else 1) * x.warpgroups * x.block_kv
-        key_and_value = (2 if needs_dlogits else 1) * keys * z.H * 2
-        query_and_dout, vectors = 2 * x.stages * x.block_q * z.H * 2, 2 * x.stages * x.block_q * 4
+        key_and_value = keys * (z.H + z.D * (needs_dlogits or z.H != z.D)) * 2
+        query_and_dout, vectors = x.stages * x.block_q * (z.H + z.D) * 2, 2 * x.stages * x.block_q * 4
         scores = x.stages * x.warpgroups * x.block_kv * x.block_q * term_bytes
         check(x, key_and_value + query_and_dout + vectors + scores)
 
@@ -97,7 +108,7 @@ def test_buffers_of_the_gradients_of_key_and_value_fit(is_even: bool) -> None:
 def test_buffers_of_the_gradient_of_bias_fit() -> None:
     for z, term_bytes, has_key_mask in backward_calls():
         x = dbias_blocks(z, term_bytes, has_key_mask=has_key_mask)
-        rows, keys, vectors = 2 * x.rows * z.H * 2, 2 * x.block_kv * z.H * 2, 2 * x.rows * 4
+        rows, keys, vectors = x.rows * (z.H + z.D) * 2, x.block_kv * (z.H + z.D) * 2, 2 * x.rows * 4
         check(x, x.stages * (rows + keys + vectors + x.rows * x.block_kv * term_bytes))
 
 
@@ -114,8 +125,9 @@ def test_buffers_of_the_forward_fit() -> None:
                 is_masked=False,
                 starts_with_bias=starts_with_bias,
             )
-            query = out = x.rows * z.H * 2
-            key_and_value = 2 * x.stages * x.block_kv * z.H * 2
+            query, out = x.rows * z.H * 2, x.rows * z.D * 2
+            query_and_out = query + out if x.persistent else max(query, out)
+            key_and_value = x.stages * x.block_kv * (z.H + z.D) * 2
             scores = x.stages * x.block_kv * (x.rows * term_bytes + column_bytes)
             weights = x.rows * x.block_kv * 2 if x.weights_in_shared else 0
-            check(x, query + x.persistent * out + key_and_value + scores + weights + x.rows * 4)
+            check(x, query_and_out + key_and_value + scores + weights + x.rows * 4)

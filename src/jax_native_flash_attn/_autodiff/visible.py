@@ -32,7 +32,8 @@ def _apply(leaves: Sequence[Any], structure: Any, T: int, S: int) -> Any:
 
 def _visible(*leaves: jax.Array, structure: Any, T: int, S: int, target: Target) -> tuple[jax.Array, ...]:
     mask = jax.tree.unflatten(structure, leaves)
-    return tuple(visible.find_visible(mask, T, S, may_branch=not target.is_sharded))
+    block_scores = 1 << (20 if target.platform == "cpu" else 26)
+    return tuple(visible.find_visible(mask, T, S, may_branch=not target.is_sharded, block_scores=block_scores))
 
 
 def _abstract_eval(*leaves: Any, structure: Any, T: int, S: int, **unused: Any) -> list[Any]:

@@ -55,6 +55,8 @@ class Target(NamedTuple):
 class Forward(NamedTuple):
     """Results of the forward pass.
 
+    Of rows with a negative id, out is 0, and lse, unless there are sinks: weights made of it are then 0.
+
     Attributes:
       out: (batch..., T, N, D), in query's dtype if `Config.rounds_out`, else in accumulation dtype.
       lse: (batch..., N, T), in accumulation dtype, or None if the call does not need it.

@@ -1,12 +1,13 @@
 """Which rows have a key, and, where ids and positions decide, between which keys these lie. No T x S array is made."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from .masks import MaskOperands
+from .sizes import static_size
 
 
 def rows_with_a_key(start: jax.Array, stop: jax.Array, allowed: jax.Array, *, is_banded: bool) -> jax.Array:
@@ -54,17 +55,20 @@ class Visible(NamedTuple):
     is_exact: jax.Array
 
 
-def find_visible(mask: MaskOperands, T: int, S: int, *, may_branch: bool = True) -> Visible:
+def find_visible(
+    mask: MaskOperands, T: int, S: int, *, may_branch: bool = True, block_scores: int = 1 << 20
+) -> Visible:
     """Intervals of keys that hold all that ids and positions leave of those given.
 
     Where keys are sorted by id, and within an id by position, each row's are an interval, found by binary search.
-    Keys of a negative id may stand before all others, or behind. Otherwise every element is compared.
+    Keys of a negative id may stand before all others, or all behind. Otherwise every element is compared.
 
     Args:
       mask: all but `dead` and `is_exact`.
       T, S: the lengths.
       may_branch: whether the choice between the two may be made at run time, once for all batch rows. Otherwise every
         element is compared.
+      block_scores: how many elements are compared at once; XLA may write them.
 
     Returns:
       `key_start`, `key_stop`, (batch..., N or 1, T); `has_key`, likewise, whether a row has a key that `allowed` leaves
@@ -92,14 +96,7 @@ def find_visible(mask: MaskOperands, T: int, S: int, *, may_branch: bool = True)
         return in_full(start, stop, has_key)
 
     def by_comparison() -> tuple[jax.Array, jax.Array, jax.Array]:
-        match = mask.matches()
-        assert match is not None
-        column = _columns(S, match.ndim)
-        match &= (column >= key_start[..., None]) & (column < key_stop[..., None])
-        start = jnp.where(match, column, S).min(-1)
-        stop = jnp.where(match, column + 1, 0).max(-1)
-        has_key = start < stop if mask.allowed is None else (match & mask.allowed).any(-1)
-        return in_full(start, stop, has_key)
+        return in_full(*_compare(mask, T, S, max(1, block_scores // max(1, static_size((*all_lead, S))))))
 
     if not may_branch:
         start, stop, has_key = by_comparison()
@@ -109,9 +106,36 @@ def find_visible(mask: MaskOperands, T: int, S: int, *, may_branch: bool = True)
     return Visible(start, stop, has_key, jnp.broadcast_to(are_sorted, is_sorted.shape))
 
 
-def _columns(S: int, rank: int) -> jax.Array:
-    """(1..., S)"""
-    return jnp.arange(S, dtype=jnp.int32).reshape((1,) * (rank - 1) + (S,))
+def _compare(mask: MaskOperands, T: int, S: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`key_start`, `key_stop` and `has_key`, by comparing every element, for so many rows at once."""
+
+    def of_rows(at: Any, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def some(x: jax.Array, axis: int) -> jax.Array:
+            is_whole = x.shape[axis] == 1 or count == T
+            return x if is_whole else lax.dynamic_slice_in_dim(x, at, count, x.ndim + axis)
+
+        assert mask.key_start is not None
+        assert mask.key_stop is not None
+        start, stop = some(mask.key_start, -1)[..., None], some(mask.key_stop, -1)[..., None]
+        column = jnp.arange(S, dtype=jnp.int32).reshape((1,) * (start.ndim - 1) + (-1,))
+        match = mask.matches(lambda x: some(x, -2))
+        assert match is not None
+        match &= (column >= start) & (column < stop)
+        start = jnp.where(match, column, S).min(-1)
+        stop = jnp.where(match, column + 1, 0).max(-1)
+        has_key = start < stop if mask.allowed is None else (match & some(mask.allowed, -2)).any(-1)
+        return start, stop, has_key
+
+    if block >= T:
+        return of_rows(0, T)
+
+    def step(i: jax.Array, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        at = jnp.minimum(i * block, T - block)
+        pairs = zip(results, of_rows(at, block), strict=True)
+        return tuple(lax.dynamic_update_slice_in_dim(x, y, at, x.ndim - 1) for x, y in pairs)
+
+    types = jax.eval_shape(lambda: of_rows(0, T))
+    return lax.fori_loop(0, -(-T // block), step, tuple(jnp.zeros(x.shape, x.dtype) for x in types))
 
 
 _LAST = jnp.iinfo(jnp.int32).max
@@ -122,20 +146,19 @@ class _SortKeys(NamedTuple):
 
     ids: jax.Array | None
     positions: jax.Array | None
-    has_last_id: jax.Array | bool = False
+    is_last_id: jax.Array | None = None
 
 
 def _sort_keys(mask: MaskOperands) -> _SortKeys:
     positions = None if mask.key_positions is None else mask.key_positions[..., 0, :]
     if mask.key_ids is None:
         return _SortKeys(None, positions)
-    # Padding counts as before all ids, or behind; its position does not count.
+    # Padding counts as before all ids, if the first key is padding, or else as behind; its position does not count.
     ids = mask.key_ids[..., 0, :]
-    is_id, column = ids >= 0, _columns(ids.shape[-1], ids.ndim)
-    first = jnp.where(is_id, column, ids.shape[-1]).min(-1, keepdims=True)
-    sort_ids = jnp.where(is_id, ids, jnp.where(column < first, -1, _LAST))
+    is_id = ids >= 0
+    sort_ids = jnp.where(is_id, ids, jnp.where(ids[..., :1] < 0, -1, _LAST))
     positions = None if positions is None else jnp.where(is_id, positions, 0)
-    return _SortKeys(sort_ids, positions, (ids == _LAST).any(-1))
+    return _SortKeys(sort_ids, positions, ids == _LAST)
 
 
 def _is_sorted(keys: _SortKeys) -> jax.Array:
@@ -144,8 +167,10 @@ def _is_sorted(keys: _SortKeys) -> jax.Array:
     if keys.ids is None:
         return jnp.asarray(is_tie_sorted).all(-1)
     left, right = keys.ids[..., :-1], keys.ids[..., 1:]
+    assert keys.is_last_id is not None
     # The last of all ids would not be told from padding.
-    return ((left < right) | ((left == right) & is_tie_sorted)).all(-1) & ~jnp.asarray(keys.has_last_id)
+    is_pair_sorted = ((left < right) | ((left == right) & is_tie_sorted)) & ~keys.is_last_id[..., 1:]
+    return is_pair_sorted.all(-1) & ~keys.is_last_id[..., 0]
 
 
 def _search(keys: _SortKeys, mask: MaskOperands, S: int) -> tuple[jax.Array, jax.Array]:

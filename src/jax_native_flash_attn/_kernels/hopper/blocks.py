@@ -67,9 +67,10 @@ _SCORES, _SHORT_SCORES = "bias or mask over T and S", "likewise, with short T"
 _BIAS = "bias over T and S that products start with"
 _FLOAT32 = "float32"
 
-# Of the forward kernel. By compute capability, then kind of call and largest head dimension: shapes in order of
-# preference; the first whose buffers fit is taken. Of `_TIMED` kinds, among those that fit the one that takes the least
-# time, by the cost of its rounds of items: more warpgroups hide more, and leave more idle at the end.
+# Of the forward kernel. By compute capability, then kind of call and largest head dimension of value, as accumulators
+# and scores share the registers: shapes in order of preference; the first whose buffers fit is taken, if need be of a
+# larger dimension or the next kind. Of `_TIMED` kinds, among those that fit the one that takes the least time, by the
+# cost of its rounds of items: more warpgroups hide more, and leave more idle at the end.
 _FORWARD: dict[str, dict[tuple[str, int], tuple[Blocks, ...]]] = {
     "9.0": {
         (_FEW_ROWS, 128): (Blocks(64, 128, 3, 1), Blocks(64, 64, 3, 1), Blocks(64, 64, 2, 1)),
@@ -79,7 +80,13 @@ _FORWARD: dict[str, dict[tuple[str, int], tuple[Blocks, ...]]] = {
             Blocks(64, 128, 3, 2, persistent=True),
             Blocks(64, 64, 4, 4, persistent=True, cost=0.94),
         ),
-        (_PLAIN, 128): (Blocks(64, 128, 2, 2, persistent=True), Blocks(64, 128, 2, 2)),
+        # The last two are for keys of more columns than 192.
+        (_PLAIN, 128): (
+            Blocks(64, 128, 2, 2, persistent=True),
+            Blocks(64, 128, 2, 2),
+            Blocks(64, 64, 3, 2),
+            Blocks(64, 64, 2, 2),
+        ),
         (_PLAIN, 256): (Blocks(64, 64, 2, 2, weights_in_shared=True),),
         (_BIAS, 64): (
             Blocks(64, 128, 3, 3, persistent=True, takes_turns=True, cost=0.90),
@@ -143,21 +150,23 @@ def forward_blocks(
     """
     table = _FORWARD.get(chip.capability, _FORWARD[_DEFAULT])
     kinds = [_FEW_ROWS] if sizes.T <= _FEW else [_SHORT_SCORES, _SCORES] if term_bytes else [_PLAIN]
-    if sizes.T > _FEW and sizes.H <= 64 and not has_dropout:
+    if sizes.T > _FEW and max(sizes.H, sizes.D) <= 64 and not has_dropout:
         kinds = [_BIAS] if starts_with_bias and term_bytes == 2 else kinds  # no float32, no mask over T and S
         kinds = [_UNMASKED] if kinds == [_PLAIN] and not is_masked else kinds
     if itemsize == 4:
         kinds = [_FLOAT32]
     if sizes.T > _SHORT and _SHORT_SCORES in kinds:
         kinds.remove(_SHORT_SCORES)
-    rows = [(kinds.index(kind), limit, kind) for kind, limit in table if kind in kinds and limit >= sizes.H]
-    _, head_dim, kind = min(rows)
-    candidates = table[kind, head_dim]
-    if has_dropout:
-        # The random bits need as many registers as the scores.
-        candidates = tuple(replace(x, block_kv=64) for x in candidates)
+    rows = [(kinds.index(kind), limit, kind) for kind, limit in table if kind in kinds and limit >= sizes.D]
     room = _SHARED_MEMORY - _RESERVED
-    fits = [x for x in candidates if shared_bytes(x, sizes.H, term_bytes, column_bytes, itemsize) <= room]
+
+    def fitting(candidates: tuple[Blocks, ...]) -> list[Blocks]:
+        if has_dropout:
+            # The random bits need as many registers as the scores.
+            candidates = tuple(replace(x, block_kv=64) for x in candidates)
+        return [x for x in candidates if shared_bytes(x, sizes, term_bytes, column_bytes, itemsize) <= room]
+
+    kind, fits = next((kind, fits) for _, limit, kind in sorted(rows) if (fits := fitting(table[kind, limit])))
 
     def duration(x: Blocks) -> float:
         items = max(1, static_size(sizes.batch)) * sizes.N * -(-sizes.T // x.rows)
@@ -165,7 +174,7 @@ def forward_blocks(
 
     if kind in _TIMED:
         fits.sort(key=duration)
-    blocks = fits[0] if fits else candidates[-1]
+    blocks = fits[0]
     items = max(1, static_size(sizes.batch)) * sizes.N * -(-sizes.T // blocks.rows)
     return replace(blocks, splits=_splits(items, -(-sizes.S // blocks.block_kv), chip.cores))
 
@@ -188,18 +197,22 @@ def _takes_persistent(sizes: Sizes, visited: int, *, is_even: bool) -> bool:
     With long items there is nothing to gain, and with 1024 keys and 128 columns 2% to lose; items that take different
     times are better given to whichever multiprocessor is free.
     """
-    return is_even and sizes.H <= 128 and visited * max(sizes.H, 64) <= _SHORT_ITEM
+    columns = max(sizes.H, sizes.D)
+    return is_even and columns <= 128 and visited * max(columns, 64) <= _SHORT_ITEM
 
 
-def dquery_blocks(sizes: Sizes, term_bytes: int, *, with_scale: bool, is_even: bool) -> Blocks:
+def dquery_blocks(sizes: Sizes, term_bytes: int, *, with_scale: bool, is_even: bool, is_wide: bool) -> Blocks:
     """Block shape of the kernel for the gradient of query (and of scale: its sum takes shared memory too).
 
-    `is_even`: items take about the same time, but for what a causal mask makes of them.
+    `is_even`: items take about the same time, but for what a causal mask makes of them. `is_wide`: the result is in
+    float32, and takes the memory of query and dout.
     """
+    H, D = sizes.H, sizes.D
     persistent = _takes_persistent(sizes, sizes.S, is_even=is_even)
     return _first_that_fits(
         lambda x: (
-            2 * sizes.H * (2 * (1 + x.persistent) * x.rows + (2 * x.stages - 1) * x.block_kv)
+            max(2 * (H + D) * (1 + x.persistent), 4 * H * is_wide) * x.rows
+            + 2 * (H * x.stages + D * (x.stages - 1)) * x.block_kv
             + (x.stages - 1) * x.rows * x.block_kv * term_bytes
             + 4096 * with_scale
         ),
@@ -215,17 +228,19 @@ def dquery_blocks(sizes: Sizes, term_bytes: int, *, with_scale: bool, is_even: b
 
 def dkey_dvalue_blocks(sizes: Sizes, term_bytes: int, *, needs_dlogits: bool, is_even: bool) -> Blocks:
     """Of the kernel for the gradients of key and value: there block_kv keys belong to one warpgroup."""
+    H, D = sizes.H, sizes.D
+    key_and_value = H if H == D and not needs_dlogits else H + D
     persistent = _takes_persistent(sizes, sizes.group_rows, is_even=is_even)
     return _first_that_fits(
         lambda x: (
-            2 * sizes.H * (1 + x.persistent) * (1 + needs_dlogits) * x.warpgroups * x.block_kv
-            + 4 * sizes.H * x.stages * x.block_q
+            2 * key_and_value * (1 + x.persistent) * x.warpgroups * x.block_kv
+            + 2 * (H + D) * x.stages * x.block_q
             + x.stages * x.warpgroups * x.block_kv * x.block_q * term_bytes
         ),
         *(
             Blocks(block_q, 64, stages, 1 if sizes.S <= 64 else 2, persistent=each)
             for each in ((True, False) if persistent else (False,))
-            for block_q, stages in ((64, 3 if sizes.H <= 64 else 2), (64, 2), (32, 3), (32, 2), (32, 1))
+            for block_q, stages in ((64, 3 if H + D <= 128 else 2), (64, 2), (32, 3), (32, 2), (32, 1))
         ),
     )
 
@@ -234,7 +249,7 @@ def dbias_blocks(sizes: Sizes, term_bytes: int, *, has_key_mask: bool) -> Blocks
     """Of the kernel for the gradient of bias. With a vector along 128 keys, tiles would not fit into the registers."""
     return _first_that_fits(
         # Three warpgroups' vectors (lse and delta) take more than what is reserved for them.
-        lambda x: x.stages * (4 * sizes.H * (x.rows + x.block_kv) + x.rows * (8 + x.block_kv * term_bytes)),
+        lambda x: x.stages * (2 * (sizes.H + sizes.D) * (x.rows + x.block_kv) + x.rows * (8 + x.block_kv * term_bytes)),
         *(
             Blocks(64, block_kv, stages, warpgroups)
             for warpgroups in (_warpgroups(sizes, sizes.T) if has_key_mask else 1 if sizes.T <= 64 else 2, 1)
@@ -250,7 +265,7 @@ def _warpgroups(sizes: Sizes, rows: int) -> int:
     """How many compute; a third one has to do with 160 registers per thread, and saves less than rows that are none."""
     if rows <= 64:
         return 1
-    return 3 if sizes.H <= 64 and rows >= 384 and -rows % 192 <= -rows % 128 + rows / 16 else 2
+    return 3 if max(sizes.H, sizes.D) <= 64 and rows >= 384 and -rows % 192 <= -rows % 128 + rows / 16 else 2
 
 
 def _first_that_fits(shared_bytes: Callable[[Blocks], int], *candidates: Blocks, reserved: int = _RESERVED) -> Blocks:
@@ -258,11 +273,11 @@ def _first_that_fits(shared_bytes: Callable[[Blocks], int], *candidates: Blocks,
     return next(x for x in candidates if shared_bytes(x) <= _SHARED_MEMORY - reserved)
 
 
-def shared_bytes(blocks: Blocks, head_dim: int, term_bytes: int, column_bytes: int, itemsize: int) -> int:
+def shared_bytes(blocks: Blocks, sizes: Sizes, term_bytes: int, column_bytes: int, itemsize: int) -> int:
     """Shared memory of the forward kernel, but for barriers."""
-    rows_like = itemsize * blocks.rows * head_dim
-    tile = blocks.block_kv * (2 * itemsize * head_dim + blocks.rows * term_bytes + column_bytes)
+    H, D = sizes.H, sizes.D
+    query_and_out = itemsize * blocks.rows * (H + D if blocks.persistent else max(H, D))
+    tile = blocks.block_kv * (itemsize * (H + D) + blocks.rows * term_bytes + column_bytes)
     weights = itemsize * blocks.rows * blocks.block_kv if blocks.weights_in_shared else 0
-    out = rows_like if blocks.persistent else 0
     lse = 4 * blocks.rows if itemsize < 4 else 0
-    return rows_like + blocks.stages * tile + weights + out + lse
+    return query_and_out + blocks.stages * tile + weights + lse

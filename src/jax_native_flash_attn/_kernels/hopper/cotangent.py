@@ -17,6 +17,8 @@ from .operands import TermKind
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
+_MOST_COLUMNS = 256  # of the gradients of key and value that a warpgroup's registers hold, beside scores
+
 
 def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores: int) -> dict[str, jax.Array]:
     """See `select.cotangent`. `asked`: blocks in place of those that `plan` chooses."""
@@ -27,13 +29,16 @@ def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores
         is_summed = "query" in wanted and wanted["query"].shape[:-3] != backward.sizes.batch
         out_dtype = jnp.float32 if is_summed else inputs.query.dtype
         with_scale = "scale" in wanted
-        blocks = asked or plan(inputs, with_scale=with_scale)
+        blocks = asked or plan(inputs, with_scale=with_scale, is_wide=is_summed)
         rows = dquery(backward, blocks.dquery, out_dtype, cores, with_scale=with_scale)
         results["query"] = rows.dquery
         if rows.moments is not None:
             dz_x, dz, mean = rows.moments
             # The dz of a row add up to the cotangent of its lse, but for the error of delta, which so drops out.
             excess = dz - cotangents["lse"].astype(jnp.float32) if "lse" in cotangents else dz
+            if inputs.sinks is not None:
+                # With a sink, they and its own do, -p delta.
+                excess = excess - jnp.exp(inputs.sinks[..., None] - backward.lse) * backward.delta
             results["scale"] = (dz_x - excess * mean).sum((-1, -2))
     for types in _passes(backward, wanted):
         blocks = asked or plan(inputs, needs_dlogits=types.key is not None)
@@ -45,16 +50,19 @@ def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores
     return {name: sum_to(results[name], like) for name, like in wanted.items()}
 
 
-def plan(inputs: Inputs, *, with_scale: bool = False, needs_dlogits: bool = True) -> BackwardBlocks:
+def plan(
+    inputs: Inputs, *, with_scale: bool = False, is_wide: bool = False, needs_dlogits: bool = True
+) -> BackwardBlocks:
     """The block shapes of `cotangent`; of inputs the types suffice.
 
-    `with_scale`: for the gradient of scale, too. `needs_dlogits`: not for the gradient of value alone.
+    `with_scale`: for the gradient of scale, too. `is_wide`: for that of query in float32. `needs_dlogits`: not for that
+    of value alone.
     """
     z, tiled_bytes, is_even = inputs.sizes, term_bytes(inputs), _is_even(inputs)
     allowed = inputs.mask.allowed
     has_key_mask = allowed is not None and kind_of(allowed) is TermKind.COLUMNS
     return BackwardBlocks(
-        dquery_blocks(z, tiled_bytes, with_scale=with_scale, is_even=is_even),
+        dquery_blocks(z, tiled_bytes, with_scale=with_scale, is_even=is_even, is_wide=is_wide),
         dkey_dvalue_blocks(z, tiled_bytes, needs_dlogits=needs_dlogits, is_even=is_even),
         None if inputs.bias is None else dbias_blocks(z, tiled_bytes, has_key_mask=has_key_mask),
     )
@@ -82,10 +90,12 @@ def _backward(
 
 
 def _passes(call: Backward, wanted: Shapes) -> list[KeyGradients]:
-    """The gradients of keys and values that are computed together: at 128 columns both fill a warpgroup's registers."""
+    """The gradients of keys and values that are computed together: those that fit into a warpgroup's registers."""
     key, value = (_kernel_result(call, wanted[name]) if name in wanted else None for name in ("key", "value"))
-    if key is None or value is None or (key.shape == value.shape and call.sizes.H <= 128):
+    if key is None or value is None:
         return [] if key is None and value is None else [KeyGradients(key, value)]
+    if key.shape[:-1] == value.shape[:-1] and call.sizes.H + call.sizes.D <= _MOST_COLUMNS:
+        return [KeyGradients(key, value)]
     return [KeyGradients(key=key), KeyGradients(value=value)]
 
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from ..._semantics.call import Config, Inputs
 from ..._semantics.masks import Band
+from ..._semantics.sizes import Sizes
+from ..protocol import Forward
 from .blocks import Blocks, Chip, forward_blocks
 from .forward import forward as forward_kernel
 from .host.operands import column_bytes, starts_with_bias, term_bytes
@@ -15,19 +17,27 @@ from .host.operands import column_bytes, starts_with_bias, term_bytes
 _FEW_ROWS = 64  # of one warpgroup
 
 
-def forward(config: Config, inputs: Inputs, blocks: Blocks, cores: int) -> tuple[jax.Array, ...]:
-    """out, lse if needed, and out rounded if asked for; see `select.forward`. `blocks`: as of `plan`."""
+def forward(config: Config, inputs: Inputs, blocks: Blocks, cores: int) -> Forward:
+    """See `select.forward`. `blocks`: as of `plan`."""
     z = inputs.sizes
+    sinks = None if inputs.sinks is None else inputs.sinks[..., None]
     if not _packs_groups(config, inputs):
-        return forward_kernel(config, inputs, blocks, cores)
-    results = list(forward_kernel(_packed(config), _pack_groups(config, inputs), blocks, cores))
-    for i, x in enumerate(results):
-        if config.needs_lse and i == 1:
-            x = jnp.swapaxes(x.reshape(*z.batch, z.K, z.T, z.G), -1, -2).reshape(*z.batch, z.N, z.T)
-        else:
-            x = jnp.swapaxes(x.reshape(*z.batch, z.T, z.G, z.K, z.D), -2, -3).reshape(*z.batch, z.T, z.N, z.D)
-        results[i] = x
-    return tuple(results)
+        return forward_kernel(config, inputs, sinks, blocks, cores)
+    sinks = _packed_rows(z, sinks, 0)
+    results = forward_kernel(_packed(config), _pack_groups(config, inputs), sinks, blocks, cores)
+
+    def of_heads(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x.reshape(*z.batch, z.T, z.G, z.K, z.D), -2, -3).reshape(*z.batch, z.T, z.N, z.D)
+
+    def of_rows(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x.reshape(*z.batch, z.K, z.T, z.G), -1, -2).reshape(*z.batch, z.N, z.T)
+
+    return Forward(
+        of_heads(results.out),
+        None if results.lse is None else of_rows(results.lse),
+        None if results.max_logits is None else of_rows(results.max_logits),
+        None if results.rounded is None else of_heads(results.rounded),
+    )
 
 
 def plan(config: Config, inputs: Inputs, chip: Chip) -> Blocks:
@@ -44,7 +54,7 @@ def plan(config: Config, inputs: Inputs, chip: Chip) -> Blocks:
         itemsize=inputs.query.dtype.itemsize,
         chip=chip,
         is_masked=config.band != Band() or mask.key_start is not None or mask.key_value_length is not None,
-        starts_with_bias=starts_with_bias(inputs),
+        starts_with_bias=starts_with_bias(config, inputs),
     )
 
 
@@ -61,17 +71,7 @@ def _packed(config: Config) -> Config:
 def _pack_groups(config: Config, inputs: Inputs) -> Inputs:
     """The query heads of a group as further rows (t, g) of one head: with few rows, a block then reads keys once."""
     z, mask = inputs.sizes, inputs.mask
-
-    def rows(x: jax.Array | None, trailing: int) -> jax.Array | None:
-        """(..., N or 1, T or 1, trailing axes) -> (..., K or 1, T * G or 1, trailing axes)"""
-        if x is None or x.shape[x.ndim - trailing - 2 :][:2] == (1, 1):
-            return x
-        at = x.ndim - trailing - 2
-        heads = (1, 1) if x.shape[at] == 1 else (z.K, z.G)
-        shape = (*x.shape[:at], *heads, *x.shape[at + 1 :])
-        x = jnp.broadcast_to(x.reshape(shape), (*shape[: at + 1], z.G, z.T, *shape[at + 3 :]))
-        return jnp.swapaxes(x, at + 1, at + 2).reshape(*shape[: at + 1], z.group_rows, *shape[at + 3 :])
-
+    rows = functools.partial(_packed_rows, z)
     grouped = inputs.query.reshape(*inputs.query.shape[:-2], z.K, z.G, z.H)
     query = jnp.moveaxis(grouped, -2, -3).reshape(*inputs.query.shape[:-3], z.group_rows, z.K, z.H)
     start, stop = mask.key_start, mask.key_stop
@@ -89,3 +89,14 @@ def _pack_groups(config: Config, inputs: Inputs) -> Inputs:
         highest_position=rows(mask.highest_position, 1),
     )
     return inputs._replace(query=query, bias=rows(inputs.bias, 1), mask=packed_mask)
+
+
+def _packed_rows(z: Sizes, x: jax.Array | None, trailing: int) -> jax.Array | None:
+    """(..., N or 1, T or 1, trailing axes) -> (..., K or 1, T * G or 1, trailing axes)"""
+    if x is None or x.shape[x.ndim - trailing - 2 :][:2] == (1, 1):
+        return x
+    at = x.ndim - trailing - 2
+    heads = (1, 1) if x.shape[at] == 1 else (z.K, z.G)
+    shape = (*x.shape[:at], *heads, *x.shape[at + 1 :])
+    x = jnp.broadcast_to(x.reshape(shape), (*shape[: at + 1], z.G, z.T, *shape[at + 3 :]))
+    return jnp.swapaxes(x, at + 1, at + 2).reshape(*shape[: at + 1], z.group_rows, *shape[at + 3 :])

@@ -82,9 +82,11 @@ class Operands:
 
     Attributes:
       query: (batch..., T, N, H).
-      key, value: (batch..., S, K, H); values in float32 are (batch..., K, H, S).
+      key: (batch..., S, K, H).
+      value: (batch..., S, K, D); in float32 (batch..., K, D, S).
       scale: (batch...).
       length: (batch...), the `key_value_length`.
+      sinks: of the forward; (batch..., N, 1), or (batch..., N, T) padded to whole blocks.
     """
 
     query: Any
@@ -97,6 +99,7 @@ class Operands:
     mask: LogitTerm | None
     length: Any | None
     dropout: Dropout | None
+    sinks: Any | None = None
 
     @property
     def tiled(self) -> tuple[LogitTerm, ...]:
@@ -126,7 +129,7 @@ class RowOperands:
     """What a backward kernel reads of each query row, beside the query.
 
     Attributes:
-      dout: (batch..., T, N, H).
+      dout: (batch..., T, N, D).
       lse, delta: (batch..., N, T) in float32, padded to whole blocks.
       scales_lse: whether the kernel is to bring lse to base 2.
     """

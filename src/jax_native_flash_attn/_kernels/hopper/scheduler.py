@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ..._semantics.masks import Band, ColumnRange
 from .pallas import unravel
 
 _BALANCED_ROUNDS = 8
+_LEAST_EVEN = 0.85  # mean number of keys of an item over the largest
 _CACHE_BYTES = 24e6  # of what blocks that run at once should share: half of Hopper's L2 cache
 
 
@@ -149,6 +151,16 @@ def schedule(
     if cores is None or (is_uneven and group * blocks * splits < _BALANCED_ROUNDS * cores):
         cores = items
     return TileScheduler(heads, blocks, splits, group, min(items, cores), batch_fastest)
+
+
+def is_even_band(band: Band, T: int, S: int, rows: int) -> bool:
+    """Whether blocks of so many rows have about as many keys each; of a causal mask `schedule` knows more."""
+    if band.lower is None or band.upper is None:
+        return True
+    start, stop = band.intervals(T, S)
+    first = np.arange(0, T, rows)
+    keys = np.maximum(stop[np.minimum(first + rows, T) - 1] - start[first], 0)
+    return keys.mean() >= _LEAST_EVEN * keys.max()
 
 
 def heads_per_group(num_heads: int, bytes_per_head: float) -> int:

@@ -59,10 +59,7 @@ class HopperKernels:
     def forward(self, call: Call, target: Target) -> Forward:
         from . import family
 
-        config = call.config
-        out, *others = family.forward(config, call.inputs, self._forward_blocks(call), _chip().cores)
-        lse = others.pop(0) if config.needs_lse else None
-        return Forward(out, lse, rounded=others[0] if config.adds_rounded else None)
+        return family.forward(call.config, call.inputs, self._forward_blocks(call), _chip().cores)
 
     def cotangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
         from . import cotangent
@@ -78,6 +75,9 @@ def _why_not_pass(call: Call, which: Pass) -> str | None:
         return "it has no kernel for tangents"
     if which is Pass.COTANGENT and call.inputs.query.dtype == jnp.float32:
         return "wgmma transposes no tile of float32, which gradients need"
+    bias = call.inputs.bias
+    if which is Pass.COTANGENT and call.config.logits_soft_cap is not None and bias is not None and bias.shape[-1] == 1:
+        return "it has no gradient of a bias without keys inside a soft cap"
     return None
 
 
@@ -101,7 +101,7 @@ def _why_not_platform(target: Target) -> str | None:
 
 def _why_not_call(call: Call) -> str | None:
     config, inputs = call
-    dtype, H = inputs.query.dtype, inputs.query.shape[-1]
+    dtype, H, D = inputs.query.dtype, inputs.query.shape[-1], inputs.value.shape[-1]
     if not all(isinstance(n, int) for x in jax.tree.leaves(inputs) for n in x.shape):
         return "its shapes are symbolic"
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -109,20 +109,22 @@ def _why_not_call(call: Call) -> str | None:
     if dtype == jnp.float32:
         if not _allows_tf32(config.precision):
             return f"it multiplies float32 in TensorFloat-32, and precision is {config.precision}"
-        if H > 128 or inputs.sizes.T <= _FEW_ROWS:
+        if max(H, D) > 128 or inputs.sizes.T <= _FEW_ROWS:
             return (
                 f"of float32 it takes head dimensions up to 128 and more than {_FEW_ROWS} query rows, "
-                f"got {H} and {inputs.sizes.T}"
+                f"got {_named(H, D)} and {inputs.sizes.T}"
             )
-    if H % 16 or not 16 <= H <= 256 or inputs.sizes.D != H:
-        return f"it takes head dimensions that are multiples of 16 up to 256, got {H}"
-    if inputs.sinks is not None or config.logits_soft_cap is not None or config.needs_max_logits:
-        return "it takes no sinks, soft cap or largest logits"
+    if not all(n % 16 == 0 and 16 <= n <= 256 for n in (H, D)):
+        return f"it takes head dimensions that are multiples of 16 up to 256, got {_named(H, D)}"
     if config.block_q is not None or config.block_kv is not None:
         return "block_q and block_kv are for the pure JAX kernels"
     if isinstance(config.precision, jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset):
         return f"precision {config.precision} names an algorithm"
     return None
+
+
+def _named(H: int, D: int) -> str:
+    return str(H) if H == D else f"{H} of key and {D} of value"
 
 
 def _allows_tf32(precision: Any) -> bool:

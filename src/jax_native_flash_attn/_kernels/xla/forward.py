@@ -93,6 +93,9 @@ def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, .
             denominator = jnp.where(denominator == 0, 1, denominator)
         out = state.numerator if tiles.plan.normalizes else state.numerator / denominator
         lse = state.max_so_far + jnp.log(denominator)
+        if tiles.inputs.sinks is None and tiles.inputs.mask.query_ids is not None:
+            has_key = tiles.has_interval(at)
+            out, lse = jnp.where(has_key, out, 0), jnp.where(has_key, lse, 0)
         if tiles.inputs.sinks is not None:
             sinks = tiles.sinks(at)
             out *= jax.nn.sigmoid(lse - sinks)

@@ -188,7 +188,7 @@ def make_plan(
         sums_values=forms.sums_values,
         fixes_layouts=forms.fixes_layouts(tile),
         passes_weights=forms.passes_weights(tile),
-        makes_softmax_again=forms.makes_softmax_again(loops) and inputs.sinks is None,
+        makes_softmax_again=forms.makes_softmax_again(loops) and inputs.sinks is None and mask.query_ids is None,
         # A row of weights is also less to divide by its sum than a row of out, where scores are few.
         normalizes=forms.normalizes(loops) or (transposes_weights and has_one_tile),
         # Weights as small as bounds make them need the exponents of float32.

@@ -224,6 +224,13 @@ class Tiles:
         assert self.inputs.sinks is not None
         return self.rows(self.inputs.sinks[..., None], at)
 
+    def has_interval(self, at: RowTile) -> jax.Array:
+        """Which rows, (lead..., rows, 1), are not padding."""
+        mask = self.inputs.mask
+        assert mask.key_start is not None
+        assert mask.key_stop is not None
+        return self.rows(mask.key_start, at) < self.rows(mask.key_stop, at)
+
     def visible_maximum(self, maximum: jax.Array, at: RowTile) -> jax.Array:
         """The largest logit of each row, (lead..., rows, 1), or -inf where no key is visible."""
         has_key = maximum > lowest(self.plan.accumulate) / 2

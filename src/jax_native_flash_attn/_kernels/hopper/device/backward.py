@@ -3,10 +3,12 @@
 Notation of `xla/forward.py`: z the logits, p = exp(z - lse) the weights, c = keep / (1 - rate) the dropout factor, and
 
     delta_t = do_t . out_t - dl_t        dz_ts = p_ts (c_ts do_t . v_s - delta_t)
+
+Inside a soft cap, z = c tanh(x / c) for once, the cotangent of x is dz (1 - (z / c)^2).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,13 @@ def scaled_lse(rows: RowOperands, lse: jax.Array) -> jax.Array:
     return lse * LOG2E if rows.scales_lse else lse
 
 
+class Weights(NamedTuple):
+    """p of a tile before dropout, and that times the derivative of the soft cap, or itself without a cap."""
+
+    p: jax.Array
+    through_cap: jax.Array
+
+
 def softmax_weights(
     logits: TileLogits,
     products: jax.Array,
@@ -36,8 +45,8 @@ def softmax_weights(
     tile: Any,
     row_lse: jax.Array,
     masked: Any,
-) -> jax.Array:
-    """p of a tile before dropout, from its products q . k."""
+) -> Weights:
+    """Of a tile, from its products q . k."""
     row_factor = None
     if logits.has_terms and not logits.is_transposed:
         row_factor = logits.of_rows(to_base_2(row_lse))
@@ -53,13 +62,15 @@ def softmax_weights(
             return (x - lse) * factor
         return (x if factor is None else x * factor) - lse
 
-    return jnp.exp2(logits(products, terms, rows, tile, logits.scale * LOG2E, masked, exponents))
+    products, terms, multiplier = logits.capped(products, terms, logits.scale * LOG2E)
+    p = jnp.exp2(logits(products, terms, rows, tile, multiplier, masked, exponents))
+    return Weights(p, p if logits.config.logits_soft_cap is None else p * (1.0 - products * products))
 
 
 def logits_cotangent(
     logits: TileLogits, weights: jax.Array, dweights: jax.Array, rows: RowVectors, tile: Any, row_delta: jax.Array
 ) -> jax.Array:
-    """dz of a tile, from p and its products do . v.
+    """dz of a tile, from p and its products do . v; or, from p through the soft cap, dz through it.
 
     It is still to go `through_mask` where there are dead rows or NaN in padding.
     """

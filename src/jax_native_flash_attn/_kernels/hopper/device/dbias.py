@@ -45,7 +45,7 @@ class DBiasContext(BackwardContext):
 
     @classmethod
     def of(cls, plan: DBiasPlan, operands: BackwardOperands, out: Any, buffers: DBiasBuffers) -> "DBiasContext":
-        forward, blocks, tma = operands.forward, plan.blocks, plan.tma
+        forward, blocks, tma, value_tma = operands.forward, plan.blocks, plan.tma, plan.value_tma
         return cls(
             config=plan.config,
             sizes=plan.sizes,
@@ -59,9 +59,9 @@ class DBiasContext(BackwardContext):
             out=out,
             buffers=buffers,
             query=tma.views(buffers.query),
-            dout=tma.views(buffers.dout),
+            dout=value_tma.views(buffers.dout),
             key=tma.views(buffers.key),
-            value=tma.views(buffers.value),
+            value=value_tma.views(buffers.value),
             ring=Ring(blocks.stages, buffers.ready, buffers.free),
         )
 
@@ -177,7 +177,7 @@ def _dlogits(context: DBiasContext, visit: Visit, count: Any) -> jax.Array:
     s, dp = pl.run_state(products)((plgpu.ACC.init(zeros(*logits.shape)), plgpu.ACC.init(zeros(*logits.shape))))
     weights = softmax_weights(logits, s, terms, rows, tile, lse, visit.is_edge)
     context.ring.release(slot)
-    ds = logits_cotangent(logits, weights, dp, rows, tile, delta)
+    ds = logits_cotangent(logits, weights.through_cap, dp, rows, tile, delta)
     return logits.through_mask(ds, rows, tile, visit.is_edge)
 
 

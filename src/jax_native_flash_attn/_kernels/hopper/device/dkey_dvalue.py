@@ -29,12 +29,12 @@ from jax import lax
 from ..host.dkey_dvalue_plan import KeyBuffers, KeyGradients, KeyPlan
 from ..operands import BackwardOperands
 from ..pallas import COLUMN, hide_from_compiler, load, pl, plgpu, store, warp_specialize, zeros
-from .backward import logits_cotangent, scaled_lse, softmax_weights
+from .backward import Weights, logits_cotangent, scaled_lse, softmax_weights
 from .dkey_dvalue_context import KeyBlock, KeyContext, Visit
 from .logits import RowVectors, TileLogits, TileTerms
 from .transfers import query_slice, row_slice
 
-_MOST_HELD = 128  # head dimension up to which the compiler may keep descriptors from step to step
+_MOST_HELD = 256  # columns of key and value up to which the compiler may keep descriptors from step to step
 
 
 def kernel(plan: KeyPlan, operands: BackwardOperands, outs: KeyGradients, buffers: KeyBuffers) -> None:
@@ -96,7 +96,7 @@ def _compute_block(block: KeyBlock) -> None:
         next_is_edge = block.is_edge(next_visit)  # traced masks: read from global memory, so a step ahead
         logits = _logits_of(context, head, None if plan.scale_is_summed else scale)
         # Else descriptors of keys and values would stay in registers, and spill: see `dquery.py`.
-        at = hide_from_compiler(mine) if plan.sizes.H > _MOST_HELD else mine
+        at = hide_from_compiler(mine) if plan.sizes.H + plan.sizes.D > _MOST_HELD else mine
         rows = logits.rows(row, late=True)
         vectors = None if context.terms.tiled else logits.tile_terms(rows, tile)
         context.rows_ring.wait_until_ready(slot)
@@ -109,7 +109,7 @@ def _compute_block(block: KeyBlock) -> None:
         context.rows_ring.release(slot)
         return next_visit, next_is_edge, sums
 
-    sums = jax.tree.map(lambda _: zeros(blocks.block_kv, plan.sizes.H), plan.wanted)
+    sums = jax.tree.map(lambda x: zeros(blocks.block_kv, x.shape[-1]), plan.wanted)
     *_, sums = lax.fori_loop(0, block.num_steps, step, (block.first_visit, first_is_edge, sums))
     outs = context.outs
     if sums.key is not None:
@@ -170,20 +170,20 @@ class KeyTile:
     def _add_overlapped(self, s_ref: Any, dp_ref: Any, sum_refs: KeyGradients, query: Any, dout: Any) -> None:
         """With the softmax beside dP, and dS beside the product for values."""
         weights = self._weights(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
-        p = self._dropped(weights) if sum_refs.value is not None else None
+        p = self._dropped(weights.p) if sum_refs.value is not None else None
         dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=0)
         if sum_refs.value is not None:
             plgpu.wgmma(sum_refs.value, p, dout)
         if sum_refs.key is not None:
-            plgpu.wgmma(sum_refs.key, self._dlogits(weights, dp), query)
+            plgpu.wgmma(sum_refs.key, self._dlogits(weights.through_cap, dp), query)
 
     def _add(self, s_ref: Any, dp_ref: Any, sum_refs: KeyGradients, query: Any, dout: Any) -> None:
         weights = self._weights(plgpu.wgmma_accumulator_load(s_ref, wait_n=0))
         ds = p = None
         if sum_refs.key is not None:
-            ds = self._dlogits(weights, plgpu.wgmma_accumulator_load(dp_ref, wait_n=0))
+            ds = self._dlogits(weights.through_cap, plgpu.wgmma_accumulator_load(dp_ref, wait_n=0))
         if sum_refs.value is not None:
-            p = self._dropped(weights)
+            p = self._dropped(weights.p)
         ds, p = lax.optimization_barrier((ds, p))
         if sum_refs.value is not None:
             plgpu.wgmma(sum_refs.value, p, dout)
@@ -194,7 +194,7 @@ class KeyTile:
         """Read late: a vector along the columns takes 16 registers, and these are all in use."""
         return load(buffer.at[self.slot], layout=COLUMN)
 
-    def _weights(self, s: Any) -> jax.Array:
+    def _weights(self, s: Any) -> Weights:
         lse = scaled_lse(self.context.row_operands, self._of_rows(self.context.buffers.lse))
         return softmax_weights(self.logits, s, self.terms, self.rows, self.tile, lse, self.masked)
 

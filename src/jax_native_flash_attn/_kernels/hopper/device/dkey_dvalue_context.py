@@ -42,7 +42,7 @@ class KeyContext(BackwardContext):
         value, value_result = None, key_result
         if buffers.value is not None:
             *value_views, value_result = buffers.value
-            value = Views(value_views[0], value_views[-1])
+            value = Views(value_views[0], value_views[-1]) if plan.needs_dlogits else None
         forward, blocks = operands.forward, plan.blocks
         query_tiles = operands.query_tiles
         return cls(
@@ -62,7 +62,7 @@ class KeyContext(BackwardContext):
             key_result=key_result,
             value_result=value_result,
             query=plan.tma.views(buffers.query),
-            dout=plan.tma.views(buffers.dout),
+            dout=plan.value_tma.views(buffers.dout),
             rows_ring=Ring(blocks.stages, buffers.rows_ready, buffers.rows_free),
         )
 

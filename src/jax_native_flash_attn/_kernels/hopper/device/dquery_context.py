@@ -56,7 +56,7 @@ class DQueryContext(BackwardContext):
             dout=Views(dout, dout_loaded),
             result=result,
             key=plan.tma.views(buffers.key),
-            value=plan.tma.views(buffers.value),
+            value=plan.value_tma.views(buffers.value),
             key_ring=Ring(blocks.stages, buffers.key_ready, buffers.key_free),
             value_ring=Ring(plan.value_stages, buffers.value_ready, buffers.value_free),
         )
@@ -95,10 +95,13 @@ class DQueryRows:
         """dS in the dtype of products, and the moments with those of this tile, within each thread."""
         logits, vectors, tile = self.logits, self.vectors, self.item.tile
         weights = softmax_weights(logits, s, terms, vectors, tile(i), self.lse, masked)
-        ds = logits_cotangent(logits, weights, dp, vectors, tile(i), self.delta)
+        ds = logits_cotangent(logits, weights.through_cap, dp, vectors, tile(i), self.delta)
         order_before_wgmma_wait(fold_columns(ds, jnp.add))
         if self.context.plan.with_scale:
-            sums = ds * s, ds, weights * s
+            dz = ds
+            if logits.config.logits_soft_cap is not None:
+                dz = logits_cotangent(logits, weights.p, dp, vectors, tile(i), self.delta)
+            sums = ds * s, dz, weights.through_cap * s
             moments = tuple(x + fold_columns(y, jnp.add) for x, y in zip(moments, sums, strict=True))
         return ds.astype(self.context.dtype), moments
 

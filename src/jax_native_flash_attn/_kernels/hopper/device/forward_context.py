@@ -11,7 +11,7 @@ from jax import lax
 
 from ..host.forward_plan import ForwardBuffers, ForwardOuts, ForwardPlan
 from ..operands import Operands
-from ..pallas import Views, pl, plgpu, store, zeros
+from ..pallas import ROW, Views, broadcast_index, load, pl, plgpu, store, zeros
 from ..scheduler import Item
 from .context import KernelContext
 from .logits import TileLogits
@@ -78,8 +78,9 @@ class Rows:
             row_in_block=self.wg * blocks.block_q,
             scale=scale,
             starts_with_bias=context.plan.starts_with_bias,
+            scales_cap=True,
         )
-        self.no_output = zeros(blocks.block_q, context.sizes.H)
+        self.no_output = zeros(blocks.block_q, context.sizes.D)
 
     def slot(self, i: Any) -> Any:
         """Of keys and of values."""
@@ -114,13 +115,28 @@ class Rows:
         tile = self.context.value.tiles.at[slot]
         return tile.transpose((1, 0)) if self.dtype == jnp.float32 else tile
 
-    def write(self, out: Any, lse: Any) -> None:
-        """Start writing the results: out (rows, D) and the log-sum-exp of the rows."""
+    def sink(self) -> Any | None:
+        """Of each row."""
+        ref, count = self.context.operands.sinks, self.shape[0]
+        if ref is None:
+            return None
+        index = broadcast_index(self.item.head, ref.shape[:-1])
+        if ref.shape[-1] > 1:
+            return load(ref.at[(*index, pl.ds(self.row, count))], layout=ROW)
+        return plgpu.layout_cast(jnp.full((count,), ref[(*index, 0)], jnp.float32), ROW)
+
+    def write(self, out: Any, lse: Any, max_logits: Any | None) -> None:
+        """Start writing the results: out (rows, D), the log-sum-exp of the rows, and their largest logits."""
         outs, context, wg = self.context.outs, self.context, self.wg
         index, count = (self.item.split, *self.item.head), self.shape[0]
         if outs.unrounded is not None:
             store(query_slice(outs.unrounded, index, self.row, count), out)
+        if outs.max_logits is not None and max_logits is not None:
+            store(outs.max_logits.at[(*index, pl.ds(self.row, count))], max_logits)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left
+        if (all_done := context.buffers.all_done) is not None:
+            plgpu.barrier_arrive(all_done)
+            plgpu.barrier_wait(all_done)
         if context.out is not None:
             store(context.out.at[wg], out.astype(self.dtype))
         rows_of_lse = outs.lse.at[(*index, pl.ds(self.row, count))] if outs.lse is not None else None

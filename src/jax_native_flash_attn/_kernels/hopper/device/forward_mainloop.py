@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from ...._semantics.numerics import LN2, LOG2E, lowest
+from ..operands import DEAD
 from ..pallas import ROW, columns_of, load, pl, plgpu, zeros
 from ..scheduler import Item
 from .forward_context import ForwardContext, Rows
-from .logits import RowVectors, TileTerms
+from .logits import RowVectors, TileLogits, TileTerms
 from .overlap import THREAD_COLUMNS, fold_columns, order_before_wgmma_wait, rounded_to_tf32
 from .units import NO_KEY, from_base_2, to_base_2
 
@@ -56,7 +57,10 @@ def average(rows: Rows) -> None:
     lse = jnp.log2(count) * LN2
     if context.blocks.splits > 1:
         lse = jnp.where((count > 0) & jnp.logical_not(item.is_empty), lse, _LOWEST)
-    rows.write(acc * columns_of(logits.rescaling / count, acc.shape), lse)
+    largest = None
+    if context.plan.needs_max_logits:
+        largest = plgpu.layout_cast(jnp.full((rows.shape[0],), -jnp.inf, jnp.float32), ROW)
+    rows.write(acc * columns_of(logits.rescaling / count, acc.shape), lse, largest)
 
 
 def attend(rows: Rows) -> None:
@@ -119,8 +123,11 @@ class Softmax:
     def __call__(self, products: Any, terms: TileTerms, i: Any, top: Any, total: Any, masked: Any) -> tuple:
         """Weights of tile i for the second product; the new maximum and sums; what corrects older ones."""
         rows, logits = self.rows, self.rows.logits
+        has_fixed_top = rows.context.plan.has_fixed_top
 
         def exponents(x: Any, factor: Any) -> tuple[Any, Any]:
+            if has_fixed_top:
+                return x if factor is None else x * factor, top
             largest = fold_columns(x, jnp.maximum).max(axis=1)
             if factor is None:
                 new_top = jnp.maximum(top, largest)
@@ -133,10 +140,14 @@ class Softmax:
             return x * factor - columns_of(new_top, rows.shape), new_top
 
         tile = rows.item.tile(i)
-        exponent, new_top = logits(products, terms, self.vectors, tile, self.magnitude, masked, exponents)
+        products, terms, multiplier = logits.capped(products, terms, self.magnitude)
+        exponent, new_top = logits(products, terms, self.vectors, tile, multiplier, masked, exponents)
         weights = jnp.exp2(exponent)
-        correction = jnp.exp2(top - new_top)
-        total = total * columns_of(correction, total.shape) + fold_columns(weights, jnp.add)
+        correction = top
+        if not has_fixed_top:
+            correction = jnp.exp2(top - new_top)
+            total = total * columns_of(correction, total.shape)
+        total = total + fold_columns(weights, jnp.add)
         return logits.drop(weights, rows.row, rows.item.tile(i)).astype(rows.dtype), new_top, total, correction
 
 
@@ -158,7 +169,8 @@ def _first_tile(softmax: Softmax, is_edge: Any) -> tuple[Any, Any, Any]:
     """Weights, maxima and sums of the first tile."""
     rows, context, logits = softmax.rows, softmax.rows.context, softmax.rows.logits
     block_q = context.blocks.block_q
-    top = plgpu.layout_cast(jnp.full((block_q,), _LOWEST, jnp.float32), ROW)
+    start = 0.0 if context.plan.has_fixed_top else _LOWEST
+    top = plgpu.layout_cast(jnp.full((block_q,), start, jnp.float32), ROW)
     # Each thread sums its own columns; the threads of a row add up at the end.
     total = zeros(block_q, THREAD_COLUMNS)
     start = rows.slot(0)
@@ -210,7 +222,8 @@ def _step(softmax: Softmax, no_weights: Any, i: Any, carry: tuple) -> tuple:
     context.value_ring.release(previous)
     if _waits_at_end(rows):
         rows.wait_for_value(i, may_be_padded=not context.intervals.is_cut)
-    return acc * columns_of(correction, acc.shape), _carried(rows, p, no_weights), top, total
+    acc = acc if context.plan.has_fixed_top else acc * columns_of(correction, acc.shape)
+    return acc, _carried(rows, p, no_weights), top, total
 
 
 def _carried(rows: Rows, p: Any, no_weights: Any) -> Any:
@@ -237,13 +250,41 @@ def _finish(rows: Rows, acc: Any, p: Any, top: Any, total: Any) -> None:
     context.value_ring.release(last)
 
     total = total.sum(axis=1)
-    out = acc * columns_of(logits.rescaling / total, acc.shape)
-    lse = (from_base_2(top, logits.unit) if logits.has_terms else top * LN2) + jnp.log2(total) * LN2
-    no_key = NO_KEY * logits.unit.ceiling
+    factor, sink = logits.rescaling / total, rows.sink()
+    if sink is not None:
+        # The share of the keys.
+        factor = factor / (1.0 + jnp.exp2((sink - _lse(logits, top, total)) * LOG2E))
+    out = acc * columns_of(factor, acc.shape)
+    lse = _lse(logits, top, total)
+    if sink is not None:
+        larger, smaller = jnp.maximum(lse, sink), jnp.minimum(lse, sink)
+        lse = larger + jnp.log2(1.0 + jnp.exp2((smaller - larger) * LOG2E)) * LN2
+    # With a fixed top, sums alone tell. Else this is compared with the top.
+    sign, no_key = (total, 0.0) if context.plan.has_fixed_top else (top, NO_KEY * logits.unit.ceiling)
     if context.blocks.splits > 1:
-        lse = jnp.where((top > no_key) & jnp.logical_not(rows.item.is_empty), lse, _LOWEST)
+        lse = jnp.where((sign > no_key) & jnp.logical_not(rows.item.is_empty), lse, _LOWEST)
     elif context.intervals.is_traced:
         # Rows past the query's length have no key: their weights are those of masked logits.
-        out = jnp.where(columns_of(top, acc.shape) > no_key, out, 0.0)
-        lse = jnp.where(top > no_key, lse, 0.0)
-    rows.write(out, lse)
+        out = jnp.where(columns_of(sign, acc.shape) > no_key, out, 0.0)
+        lse = jnp.where(sign > no_key, lse, 0.0 if sink is None else sink)
+    rows.write(out, lse, _largest(rows, top) if context.plan.needs_max_logits else None)
+
+
+def _lse(logits: TileLogits, top: Any, total: Any) -> Any:
+    """Of the keys."""
+    return _top_logit(logits, top) + jnp.log2(total) * LN2
+
+
+def _top_logit(logits: TileLogits, top: Any) -> Any:
+    return from_base_2(top, logits.unit) if logits.has_terms else top * LN2
+
+
+def _largest(rows: Rows, top: Any) -> Any:
+    """The largest visible logit of each row; -inf where no key is visible, as in dead rows."""
+    logits, intervals = rows.logits, rows.context.intervals
+    has_key = top > NO_KEY * logits.unit.ceiling
+    if rows.context.blocks.splits > 1:
+        has_key = has_key & jnp.logical_not(rows.item.is_empty)
+    if (pair := intervals.rows(rows.item.head, rows.row, rows.shape[0], ROW)) is not None:
+        has_key = has_key & (pair[0] != DEAD)
+    return jnp.where(has_key, _top_logit(logits, top), -jnp.inf)

@@ -13,6 +13,7 @@ from ..operands import LogitTerm, TermKind
 from ..pallas import COLUMN, ROW, broadcast_index, columns_of, iota, load, pl, plgpu, spread, zeros
 from .context import KernelContext
 from .overlap import widened
+from .soft_cap import soft_cap
 from .transfers import TermRefs
 from .units import Unit, split_scale
 
@@ -52,11 +53,12 @@ class TileLogits:
         transposed: bool = False,
         scale: Any = None,
         starts_with_bias: bool = False,
+        scales_cap: bool = False,
     ):
         """`row_in_block` is where this warpgroup's rows start in the buffers (or, transposed, the number of its tile),
         `head` the index (batch..., N).
 
-        `scale` is read here unless it was read before.
+        `scale` is read here unless it was read before. With `scales_cap` the tangents of `capped` come multiplied.
         """
         self.context, self.config, self.intervals = context, context.config, context.intervals
         self.terms, self.head, self.row_in_block = context.terms, head, row_in_block
@@ -70,6 +72,7 @@ class TileLogits:
         self.has_terms = self.terms.bias is not None or mask is not None
         # A mask of keys is added.
         self.adds_mask = mask is not None and mask.term.kind is TermKind.COLUMNS
+        self.scales_cap = scales_cap
         self.starts_with_bias = starts_with_bias
         # With such a start, what queries are to be multiplied by, and the unit that logits then come in.
         self.power, self.unit = None, Unit()
@@ -151,6 +154,17 @@ class TileLogits:
         whole, divided = self._clipped, lambda bias: self._clipped(bias) * (1.0 / self.unit.size)
         return lax.cond(self.unit.size == 1.0, whole, divided, terms.bias), terms._replace(bias=None)
 
+    def capped(self, products: jax.Array, terms: TileTerms, multiplier: Any) -> tuple[jax.Array, TileTerms, Any]:
+        """What `__call__` takes: the same; or tangents of a soft cap, the other terms, and the tangents' multiplier."""
+        cap = self.config.logits_soft_cap
+        if cap is None:
+            return products, terms, multiplier
+        size = 1.0 if not self.scales_cap else cap if self.has_terms else cap * LOG2E
+        factor = multiplier * (LN2 / cap)
+        if terms.bias is not None:
+            products, factor = products * (multiplier * LN2) + self._clipped(terms.bias), 1.0 / cap
+        return soft_cap(products, factor, size), terms._replace(bias=None), cap * LOG2E / size
+
     def __call__(
         self,
         products: jax.Array,
@@ -167,9 +181,9 @@ class TileLogits:
         the subtraction of the maximum (see `to_base_2`). If the products have started with the bias, x is in `unit`,
         and factor without meaning.
 
-        `multiplier` is that of the products, in base 2. `masked` is True, False, or a scalar known at run time; `then`
-        is part of what is chosen by it. (One loop whose step branches is faster than a loop for each kind of tile: the
-        compiler keeps the products of several loops from overlapping with other work.)
+        Products, terms and multiplier (of the products, in base 2) are as `capped` returned them. `masked` is True,
+        False, or a scalar known at run time; `then` is part of what is chosen by it. (One loop whose step branches is
+        faster than a loop for each kind of tile: the compiler keeps the products of several from overlapping.)
         """
         in_mask = terms.mask
 

@@ -15,7 +15,7 @@ from jax import lax
 
 from ...._semantics.masks import Band, ColumnRange
 from ...._semantics.sizes import Sizes
-from ..host.intervals import tile_ranges
+from ..host.intervals import Bounds, tile_ranges
 from ..operands import DEAD, Elements, Operands, QueryTiles, RowIntervals
 from ..pallas import broadcast_index, iota, load, pl, spread
 
@@ -144,7 +144,7 @@ class Intervals:
         stops = (end,) * 2 if upper is None else (clip(row + upper + 1), clip(last + upper + 1))
         if self.is_cut and not self.skips_dead_rows:
             stops = tuple(jnp.where(self.is_dead(head), self.S, stop) for stop in stops)
-        return tile_ranges(starts[0], starts[1], stops[0], stops[1], self.block_kv, self.S)
+        return tile_ranges(Bounds(*starts, *stops), self.block_kv, self.S)
 
     def query_tiles_of(self, batch: Any, block: Any, block_q: int, block_keys: int) -> tuple[Any, Any]:
         """First and end of the query tiles with a row that attends a block of keys."""

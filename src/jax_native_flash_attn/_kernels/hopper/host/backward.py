@@ -21,7 +21,7 @@ class Backward:
 
     Attributes:
       sizes: with the batch axes that all arrays broadcast to.
-      dout: (batch..., T, N, H) in query's dtype.
+      dout: (batch..., T, N, D) in query's dtype.
       lse, delta: (batch..., N, T) in float32.
     """
 
@@ -32,7 +32,7 @@ class Backward:
     lse: jax.Array
     delta: jax.Array
 
-    def row_operands(self, block_rows: int, tma: TmaLoad, *, drops_dead_rows: bool = False) -> RowOperands:
+    def row_operands(self, block_rows: int, dout_tma: TmaLoad, *, drops_dead_rows: bool = False) -> RowOperands:
         """As the kernels read them: vectors to whole blocks (TMA clips matrices only).
 
         lse is in base 2, but with bias or mask in base e, as are the logits that it is subtracted from. Of short calls
@@ -48,7 +48,7 @@ class Backward:
         lse = lse if dead is None else jnp.where(dead, _NO_WEIGHT, lse)
         T, padded = self.sizes.T, round_up(self.sizes.T, block_rows)
         return RowOperands(
-            pad_axis(self.dout, -3, round_up(T, tma.multiple)),
+            pad_axis(self.dout, -3, round_up(T, dout_tma.multiple)),
             pad_axis(lse, -1, padded, _NO_WEIGHT),
             pad_axis(self.delta, -1, padded),
             scales_lse=is_short and not has_terms,

@@ -108,7 +108,13 @@ class DBiasPlan:
 
     @property
     def tma(self) -> TmaLoad:
+        """Of query and key."""
         return TmaLoad(self.sizes.H, self.dtype)
+
+    @property
+    def value_tma(self) -> TmaLoad:
+        """Of value and dout."""
+        return TmaLoad(self.sizes.D, self.dtype)
 
     @property
     def sums_rows(self) -> bool:
@@ -121,8 +127,8 @@ class DBiasPlan:
         return {"split": self.splits, "own": math.prod(heads), "rows": rows, "run": -(-self.key_blocks // self.run)}
 
     def operands(self, call: Backward) -> BackwardOperands:
-        forward = prepare(call.config, call.inputs, self.blocks.rows, self.blocks.block_kv, self.tma)
-        return BackwardOperands(forward, call.row_operands(self.blocks.rows, self.tma))
+        forward = prepare(call.config, call.inputs, self.blocks.rows, self.blocks.block_kv, self.tma, self.value_tma)
+        return BackwardOperands(forward, call.row_operands(self.blocks.rows, self.value_tma))
 
     def out_type(self) -> jax.ShapeDtypeStruct:
         """Of all splits; in float32 where XLA has something left to add up or to widen, else in the wanted dtype."""
@@ -133,17 +139,14 @@ class DBiasPlan:
 
     def buffers(self, operands: Operands) -> DBiasBuffers:
         blocks, stages, compute = self.blocks, self.blocks.stages, self.blocks.warpgroups
-        rows_like, keys_like = (
-            self.tma.buffer(stages, compute, blocks.block_q),
-            self.tma.buffer(stages, blocks.block_kv),
-        )
+        rows_like, keys_like = (stages, compute, blocks.block_q), (stages, blocks.block_kv)
         vector = plgpu.SMEM((stages, compute, blocks.block_q), jnp.float32)
         num_arrivals = 2 + 4 * compute + len(operands.tiled)
         return DBiasBuffers(
-            query=rows_like,
-            dout=rows_like,
-            key=keys_like,
-            value=keys_like,
+            query=self.tma.buffer(*rows_like),
+            dout=self.value_tma.buffer(*rows_like),
+            key=self.tma.buffer(*keys_like),
+            value=self.value_tma.buffer(*keys_like),
             lse=vector,
             delta=vector,
             terms=term_buffers(operands, (stages,), blocks.rows, blocks.block_kv),

@@ -17,7 +17,7 @@ from .backward import Backward
 from .intervals import query_tiles
 from .operands import prepare, term_buffers
 
-# Head dimensions (above the first, up to the second) for which the softmax runs beside products of its own warpgroup:
+# Mean head dimensions (above the first, up to the second) with which the softmax runs beside products of its warpgroup:
 # masked calls take 2 to 6% less there. Elsewhere it takes up to 3% more.
 _OVERLAPPED = 64, 128
 
@@ -38,7 +38,7 @@ class KeyBuffers:
 
     Attributes:
       key, value: at the end, the memory of a key holds its gradient, and that of a value likewise. No value is loaded
-        for the gradient of value alone, which then leaves through the memory of the key.
+        for the gradient of value alone, which then leaves through the memory of the key if its rows are as long.
       *_ready: completed by TMA: the data are there.
       keys_free: completed by the compute warpgroup whose keys they are, once their gradients have left.
       rows_free: completed by all compute warpgroups: the slot may be loaded again.
@@ -84,7 +84,7 @@ class KeyPlan:
         summed = tuple(n if m == 1 else 1 for n, m in zip(z.batch, batch, strict=True))
         # A block belongs to one head of keys, and visits all members: the query heads of its group in what is summed.
         kv_heads, num_members = (*batch, z.K), math.prod(summed) * z.G
-        group = heads_per_group(math.prod(kv_heads), 4 * z.T * z.H * num_members)
+        group = heads_per_group(math.prod(kv_heads), 2 * z.T * (z.H + z.D) * num_members)
         num_blocks = -(-z.S // (blocks.warpgroups * blocks.block_kv))
         scheduler = schedule(kv_heads, num_blocks, group, cores if blocks.persistent else None, call.config.band)
         scale_is_summed = any(n > 1 and m > 1 for n, m in zip(call.inputs.scale.shape, summed, strict=True))
@@ -100,8 +100,16 @@ class KeyPlan:
 
     @property
     def tma(self) -> TmaLoad:
-        z = self.sizes
-        return TmaLoad(z.H, self.dtype, swizzle_bytes(z.H, self.dtype, self.blocks.block_q))
+        """Of query and key."""
+        return self._tma(self.sizes.H)
+
+    @property
+    def value_tma(self) -> TmaLoad:
+        """Of value and dout."""
+        return self._tma(self.sizes.D)
+
+    def _tma(self, columns: int) -> TmaLoad:
+        return TmaLoad(columns, self.dtype, swizzle_bytes(columns, self.dtype, self.blocks.block_q))
 
     @property
     def store(self) -> TmaStore:
@@ -113,13 +121,14 @@ class KeyPlan:
 
     @property
     def overlaps(self) -> bool:
-        return self.needs_dlogits and _OVERLAPPED[0] < self.sizes.H <= _OVERLAPPED[1]
+        return self.needs_dlogits and _OVERLAPPED[0] < (self.sizes.H + self.sizes.D) / 2 <= _OVERLAPPED[1]
 
     def operands(self, call: Backward) -> BackwardOperands:
         z, block_q = self.sizes, self.blocks.block_q
         # Vectors of masks are read tile by tile: to a whole number of tiles.
-        forward = prepare(call.config, call.inputs, block_q, self.block_keys, self.tma, transposes_mask=True)
-        rows = call.row_operands(block_q, self.tma)
+        tma, value_tma = self.tma, self.value_tma
+        forward = prepare(call.config, call.inputs, block_q, self.block_keys, tma, value_tma, transposes_mask=True)
+        rows = call.row_operands(block_q, value_tma)
         mask = call.inputs.mask
         tiles = query_tiles(mask, z.T, z.S, block_q, self.block_keys, self.summed, is_cut=forward.is_cut)
         return BackwardOperands(forward.without_tile_ranges(), rows, tiles)
@@ -129,22 +138,24 @@ class KeyPlan:
         # TMA leaves out what lies past the end, other stores do not.
         is_wide = any(x.dtype != self.dtype for x in wanted)
         padded_S = self.scheduler.blocks * self.block_keys if is_wide else self.store.length
-        shape = (*self.batch, padded_S, z.K, z.H)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype), self.wanted)
+        shape = *self.batch, padded_S, z.K
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*shape, x.shape[-1]), x.dtype), self.wanted)
 
     def buffers(self, operands: Operands) -> KeyBuffers:
-        blocks, tma, dtype = self.blocks, self.tma, self.dtype
+        blocks, tma, value_tma = self.blocks, self.tma, self.value_tma
         compute, stages = blocks.warpgroups, blocks.stages
         key_buffers = self.scheduler.buffers * compute
         keys_like = key_buffers, blocks.block_kv
-        gradient = self.store.buffer(*keys_like, self.sizes.H, dtype=dtype, swizzle=tma.swizzle)
-        key_and_gradient = plgpu.RefUnion(*tma.buffers(*keys_like), gradient)
-        rows_like = tma.buffer(stages, blocks.block_q)
+
+        def with_gradient(tma: TmaLoad) -> Any:
+            gradient = self.store.buffer(*keys_like, tma.columns, dtype=tma.dtype, swizzle=tma.swizzle)
+            return plgpu.RefUnion(*tma.buffers(*keys_like), gradient)
+
         return KeyBuffers(
-            key=key_and_gradient,
-            value=key_and_gradient if self.needs_dlogits else None,
-            query=rows_like,
-            dout=rows_like,
+            key=with_gradient(tma),
+            value=with_gradient(value_tma) if self.needs_dlogits or tma != value_tma else None,
+            query=tma.buffer(stages, blocks.block_q),
+            dout=value_tma.buffer(stages, blocks.block_q),
             lse=plgpu.SMEM((stages, blocks.block_q), jnp.float32),
             delta=plgpu.SMEM((stages, blocks.block_q), jnp.float32),
             terms=term_buffers(operands, (stages, compute), blocks.block_q, blocks.block_kv),

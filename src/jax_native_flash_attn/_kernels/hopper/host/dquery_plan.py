@@ -18,7 +18,10 @@ from .operands import prepare, term_buffers
 
 
 class Moments(NamedTuple):
-    """For the gradient of scale, of each row, (batch..., N, T) in float32: sums over the keys, with x = q . k."""
+    """For the gradient of scale, of each row, (batch..., N, T) in float32: sums over the keys, with x = q . k.
+
+    In a product with x, dz and p go through the derivative of the soft cap.
+    """
 
     dz_x: Any
     dz: Any
@@ -81,7 +84,7 @@ class DQueryPlan:
     @classmethod
     def make(cls, call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_scale: bool) -> "DQueryPlan":
         z, dtype, heads = call.sizes, call.inputs.query.dtype, (*call.sizes.batch, call.sizes.N)
-        group = heads_per_group(math.prod(heads), 4 * z.S * z.H / z.G)
+        group = heads_per_group(math.prod(heads), 2 * z.S * (z.H + z.D) / z.G)
         is_persistent = blocks.persistent and jnp.dtype(out_dtype) == dtype
         num_blocks = -(-z.T // blocks.rows)
         scheduler = schedule(heads, num_blocks, group, cores if is_persistent else None, call.config.band)
@@ -89,7 +92,13 @@ class DQueryPlan:
 
     @property
     def tma(self) -> TmaLoad:
+        """Of query and key."""
         return TmaLoad(self.sizes.H, self.dtype)
+
+    @property
+    def value_tma(self) -> TmaLoad:
+        """Of value and dout."""
+        return TmaLoad(self.sizes.D, self.dtype)
 
     @property
     def store(self) -> TmaStore:
@@ -106,8 +115,8 @@ class DQueryPlan:
         return self.blocks.stages - 1
 
     def operands(self, call: Backward) -> BackwardOperands:
-        forward = prepare(call.config, call.inputs, self.blocks.rows, self.blocks.block_kv, self.tma)
-        return BackwardOperands(forward, call.row_operands(self.blocks.rows, self.tma, drops_dead_rows=True))
+        forward = prepare(call.config, call.inputs, self.blocks.rows, self.blocks.block_kv, self.tma, self.value_tma)
+        return BackwardOperands(forward, call.row_operands(self.blocks.rows, self.value_tma, drops_dead_rows=True))
 
     def out_types(self) -> DQueryOuts:
         z = self.sizes
@@ -116,17 +125,19 @@ class DQueryPlan:
         return DQueryOuts(dquery, Moments(moment, moment, moment) if self.with_scale else None)
 
     def buffers(self, operands: Operands) -> DQueryBuffers:
-        blocks, tma = self.blocks, self.tma
+        blocks, tma, value_tma = self.blocks, self.tma, self.value_tma
         compute, stages, value_stages = blocks.warpgroups, blocks.stages, self.value_stages
         row_buffers = self.scheduler.buffers * compute
         rows_like = row_buffers, blocks.block_q
-        query_and_dout = zip(tma.buffers(*rows_like), tma.buffers(*rows_like), strict=True)
+        query, dout = tma.buffers(*rows_like), value_tma.buffers(*rows_like)
+        # As products see them and, where that is another way for either, as TMA loads them.
+        views = [(query[0], dout[0]), (query[-1], dout[-1])][: max(len(query), len(dout))]
         result = self.store.buffer(*rows_like, self.sizes.H, dtype=self.out_dtype)
         moments = plgpu.SMEM((NUM_MOMENTS, compute, blocks.block_q), jnp.float32)
         return DQueryBuffers(
-            rows=plgpu.RefUnion(*query_and_dout, (result,)),
+            rows=plgpu.RefUnion(*views, (result,)),
             key=tma.buffer(stages, blocks.block_kv),
-            value=tma.buffer(value_stages, blocks.block_kv),
+            value=value_tma.buffer(value_stages, blocks.block_kv),
             moments=moments if self.with_scale else None,
             terms=term_buffers(operands, (value_stages,), blocks.rows, blocks.block_kv),
             rows_ready=plgpu.Barrier(num_barriers=row_buffers, num_arrivals=2),

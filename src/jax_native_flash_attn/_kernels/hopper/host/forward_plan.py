@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from ...._semantics.call import Config, Inputs
+from ...._semantics.numerics import LOG2E
 from ...._semantics.sizes import Sizes
 from ..blocks import Blocks
 from ..operands import Operands, TermBuffers, TermKind
 from ..pallas import TmaLoad, TmaStore, matrix_buffer, plgpu, swizzle_bytes
-from ..scheduler import TileScheduler, heads_per_group, schedule
+from ..scheduler import TileScheduler, heads_per_group, is_even_band, schedule
 from .operands import starts_with_bias, term_buffers
 
 _LONG_ITEM = 8  # tiles
+_LARGEST_EXPONENT = 80  # of a weight; leaves as much for values and the number of keys
 
 
 @jax.tree_util.register_dataclass
@@ -26,12 +28,13 @@ class ForwardOuts:
     Attributes:
       out: (batch..., T, N, D) in query's dtype.
       unrounded: the same in float32.
-      lse: (batch..., N, T) in float32.
+      lse, max_logits: (batch..., N, T) in float32.
     """
 
     out: Any | None = None
     unrounded: Any | None = None
     lse: Any | None = None
+    max_logits: Any | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +48,8 @@ class ForwardBuffers:
       query_free: completed by the compute warpgroup whose rows they are: the next item's query may be loaded.
       key_free, value_free: completed by all compute warpgroups: the slot may be loaded again.
       turn: completed by the compute warpgroup before: it has issued its products, the next one may.
+      all_done: completed by all compute warpgroups: nobody reads the query any more. Only where out takes its memory
+        and has rows of another length, so that those of one warpgroup lie where another's query was.
       value_clean: completed by compute warpgroup 0: the padding in the values of a slot is clean.
     """
 
@@ -62,6 +67,7 @@ class ForwardBuffers:
     key_free: Any
     value_free: Any
     turn: Any
+    all_done: Any | None
     value_clean: Any
 
 
@@ -77,6 +83,7 @@ class ForwardPlan:
     needs_out: bool
     needs_unrounded: bool
     needs_lse: bool
+    needs_max_logits: bool
     streams_terms: bool
     starts_with_bias: bool
 
@@ -92,14 +99,19 @@ class ForwardPlan:
         needs_out: bool,
         needs_unrounded: bool,
         needs_lse: bool,
+        needs_max_logits: bool,
     ) -> "ForwardPlan":
         z, dtype, bias = inputs.sizes, inputs.query.dtype, operands.bias
         heads = (*z.batch, z.N)
+        # The kernel cannot know how many tiles traced intervals leave to an item. A boolean mask leaves all.
+        is_even = (operands.intervals is None or operands.mask is not None) and is_even_band(
+            config.band, z.T, z.S, blocks.rows
+        )
         scheduler = schedule(
             heads,
             -(-z.T // blocks.rows),
-            heads_per_group(math.prod(heads), 2 * dtype.itemsize * z.S * z.H / z.G),
-            cores if blocks.persistent else None,
+            heads_per_group(math.prod(heads), dtype.itemsize * z.S * (z.H + z.D) / z.G),
+            cores if blocks.persistent and is_even else None,
             config.band,
             splits=blocks.splits,
             batch_fastest=bias is not None and bias.kind is TermKind.TILED and bias.array.shape[:-3] != z.batch,
@@ -114,9 +126,17 @@ class ForwardPlan:
             needs_out,
             needs_unrounded,
             needs_lse,
+            needs_max_logits,
             streams_terms,
-            starts_with_bias(inputs),
+            starts_with_bias(config, inputs),
         )
+
+    @property
+    def has_fixed_top(self) -> bool:
+        """Whether nothing is subtracted from logits, as a soft cap keeps weights and their sums in range."""
+        cap = self.config.logits_soft_cap
+        is_wide = self.dtype != jnp.float16 and not self.needs_max_logits
+        return cap is not None and cap * LOG2E <= _LARGEST_EXPONENT and is_wide
 
     @property
     def tma(self) -> TmaLoad:
@@ -125,7 +145,7 @@ class ForwardPlan:
 
     @property
     def value_tile(self) -> tuple[int, int]:
-        keys, head_dim = self.blocks.block_kv, self.sizes.H
+        keys, head_dim = self.blocks.block_kv, self.sizes.D
         return (head_dim, keys) if self.dtype == jnp.float32 else (keys, head_dim)
 
     @property
@@ -157,20 +177,21 @@ class ForwardPlan:
     def out_types(self) -> ForwardOuts:
         # Of matrices TMA leaves out what lies past the end; vectors and what registers store are whole blocks.
         z, splits, all_rows = self.sizes, self.blocks.splits, self.scheduler.blocks * self.blocks.rows
-        out = jax.ShapeDtypeStruct((splits, *z.batch, self.store.length, z.N, z.H), self.dtype)
-        unrounded = jax.ShapeDtypeStruct((splits, *z.batch, all_rows, z.N, z.H), jnp.float32)
+        out = jax.ShapeDtypeStruct((splits, *z.batch, self.store.length, z.N, z.D), self.dtype)
+        unrounded = jax.ShapeDtypeStruct((splits, *z.batch, all_rows, z.N, z.D), jnp.float32)
         lse = jax.ShapeDtypeStruct((splits, *z.batch, z.N, all_rows), jnp.float32)
         return ForwardOuts(
             out if self.needs_out else None,
             unrounded if self.needs_unrounded else None,
             lse if self.needs_lse else None,
+            lse if self.needs_max_logits else None,
         )
 
     def buffers(self, operands: Operands) -> ForwardBuffers:
         blocks, dtype, value_tile = self.blocks, self.dtype, self.value_tile
         compute, stages = blocks.warpgroups, blocks.stages
         rows_like = compute, blocks.block_q
-        out = self.store.buffer(*rows_like, self.sizes.H, dtype=dtype)
+        out = self.store.buffer(*rows_like, self.sizes.D, dtype=dtype)
         # Float32 leaves no room for it; through shared memory takes less, for short items up to 5% of a call.
         has_lse = self.needs_lse and dtype != jnp.float32
         # Both operands of the second product have one swizzle.
@@ -178,6 +199,7 @@ class ForwardPlan:
         weights = compute, blocks.block_q, blocks.block_kv
         num_streamed = len(operands.tiled) + len(operands.columns)
         shared = plgpu.RefUnion(*self.tma.buffers(*rows_like), out) if self.shares_buffer else None
+        is_shifted = self.shares_buffer and self.sizes.H != self.sizes.D and compute > 1
         return ForwardBuffers(
             query=shared or self.tma.buffer(*rows_like),
             out=out if self.needs_out and not self.shares_buffer else None,
@@ -193,5 +215,6 @@ class ForwardPlan:
             key_free=plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
             value_free=plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
             turn=plgpu.Barrier(num_barriers=compute),
+            all_done=plgpu.Barrier(num_arrivals=compute) if is_shifted else None,
             value_clean=plgpu.Barrier(num_barriers=stages),
         )

@@ -5,7 +5,7 @@ come as two int32 vectors, and XLA reduces them to four tile numbers for each bl
 kernel knows its trip counts from four scalars. A band is computed in the kernel: see `device/masks.py`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,24 @@ from ..operands import DEAD, QueryTiles, RowIntervals
 from ..pallas import pad_axis, round_up
 
 
-def tile_ranges(start_min: Any, start_max: Any, stop_min: Any, stop_max: Any, block_kv: int, S: int) -> ColumnRange:
+class Bounds(NamedTuple):
+    """Of the intervals of each block of rows."""
+
+    least_start: Any
+    largest_start: Any
+    least_stop: Any
+    largest_stop: Any
+
+
+def tile_ranges(bounds: Bounds, block_kv: int, S: int) -> ColumnRange:
     """As `masks.column_range`, of bounds of the rows' intervals; never empty, which saves the pipelines a case."""
     count = -(-S // block_kv)
     down = lambda x: lax.div(x, jnp.full_like(x, block_kv))  # noqa: E731
     up = lambda x: down(x + (block_kv - 1))  # noqa: E731
-    first = jnp.minimum(down(start_min), count - 1)
-    stop = jnp.maximum(up(stop_max), first + 1)
-    full_first = jnp.minimum(jnp.maximum(up(start_max), first), stop)
-    full_stop = jnp.minimum(jnp.maximum(down(stop_min), full_first), stop)
+    first = jnp.minimum(down(bounds.least_start), count - 1)
+    stop = jnp.maximum(up(bounds.largest_stop), first + 1)
+    full_first = jnp.minimum(jnp.maximum(up(bounds.largest_start), first), stop)
+    full_stop = jnp.minimum(jnp.maximum(down(bounds.least_stop), full_first), stop)
     return ColumnRange(first, full_first, full_stop, stop)
 
 
@@ -32,20 +41,10 @@ def row_intervals(mask: MaskOperands, T: int, S: int, block_rows: int, block_kv:
     """Padded to whole blocks of rows; None if no interval is traced."""
     if mask.key_start is None or mask.key_stop is None:
         return None
-    start, stop = _padded(mask.key_start, mask.key_stop, T, S, block_rows)
-    starts, stops = _blocks(start, block_rows), _blocks(stop, block_rows)
-    bounds = (starts.min(-1), starts.max(-1), stops.min(-1), stops.max(-1))
-    if mask.dead is not None:
-        # A full tile knows nothing of dead rows: their blocks have only masked tiles.
-        dead = _padded_dead(mask.dead, T, block_rows)
-        start, dead = jnp.broadcast_arrays(start, dead)
-        start = jnp.where(dead, DEAD, start)
-        any_dead = _blocks(dead, block_rows).any(-1)
-        bounds = (*bounds[:2], jnp.where(any_dead, 0, bounds[2]), bounds[3])
-    if mask.is_exact is not None:
-        bounds = (*bounds[:2], jnp.where(mask.is_exact, bounds[2], 0), bounds[3])
-    ranges = jnp.stack([*tile_ranges(*bounds, block_kv, S)], -1)
-    return RowIntervals(start, jnp.broadcast_to(stop, start.shape), ranges)
+    start, stop, dead = _padded(mask, T, S, block_rows)
+    ranges = jnp.stack([*tile_ranges(_bounds(mask, start, stop, dead, block_rows), block_kv, S)], -1)
+    start = start if dead is None else jnp.where(dead, DEAD, start)
+    return RowIntervals(start, stop, ranges)
 
 
 def query_tiles(
@@ -69,40 +68,48 @@ def query_tiles(
         )
     if mask.key_start is None or mask.key_stop is None:
         return None
-    start, stop = _padded(mask.key_start, mask.key_stop, T, S, block_q)
-    starts, stops = _blocks(start, block_q), _blocks(stop, block_q)
+    start, stop, dead = _padded(mask, T, S, block_q)
+    least_start, low, high, largest_stop = _bounds(mask, start, stop, dead, block_q)
     num_tiles = start.shape[-1] // block_q
     first_key = jnp.arange(0, S, block_keys, dtype=jnp.int32).reshape((1,) * (start.ndim - 1) + (-1, 1))
-    attends = (starts.min(-1)[..., None, :] < first_key + block_keys) & (stops.max(-1)[..., None, :] > first_key)
+    attends = (least_start[..., None, :] < first_key + block_keys) & (largest_stop[..., None, :] > first_key)
     tile = jnp.arange(num_tiles, dtype=jnp.int32).reshape((1,) * start.ndim + (-1,))
     first = jnp.where(attends, tile, num_tiles).min((-1, -3))
     end = jnp.where(attends, tile + 1, 0).max((-1, -3))
     first, end = first.min(axes, keepdims=True), end.max(axes, keepdims=True)
-    low, high = starts.max(-1), stops.min(-1)
-    if mask.dead is not None:
-        # A tile with a dead row always needs the mask, which knows of it.
-        any_dead = _blocks(_padded_dead(mask.dead, T, block_q), block_q).any(-1)
-        low, any_dead = jnp.broadcast_arrays(low, any_dead)
-        high = jnp.where(any_dead, 0, jnp.broadcast_to(high, low.shape))
-    if mask.is_exact is not None:
-        high = jnp.where(mask.is_exact, high, 0)
     return QueryTiles(
         ranges=jnp.stack([jnp.minimum(first, end), end], -1),
         bounds=jnp.stack([low, high], -1),
     )
 
 
-def _padded(start: jax.Array, stop: jax.Array, T: int, S: int, block: int) -> tuple[jax.Array, jax.Array]:
-    """Starts and stops of all T rows, and of padding to whole blocks, whose intervals are empty."""
+def _padded(mask: MaskOperands, T: int, S: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Starts, stops and deadness of all T rows, and of padding to whole blocks, whose intervals are empty."""
     padded = round_up(T, block)
-    start, stop = (jnp.broadcast_to(x, (*x.shape[:-1], T)) for x in (start, stop))
-    start, stop = jnp.broadcast_arrays(pad_axis(start, -1, padded, S), pad_axis(stop, -1, padded, 0))
-    return start, stop
+
+    def rows(x: jax.Array, value: Any) -> jax.Array:
+        return pad_axis(jnp.broadcast_to(x, (*x.shape[:-1], T)), -1, padded, value)
+
+    assert mask.key_start is not None
+    assert mask.key_stop is not None
+    start, stop = rows(mask.key_start, S), rows(mask.key_stop, 0)
+    if mask.dead is None:
+        start, stop = jnp.broadcast_arrays(start, stop)
+        return start, stop, None
+    start, stop, dead = jnp.broadcast_arrays(start, stop, rows(mask.dead, False))
+    return start, stop, dead
 
 
-def _padded_dead(dead: jax.Array, T: int, block: int) -> jax.Array:
-    return pad_axis(jnp.broadcast_to(dead, (*dead.shape[:-1], T)), -1, round_up(T, block))
+def _bounds(mask: MaskOperands, start: jax.Array, stop: jax.Array, dead: jax.Array | None, block: int) -> Bounds:
+    """A tile that is full knows nothing of dead rows, nor of ids: where these count, no stop is far enough for one."""
+    least_stop = stop if dead is None else jnp.where(dead, 0, stop)
+    least_stop = least_stop if mask.is_exact is None else jnp.where(mask.is_exact, least_stop, 0)
+    operands = [x.reshape(*x.shape[:-1], -1, block) for x in (start, start, least_stop, stop)]
+    lowest, largest = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
 
+    def combine(x: tuple, y: tuple) -> tuple:
+        kinds = (jnp.minimum, jnp.maximum, jnp.minimum, jnp.maximum)
+        return tuple(kind(a, b) for kind, a, b in zip(kinds, x, y, strict=True))
 
-def _blocks(x: jax.Array, block: int) -> jax.Array:
-    return x.reshape(*x.shape[:-1], x.shape[-1] // block, block)
+    initial = tuple(map(jnp.int32, (largest, lowest, largest, lowest)))
+    return Bounds(*lax.reduce(tuple(operands), initial, combine, (start.ndim,)))

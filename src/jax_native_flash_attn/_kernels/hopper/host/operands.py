@@ -18,16 +18,29 @@ from .intervals import row_intervals
 
 
 def prepare(
-    config: Config, inputs: Inputs, block_rows: int, block_kv: int, tma: TmaLoad, *, transposes_mask: bool = False
+    config: Config,
+    inputs: Inputs,
+    block_rows: int,
+    block_kv: int,
+    tma: TmaLoad,
+    value_tma: TmaLoad,
+    *,
+    transposes_mask: bool = False,
 ) -> Operands:
-    """`transposes_mask`: the mask's tiles are read transposed, which cannot be done with bytes: it is copied so."""
+    """For `tma` of query and key, and of value unless it is float32.
+
+    `transposes_mask`: the mask's tiles are read transposed, which cannot be done with bytes: it is copied so.
+    """
     z, mask = inputs.sizes, inputs.mask
-    T, S = round_up(z.T, tma.multiple), round_up(z.S, tma.multiple)
     is_float32 = inputs.query.dtype == jnp.float32
     if is_float32:
         inputs = _tf32_operands(inputs)
-    query, key = pad_axis(inputs.query, -3, T), pad_axis(inputs.key, -3, S)
-    value = pad_axis(inputs.value, -1, round_up(S, 64)) if is_float32 else pad_axis(inputs.value, -3, S)
+    query = pad_axis(inputs.query, -3, round_up(z.T, tma.multiple))
+    key = pad_axis(inputs.key, -3, round_up(z.S, tma.multiple))
+    if is_float32:
+        value = pad_axis(inputs.value, -1, round_up(z.S, 64))
+    else:
+        value = pad_axis(inputs.value, -3, round_up(z.S, value_tma.multiple))
     # Kernels compute a band that is cut off from `key_value_length`. But a bias would count in dead rows.
     is_cut = config.band.is_cut and inputs.bias is None and mask.allowed is None
     intervals = None if is_cut else row_intervals(mask, z.T, z.S, block_rows, block_kv)
@@ -100,10 +113,12 @@ def _term(x: jax.Array, T: int, S: int, block_rows: int, block_kv: int, *, trans
     return LogitTerm(x, kind, transposes)
 
 
-def starts_with_bias(inputs: Inputs) -> bool:
+def starts_with_bias(config: Config, inputs: Inputs) -> bool:
     """Whether the forward's products are added to the bias: `TileLogits.start`."""
     bias = inputs.bias
-    return bias is not None and kind_of(bias) is TermKind.TILED and inputs.query.dtype == jnp.bfloat16
+    if bias is None or config.logits_soft_cap is not None:
+        return False
+    return kind_of(bias) is TermKind.TILED and inputs.query.dtype == jnp.bfloat16
 
 
 def term_bytes(inputs: Inputs) -> int:
