@@ -37,7 +37,9 @@ _FLOATS = ("query", "key", "value", "sinks")
 _SPECS = {
     **dict.fromkeys(("query", "key", "value"), BOTH),
     "sinks": P("model"),
-    **dict.fromkeys(("query_segment_ids", "key_value_segment_ids", "query_positions", "key_value_positions"), P("data")),
+    **dict.fromkeys(
+        ("query_segment_ids", "key_value_segment_ids", "query_positions", "key_value_positions"), P("data")
+    ),
     "query_offset": P("data"),
 }
 _ORDERS = {

@@ -24,6 +24,7 @@ from tests.support.oracle import (
     noise_floor,
     reduce_bias_noise,
     to_4d,
+    valid_rows,
     wide_dtype,
 )
 
@@ -493,7 +494,8 @@ def make_inputs(case: Case) -> Inputs:
         # A row that may attend no key is the mean over padding too: no NaN for its batch element.
         dead = masks.query_valid[:, None, :] & ~masks.allowed.any(axis=-1)
         spared = dead.any(axis=(1, 2))[:, None] & (case.sinks is None)
-        bad_query = ~masks.query_valid[:, :, None, None]
+        # By lengths alone: what ids say is padding is finite.
+        bad_query = ~valid_rows(B, T, integers(case).get("query_seq_lengths"))[:, :, None, None]
         bad_key = ~(masks.key_valid | spared)[:, :, None, None]
         nan = np.array(np.nan, dtype)
         poisoned = (
