@@ -510,9 +510,8 @@ def run_case(
     case: Case, inputs: Inputs, attention: Callable[..., Any], compiler_options: dict[str, Any] | None = None
 ) -> dict[str, np.ndarray]:
     """Value, lse and gradients of `attention` under jit, under the names of Case's results."""
-    query, key, value, dout, dlse = (
-        x[0] if case.unbatched and x is not None else x for x in (*inputs.poisoned, inputs.dout, inputs.dlse)
-    )
+    query, key, value, dout = (x[0] if case.unbatched else x for x in (*inputs.poisoned, inputs.dout))
+    dlse = inputs.dlse[0] if case.unbatched and inputs.dlse is not None else inputs.dlse
     bias, mask = (_drop_axes(x, case.trim) for x in (inputs.bias, inputs.mask))
     static = static_options(case)
     static.pop("dropout_rng", None)
@@ -610,9 +609,9 @@ def check_case(
     # Float64 is judged by more digits than dense attention in it has.
     exact = np.longdouble if case.dtype == "float64" else np.float64
     given = None if inputs.sinks is None else sinks.astype(np.float64)
-    expected = dense_numpy(
-        *(x.astype(exact) for x in (*arrays, bias64, scale64)), masks, dout.astype(exact), given, dlse.astype(exact)
-    ).results(K)
+    exact_arrays = (x.astype(exact) for x in (*arrays, bias64, scale64))
+    cotangents = {"dout": dout.astype(exact), "dlse": dlse.astype(exact)}
+    expected = dense_numpy(*exact_arrays, masks=masks, sinks=given, **cotangents).results(K)
     floors = noise_floor(query64, key64, value64, bias64, scale64, masks, dout64, case.dtype, given, dlse)
     with enable_x64(case.dtype == "float64"):
         wide = wide_dtype(case.dtype)
