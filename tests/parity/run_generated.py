@@ -1,4 +1,7 @@
-"""Runs many generated calls against the oracle: `python -m tests.parity.run_generated --cases 2000 --seed 0`."""
+"""Runs many generated calls against the oracle: `python -m tests.parity.run_generated --cases 2000 --seed 0`.
+
+With `--derivatives`, forward mode and forward over reverse too. With `--pairs`, each feature and each pair of them.
+"""
 
 import argparse
 import collections
@@ -14,8 +17,19 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from tests.support.cases import DTYPES, FAST_COMPILATION, Case, cases, check_case  # noqa: E402
+from tests.support.cases import (  # noqa: E402
+    DTYPES,
+    FAST_COMPILATION,
+    NEW_FEATURES,
+    SHAPES,
+    Case,
+    cases,
+    check_case,
+    feature_pairs,
+    features,
+)
 from tests.support.oracle import Accuracy  # noqa: E402
+from tests.support.transformations import check_transformation, in_float64  # noqa: E402
 
 
 def _quantile(values: np.ndarray, q: float) -> float:
@@ -28,6 +42,8 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="repeatable; default all")
+    parser.add_argument("--derivatives", action="store_true", help="also jvp and hvp of each case, in float64")
+    parser.add_argument("--pairs", action="store_true", help="each feature and each pair, not generated cases")
     parser.add_argument("--optimize", action="store_true", help="with LLVM's optimizations: five times slower")
     arguments = parser.parse_args()
     compiler_options = None if arguments.optimize else FAST_COMPILATION
@@ -53,9 +69,16 @@ def main() -> int:
         if checked == arguments.cases or case.seed in seeds:
             return  # hypothesis also draws variations of earlier cases: spend the time on new ones
         seeds.add(case.seed)
+        run(case)
+
+    def run(case: Case) -> None:
+        nonlocal checked
         try:
             for name, accuracy in check_case(case, compiler_options=compiler_options).items():
                 accuracies[name].append((accuracy, case))
+            if arguments.derivatives:
+                for name in ("jvp", "forward over reverse"):
+                    check_transformation(name, in_float64(case))
         except Exception as error:
             failures.append((case, f"{type(error).__name__}: {error}".splitlines()[0]))
             tqdm.write(f"FAILED {case}\n    {failures[-1][1]}")
@@ -65,7 +88,14 @@ def main() -> int:
         if checked % 250 == 0:
             jax.clear_caches()  # every case compiles its own programs: give their memory back
 
-    check()
+    if arguments.pairs:
+        names = [*((name,) for name in NEW_FEATURES), *feature_pairs()]
+        pairs = [Case(SHAPES["small"], dtype, **features(*x)) for x in names for dtype in arguments.dtype or DTYPES]
+        progress.reset(total=len(pairs))
+        for case in pairs:
+            run(case)
+    else:
+        check()
     progress.close()
 
     print(f"\nJAX {jax.__version__}, seed {arguments.seed}: {checked} cases, {len(failures)} failures,")

@@ -62,6 +62,20 @@ def test_old_style_and_typed_keys_give_the_same_output(old_style: bool, x64: boo
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_dropout_that_batch_rows_and_heads_share():
+    query, key, value = qkv(3, 12, 20, 4, 2, 8)
+    rng = jax.random.key(5)
+    keep = np.asarray(bernoulli(rng, 0.6, (1, 1, 12, 20)))
+    np.testing.assert_array_equal(dropout_keep_mask(rng, 0.4, (1, 1, 12, 20)), keep)
+    options: dict[str, Any] = {"dropout_rate": 0.4, "dropout_rng": rng, "broadcast_dropout": True}
+    attention = functools.partial(flash_attention, **options, block_q=8, block_kv=8)
+    with enable_x64():
+        expected, _ = float64_oracle(query, key, value, dropout_rate=0.4, keep=np.broadcast_to(keep, (3, 4, 12, 20)))
+    for function in (attention, jax.vmap(attention)):
+        out = jax.jit(function, compiler_options=FAST)(query, key, value)
+        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
 def test_other_generators_agree_with_dropout_keep_mask(impl: str):
     query, key, value = qkv(1, 40, 50, 2, 1, 8)

@@ -10,13 +10,15 @@ import pytest
 
 from tests.support.cases import Case
 from tests.support.families import EVERYWHERE, FAMILIES, marks, skip_unless_taken
-from tests.support.lowering import HEAD_DIMS, MASKS, OPTIONS, Point, Programs
+from tests.support.lowering import FEATURE_OPTIONS, HEAD_DIMS, MASKS, OPTIONS, Point, Programs
 from tests.support.transformations import check_transformation
 
 _TRANSFORMATIONS = tuple(Programs(Point("bfloat16", 64, "none", "bias of scores", False).case).all())
 _WITH_PURE_JAX = {
     "forward over reverse": Point("bfloat16", 64, "causal", "bias of keys", False),
     "gradient of lse": Point("bfloat16", 64, "mask of scores", "lengths of both", False),
+    "jvp": Point("bfloat16", 64, "mask of keys", "soft cap", False),
+    "gradient of all": Point("float16", 64, "causal", "sinks", False),
 }
 
 
@@ -24,7 +26,7 @@ def _points() -> Iterator[tuple[str, Point, str]]:
     """Transformation, case, and family."""
     masks = list(MASKS)
     for i, name in enumerate(_TRANSFORMATIONS):
-        options = list(OPTIONS)[1:4] if name == "gradient of bias" else list(OPTIONS)
+        options = list(OPTIONS)[1:4] if name == "gradient of bias" else list(OPTIONS | FEATURE_OPTIONS)
         for j, (dtype, head_dim, x64) in enumerate(
             (d, h, x) for d in ("bfloat16", "float16") for h in HEAD_DIMS for x in (False, True)
         ):

@@ -25,6 +25,18 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mask (B,1,1,S)": ({"mask": ((B, 1, 1, "T"), jnp.bool_)}, {}),
     "bias (1,N,1,S)": ({"bias": ((1, N, 1, "T"), jnp.float32)}, {}),
     "dropout": ({}, {"dropout_rate": 0.1}),
+    "segment ids": (
+        {"query_segment_ids": ((B, "T"), jnp.int32), "key_value_segment_ids": ((B, "T"), jnp.int32)},
+        {"is_causal": True},
+    ),
+    "positions, sinks": (
+        {
+            "query_positions": ((B, "T"), jnp.int32),
+            "key_value_positions": ((B, "T"), jnp.int32),
+            "sinks": ((N,), jnp.float32),
+        },
+        {"is_causal": True, "logits_soft_cap": 20.0},
+    ),
 }
 
 
@@ -88,6 +100,31 @@ def test_no_array_of_t_times_s_elements_and_temporary_memory_linear_in_t(name: s
     short, long = (x.memory_analysis().temp_size_in_bytes for x in (compiled, longer))
     assert long <= 4.2 * short
     assert long < 16384**2  # bytes: a quarter of one dense matrix of one head
+
+
+@pytest.mark.parametrize("is_vmapped", [False, True])
+@pytest.mark.parametrize("name", ["segment ids", "positions, sinks"])
+def test_temporary_memory_of_long_packed_sequences(name: str, is_vmapped: bool):
+    """Which the ids are is not known: they may be in any order. A boolean mask has 1 GiB for each batch row."""
+    loss, arguments = call_and_arguments(name, 32768)
+    if is_vmapped:  # each batch row is a call of its own
+        query, key, value, bias, extras, rng = arguments
+        axes = (0, 0, 0, None, {name: None if name == "sinks" else 0 for name in extras}, None)
+
+        def mapped(query, key, value, bias, extras, rng):
+            def one(query, key, value, bias, extras, rng):
+                extras = {name: x if name == "sinks" else x[None] for name, x in extras.items()}
+                return loss(query[None], key[None], value[None], bias, extras, rng)
+
+            return jax.vmap(one, axes)(query, key, value, bias, extras, rng).sum()
+
+        compiled: Any = jax.jit(mapped, compiler_options=FAST).lower(query, key, value, bias, extras, rng).compile()
+    else:
+        compiled = jax.jit(loss, compiler_options=FAST).lower(*arguments).compile()
+    size, shape = largest_in_text(compiled.as_text())
+    assert size < 32768**2 / 8, shape
+    out = 4 * B * 32768 * N * H  # the loss is a sum over it
+    assert compiled.memory_analysis().temp_size_in_bytes < out + 64 * 2**20
 
 
 # B, T, S, N, H: few scores in many heads, very few, and decoding.

@@ -17,7 +17,7 @@ import pytest
 from jax import lax
 from jax.experimental import checkify
 
-from jax_native_flash_attn import flash_attention
+from jax_native_flash_attn import flash_attention, flash_attention_with_lse
 from tests.support.environment import enable_x64, fast_compilation
 from tests.support.programs import primitives
 
@@ -211,6 +211,42 @@ def test_export_with_a_symbolic_batch():
     shapes = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in arrays()]
     for f, expected in ((attention, expected_value()), (gradients, expected_gradients())):
         assert_close(round_trip(f, *shapes).call(*arrays()), expected)
+
+
+def test_export_with_a_symbolic_batch_of_packed_sequences():
+    (batch,) = jax.export.symbolic_shape("b")
+    rng = np.random.default_rng(0)
+    query, key, value = arrays()
+    ids = np.sort(rng.integers(-1, 3, (B, T)), axis=1).astype(np.int32)
+    extras = {
+        "query_segment_ids": ids,
+        "key_value_segment_ids": ids,
+        "query_positions": rng.permuted(np.tile(np.arange(T, dtype=np.int32), (B, 1)), axis=1),
+        "key_value_positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+    }
+    sinks, offset = rng.standard_normal(N).astype(np.float32), np.array([3, -2], np.int32)
+
+    def packed(query, key, value, extras, sinks):
+        return flash_attention_with_lse(
+            query, key, value, sinks=sinks, is_causal=True, logits_soft_cap=3.0, return_max_logits=True, **extras
+        )
+
+    def continued(query, key, value, offset, sinks):
+        out, _ = flash_attention_with_lse(query, key, value, sinks=sinks, is_causal=True, query_offset=offset)
+        return out
+
+    def gradient(query, key, value, extras, sinks):
+        return jax.grad(lambda *x: jnp.sin(packed(*x[:3], extras, x[3])[0]).sum(), (0, 1, 2, 3))(
+            query, key, value, sinks
+        )
+
+    def types(x: Any, *, has_batch: bool = True) -> Any:
+        return jax.tree.map(lambda y: jax.ShapeDtypeStruct((batch, *y.shape[1:]) if has_batch else y.shape, y.dtype), x)
+
+    for f, order in ((packed, extras), (gradient, extras), (continued, offset)):
+        given = query, key, value, order, sinks
+        exported = round_trip(f, *types(given[:4]), types(sinks, has_batch=False))
+        assert_close(exported.call(*given), jax.jit(f, compiler_options=FAST)(*given))
 
 
 def test_export_with_a_symbolic_length():

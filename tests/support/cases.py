@@ -24,6 +24,7 @@ from tests.support.oracle import (
     noise_floor,
     reduce_bias_noise,
     to_4d,
+    valid_rows,
     wide_dtype,
 )
 
@@ -493,7 +494,8 @@ def make_inputs(case: Case) -> Inputs:
         # A row that may attend no key is the mean over padding too: no NaN for its batch element.
         dead = masks.query_valid[:, None, :] & ~masks.allowed.any(axis=-1)
         spared = dead.any(axis=(1, 2))[:, None] & (case.sinks is None)
-        bad_query = ~masks.query_valid[:, :, None, None]
+        # By lengths alone: what ids say is padding is finite.
+        bad_query = ~valid_rows(B, T, integers(case).get("query_seq_lengths"))[:, :, None, None]
         bad_key = ~(masks.key_valid | spared)[:, :, None, None]
         nan = np.array(np.nan, dtype)
         poisoned = (
@@ -508,9 +510,8 @@ def run_case(
     case: Case, inputs: Inputs, attention: Callable[..., Any], compiler_options: dict[str, Any] | None = None
 ) -> dict[str, np.ndarray]:
     """Value, lse and gradients of `attention` under jit, under the names of Case's results."""
-    query, key, value, dout, dlse = (
-        x[0] if case.unbatched and x is not None else x for x in (*inputs.poisoned, inputs.dout, inputs.dlse)
-    )
+    query, key, value, dout = (x[0] if case.unbatched else x for x in (*inputs.poisoned, inputs.dout))
+    dlse = inputs.dlse[0] if case.unbatched and inputs.dlse is not None else inputs.dlse
     bias, mask = (_drop_axes(x, case.trim) for x in (inputs.bias, inputs.mask))
     static = static_options(case)
     static.pop("dropout_rng", None)
@@ -608,9 +609,9 @@ def check_case(
     # Float64 is judged by more digits than dense attention in it has.
     exact = np.longdouble if case.dtype == "float64" else np.float64
     given = None if inputs.sinks is None else sinks.astype(np.float64)
-    expected = dense_numpy(
-        *(x.astype(exact) for x in (*arrays, bias64, scale64)), masks, dout.astype(exact), given, dlse.astype(exact)
-    ).results(K)
+    exact_arrays = (x.astype(exact) for x in (*arrays, bias64, scale64))
+    cotangents = {"dout": dout.astype(exact), "dlse": dlse.astype(exact)}
+    expected = dense_numpy(*exact_arrays, masks=masks, sinks=given, **cotangents).results(K)
     floors = noise_floor(query64, key64, value64, bias64, scale64, masks, dout64, case.dtype, given, dlse)
     with enable_x64(case.dtype == "float64"):
         wide = wide_dtype(case.dtype)
@@ -649,10 +650,10 @@ def check_case(
         assert not actual["value"][b][~key_valid[b]].any(), "value: gradient of padding"
     with np.errstate(over="ignore"):  # -inf in float16
         nothing = np.asarray(NOTHING_ALLOWED, np.float32).astype(actual["lse"].dtype)
+        dense["lse"] = dense["lse"].astype(actual["lse"].dtype)
     np.testing.assert_allclose(
         actual["lse"][~live].astype(np.float64), float(nothing), rtol=float(jnp.finfo(jnp.float32).eps)
     )
-    dense["lse"] = dense["lse"].astype(actual["lse"].dtype)
     for results in (actual, dense, expected, floors):
         results["lse"] = results["lse"][live]
 

@@ -62,5 +62,6 @@ def check_family(case: Case, family: str) -> None:
     `flash_attention_with_lse` can ask for none: then with those that the library takes, if they are the family's.
     """
     skip_unless_taken(case, family, is_asked=not case.with_lse)
-    asked = functools.partial(flash_attention, implementation=family)
+    implementation: Any = family
+    asked = functools.partial(flash_attention, implementation=implementation)
     check_case(case, None if case.with_lse else asked, FAST_COMPILATION)

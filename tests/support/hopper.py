@@ -21,7 +21,7 @@ def make_arrays(case: Case) -> list[jax.Array]:
     return [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, types, strict=True)]
 
 
-def shared_operand_gradients(implementation: str, in_axes: Any, kind: str) -> Any:
+def shared_operand_gradients(implementation: Any, in_axes: Any, kind: str) -> Any:
     """Gradients of a `vmap` in which operands with `None` in `in_axes` are shared: their sums, or one for each."""
 
     def loss(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array, scale: jax.Array) -> jax.Array:
@@ -55,6 +55,7 @@ def lowered_text(implementation: str | None, *platforms: str, case: Case = _TILE
     """The program of a case."""
 
     def attention(arrays: Any) -> Any:
-        return flash_attention(**arrays, **{**static_options(case), "implementation": implementation, **options})
+        merged: dict[str, Any] = {**static_options(case), "implementation": implementation, **options}
+        return flash_attention(**arrays, **merged)
 
     return jax.jit(attention).trace(call_types(case)).lower(lowering_platforms=platforms).as_text()

@@ -257,10 +257,10 @@ _round_cotangent.defvjp(
 def dense_same_dtype(query, key, value, bias, scale, masks: Masking, sinks=None):
     """(out, lse, largest logits) as dense code computes them in the dtype of its 4-D inputs; differentiable.
 
-    lse and the largest logit of each row, (B, N, T), are in the wider dtype. Products take the input dtype and accumulate in float32 (float64 for float64), in the derivative
-    too; softmax is in that wider dtype, and the probabilities are rounded to the dtype of value.
-    Written with an upcast before each product, which is exact and runs on every backend (XLA:CPU
-    has no float16 product).
+    lse and the largest logit of each row, (B, N, T), are in the wider dtype. Products take the input dtype
+    and accumulate in float32 (float64 for float64), in the derivative too; softmax is in that wider dtype,
+    and the probabilities are rounded to the dtype of value. Written with an upcast before each product,
+    which is exact and runs on every backend (XLA:CPU has no float16 product).
     """
     dtype, N = query.dtype, query.shape[2]
     wide = wide_dtype(dtype)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.support.cases import Case, integers
+from tests.support.cases import TRACEABLE, Case, integers
 from tests.support.environment import bernoulli, enable_x64
 from tests.support.lowering import Programs, operand_types
 from tests.support.oracle import assert_as_accurate_as_dense, dense_float64, dense_in_both_modes, masking
@@ -60,18 +60,40 @@ def _numbers(case: Case, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return numbers, {name: given(name, x) for name, x in others.items()}
 
 
+def in_float64(case: Case) -> Case:
+    """The case with all numbers float64 and all that can be traced; positions are not near the ends of int32."""
+    ends = {
+        f"{side}_positions": "permuted"
+        for side in ("query", "key_value")
+        if getattr(case, f"{side}_positions") == "ends"
+    }
+    sinks = None if case.sinks is None else "float64"
+    traced = frozenset(TRACEABLE)
+    return dataclasses.replace(
+        case,
+        dtype="float64",
+        bias_dtype=None,
+        sinks=sinks,
+        scale=case.scale or 0.3,
+        magnitude=1.0,
+        traced=traced,
+        **ends,
+    )
+
+
 def check_transformation(name: str, case: Case) -> None:
     """Results are at most twice as far from float64 attention as dense attention in the case's dtype.
 
     Those of a float64 case are within 1e-11 of it, relative to the largest number.
-    Not with dropout under vmap, unless all share it; nor with positions near the ends of int32.
+    Not with positions near the ends of int32.
     """
     B, T, S, K, G, _ = case.shape
     x64 = case.x64 or case.dtype == "float64"
     with enable_x64(x64):
-        lead = (1, 1) if case.broadcast_dropout else (B, K * G)
+        rows = 1 if case.vmapped else B  # of a call
+        lead = (1, 1) if case.broadcast_dropout else (rows, K * G)
         keep = np.asarray(bernoulli(jax.random.key(case.seed), 1 - case.dropout_rate, (*lead, T, S)))
-        keep = np.broadcast_to(keep, (1 if case.vmapped else B, K * G, T, S))
+        keep = np.broadcast_to(keep, (rows, K * G, T, S))
 
     def results(x64: bool, dtype: Any, core: Any = None) -> list[list[np.ndarray]]:
         program = Programs(case, None if core is None else _dense(core, keep)).all()[name]

@@ -37,6 +37,18 @@ def test_a_constant_mask_that_is_a_band_skips_tiles():
     assert explain(*types(T=2048), mask=band, platform="cpu").forward == causal
 
 
+def test_segments_positions_sinks_and_another_value_dimension():
+    query, key, _ = types(T=64)
+    ids, offset, sinks = (jax.ShapeDtypeStruct(n, d) for n, d in (((2, 64), "int32"), ((), "int32"), ((4,), "float32")))
+    options = {"query_segment_ids": ids, "key_value_segment_ids": ids, "query_offset": offset, "sinks": sinks}
+    value = jax.ShapeDtypeStruct((2, 64, 2, 32), key.dtype)
+    static = {"is_causal": True, "logits_soft_cap": 5.0}
+    found = explain(query, key, value, **options, **static, platform="cpu", compiles=True)
+    assert {found.forward.family, found.gradient.family, found.tangent.family} == {"pure_jax"}
+    assert found.forward.plan.sizes.D == 32
+    assert found.temporary_bytes is not None
+
+
 @needs_backend
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_on_a_hopper_gpu(dtype: str, monkeypatch: pytest.MonkeyPatch):

@@ -71,7 +71,7 @@ def make_mask(
         stop = jnp.minimum(stop, key_value_lengths[:, None, None])
     if order.query_ids is not None and order.key_ids is not None:
         operands = operands._replace(query_ids=of_rows(order.query_ids), key_ids=of_keys(order.key_ids))
-    if operands.matches() is not None:
+    if operands.key_ids is not None or operands.key_positions is not None:
         start, stop, has_key, is_exact = find_visible(operands._replace(key_start=start, key_stop=stop), T, S)
         operands = operands._replace(is_exact=is_exact)
     elif allowed is None:

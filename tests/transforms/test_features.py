@@ -1,0 +1,32 @@
+"""Derivatives with segments, positions, offsets, soft cap, sinks, in float64: transformations of `Programs`.
+
+`python -m tests.parity.run_generated --pairs --derivatives` has each of these, and each pair.
+"""
+
+import dataclasses
+
+import pytest
+
+from tests.support.cases import Case, features
+from tests.support.transformations import check_transformation, in_float64
+
+_SHAPE = (2, 13, 17, 2, 2, 4)
+_CASES = {
+    "jvp": ("segments", "soft cap", "sinks", "value dimension", "bias"),
+    "forward over reverse": ("segments", "soft cap", "sinks", "value dimension", "bias"),
+    "forward over reverse, positions": ("positions", "sinks", "shared dropout", "window"),
+    "forward over reverse, offset": ("shuffled segments", "offset", "soft cap", "lengths", "mask"),
+    "forward over reverse, vmap": ("padded segments", "offset", "sinks", "value dimension", "vmap"),
+}
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_derivatives(name: str) -> None:
+    """Under vmap each batch row has its own ids, offset and sinks."""
+    names = _CASES[name]
+    case = in_float64(Case(_SHAPE, block_q=8, block_kv=8, **features(*names)))
+    if "offset" in names:
+        case = dataclasses.replace(case, query_offset=(5, -3))
+    if "lengths" in names:
+        case = dataclasses.replace(case, query_seq_lengths=(9, 13), key_value_seq_lengths=(17, 6))
+    check_transformation(name.partition(",")[0], case)
