@@ -46,7 +46,7 @@ def random_arguments(rng: np.random.Generator) -> dict[str, Any]:
     batch = tuple(size(40) for _ in range(rng.integers(0, 4)))
     H = 8 * size(32)
     sizes = Sizes(batch, size(9000), size(9000), size(16), size(8), H, H)
-    names = ("is_banded", "is_masked", "is_elementwise", "has_documents", "fuses_softmax", "joins_heads")
+    names = ("is_banded", "is_masked", "is_elementwise", "has_documents", "has_ids", "fuses_softmax", "joins_heads")
     names += ("is_derivative", "has_16_bits", "converts", "collects_rounded", "all_heads")
     form = {name: flag() for name in ("varies_in_batch", "splits_rows", "reads_keys", "keeps_batch")}
     is_narrow = rng.random() < 0.2

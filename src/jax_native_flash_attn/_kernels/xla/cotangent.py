@@ -20,7 +20,7 @@ from .loops import TileMask
 from .tiles import Tiles
 
 
-class ScaleMoments(NamedTuple):
+class RowMoments(NamedTuple):
     """Sums over the keys of some rows, for the gradient of scale; each (lead..., rows, 1).
 
     dscale = sum_t q_t . (sum_s dz_ts k_s) is at hand, but where products round their operands it is noise: terms of
@@ -32,6 +32,8 @@ class ScaleMoments(NamedTuple):
     lse is a constant to the caller). With a sink of weight p_t, P_t is p_t + sum_s p_ts, and the dz of a row add up to
     dl_t + p_t delta_t. With a soft cap x_ts is multiplied by its derivative. The error of delta, times p_ts, drops out,
     as does that of lse (the sum of rounded weights, where logits have bounds), by which all of a row is multiplied.
+
+    Likewise for the gradient of a bias without keys, inside a soft cap, with x = 1.
     """
 
     dz_x: jax.Array
@@ -39,13 +41,9 @@ class ScaleMoments(NamedTuple):
     p_x: jax.Array
     p: jax.Array
 
-    def with_tile(
-        self, tiles: Tiles, dlogits: jax.Array, weights: jax.Array, logits: jax.Array, query: jax.Array, key: jax.Array
-    ) -> "ScaleMoments":
-        dz, scores = dlogits.astype(tiles.plan.accumulate), tiles.through_cap(tiles.scores(query, key), logits)
-        p = tiles.split(weights).astype(tiles.plan.accumulate)
-        terms = dz * scores, dz, p * scores, p
-        return ScaleMoments(*(total + x.sum(-1, keepdims=True) for total, x in zip(self, terms, strict=True)))
+    def with_tile(self, dz: jax.Array, p: jax.Array, x: jax.Array) -> "RowMoments":
+        terms = dz * x, dz, p * x, p
+        return RowMoments(*(total + term.sum(-1, keepdims=True) for total, term in zip(self, terms, strict=True)))
 
     def gradient(self, dlse: jax.Array, delta: jax.Array, sink: jax.Array | None) -> jax.Array:
         """Of each row, for the cotangents of lse, delta, and the weights of a sink."""
@@ -57,10 +55,10 @@ class ScaleMoments(NamedTuple):
 
 
 class CotangentState(NamedTuple):
-    """What the tiles of some rows add to: the gradient of query, without scale; sums for that of scale; the results."""
+    """What the tiles of some rows add to: the gradient of query, without scale; moments by result; the results."""
 
     dquery: jax.Array | None
-    moments: ScaleMoments | None
+    moments: dict[str, RowMoments]
     results: dict[str, jax.Array]
 
 
@@ -77,8 +75,9 @@ def cotangent(
     """
     nest, sizes = tiles.nest, tiles.sizes
     needs_logits = any(name in results for name in ("query", "key", "scale", "bias"))
-    uses_moments = "scale" in results and tiles.plan.rounds_operands
-    needs_query = "query" in results or ("scale" in results and not uses_moments)
+    row_sums = ["bias"] if "bias" in results and results["bias"].shape[-1] == 1 else []
+    row_sums += ["scale"] if "scale" in results and tiles.plan.rounds_operands else []
+    needs_query = "query" in results or ("scale" in results and "scale" not in row_sums)
     has_out = "out" in cotangents
     # Where all keys of a row are in one tile, delta can be had from the weights instead of from out.
     has_whole_rows = has_out and "lse" not in cotangents and nest.visits_one_key_tile and tiles.inputs.sinks is None
@@ -149,8 +148,11 @@ def cotangent(
             else:
                 dlogits = logits_cotangent(weights)
             dlogits = tiles.split(dlogits)
-            if moments is not None:
-                moments = moments.with_tile(tiles, dlogits, weights, logits, query, key)
+            multiplied = {"scale": lambda: tiles.scores(query, key), "bias": lambda: jnp.ones_like(logits)}
+            for name in row_sums:
+                dz, p = (x.astype(tiles.plan.accumulate) for x in (dlogits, tiles.split(weights)))
+                x = tiles.through_cap(multiplied[name](), logits)
+                moments = moments | {name: moments[name].with_tile(dz, p, x)}
             dlogits = tiles.through_cap(dlogits, logits)
             if "key" in results:
                 rows = key_operands["key"]
@@ -158,7 +160,7 @@ def cotangent(
                     late_query, dlogits = lax.optimization_barrier((query, dlogits))
                     rows = scaled(late_query)
                 results["key"] = _add_key_product(tiles, results["key"], rows, dlogits, at, columns)
-            if "bias" in results:
+            if "bias" in results and "bias" not in row_sums:
                 add = not tiles.visits_once("bias", results["bias"].shape)
                 dbias = dlogits.astype(tiles.plan.accumulate)
                 results["bias"] = nest.write_score(results["bias"], dbias, at, columns, add=add)
@@ -167,23 +169,37 @@ def cotangent(
             return CotangentState(dquery, moments, results)
 
         dquery = tiles.zeros(*rows, sizes.H) if needs_query else None
-        moments = ScaleMoments(*(tiles.zeros(*rows, 1),) * 4) if uses_moments else None
+        moments = {name: RowMoments(*(tiles.zeros(*rows, 1),) * 4) for name in row_sums}
         dquery, moments, results = nest.columns(at, key_tile, CotangentState(dquery, moments, results))
-        if dquery is not None and "query" in results:
-            results["query"] = nest.write_query(results["query"], dquery * tiles.scale(at), at, add=True)
-        if "scale" in results:
-            if moments is not None:
-                terms = moments.gradient(dlse, row_delta, sink)
-            else:
-                assert dquery is not None
-                terms = dquery * query.astype(tiles.plan.accumulate)
-            dscale = terms.sum((-1, -2))
-            results["scale"] = nest.add_batch(results["scale"], dscale, at)
-        return results
+        sums = {name: moments[name].gradient(dlse, row_delta, sink) for name in row_sums}
+        return _write_rows(tiles, at, results, dquery, query, sums)
 
     sums = nest.rows(lambda at, sums: row_tile(at, dict(sums)), zeros)
     sums |= {name: jnp.moveaxis(sums[name], -1, -3) for name in transposed}
     return {name: tiles.summed(name, sums[name], like) for name, like in results.items()}
+
+
+def _write_rows(
+    tiles: Tiles,
+    at: RowTile,
+    results: dict[str, jax.Array],
+    dquery: jax.Array | None,
+    query: jax.Array,
+    sums: dict[str, jax.Array],
+) -> dict[str, jax.Array]:
+    """The results of some rows; `sums` by name, of each row."""
+    nest, results = tiles.nest, dict(results)
+    if dquery is not None and "query" in results:
+        results["query"] = nest.write_query(results["query"], dquery * tiles.scale(at), at, add=True)
+    if "bias" in sums:
+        results["bias"] = nest.write_row(results["bias"][..., 0], sums["bias"][..., 0], at, add=True)[..., None]
+    if "scale" in results:
+        terms = sums.get("scale")
+        if terms is None:
+            assert dquery is not None
+            terms = dquery * query.astype(tiles.plan.accumulate)
+        results["scale"] = nest.add_batch(results["scale"], terms.sum((-1, -2)), at)
+    return results
 
 
 def _weights(tiles: Tiles, logits: jax.Array, lse: jax.Array) -> jax.Array:

@@ -145,6 +145,7 @@ def make_plan(
         is_masked=is_masked,
         is_elementwise=forms.is_elementwise,
         has_documents=has_documents and mask.allowed is not None and 1 not in mask.allowed.shape[-2:],
+        has_ids=mask.query_ids is not None,
         band_width=config.band.width if mask.key_start is None else None,
         key_stop=int(config.band.intervals(sizes.T, sizes.S)[1].max()) if mask.key_start is None else sizes.S,
         fuses_softmax=fuses_softmax and not _is_more_than_softmax(call),

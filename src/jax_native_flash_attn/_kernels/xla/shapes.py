@@ -63,6 +63,7 @@ def choose_tile(
     is_masked: bool,
     is_elementwise: bool,
     has_documents: bool,
+    has_ids: bool,
     band_width: int | None,
     key_stop: int,
     fuses_softmax: bool,
@@ -85,6 +86,7 @@ def choose_tile(
       is_masked: whether that, or a boolean mask, may leave tiles empty.
       is_elementwise: whether a bias, boolean mask or dropout changes single scores.
       has_documents: whether a boolean mask leaves few blocks of rows and keys; yet smaller tiles skip yet more.
+      has_ids: whether segment ids leave parts of the keys, of lengths that only data tell.
       band_width: keys of a row, where nothing but a narrow static band bounds them.
       key_stop: no row attends keys from here on.
       fuses_softmax: whether XLA:CPU can make one kernel of the call: a softmax, perhaps masked, between two products.
@@ -110,7 +112,7 @@ def choose_tile(
     if not all_heads:
         # Large products are the fastest: one head at a time, square if possible. Where masks may leave tiles empty,
         # smaller ones skip more; of four heads, their products are as fast.
-        is_small = is_masked and sizes.N >= 4 and min(sizes.T, num_keys) < 8192
+        is_small = is_masked and sizes.N >= 4 and (has_ids or min(sizes.T, num_keys) < 8192)
         side = 512 if is_small else 1024
         if has_documents and min(sizes.T, num_keys) <= 2048:
             side = 256
