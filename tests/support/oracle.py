@@ -79,7 +79,7 @@ def allowed_pairs(
     if is_causal:
         allowed &= s <= t
     if local_window_size is not None:
-        pair = local_window_size if isinstance(local_window_size, tuple) else np.broadcast_to(local_window_size, (2,))
+        pair = (local_window_size,) * 2 if np.ndim(local_window_size) == 0 else local_window_size
         left, right = (integers(side, 1, 1, 1, 1) for side in pair)
         allowed &= (t - left <= s) & (s <= t + right)
     if query_segment_ids is not None:
