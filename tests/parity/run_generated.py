@@ -101,15 +101,15 @@ def main() -> int:
     print(f"\nJAX {jax.__version__}, seed {arguments.seed}: {checked} cases, {len(failures)} failures,")
     print(f"{time.monotonic() - start:.0f} s. Error against float64, in units of the error of dense")
     print("attention in the same dtype: alone, and with the noise floor added (at most 2 passes).\n")
-    print(f"{'':15} |{'/ dense':^16}| {'/ (dense + floor)':^23} |")
-    print(f"{'result':8} {'cases':>6} | {'median':>6} {'90%':>7} | {'median':>7} {'99%':>7} {'worst':>7} | worst case")
+    print(f"{'':17} |{'/ dense':^16}| {'/ (dense + floor)':^23} |")
+    print(f"{'result':10} {'cases':>6} | {'median':>6} {'90%':>7} | {'median':>7} {'99%':>7} {'worst':>7} | worst case")
     for name, entries in accuracies.items():
         ratios = np.array([accuracy.ratio for accuracy, _ in entries])
         alone = np.array([accuracy.dense_ratio for accuracy, case in entries if case.dtype != "float64"])
         alone = alone if alone.size else np.array([np.nan])  # float64: dense and oracle are the same
         worst = entries[int(ratios.argmax())][1]
         print(
-            f"{name:8} {len(entries):6} | {np.median(alone):6.2f} {_quantile(alone, 0.9):7.2f} | "
+            f"{name:10} {len(entries):6} | {np.median(alone):6.2f} {_quantile(alone, 0.9):7.2f} | "
             f"{np.median(ratios):7.2f} {_quantile(ratios, 0.99):7.2f} {ratios.max():7.2f} | "
             f"{worst.dtype} {worst.shape} seed={worst.seed}"
         )

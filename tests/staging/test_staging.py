@@ -243,7 +243,8 @@ def test_export_with_a_symbolic_batch_of_packed_sequences():
     def types(x: Any, *, has_batch: bool = True) -> Any:
         return jax.tree.map(lambda y: jax.ShapeDtypeStruct((batch, *y.shape[1:]) if has_batch else y.shape, y.dtype), x)
 
-    for f, order in ((packed, extras), (gradient, extras), (continued, offset)):
+    functions: list[tuple[Any, Any]] = [(packed, extras), (gradient, extras), (continued, offset)]
+    for f, order in functions:
         given = query, key, value, order, sinks
         exported = round_trip(f, *types(given[:4]), types(sinks, has_batch=False))
         assert_close(exported.call(*given), jax.jit(f, compiler_options=FAST)(*given))

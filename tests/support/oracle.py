@@ -79,7 +79,8 @@ def allowed_pairs(
     if is_causal:
         allowed &= s <= t
     if local_window_size is not None:
-        pair = local_window_size if isinstance(local_window_size, tuple) else np.broadcast_to(local_window_size, (2,))
+        is_pair = isinstance(local_window_size, tuple) or np.ndim(local_window_size) > 0
+        pair = local_window_size if is_pair else (local_window_size,) * 2
         left, right = (integers(side, 1, 1, 1, 1) for side in pair)
         allowed &= (t - left <= s) & (s <= t + right)
     if query_segment_ids is not None:
