@@ -109,8 +109,8 @@ def flash_attention(
       block_q, block_kv: (extension) rows and columns of a tile; chosen by shape and platform by default.
       precision: (extension) of the matrix products: whatever JAX takes as such (`jax.lax.Precision`, 'float32', ...).
       query_segment_ids, key_value_segment_ids: (extension) (B, T) and (B, S), of packed sequences: a query attends keys
-        of its own id. A negative id is padding: such a row gives 0, such a key is attended by none; both must be finite.
-        Any order is right; where ids are sorted, what lies outside of a sequence is skipped.
+        of its own id. A negative id is padding: such a row gives 0, such a key is attended by none; both must be
+        finite. Any order is right; where ids are sorted, what lies outside of a sequence is skipped.
       query_positions, key_value_positions: (extension) (B, T) and (B, S): what `is_causal` and `local_window_size` go
         by, in place of indices. Tokens may stand in any order; where keys are sorted (within their id), tiles are
         skipped.
