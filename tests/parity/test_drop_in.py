@@ -45,7 +45,6 @@ def assert_close(actual: Any, expected: Any) -> None:
 def adapter(query, key, value, bias=None, mask=None, **options):
     """An attention_fn for Flax: its arguments by the names that flash_attention has for them."""
     dropping = options.get("dropout_rate", 0.0) > 0 and not options.get("deterministic", False)
-    assert not (dropping and options.get("broadcast_dropout")), "one mask for all heads is Flax's own idea"
     return flash_attention(
         query,
         key,
@@ -55,6 +54,7 @@ def adapter(query, key, value, bias=None, mask=None, **options):
         is_causal=options.get("is_causal", False),
         dropout_rate=options["dropout_rate"] if dropping else 0.0,
         dropout_rng=options.get("dropout_rng") if dropping else None,
+        broadcast_dropout=options.get("broadcast_dropout", True),
     )
 
 
@@ -151,14 +151,13 @@ def test_nnx_extra_batch_dimensions(patched):
     assert_close(nnx.dot_product_attention(query, key, value), expected)
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize(("rate", "broadcast_dropout"), [(0.0, True), (0.3, False), (0.3, True)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_nnx_attention_fn_with_dropout(rate: float, causal: bool):
-    # With broadcast_dropout=False Flax draws bernoulli of shape (B, N, T, S): our mask.
+def test_nnx_attention_fn_with_dropout(rate: float, broadcast_dropout: bool, causal: bool):
     call = {"mask": jnp.asarray(CAUSAL_MASK)} if causal else {}
 
     def results(**options):
-        layer = nnx_layer(dropout_rate=rate, broadcast_dropout=False, deterministic=False, **options)
+        layer = nnx_layer(dropout_rate=rate, broadcast_dropout=broadcast_dropout, deterministic=False, **options)
         return nnx_results(layer, call, dropout_seed=5)
 
     expected, actual = results(), results(attention_fn=adapter)
@@ -189,11 +188,11 @@ def test_linen_attention_fn(rate: float, causal: bool):
     assert_close(results(attention_fn=linen_adapter), results())
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.3])
-def test_linen_evaluates_and_trains_with_flash_attention_itself(rate: float):
+@pytest.mark.parametrize(("rate", "broadcast_dropout"), [(0.0, True), (0.3, False), (0.3, True)])
+def test_linen_evaluates_and_trains_with_flash_attention_itself(rate: float, broadcast_dropout: bool):
     def layer(**options):
         return linen.MultiHeadDotProductAttention(
-            num_heads=HEADS, dropout_rate=rate, broadcast_dropout=False, **options
+            num_heads=HEADS, dropout_rate=rate, broadcast_dropout=broadcast_dropout, **options
         )
 
     reference, ours = layer(), layer(attention_fn=flash_attention)
