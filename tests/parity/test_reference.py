@@ -30,6 +30,14 @@ EXTENSIONS = {
     "block_q": None,
     "block_kv": None,
     "precision": None,
+    "query_segment_ids": None,
+    "key_value_segment_ids": None,
+    "query_positions": None,
+    "key_value_positions": None,
+    "query_offset": 0,
+    "logits_soft_cap": None,
+    "sinks": None,
+    "broadcast_dropout": False,
 }
 
 
