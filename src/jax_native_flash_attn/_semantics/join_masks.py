@@ -47,8 +47,8 @@ def make_mask(
         T, S, is_causal=is_causal and not moves, window=window, also=static_band, offset=0 if moves else static_offset
     )
     start, stop = band.intervals(T, S)
-    rows = jnp.arange(T, dtype=jnp.int32)[None, None, :]
-    padded = _padded_rows(query_lengths, order, rows)
+    is_row = is_query_row(T, query_lengths, order.query_ids)
+    padded = None if is_row is None else ~is_row[:, None, :]
     traced = (
         padded is not None
         or key_value_lengths is not None
@@ -66,6 +66,7 @@ def make_mask(
     if order.has_positions:
         operands = operands._replace(**position_bounds(T, S, order, reach, static_offset))
     elif not is_static:
+        rows = jnp.arange(T, dtype=jnp.int32)[None, None, :]
         start, stop = cut(start, stop, rows, reach, order.query_offset, static_offset, T, S)
     if key_value_lengths is not None:
         stop = jnp.minimum(stop, key_value_lengths[:, None, None])
@@ -93,13 +94,8 @@ def make_mask(
 
 def is_query_row(T: int, query_lengths: jax.Array | None, query_ids: jax.Array | None) -> jax.Array | None:
     """Which rows (B, T) are not padding; None: all."""
-    rows = jnp.arange(T, dtype=jnp.int32)[None, :]
-    terms = [] if query_lengths is None else [rows < query_lengths[:, None]]
+    terms = []
+    if query_lengths is not None:
+        terms.append(jnp.arange(T, dtype=jnp.int32)[None, :] < query_lengths[:, None])
     terms += [] if query_ids is None else [query_ids >= 0]
     return functools.reduce(jnp.logical_and, terms) if terms else None
-
-
-def _padded_rows(query_lengths: jax.Array | None, order: Order, rows: jax.Array) -> jax.Array | None:
-    """(B, 1, T)"""
-    is_row = is_query_row(rows.shape[-1], query_lengths, order.query_ids)
-    return None if is_row is None else ~is_row[:, None, :]

@@ -10,10 +10,24 @@ from ...._semantics.call import Config
 from ...._semantics.masks import ColumnRange
 from ...._semantics.sizes import Sizes
 from ..blocks import Blocks
-from ..operands import Operands
+from ..host.plan import KernelPlan
+from ..operands import Operands, TermBuffers
 from ..scheduler import Item, TileScheduler
 from .masks import Intervals
 from .transfers import Terms
+
+
+def shared_fields(plan: KernelPlan, operands: Operands, terms: TermBuffers, **of_intervals: Any) -> dict[str, Any]:
+    """The fields of `KernelContext`; further arguments are those of `Intervals.make`."""
+    return {
+        "config": plan.config,
+        "sizes": plan.sizes,
+        "blocks": plan.blocks,
+        "operands": operands,
+        "terms": Terms.make(operands, terms),
+        "intervals": Intervals.make(plan.config.band, plan.sizes, plan.blocks.block_kv, operands, **of_intervals),
+        "wg": lax.axis_index("wg"),
+    }
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from ..host.dbias_plan import DBiasBuffers, DBiasPlan
 from ..operands import BackwardOperands
 from ..pallas import ROW, Views, load, pl, plgpu, store, unravel, warp_specialize, zeros
 from .backward import BackwardContext, logits_cotangent, softmax_weights
+from .context import shared_fields
 from .logits import TileLogits
 from .masks import Intervals, is_outside
-from .transfers import Ring, Terms, key_slice, query_slice, row_slice
+from .transfers import Ring, key_slice, query_slice, row_slice
 
 
 def kernel(plan: DBiasPlan, operands: BackwardOperands, out: Any, buffers: DBiasBuffers) -> None:
@@ -47,13 +48,7 @@ class DBiasContext(BackwardContext):
     def of(cls, plan: DBiasPlan, operands: BackwardOperands, out: Any, buffers: DBiasBuffers) -> "DBiasContext":
         forward, blocks, tma, value_tma = operands.forward, plan.blocks, plan.tma, plan.value_tma
         return cls(
-            config=plan.config,
-            sizes=plan.sizes,
-            blocks=blocks,
-            operands=forward,
-            terms=Terms.make(forward, buffers.terms),
-            intervals=Intervals.make(plan.config.band, plan.sizes, blocks.block_kv, forward),
-            wg=lax.axis_index("wg"),
+            **shared_fields(plan, forward, buffers.terms),
             row_operands=operands.rows,
             plan=plan,
             out=out,

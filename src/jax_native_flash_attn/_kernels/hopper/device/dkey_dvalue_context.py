@@ -15,8 +15,8 @@ from ..host.dkey_dvalue_plan import KeyBuffers, KeyGradients, KeyPlan
 from ..operands import BackwardOperands
 from ..pallas import Views, broadcast_index, pl, unravel
 from .backward import BackwardContext
-from .masks import Intervals
-from .transfers import Ring, Terms
+from .context import shared_fields
+from .transfers import Ring
 
 Visit = tuple[Any, Any]  # a member of what shares the keys, and the number of one of its query tiles
 
@@ -46,13 +46,7 @@ class KeyContext(BackwardContext):
         forward, blocks = operands.forward, plan.blocks
         query_tiles = operands.query_tiles
         return cls(
-            config=plan.config,
-            sizes=plan.sizes,
-            blocks=blocks,
-            operands=forward,
-            terms=Terms.make(forward, buffers.terms),
-            intervals=Intervals.make(plan.config.band, plan.sizes, blocks.block_kv, forward, query_tiles=query_tiles),
-            wg=lax.axis_index("wg"),
+            **shared_fields(plan, forward, buffers.terms, query_tiles=query_tiles),
             row_operands=operands.rows,
             plan=plan,
             outs=outs,

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 
 from ..host.dquery_plan import NUM_MOMENTS, DQueryBuffers, DQueryOuts, DQueryPlan
 from ..operands import BackwardOperands
 from ..pallas import ROW, Views, load, pl, plgpu, store, zeros
 from ..scheduler import Item
 from .backward import BackwardContext, logits_cotangent, scaled_lse, softmax_weights
+from .context import shared_fields
 from .logits import TileLogits, TileTerms
-from .masks import Intervals
 from .overlap import THREAD_COLUMNS, fold_columns, order_before_wgmma_wait
-from .transfers import Ring, Terms, by_first_warpgroup, clean_padding, query_slice, row_slice
+from .transfers import Ring, by_first_warpgroup, clean_padding, query_slice, row_slice
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,7 @@ class DQueryContext(BackwardContext):
         (query, dout), (query_loaded, dout_loaded) = views[0], views[-1]
         forward, blocks = operands.forward, plan.blocks
         return cls(
-            config=plan.config,
-            sizes=plan.sizes,
-            blocks=blocks,
-            operands=forward,
-            terms=Terms.make(forward, buffers.terms),
-            intervals=Intervals.make(plan.config.band, plan.sizes, blocks.block_kv, forward, skips_dead_rows=True),
-            wg=lax.axis_index("wg"),
+            **shared_fields(plan, forward, buffers.terms, skips_dead_rows=True),
             row_operands=operands.rows,
             plan=plan,
             outs=outs,

@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 
 from ..host.forward_plan import ForwardBuffers, ForwardOuts, ForwardPlan
 from ..operands import Operands
 from ..pallas import ROW, Views, broadcast_index, load, pl, plgpu, store, zeros
 from ..scheduler import Item
-from .context import KernelContext
+from .context import KernelContext, shared_fields
 from .logits import TileLogits
-from .masks import Intervals
 from .overlap import rounded_to_tf32
-from .transfers import Ring, Terms, by_first_warpgroup, clean_padding, query_slice
+from .transfers import Ring, by_first_warpgroup, clean_padding, query_slice
 
 
 @dataclass(frozen=True)
@@ -43,13 +41,7 @@ class ForwardContext(KernelContext):
         else:
             query, out = plan.tma.views(buffers.query), buffers.out
         return cls(
-            config=plan.config,
-            sizes=plan.sizes,
-            blocks=blocks,
-            operands=operands,
-            terms=Terms.make(operands, buffers.terms),
-            intervals=Intervals.make(plan.config.band, plan.sizes, blocks.block_kv, operands),
-            wg=lax.axis_index("wg"),
+            **shared_fields(plan, operands, buffers.terms),
             plan=plan,
             outs=outs,
             buffers=buffers,

@@ -13,13 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ...._semantics.call import Config
-from ...._semantics.sizes import Sizes
 from ..blocks import Blocks, Chip
 from ..operands import BackwardOperands, Operands, TermBuffers
-from ..pallas import TmaLoad, plgpu
+from ..pallas import plgpu
 from .backward import Backward
 from .operands import prepare, term_buffers
+from .plan import KernelPlan
 
 _ENOUGH_BLOCKS = 2 * Chip().cores
 _MOST_SPLITS = 16
@@ -61,7 +60,7 @@ class DBiasBuffers:
 
 
 @dataclass(frozen=True)
-class DBiasPlan:
+class DBiasPlan(KernelPlan):
     """Of a bias (batch..., N or 1, T or 1, S).
 
     Attributes:
@@ -72,10 +71,6 @@ class DBiasPlan:
       run: tiles along the keys that a block owns.
     """
 
-    config: Config
-    sizes: Sizes
-    dtype: Any
-    blocks: Blocks
     wanted: jax.ShapeDtypeStruct
     owned: tuple[int, ...]
     visited: tuple[int, ...]
@@ -105,16 +100,6 @@ class DBiasPlan:
     @property
     def splits(self) -> int:
         return -(-self.num_visits // self.visits)
-
-    @property
-    def tma(self) -> TmaLoad:
-        """Of query and key."""
-        return TmaLoad(self.sizes.H, self.dtype)
-
-    @property
-    def value_tma(self) -> TmaLoad:
-        """Of value and dout."""
-        return TmaLoad(self.sizes.D, self.dtype)
 
     @property
     def sums_rows(self) -> bool:

@@ -7,8 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ...._semantics.call import Config
-from ...._semantics.sizes import Sizes
 from ..blocks import Blocks
 from ..operands import BackwardOperands, Operands, TermBuffers
 from ..pallas import TmaLoad, TmaStore, plgpu, swizzle_bytes
@@ -16,6 +14,7 @@ from ..scheduler import TileScheduler, heads_per_group, schedule
 from .backward import Backward
 from .intervals import query_tiles
 from .operands import prepare, term_buffers
+from .plan import KernelPlan
 
 # Mean head dimensions (above the first, up to the second) with which the softmax runs beside products of its warpgroup:
 # masked calls take 2 to 6% less there. Elsewhere it takes up to 3% more.
@@ -58,7 +57,7 @@ class KeyBuffers:
 
 
 @dataclass(frozen=True)
-class KeyPlan:
+class KeyPlan(KernelPlan):
     """Of `blocks`, block_kv are the keys of one compute warpgroup, and block_q the query rows of one tile.
 
     Attributes:
@@ -67,10 +66,6 @@ class KeyPlan:
       scale_is_summed: whether scale differs along those.
     """
 
-    config: Config
-    sizes: Sizes
-    dtype: Any
-    blocks: Blocks
     scheduler: TileScheduler
     wanted: KeyGradients
     batch: tuple[int, ...]

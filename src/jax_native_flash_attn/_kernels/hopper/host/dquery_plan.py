@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ...._semantics.call import Config
-from ...._semantics.sizes import Sizes
 from ..blocks import Blocks
 from ..operands import BackwardOperands, Operands, TermBuffers
-from ..pallas import TmaLoad, TmaStore, plgpu
+from ..pallas import TmaStore, plgpu
 from ..scheduler import TileScheduler, heads_per_group, schedule
 from .backward import Backward
 from .operands import prepare, term_buffers
+from .plan import KernelPlan
 
 
 class Moments(NamedTuple):
@@ -70,13 +69,9 @@ class DQueryBuffers:
 
 
 @dataclass(frozen=True)
-class DQueryPlan:
+class DQueryPlan(KernelPlan):
     """The result comes in `out_dtype`: the dtype of query, or float32."""
 
-    config: Config
-    sizes: Sizes
-    dtype: Any
-    blocks: Blocks
     scheduler: TileScheduler
     out_dtype: Any
     with_scale: bool
@@ -89,16 +84,6 @@ class DQueryPlan:
         num_blocks = -(-z.T // blocks.rows)
         scheduler = schedule(heads, num_blocks, group, cores if is_persistent else None, call.config.band)
         return cls(call.config, z, dtype, blocks, scheduler, out_dtype, with_scale)
-
-    @property
-    def tma(self) -> TmaLoad:
-        """Of query and key."""
-        return TmaLoad(self.sizes.H, self.dtype)
-
-    @property
-    def value_tma(self) -> TmaLoad:
-        """Of value and dout."""
-        return TmaLoad(self.sizes.D, self.dtype)
 
     @property
     def store(self) -> TmaStore:

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 from ...._semantics.call import Config, Inputs
 from ...._semantics.numerics import LOG2E
-from ...._semantics.sizes import Sizes
 from ..blocks import Blocks
 from ..operands import Operands, TermBuffers, TermKind
 from ..pallas import TmaLoad, TmaStore, matrix_buffer, plgpu, swizzle_bytes
 from ..scheduler import TileScheduler, heads_per_group, is_even_band, schedule
 from .operands import starts_with_bias, term_buffers
+from .plan import KernelPlan
 
 _LONG_ITEM = 8  # tiles
 _LARGEST_EXPONENT = 80  # of a weight; leaves as much for values and the number of keys
@@ -72,13 +72,9 @@ class ForwardBuffers:
 
 
 @dataclass(frozen=True)
-class ForwardPlan:
+class ForwardPlan(KernelPlan):
     """`streams_terms`: bias or mask come with the keys; `starts_with_bias`: see `TileLogits.start`."""
 
-    config: Config
-    sizes: Sizes
-    dtype: Any
-    blocks: Blocks
     scheduler: TileScheduler
     needs_out: bool
     needs_unrounded: bool
