@@ -151,8 +151,9 @@ def test_nnx_extra_batch_dimensions(patched):
     assert_close(nnx.dot_product_attention(query, key, value), expected)
 
 
-@pytest.mark.parametrize(("rate", "broadcast_dropout"), [(0.0, True), (0.3, False), (0.3, True)])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("rate", "broadcast_dropout", "causal"), [(0.0, True, True), (0.3, False, False), (0.3, True, True)]
+)
 def test_nnx_attention_fn_with_dropout(rate: float, broadcast_dropout: bool, causal: bool):
     call = {"mask": jnp.asarray(CAUSAL_MASK)} if causal else {}
 
