@@ -4,6 +4,7 @@ from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -152,7 +153,8 @@ def _by_cudnn(arguments: dict[str, Any], return_residual: bool) -> Any:
         arguments["dropout_rate"] = 0.0
     for name, default in EXTENSIONS.items():
         given = arguments.pop(name)
-        if not (given is None or (isinstance(given, bool | int | float) and given == default)):
+        is_number = isinstance(given, bool | int | float | np.number | np.bool_)
+        if given is not default and not (is_number and given == default):
             raise NotImplementedError(f"{name} is not supported by implementation='cudnn', which is jax.nn's")
     del arguments["dropout_rng"]
     residual = {"return_residual": True} if return_residual else {}

@@ -57,11 +57,11 @@ def _attend(settings: Settings, arrays: Arrays) -> Results:
             lse if settings.needs_lse else None,
             max_logits if settings.needs_max_logits else None,
         )
-    call, is_row = prepare(settings, arrays)
+    call, is_row, in_length = prepare(settings, arrays)
     out, lse, max_logits = flash_attention_core(*call)
     out = out[..., :D]
     # Padding by ids is finite, and kernels do with it.
-    if (in_length := is_query_row(T, arrays.query_lengths, None)) is not None:
+    if in_length is not None:
         out = jnp.where(in_length[..., None, None], out, 0)
     if lse is not None:
         if call.inputs.mask.dead is not None:
@@ -73,10 +73,11 @@ def _attend(settings: Settings, arrays: Arrays) -> Results:
 
 
 class Prepared(NamedTuple):
-    """What kernels get, and which rows (B, T) are not padding (None: all)."""
+    """What kernels get; which rows (B, T) are not padding; and which are not past `query_seq_lengths` (None: all)."""
 
     call: Call
     is_row: jax.Array | None
+    in_length: jax.Array | None
 
 
 def prepare(settings: Settings, arrays: Arrays) -> Prepared:
@@ -105,7 +106,8 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
         has_dead_rows=arrays.sinks is None,
     )
     is_row = is_query_row(T, arrays.query_lengths, arrays.query_segment_ids)
-    if (in_length := is_query_row(T, arrays.query_lengths, None)) is not None:
+    in_length = is_query_row(T, arrays.query_lengths, None)
+    if in_length is not None:
         # Padded rows may hold NaN, and their cotangents are zero: the two must not meet.
         query = jnp.where(in_length[..., None, None], query, 0)
     # Without a head dimension, logits are bias and masks alone, as with one dimension of zeros.
@@ -130,7 +132,7 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
         settings.implementation,
         rounds_out=True,
     )
-    return Prepared(Call(config, inputs), is_row)
+    return Prepared(Call(config, inputs), is_row, in_length)
 
 
 def _with_batch_axis(name: str, x: jax.Array | None) -> Any:

@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -482,6 +483,25 @@ def test_cudnn_passes_through():
     ours = flash_attention(*arrays, is_causal=True, implementation="cudnn")
     theirs = reference_attention(*arrays, is_causal=True, implementation="cudnn")
     np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "neutral",
+    [
+        {"dropout_rate": np.float32(0)},
+        {"dropout_rate": 0.5, "deterministic": True},
+        {"query_offset": np.int64(0)},
+        {"broadcast_dropout": np.bool_(False)},
+    ],
+    ids=str,
+)
+def test_cudnn_takes_extensions_that_ask_for_nothing(neutral: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    passed: list[dict[str, Any]] = []
+    monkeypatch.setattr(sys.modules[flash_attention.__module__], "_jax_attention", lambda **x: passed.append(x))
+    arrays = qkv(2, 8, 8, 4, 2, 16, jnp.float32)
+    flash_attention(*arrays, is_causal=True, implementation="cudnn", **neutral)
+    assert passed[0].keys() <= SIGNATURE.parameters.keys()
+    assert passed[0]["is_causal"] is True
 
 
 def test_default_scale_is_one_over_root_of_head_dimension():
