@@ -88,3 +88,23 @@ def test_dead_rows_visit_all_tiles_or_one() -> None:
     assert (int(first), int(stop)) == (0, -(-S // KEYS))
     first, _, _, stop = replace(intervals, skips_dead_rows=True).ranges(HEAD, 0, ROWS)
     assert int(stop - first) == 1
+
+
+def test_ids_and_positions_of_one_row_reach_all_heads_of_a_group() -> None:
+    """Heads become rows where rows are few, and what all of them share keeps a row axis of size 1."""
+    from jax_native_flash_attn._kernels.hopper.host.operands import _elements
+
+    row, keys = jnp.full((2, 1, 1, 1), 3), jnp.zeros((2, 1, 1, S), int)
+    mask = MaskOperands(
+        query_ids=row,
+        key_ids=keys,
+        lowest_position=row,
+        highest_position=row,
+        key_positions=keys,
+        is_exact=jnp.zeros((2, 1, 1), bool),
+    )
+    elements = _elements(mask, 4, S, ROWS, KEYS)
+    for name in ("query_ids", "lowest_position", "highest_position"):
+        x = getattr(elements, name)
+        assert x.shape == (2, 1, ROWS)
+        assert (x[..., :4] == 3).all()

@@ -76,7 +76,9 @@ def _elements(mask: MaskOperands, T: int, S: int, block_rows: int, block_kv: int
         return None
 
     def rows(x: jax.Array | None) -> jax.Array | None:
-        return None if x is None else pad_axis(x[..., 0], -1, round_up(T, block_rows))
+        if x is None:
+            return None
+        return pad_axis(jnp.broadcast_to(x[..., 0], (*x.shape[:-2], T)), -1, round_up(T, block_rows))
 
     def keys(x: jax.Array | None) -> jax.Array | None:
         return None if x is None else pad_axis(x[..., 0, :], -1, round_up(S, block_kv))
