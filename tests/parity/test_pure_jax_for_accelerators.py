@@ -16,7 +16,7 @@ from jax_native_flash_attn._kernels.xla import forward as kernel
 from jax_native_flash_attn._kernels.xla.limits import Limits
 from jax_native_flash_attn._kernels.xla.tiles import Tiles
 from tests.support.accelerator import accelerator_kernels
-from tests.support.cases import FAST_COMPILATION, Case, cases, check_case
+from tests.support.cases import FAST_COMPILATION, Case, cases, check_case, features
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -70,6 +70,10 @@ CASES = {
         seed=2147483646,
     ),
     "window": Case((1, 151, 151, 1, 3, 16), local_window_size=17),
+    "soft cap, few rows": Case((1, 17, 17, 2, 1, 16), **features("soft cap")),
+    "soft cap": Case(WIDE, **features("soft cap", "sinks", "segments"), scale=0.3),
+    "shuffled segments": Case(WIDE, **features("shuffled segments", "value dimension", "largest logits", "bias")),
+    "positions": Case(WIDE, **features("positions", "shared dropout", "window")),
 }
 
 

@@ -193,7 +193,10 @@ class Tiles:
     def through_cap(self, x: jax.Array, logits: jax.Array) -> jax.Array:
         """Derivative of the soft cap, its own transpose, at capped logits; zero where a mask is in their place."""
         cap = self.config.logits_soft_cap
-        return x if cap is None else x * (1 - jnp.square(jnp.clip(logits / cap, -1, 1)))
+        if cap is None:
+            return x
+        slope = 1 - jnp.square(jnp.clip(logits / cap, -1, 1))
+        return (x.astype(slope.dtype) * slope).astype(x.dtype)
 
     def logits_tangent(self, products: jax.Array | None, bias: jax.Array | None, mask: TileMask | None) -> jax.Array:
         """Tangent of the logits, from those of the products, as rows, and of the bias tile."""
