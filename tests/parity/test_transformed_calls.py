@@ -27,6 +27,8 @@ def _points() -> Iterator[tuple[str, Point, str]]:
     masks = list(MASKS)
     for i, name in enumerate(_TRANSFORMATIONS):
         options = list(OPTIONS)[1:4] if name == "gradient of bias" else list(OPTIONS | FEATURE_OPTIONS)
+        if "scan" in name:
+            options.remove("value dimension")  # out is carried on as the query
         for j, (dtype, head_dim, x64) in enumerate(
             (d, h, x) for d in ("bfloat16", "float16") for h in HEAD_DIMS for x in (False, True)
         ):

@@ -12,7 +12,7 @@ from jax_native_flash_attn._semantics.masks import Band, ColumnRange
 from tests.support.targets import needs_backend, why_no_backend
 
 if why_no_backend() is None:
-    from jax_native_flash_attn._kernels.hopper.scheduler import TileScheduler, schedule, split_of
+    from jax_native_flash_attn._kernels.hopper.scheduler import Item, TileScheduler, schedule, split_of
 
 pytestmark = needs_backend
 
@@ -144,3 +144,14 @@ def test_splits_of_the_gradient_of_bias_keep_multiprocessors_busy(owned: int, vi
     ideal = max(1, owned * visits / Chip().cores)
     if owned * visits >= 32 * Chip().cores:  # else beginnings and ends decide
         assert rounds * split <= 1.25 * ideal, (rounds, split)
+
+
+@pytest.mark.parametrize("ranges", [(2, 4, 7, 8), (0, 0, 5, 7), (3, 6, 6, 6), (1, 1, 1, 4), (0, 0, 3, 3)])
+def test_each_tile_is_visited_once_and_edges_before_others(ranges: tuple[int, int, int, int]) -> None:
+    item = Item(0, (0,), 0, 0, ColumnRange(*ranges), False, edges_first=True)
+    first, full_first, full_stop, stop = ranges
+    edges = [*range(stop - 1, full_stop - 1, -1), *range(full_first - 1, first - 1, -1)]
+    visited = [int(item.tile(i)) for i in range(item.num_tiles)]
+    assert item.num_edges == len(edges)
+    assert visited == [*edges, *range(full_stop - 1, full_first - 1, -1)]
+    assert [int(item._replace(edges_first=False).tile(i)) for i in range(stop - first)] == [*range(first, stop)][::-1]

@@ -24,7 +24,7 @@ _CACHE_BYTES = 24e6  # of what blocks that run at once should share: half of Hop
 
 
 class Item(NamedTuple):
-    """One item of a worker, whose tiles are visited last one first.
+    """One item of a worker. Its tiles are visited last one first, or those that need a mask before the others.
 
     Attributes:
       count: tiles of the worker's items before; the ring of slots goes on from there.
@@ -32,6 +32,7 @@ class Item(NamedTuple):
       block, split: of the query rows, and of the keys.
       ranges: its tiles.
       is_empty: whether the split has no tiles; the one in `ranges` then counts for nothing.
+      edges_first: whether the tiles that need a mask are visited first.
     """
 
     count: Any
@@ -40,14 +41,26 @@ class Item(NamedTuple):
     split: Any
     ranges: ColumnRange
     is_empty: Any
+    edges_first: bool = False
 
     @property
     def num_tiles(self) -> Any:
         return self.ranges.stop - self.ranges.first
 
+    @property
+    def num_edges(self) -> Any:
+        """How many tiles need a mask."""
+        return self.num_tiles - (self.ranges.full_stop - self.ranges.full_first)
+
     def tile(self, i: Any) -> Any:
         """The i-th one visited."""
-        return self.ranges.stop - 1 - i
+        first, full_first, full_stop, stop = self.ranges
+        if not self.edges_first:
+            return stop - 1 - i
+        # Behind the full ones, before them, and these.
+        right, left = stop - full_stop, full_first - first
+        end = jnp.where(i < right, stop, jnp.where(i < right + left, full_first + right, stop + left))
+        return end - 1 - i
 
 
 @dataclass(frozen=True)
@@ -117,14 +130,19 @@ class TileScheduler:
         lax.fori_loop(0, mine, step, jnp.int32(0))
 
     def for_each_item(
-        self, worker: Any, ranges_of: Callable[[Any, Any], ColumnRange], body: Callable[[Any, Item], None]
+        self,
+        worker: Any,
+        ranges_of: Callable[[Any, Any], ColumnRange],
+        body: Callable[[Any, Item], None],
+        *,
+        edges_first: bool = False,
     ) -> None:
         """`body(k, item)` for the k-th item of a worker; `ranges_of(head, block)` are tiles of all splits."""
 
         def run(k: Any, n: Any, count: Any) -> Any:
             head, block, split = self.item(n)
             ranges, is_empty = split_of(ranges_of(head, block), split, self.splits)
-            item = Item(count, head, block, split, ranges, is_empty)
+            item = Item(count, head, block, split, ranges, is_empty, edges_first)
             body(k, item)
             return count + item.num_tiles
 

@@ -47,10 +47,15 @@ class KernelContext:
         """Of query, and so of products."""
         return self.operands.query.dtype
 
+    @property
+    def edges_first(self) -> bool:
+        """As `Item` has it."""
+        return False
+
     def for_each_item(self, scheduler: TileScheduler, body: Callable[[Any, Item], None]) -> None:
         """`body(k, item)` for the k-th item of this worker, a block of query rows."""
 
         def ranges_of(head: Any, block: Any) -> ColumnRange:
             return self.intervals.ranges(head, block, self.blocks.rows)
 
-        scheduler.for_each_item(lax.axis_index("worker"), ranges_of, body)
+        scheduler.for_each_item(lax.axis_index("worker"), ranges_of, body, edges_first=self.edges_first)

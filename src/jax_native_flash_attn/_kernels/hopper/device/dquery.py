@@ -123,7 +123,7 @@ def _step(rows: DQueryRows, i: Any, carry: tuple) -> tuple:
         s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
         dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
         so_far = tuple(ref[...] for ref in moment_refs)
-        is_edge = context.intervals.is_later_edge(item.ranges, item.tile(i), context.blocks.rows)
+        is_edge = context.intervals.has_many_edges(context.blocks.rows) and is_outside(item.ranges, item.tile(i))
         ds_ref[...], so_far = rows.dlogits(s, dp, terms, i, is_edge, so_far)
         for ref, x in zip(moment_refs, so_far, strict=True):
             ref[...] = x

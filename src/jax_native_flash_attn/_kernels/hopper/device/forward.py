@@ -14,8 +14,9 @@ in registers, in base 2. The scheme is that of FlashAttention-3 (Shah et al. 202
 A block of threads goes through several items of `scheduler.py`, one after the other, and its ring of slots through
 all of them: while the computing warpgroups finish one item, the tiles of the next are loaded.
 
-Only tiles in which some row's interval begins or ends need a mask. For a causal mask that is the first one visited;
-other masks decide at run time.
+Only tiles in which some row's interval begins or ends need a mask. For a causal mask that is the first one visited.
+Static windows and lengths decide at run time, in the loop. Where intervals are traced, all tiles that need a mask are
+visited first, one by one; the last of them starts the pipeline.
 """
 
 from dataclasses import dataclass

@@ -53,6 +53,11 @@ class ForwardContext(KernelContext):
             value_ring=Ring(blocks.stages, buffers.value_ready, buffers.value_free),
         )
 
+    @property
+    def edges_first(self) -> bool:
+        """Where each tile may need a mask, a branch in the pipeline's loop takes longer than these tiles alone."""
+        return self.intervals.is_traced
+
 
 class Rows:
     """The rows of one item that one warpgroup computes: the item's tiles, last one first, and where its results go."""

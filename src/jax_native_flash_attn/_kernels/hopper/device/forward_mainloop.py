@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from ...._semantics.numerics import LN2, LOG2E, lowest
-from ..operands import DEAD
 from ..pallas import ROW, columns_of, load, pl, plgpu, zeros
 from ..scheduler import Item
 from .forward_context import ForwardContext, Rows
-from .logits import RowVectors, TileLogits, TileTerms
+from .forward_results import write
+from .logits import RowVectors, TileTerms
+from .masks import is_outside
 from .overlap import THREAD_COLUMNS, fold_columns, order_before_wgmma_wait, rounded_to_tf32
-from .units import NO_KEY, from_base_2, to_base_2
+from .units import to_base_2
 
 _LOWEST = lowest(jnp.float32)
 
@@ -73,18 +74,32 @@ def attend(rows: Rows) -> None:
     # for the exponent.
     softmax = Softmax(rows, vectors, jnp.abs(logits.scale) * LOG2E)
     _scale_query(rows)
-    p, top, total = _first_tile(softmax, first_is_edge)
-    step = functools.partial(_step, softmax, top)
-    carry = rows.no_output, _carried(rows, p, top), top, total
-    carry = lax.fori_loop(1, rows.num_tiles, step, carry)
+    carry, start = _no_tiles(rows), jnp.int32(0)
+    if context.edges_first:
+        start = jnp.maximum(rows.item.num_edges - 1, 0)
+        carry = lax.fori_loop(0, start, functools.partial(_edge_tile, softmax), carry)
+    acc, p, top, total = _first_tile(softmax, start, first_is_edge, carry)
+    carry = acc, _carried(rows, p, top), top, total
+    carry = lax.fori_loop(start + 1, rows.num_tiles, functools.partial(_step, softmax, top), carry)
     acc, p, top, total = lax.optimization_barrier(carry)
     _finish(rows, acc, p, top, total)
 
 
+def _no_tiles(rows: Rows) -> tuple:
+    """The numerator of the output, maxima and sums, before the first tile."""
+    block_q = rows.context.blocks.block_q
+    start = 0.0 if rows.context.plan.has_fixed_top else _LOWEST
+    top = plgpu.layout_cast(jnp.full((block_q,), start, jnp.float32), ROW)
+    # Each thread sums its own columns; the threads of a row add up at the end.
+    return rows.no_output, top, zeros(block_q, THREAD_COLUMNS)
+
+
 def _first_is_edge(rows: Rows) -> Any:
-    """Whether the first tile needs a mask."""
+    """Whether the first tile of the pipeline needs a mask."""
     intervals, ranges = rows.context.intervals, rows.item.ranges
-    if intervals.is_traced or intervals.is_cut:
+    if rows.context.edges_first:
+        return rows.item.num_edges > 0
+    if intervals.is_cut:
         return (ranges.stop - 1 < ranges.full_first) | (ranges.stop > ranges.full_stop)
     return intervals.has_right_edge or intervals.has_left_edge
 
@@ -165,24 +180,39 @@ def _waits_at_end(rows: Rows) -> bool:
     return rows.context.intervals.is_cut or rows.context.sizes.H <= 64
 
 
-def _first_tile(softmax: Softmax, is_edge: Any) -> tuple[Any, Any, Any]:
-    """Weights, maxima and sums of the first tile."""
+def _tile_alone(softmax: Softmax, i: Any, is_edge: Any, carry: tuple) -> tuple[Any, Any, Any, Any]:
+    """Weights of tile i, of whose products none runs beside others; numerator, maxima and sums to add to."""
     rows, context, logits = softmax.rows, softmax.rows.context, softmax.rows.logits
-    block_q = context.blocks.block_q
-    start = 0.0 if context.plan.has_fixed_top else _LOWEST
-    top = plgpu.layout_cast(jnp.full((block_q,), start, jnp.float32), ROW)
-    # Each thread sums its own columns; the threads of a row add up at the end.
-    total = zeros(block_q, THREAD_COLUMNS)
-    start = rows.slot(0)
-    context.key_ring.wait_until_ready(start)
-    terms = logits.tile_terms(softmax.vectors, rows.item.tile(0), start)
+    acc, top, total = carry
+    slot = rows.slot(i)
+    context.key_ring.wait_until_ready(slot)
+    terms = logits.tile_terms(softmax.vectors, rows.item.tile(i), slot)
     initial, terms = logits.start(terms)
-    products = pl.run_state(lambda ref: _issue_scores(rows, ref, start))(plgpu.ACC.init(initial))
-    p, top, total, _ = softmax(products, terms, jnp.int32(0), top, total, is_edge)
-    context.key_ring.release(start)
-    if _waits_at_end(rows):
-        rows.wait_for_value(jnp.int32(0))
-    return p, top, total
+    products = pl.run_state(lambda ref: _issue_scores(rows, ref, slot))(plgpu.ACC.init(initial))
+    p, top, total, correction = softmax(products, terms, i, top, total, is_edge)
+    context.key_ring.release(slot)
+    if context.edges_first and not context.plan.has_fixed_top:
+        acc = acc * columns_of(correction, acc.shape)
+    return acc, p, top, total
+
+
+def _edge_tile(softmax: Softmax, i: Any, carry: tuple) -> tuple:
+    """All of a tile that needs a mask, where those come first: its code stays out of the pipeline's loop."""
+    rows = softmax.rows
+    acc, p, top, total = _tile_alone(softmax, i, True, carry)
+    rows.wait_for_value(i)
+    weights, slot = rows.as_operand(p), rows.slot(i)
+    acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, rows.value(slot)))(plgpu.ACC.init(acc))
+    rows.context.value_ring.release(slot)
+    return acc, top, total
+
+
+def _first_tile(softmax: Softmax, i: Any, is_edge: Any, carry: tuple) -> tuple[Any, Any, Any, Any]:
+    """The first tile of the pipeline, up to its second product."""
+    result = _tile_alone(softmax, i, is_edge, carry)
+    if _waits_at_end(softmax.rows):
+        softmax.rows.wait_for_value(i)
+    return result
 
 
 def _step(softmax: Softmax, no_weights: Any, i: Any, carry: tuple) -> tuple:
@@ -191,6 +221,7 @@ def _step(softmax: Softmax, no_weights: Any, i: Any, carry: tuple) -> tuple:
     takes_turns, turn, warpgroups = context.plan.takes_turns, context.buffers.turn, context.blocks.warpgroups
     acc, p, top, total = lax.optimization_barrier(carry)
     slot, previous = rows.slot(i), rows.slot(i - 1)
+    has_edges = context.intervals.has_many_edges(context.blocks.rows) and not context.edges_first
     # All waits come first: control flow between two products would serialise them.
     context.key_ring.wait_until_ready(slot)
     if not _waits_at_end(rows):
@@ -209,7 +240,7 @@ def _step(softmax: Softmax, no_weights: Any, i: Any, carry: tuple) -> tuple:
         if takes_turns:
             plgpu.barrier_arrive(turn.at[lax.rem(rows.wg + 1, jnp.int32(warpgroups))])
         s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-        is_edge = context.intervals.is_later_edge(rows.item.ranges, rows.item.tile(i), context.blocks.rows)
+        is_edge = has_edges and is_outside(rows.item.ranges, rows.item.tile(i))
         p_ref[...], top_ref[...], total_ref[...], correction_ref[...] = softmax(s, terms, i, top, total, is_edge)
         context.key_ring.release(slot)
         order_before_wgmma_wait(total_ref[...])
@@ -221,7 +252,7 @@ def _step(softmax: Softmax, no_weights: Any, i: Any, carry: tuple) -> tuple:
     )
     context.value_ring.release(previous)
     if _waits_at_end(rows):
-        rows.wait_for_value(i, may_be_padded=not context.intervals.is_cut)
+        rows.wait_for_value(i, may_be_padded=False)
     acc = acc if context.plan.has_fixed_top else acc * columns_of(correction, acc.shape)
     return acc, _carried(rows, p, no_weights), top, total
 
@@ -240,7 +271,7 @@ def _weights(rows: Rows, carried: Any) -> Any:
 
 def _finish(rows: Rows, acc: Any, p: Any, top: Any, total: Any) -> None:
     """The second product of the last tile, and the results."""
-    context, logits = rows.context, rows.logits
+    context = rows.context
     plgpu.barrier_arrive(context.buffers.query_free.at[rows.wg])
     last = rows.slot(rows.num_tiles - 1)
     if not _waits_at_end(rows):
@@ -248,43 +279,4 @@ def _finish(rows: Rows, acc: Any, p: Any, top: Any, total: Any) -> None:
     weights = _weights(rows, p)
     acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, rows.value(last)))(plgpu.ACC.init(acc))
     context.value_ring.release(last)
-
-    total = total.sum(axis=1)
-    factor, sink = logits.rescaling / total, rows.sink()
-    if sink is not None:
-        # The share of the keys.
-        factor = factor / (1.0 + jnp.exp2((sink - _lse(logits, top, total)) * LOG2E))
-    out = acc * columns_of(factor, acc.shape)
-    lse = _lse(logits, top, total)
-    if sink is not None:
-        larger, smaller = jnp.maximum(lse, sink), jnp.minimum(lse, sink)
-        lse = larger + jnp.log2(1.0 + jnp.exp2((smaller - larger) * LOG2E)) * LN2
-    # With a fixed top, sums alone tell. Else this is compared with the top.
-    sign, no_key = (total, 0.0) if context.plan.has_fixed_top else (top, NO_KEY * logits.unit.ceiling)
-    if context.blocks.splits > 1:
-        lse = jnp.where((sign > no_key) & jnp.logical_not(rows.item.is_empty), lse, _LOWEST)
-    elif context.intervals.is_traced:
-        # Rows past the query's length have no key: their weights are those of masked logits.
-        out = jnp.where(columns_of(sign, acc.shape) > no_key, out, 0.0)
-        lse = jnp.where(sign > no_key, lse, 0.0 if sink is None else sink)
-    rows.write(out, lse, _largest(rows, top) if context.plan.needs_max_logits else None)
-
-
-def _lse(logits: TileLogits, top: Any, total: Any) -> Any:
-    """Of the keys."""
-    return _top_logit(logits, top) + jnp.log2(total) * LN2
-
-
-def _top_logit(logits: TileLogits, top: Any) -> Any:
-    return from_base_2(top, logits.unit) if logits.has_terms else top * LN2
-
-
-def _largest(rows: Rows, top: Any) -> Any:
-    """The largest visible logit of each row; -inf where no key is visible, as in dead rows."""
-    logits, intervals = rows.logits, rows.context.intervals
-    has_key = top > NO_KEY * logits.unit.ceiling
-    if rows.context.blocks.splits > 1:
-        has_key = has_key & jnp.logical_not(rows.item.is_empty)
-    if (pair := intervals.rows(rows.item.head, rows.row, rows.shape[0], ROW)) is not None:
-        has_key = has_key & (pair[0] != DEAD)
-    return jnp.where(has_key, _top_logit(logits, top), -jnp.inf)
+    write(rows, acc, top, total)

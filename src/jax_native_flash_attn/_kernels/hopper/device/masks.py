@@ -110,11 +110,9 @@ class Intervals:
         # Cut off, a block has no more of them, and at least the one with the cut.
         return int(np.maximum(end - full_stop, int(self.is_cut)).max())
 
-    def is_later_edge(self, ranges: ColumnRange, tile: Any, block_rows: int) -> Any:
-        """Whether a tile that is visited behind the first one needs a mask."""
-        if not self.has_left_edge and self.right_tiles(block_rows) <= 1:
-            return False  # the first tile was the only one
-        return is_outside(ranges, tile)
+    def has_many_edges(self, block_rows: int) -> bool:
+        """Whether more tiles than the last one of a block of rows can need a mask."""
+        return self.has_left_edge or self.right_tiles(block_rows) > 1
 
     @property
     def is_traced(self) -> bool:
