@@ -60,7 +60,7 @@ class ForwardContext(KernelContext):
 
 
 class Rows:
-    """The rows of one item that one warpgroup computes: the item's tiles, last one first, and where its results go."""
+    """The rows of one item that one warpgroup computes: the item's tiles in their order, and where its results go."""
 
     def __init__(self, context: ForwardContext, item: Item, scale: Any):
         """`scale` if it was read before."""

@@ -182,8 +182,9 @@ class TileLogits:
         and factor without meaning.
 
         Products, terms and multiplier (of the products, in base 2) are as `capped` returned them. `masked` is True,
-        False, or a scalar known at run time; `then` is part of what is chosen by it. (One loop whose step branches is
-        faster than a loop for each kind of tile: the compiler keeps the products of several from overlapping.)
+        False, or a scalar known at run time; `then` is part of what is chosen by it. (A pipeline of
+        one loop whose step branches is faster than one of a loop for each kind of tile: the compiler keeps the products
+        of several from overlapping.)
         """
         in_mask = terms.mask
 

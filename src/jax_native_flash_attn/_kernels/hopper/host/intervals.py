@@ -83,12 +83,16 @@ def query_tiles(
     )
 
 
+def pad_rows(x: jax.Array, T: int, block: int, value: Any = 0) -> jax.Array:
+    """(..., T or 1) -> (..., T), and padding to whole blocks."""
+    return pad_axis(jnp.broadcast_to(x, (*x.shape[:-1], T)), -1, round_up(T, block), value)
+
+
 def _padded(mask: MaskOperands, T: int, S: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Starts, stops and deadness of all T rows, and of padding to whole blocks, whose intervals are empty."""
-    padded = round_up(T, block)
 
     def rows(x: jax.Array, value: Any) -> jax.Array:
-        return pad_axis(jnp.broadcast_to(x, (*x.shape[:-1], T)), -1, padded, value)
+        return pad_rows(x, T, block, value)
 
     assert mask.key_start is not None
     assert mask.key_stop is not None

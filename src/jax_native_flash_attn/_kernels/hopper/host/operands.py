@@ -14,7 +14,7 @@ from ...._semantics.call import Config, Inputs
 from ...._semantics.masks import MaskOperands
 from ..operands import MASKED, Dropout, Elements, LogitTerm, Operands, TermBuffers, TermKind
 from ..pallas import TmaLoad, matrix_buffer, pad_axis, plgpu, round_up, swizzle_bytes
-from .intervals import row_intervals
+from .intervals import pad_rows, row_intervals
 
 
 def prepare(
@@ -76,9 +76,7 @@ def _elements(mask: MaskOperands, T: int, S: int, block_rows: int, block_kv: int
         return None
 
     def rows(x: jax.Array | None) -> jax.Array | None:
-        if x is None:
-            return None
-        return pad_axis(jnp.broadcast_to(x[..., 0], (*x.shape[:-2], T)), -1, round_up(T, block_rows))
+        return None if x is None else pad_rows(x[..., 0], T, block_rows)
 
     def keys(x: jax.Array | None) -> jax.Array | None:
         return None if x is None else pad_axis(x[..., 0, :], -1, round_up(S, block_kv))
