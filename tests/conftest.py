@@ -24,6 +24,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--x64", action="store_true", help="run with jax_enable_x64: uv run pytest -m gpu --x64")
+    parser.addoption("--whole-grid", action="store_true", help="run every point of the grids in tests/support/grids.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,8 +32,16 @@ def pytest_configure(config: pytest.Config) -> None:
         environment.use_x64_everywhere()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked gpu where JAX has no GPU, but for those that say themselves why they cannot run."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is left to `--whole-grid`.
+
+    And the tests marked gpu where JAX has no GPU, but for those that say themselves why they cannot run.
+    """
+    if not config.getoption("--whole-grid"):
+        rest = pytest.mark.skip(reason="every point of a grid is run with --whole-grid, and by CI")
+        for item in items:
+            if item.get_closest_marker("whole_grid"):
+                item.add_marker(rest)
     if jax.default_backend() == "gpu":
         return
     skip = pytest.mark.skip(reason=f"needs a GPU; JAX's backend is {jax.default_backend()}")

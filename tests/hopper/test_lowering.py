@@ -12,6 +12,7 @@ import pytest
 from jax_native_flash_attn import flash_attention_with_lse
 from jax_native_flash_attn._kernels.xla.family import XlaKernels
 from tests.support.cases import SHAPES, Case, call_types, named_case, static_options
+from tests.support.grids import thinned
 from tests.support.hopper import VMAPS, lowered_text, mosaic_attention, shared_operand_gradients, vmap_arguments
 from tests.support.targets import needs_backend, pretend_gpu
 
@@ -81,16 +82,19 @@ GRADIENTS: dict[str, dict[str, Any]] = {
 @pytest.mark.usefixtures("no_pure_jax")
 @pytest.mark.parametrize(
     ("options", "H", "D"),
-    [
-        *((options, 128, None) for options in ("bias", "mask", "bias and mask")),
-        *((options, H, None) for options, H in itertools.product(("plain", "bias and mask"), (16, 144))),
-        *((options, 256, None) for options in GRADIENTS),  # "mask" needs the most shared memory
-        ("plain", 192, 128),
-        ("bias and mask", 192, 128),
-        ("mask", 64, 128),
-        ("plain", 16, 256),
-        ("bias", 256, 16),
-    ],
+    thinned(
+        [
+            *((options, 128, None) for options in ("bias", "mask", "bias and mask")),
+            *((options, H, None) for options, H in itertools.product(("plain", "bias and mask"), (16, 144))),
+            *((options, 256, None) for options in GRADIENTS),  # "mask" needs the most shared memory
+            ("plain", 192, 128),
+            ("bias and mask", 192, 128),
+            ("mask", 64, 128),
+            ("plain", 16, 256),
+            ("bias", 256, 16),
+        ],
+        3,
+    ),
 )
 def test_gradients_lower_for_cuda_without_a_gpu(options: str, H: int, D: int | None) -> None:
     """What the grid of `test_lowering_transformations` lacks: head dimensions, a bias and a mask of heads."""
@@ -120,7 +124,9 @@ ADDED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.usefixtures("no_pure_jax")
-@pytest.mark.parametrize(("options", "head_dim"), [*((options, 64) for options in ADDED), ("all", 128), ("all", 256)])
+@pytest.mark.parametrize(
+    ("options", "head_dim"), thinned([*((options, 64) for options in ADDED), ("all", 128), ("all", 256)], 3, 2)
+)
 def test_gradients_inside_a_soft_cap_and_beside_sinks_lower_for_cuda(options: str, head_dim: int) -> None:
     """Of scale too, whose kernel leaves other sums then."""
     traced = {name: x for name, x in ADDED[options].items() if isinstance(x, jax.ShapeDtypeStruct)}

@@ -10,6 +10,7 @@ import pytest
 
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse
 from tests.support.environment import enable_x64, fast_compilation, lenient_promotion
+from tests.support.grids import thinned
 from tests.support.oracle import float64_oracle
 from tests.support.reference import reference_attention
 
@@ -141,7 +142,15 @@ WITH_ZEROS: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("zeros", "options"),
-    [(zeros, options) for zeros in LENGTHS_OF_ZERO for options in WITH_ZEROS if options == "plain" or len(zeros) == 1],
+    thinned(
+        [
+            (zeros, options)
+            for zeros in LENGTHS_OF_ZERO
+            for options in WITH_ZEROS
+            if options == "plain" or len(zeros) == 1
+        ],
+        2,
+    ),
     ids=lambda x: "".join(x),
 )
 def test_axes_of_length_0(zeros: tuple[str, ...], options: str):

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_native_flash_attn import flash_attention
 from tests.support.environment import DEVICE_COUNT, fast_compilation, lenient_promotion
+from tests.support.grids import thinned
 from tests.support.programs import collective_elements
 from tests.support.targets import pretend_whole_kernels
 
@@ -83,10 +84,20 @@ PROJECTIONS = {
 
 
 @pytest.mark.parametrize(
-    ("as_units", "transformation"),
-    [*((False, name) for name in ("value", "grad", "jvp", "hvp")), (True, "grad"), (True, "hvp")],
+    ("as_units", "transformation", "projection"),
+    thinned(
+        (
+            (as_units, name, projection)
+            for projection in PROJECTIONS
+            for as_units, name in [
+                *((False, name) for name in ("value", "grad", "jvp", "hvp")),
+                (True, "grad"),
+                (True, "hvp"),
+            ]
+        ),
+        every=5,
+    ),
 )
-@pytest.mark.parametrize("projection", PROJECTIONS)
 def test_fused_projection(
     projection: str, transformation: str, as_units: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
