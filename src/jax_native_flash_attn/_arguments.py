@@ -110,7 +110,11 @@ def check(
         head_index = head_indices(1, 1) if shares_dropout else head_indices(B, N)
     static_window, traced_window = window, None
     if window is not None and not all(isinstance(side, int) for side in window):
-        moves = any(x is not None for x in (query_positions, key_positions, traced_offset)) or static_offset != 0 or blocks > 1
+        moves = (
+            any(x is not None for x in (query_positions, key_positions, traced_offset))
+            or static_offset != 0
+            or blocks > 1
+        )
         limits = ((-LARGEST, LARGEST),) * 2 if moves else ((-S, T), (-T, S))
         left, right = (clip_window_side(side, *ends) for side, ends in zip(window, limits, strict=True))
         static_window, traced_window = None, jnp.stack([left, right])

@@ -1,9 +1,9 @@
 """Attention of a sequence that is split over devices, inside `jax.shard_map`: who sends what to whom.
 
-    ring        key/value blocks travel, see `_sharding/ring.py`; nothing else does
-    all_to_all  heads are exchanged for the sequence before the call, and back behind it: each device has all of the
-                sequence, and some heads (DeepSpeed Ulysses, Jacobs et al. 2023, arXiv:2309.14509)
-    all_gather  keys and values are gathered before the call
+ring        key/value blocks travel, see `_sharding/ring.py`; nothing else does
+all_to_all  heads are exchanged for the sequence before the call, and back behind it: each device has all of the
+            sequence, and some heads (DeepSpeed Ulysses, Jacobs et al. 2023, arXiv:2309.14509)
+all_gather  keys and values are gathered before the call
 """
 
 from collections.abc import Callable

@@ -93,9 +93,7 @@ def make_block_masks(
         operands = operands._replace(query_ids=of_rows(order.query_ids), key_ids=of_keys(order.key_ids))
     if order.has_positions:
         reach = Reach(*(static_window or (None, None))) if traced_window is None else Reach(*traced_window)
-        operands = operands._replace(
-            **position_bounds(T, S * size, order, reach.causal() if is_causal else reach, 0)
-        )
+        operands = operands._replace(**position_bounds(T, S * size, order, reach.causal() if is_causal else reach, 0))
     return band, operands._replace(is_exact=None if is_exact is None else _joined(is_exact))
 
 

@@ -47,9 +47,7 @@ def forward(call: Call, target: Target) -> Forward:
     if ring is None:
         return select.forward(call, target)
     # Rows without a key in one block, which sinks make of others, are empty there. Sinks themselves come in the end.
-    of_blocks = Call(
-        replace(config, needs_lse=True, rounds_out=False, adds_rounded=False), inputs._replace(sinks=None)
-    )
+    of_blocks = Call(replace(config, needs_lse=True, rounds_out=False, adds_rounded=False), inputs._replace(sinks=None))
 
     def visit(merged: Forward | None, at: Visit) -> Forward:
         step = at.call(of_blocks)
