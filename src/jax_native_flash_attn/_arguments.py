@@ -102,8 +102,8 @@ def check(
     shares_dropout = as_static_bool(broadcast_dropout, "broadcast_dropout")
     mask = None if mask is None else as_mask(mask, (B, N, T, S), is_staged=is_staged)
     band = Band()
-    if isinstance(mask, np.ndarray) and blocks == 1:
-        mask, band = hide_constant_mask(mask, T, S)
+    if isinstance(mask, np.ndarray):
+        mask, band = hide_constant_mask(mask, T, S) if blocks == 1 else (jnp.asarray(mask), band)
     dropout, dropout_key, head_index = None, None, None
     if dropout_rate > 0:
         dropout, dropout_key = make_dropout(dropout_rate), threefry_words(dropout_rng)

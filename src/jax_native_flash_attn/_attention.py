@@ -107,7 +107,9 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
     if ring is None:
         band, mask = make_mask(T, S, static_band=settings.static_band, **masks)
     else:
-        band, mask = make_block_masks(T, S, ring.size, jax.lax.axis_index(ring.axis_name), **masks)
+        band, mask = make_block_masks(
+            T, S, ring.size, jax.lax.axis_index(ring.axis_name), is_balanced=ring.is_balanced, **masks
+        )
     is_row = is_query_row(T, arrays.query_lengths, arrays.query_segment_ids)
     in_length = is_query_row(T, arrays.query_lengths, None)
     if in_length is not None:

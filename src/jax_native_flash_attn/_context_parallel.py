@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from ._api import flash_attention_with_lse
 from ._options import Options
-from ._strategies import Strategy, context_parallel
+from ._strategies import SequenceOrder, Strategy, context_parallel
 
 _DEFAULTS = {
     name: parameter.default
@@ -27,12 +27,14 @@ def context_parallel_attention(
     *,
     axis_name: Any,
     strategy: Strategy | None = None,
+    order: SequenceOrder | None = None,
     implementation: str | None = None,
     **options: Unpack[Options],
 ) -> jax.Array:
     """X"""
     arguments = _arguments("context_parallel_attention", (query, key, value, bias, mask), options)
-    return context_parallel(arguments, axis_name, strategy, needs_lse=False, implementation=implementation).out
+    split: dict[str, Any] = {"axis_name": axis_name, "strategy": strategy, "order": order}
+    return context_parallel(arguments, **split, needs_lse=False, implementation=implementation).out
 
 
 def context_parallel_attention_with_lse(
@@ -44,12 +46,14 @@ def context_parallel_attention_with_lse(
     *,
     axis_name: Any,
     strategy: Strategy | None = None,
+    order: SequenceOrder | None = None,
     return_max_logits: bool = False,
     **options: Unpack[Options],
 ) -> tuple[jax.Array, ...]:
     """X"""
     arguments = _arguments("context_parallel_attention_with_lse", (query, key, value, bias, mask), options)
-    results = context_parallel(arguments, axis_name, strategy, needs_lse=True, needs_max_logits=return_max_logits)
+    split: dict[str, Any] = {"axis_name": axis_name, "strategy": strategy, "order": order}
+    results = context_parallel(arguments, **split, needs_lse=True, needs_max_logits=return_max_logits)
     return tuple(x for x in results if x is not None)
 
 

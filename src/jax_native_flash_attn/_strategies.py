@@ -6,6 +6,7 @@ all_to_all  heads are exchanged for the sequence before the call, and back behin
 all_gather  keys and values are gathered before the call
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -17,18 +18,21 @@ from jax import lax
 from ._arguments import check
 from ._attention import Results, attention
 from ._convert import as_4d
+from ._semantics.block_masks import part_starts, positions_of_block, sees_itself
 from ._semantics.call import Arrays, Ring, Settings
-from ._semantics.positions import saturated_sum
+from ._semantics.positions import Reach, saturated_sum
 
 Strategy = Literal["ring", "all_to_all", "all_gather"]
+SequenceOrder = Literal["balanced"]
 
 
 class Devices(NamedTuple):
-    """Those of the mesh axis over which the sequence is split: how many, and which place this one has."""
+    """Those of the mesh axis over which the sequence is split: how many, which place this one has, in which order."""
 
     axis_name: Any
     size: int
     rank: jax.Array
+    order: SequenceOrder | None
 
     def gather(self, x: jax.Array, axis: int) -> jax.Array:
         return lax.all_gather(x, self.axis_name, axis=axis, tiled=True)
@@ -42,8 +46,17 @@ class Devices(NamedTuple):
         return lax.dynamic_slice_in_dim(x, self.rank * length, length, axis)
 
 
-def context_parallel(arguments: dict[str, Any], axis_name: Any, strategy: Strategy | None, **asked: Any) -> Results:
+def context_parallel(
+    arguments: dict[str, Any],
+    *,
+    axis_name: Any,
+    strategy: Strategy | None,
+    order: SequenceOrder | None,
+    **asked: Any,
+) -> Results:
     """The results for arguments of `context_parallel_attention`; `asked`: of `check`."""
+    if order not in (None, "balanced"):
+        raise ValueError(f"order must be None or 'balanced', got {order!r}")
     if strategy is not None and strategy not in _STRATEGIES:
         raise ValueError(f"strategy must be one of {(None, *_STRATEGIES)}, got {strategy!r}")
     try:
@@ -55,9 +68,10 @@ def context_parallel(arguments: dict[str, Any], axis_name: Any, strategy: Strate
     shape = jnp.asarray(arguments["query"]).shape
     if size == 1:
         return attention(*check(**arguments, **asked), shape)
-    devices = Devices(axis_name, size, lax.axis_index(axis_name))
+    devices = Devices(axis_name, size, lax.axis_index(axis_name), order)
     T, S = (as_4d(arguments[name], name).shape[1] for name in ("query", "key"))
-    arguments = dict(arguments)
+    if order is not None:
+        _check_order(arguments, T, S)
     for name in ("bias", "mask"):
         if arguments[name] is not None:
             arguments[name] = _rows_of_device(name, as_4d(arguments[name], name), T, S, devices)
@@ -65,7 +79,31 @@ def context_parallel(arguments: dict[str, Any], axis_name: Any, strategy: Strate
         if arguments[name] is not None:
             arguments[name] = devices.gather(jnp.asarray(arguments[name]), -1)
     settings, arrays = check(**arguments, **asked, blocks=size)
-    return _STRATEGIES[strategy or choose(arrays, size)](settings, arrays, devices, shape)
+    strategy = strategy or choose(arrays, size)
+    if order is not None and strategy != "ring":
+        arrays = _with_positions(settings, arrays, devices)
+    return _STRATEGIES[strategy](settings, arrays, devices, shape)
+
+
+def _check_order(arguments: dict[str, Any], T: int, S: int) -> None:
+    given = [name for name in ("query_positions", "key_value_positions") if arguments[name] is not None]
+    if given:
+        raise ValueError(f"order='balanced' says where tokens stand, got {given[0]} beside it: leave one of them out")
+    if T % 2 or S % 2:
+        raise ValueError(f"order='balanced' needs two equal parts on each device, got {T} query rows and {S} keys")
+
+
+def _with_positions(settings: Settings, arrays: Arrays, devices: Devices) -> Arrays:
+    """The positions that the balanced order means, as arguments."""
+    (B, T, *_), S = arrays.query.shape, arrays.key.shape[1]
+    rows = positions_of_block(devices.rank, devices.size, T, is_balanced=True)
+    shift = jnp.int32(settings.static_offset) if arrays.query_offset is None else arrays.query_offset[:, None]
+    keys = [positions_of_block(block, devices.size, S, is_balanced=True) for block in range(devices.size)]
+    return arrays._replace(
+        query_positions=jnp.broadcast_to(saturated_sum(rows[None], shift), (B, T)),
+        key_value_positions=jnp.broadcast_to(jnp.concatenate(keys)[None], (B, devices.size * S)),
+        query_offset=None,
+    )
 
 
 def choose(arrays: Arrays, size: int) -> Strategy:
@@ -91,32 +129,34 @@ def _rows_of_device(name: str, x: jax.Array, T: int, S: int, devices: Devices) -
 
 
 def _ring(settings: Settings, arrays: Arrays, devices: Devices, shape: tuple[int, ...]) -> Results:
-    ring = Ring(devices.axis_name, devices.size, _distances(settings, arrays, devices.size))
+    is_balanced = devices.order is not None
+    distances = _distances(settings, arrays, devices.size, is_balanced=is_balanced)
+    ring = Ring(devices.axis_name, devices.size, distances, is_balanced)
     arrays = arrays._replace(query_lengths=_lengths_of_rows(arrays, devices))
     return _over_devices(attention(settings._replace(ring=ring), arrays, shape), devices)
 
 
-def _distances(settings: Settings, arrays: Arrays, size: int) -> tuple[int, ...]:
+def _distances(settings: Settings, arrays: Arrays, size: int, *, is_balanced: bool) -> tuple[int, ...]:
     """How far back the blocks are that hold keys of any row, as far as that is known while the program is made."""
     everywhere = tuple(range(size))
-    is_moved = any(
-        x is not None
-        for x in (arrays.traced_window, arrays.query_offset, arrays.query_positions, arrays.key_value_positions)
-    )
-    if is_moved or not (settings.is_causal or settings.static_window):
+    moving = (arrays.traced_window, arrays.query_offset, arrays.query_positions, arrays.key_value_positions)
+    if any(x is not None for x in moving) or not (settings.is_causal or settings.static_window):
         return everywhere
     T, S, offset = arrays.query.shape[1], arrays.key.shape[1], settings.static_offset
     left, right = settings.static_window or (size * (T + S) + abs(offset),) * 2
     right = min(right, 0) if settings.is_causal else right
     others = (arrays.key_value_lengths, arrays.key_value_segment_ids, arrays.mask)
-    has_own_key = T == S and -left <= 0 <= right and offset == 0 and all(x is None for x in others)
-    if arrays.sinks is None and not has_own_key:
+    if arrays.sinks is None and not (T == S and sees_itself(Reach(left, right), offset, others)):
         return everywhere  # a row without keys attends all
 
     def meets(rows: int, keys: int) -> bool:
         """Whether any row of one block attends a key of another."""
-        first, last = keys * S - (rows * T + T - 1) - offset, keys * S + S - 1 - rows * T - offset
-        return first <= right and last >= -left
+        parts = itertools.product(
+            part_starts(rows, size, T, is_balanced=is_balanced), part_starts(keys, size, S, is_balanced=is_balanced)
+        )
+        count = 2 if is_balanced else 1
+        between = [(key - row - T // count + 1 - offset, key + S // count - 1 - row - offset) for row, key in parts]
+        return any(first <= right and last >= -left for first, last in between)
 
     pairs = [(rows, keys) for rows in everywhere for keys in everywhere if meets(rows, keys)]
     return tuple(sorted({0} | {(rows - keys) % size for rows, keys in pairs}))

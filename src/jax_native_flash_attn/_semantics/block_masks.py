@@ -1,6 +1,6 @@
 """All masks of a call whose keys are in several blocks, as one for each block."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,81 +9,94 @@ import jax.numpy as jnp
 from .join_masks import is_query_row, make_mask
 from .masks import Band, MaskOperands, make_band
 from .positions import Order, Reach, of_keys, of_rows, position_bounds, saturated_sum
-from .visible import Visible
+
+
+def part_starts(block: Any, size: int, length: int, *, is_balanced: bool) -> list[Any]:
+    """The positions at which the equally long parts of a block of `length` tokens start; there are `size` blocks."""
+    if not is_balanced:
+        return [block * length]
+    return [block * (length // 2), (2 * size - 1 - block) * (length // 2)]
+
+
+def positions_of_block(block: Any, size: int, length: int, *, is_balanced: bool) -> jax.Array:
+    """(length,) int32"""
+    starts = part_starts(block, size, length, is_balanced=is_balanced)
+    return jnp.concatenate([start + jnp.arange(length // len(starts), dtype=jnp.int32) for start in starts])
+
+
+def sees_itself(reach: Reach, offset: int, others: Sequence[Any]) -> bool:
+    """Whether each row is known to attend the key of its own index: `others` are what else there is of a mask."""
+    sides = [side for side in reach if side is not None]
+    return offset == 0 and all(x is None for x in others) and all(isinstance(x, int) and x >= 0 for x in sides)
 
 
 def make_block_masks(
-    T: int,
-    S: int,
-    size: int,
-    rank: jax.Array,
-    *,
-    is_causal: bool,
-    static_window: tuple[int, int] | None,
-    traced_window: jax.Array | None,
-    query_lengths: jax.Array | None,
-    key_value_lengths: jax.Array | None,
-    allowed: jax.Array | None,
-    static_offset: int,
-    order: Order,
-    find_visible: Callable[[MaskOperands, int, int], Visible],
-    has_dead_rows: bool,
+    T: int, S: int, size: int, rank: jax.Array, *, is_balanced: bool, **masks: Any
 ) -> tuple[Band, MaskOperands]:
-    """As `make_mask`, of `size` blocks of S keys, and the T rows that are behind those of `rank` blocks of rows.
+    """As `make_mask` of these `masks`, of `size` blocks of S keys; the T rows are the block of number `rank`.
 
-    Args:
-      query_lengths: of these rows alone.
-      allowed, order: of the keys of all blocks.
+    `query_lengths` is of these rows alone; ids and positions of keys, and `allowed`, are of the keys of all blocks.
+    There is no `static_band`.
 
     Returns:
       The band of the block of the same number, if that is all there is; and the operands of all blocks, as
       `Config.ring` says.
     """
-    is_moved = order.query_offset is not None or static_offset != 0
-    others = (traced_window, query_lengths, key_value_lengths, allowed, order.query_ids)
-    has_others = any(x is not None for x in others) or order.has_positions or is_moved
-    if not has_others and not is_causal and static_window is None:
+    order: Order = masks["order"]
+    static_window, traced_window = masks["static_window"], masks["traced_window"]
+    allowed, key_value_lengths, query_lengths = masks["allowed"], masks["key_value_lengths"], masks["query_lengths"]
+    reach = Reach(*(static_window or (None, None))) if traced_window is None else Reach(*traced_window)
+    reach = reach.causal() if masks["is_causal"] else reach
+    others = (query_lengths, key_value_lengths, allowed, order.query_ids)
+    if reach == Reach(None, None) and all(x is None for x in others):
         return Band(), MaskOperands()
-    band = Band()
-    if not has_others and T == S:
-        band = make_band(T, S, is_causal=is_causal, window=static_window, also=Band())
-        start, stop = band.intervals(T, S)
-        band = Band() if (stop <= start).any() else band
-    first_row = rank * T
+    rows = positions_of_block(rank, size, T, is_balanced=is_balanced)[None, :]
+    shift = jnp.int32(masks["static_offset"]) if order.query_offset is None else order.query_offset[:, None]
+    rows = saturated_sum(rows, shift)
     if order.has_positions:
-        order = _with_positions(order, T, S * size, first_row, static_offset)
+        keys = jnp.arange(size * S, dtype=jnp.int32)[None, :] if order.key_positions is None else order.key_positions
+        order = Order(
+            order.query_ids, order.key_ids, rows if order.query_positions is None else order.query_positions, keys
+        )
+
+    def within(block: jax.Array) -> tuple[jax.Array, jax.Array]:
+        starts = part_starts(block, size, S, is_balanced=is_balanced)
+
+        def count(reached: jax.Array) -> jax.Array:
+            """How many keys of the block are at positions up to those."""
+            reached = jnp.clip(reached, -1, size * S)
+            parts = [jnp.clip(reached - start + 1, 0, S // len(starts)) for start in starts]
+            return sum(parts[1:], parts[0])[:, None, :]
+
+        first = jnp.zeros((1, 1, T), jnp.int32) if reach.left is None else count(saturated_sum(rows, -reach.left) - 1)
+        return first, jnp.full((1, 1, T), S) if reach.right is None else count(saturated_sum(rows, reach.right))
 
     def of_block(block: jax.Array) -> tuple[jax.Array | None, ...]:
         def keys(x: jax.Array | None) -> jax.Array | None:
-            if x is None or x.shape[-1] == 1 < S * size:
-                return x
-            return jax.lax.dynamic_slice_in_dim(x, block * S, S, -1)
+            return x if x is None or x.shape[-1] == 1 else jax.lax.dynamic_slice_in_dim(x, block * S, S, -1)
 
-        own = order._replace(key_ids=keys(order.key_ids), key_positions=keys(order.key_positions))
-        if not order.has_positions:
-            shift = jnp.full((1,), static_offset, jnp.int32) if order.query_offset is None else order.query_offset
-            own = own._replace(query_offset=saturated_sum(shift, first_row - block * S))
-        mask = make_mask(
-            T,
-            S,
-            is_causal=is_causal,
-            static_window=static_window,
-            traced_window=traced_window,
-            query_lengths=query_lengths,
-            key_value_lengths=None if key_value_lengths is None else jnp.clip(key_value_lengths - block * S, 0, S),
-            allowed=keys(allowed),
-            order=own,
-            find_visible=find_visible,
-            has_dead_rows=False,
-        )[1]
+        changed: dict[str, Any] = {"is_causal": False, "static_window": None, "traced_window": None}
+        own = Order(order.query_ids, keys(order.key_ids))
+        if order.has_positions:
+            changed = {}
+            own = own._replace(query_positions=order.query_positions, key_positions=keys(order.key_positions))
+        if key_value_lengths is not None:
+            changed["key_value_lengths"] = jnp.clip(key_value_lengths - block * S, 0, S)
+        changed |= {"allowed": keys(allowed), "order": own, "has_dead_rows": False, "static_offset": 0}
+        limits = None if order.has_positions else within(block)
+        mask = make_mask(T, S, within=limits, **masks | changed)[1]
         return mask.key_start, mask.key_stop, mask.is_exact
 
     start, stop, is_exact = jax.vmap(of_block)(jnp.arange(size, dtype=jnp.int32))
     assert start is not None
     assert stop is not None
     start, stop = jnp.broadcast_arrays(start, stop)
-    dead = None
-    if has_dead_rows and band == Band():
+    band, dead = Band(), None
+    moving = (key_value_lengths, allowed, *order)
+    if T == S and sees_itself(reach, masks["static_offset"], moving):
+        if query_lengths is None and not (is_balanced and static_window):
+            band = make_band(T, S, is_causal=masks["is_causal"], window=static_window, also=Band())
+    elif masks["has_dead_rows"]:
         is_row = is_query_row(T, query_lengths, order.query_ids)
         dead = ~(start < stop).any(0)
         dead = dead if is_row is None else dead & is_row[:, None, :]
@@ -92,19 +105,8 @@ def make_block_masks(
     if order.query_ids is not None and order.key_ids is not None:
         operands = operands._replace(query_ids=of_rows(order.query_ids), key_ids=of_keys(order.key_ids))
     if order.has_positions:
-        reach = Reach(*(static_window or (None, None))) if traced_window is None else Reach(*traced_window)
-        operands = operands._replace(**position_bounds(T, S * size, order, reach.causal() if is_causal else reach, 0))
+        operands = operands._replace(**position_bounds(T, S * size, order, reach, 0))
     return band, operands._replace(is_exact=None if is_exact is None else _joined(is_exact))
-
-
-def _with_positions(order: Order, T: int, S: int, first_row: jax.Array, offset: int) -> Order:
-    """With positions of rows and keys where one of them goes by its index."""
-    query, key = order.query_positions, order.key_positions
-    if query is None:
-        shift = jnp.int32(offset) if order.query_offset is None else order.query_offset[:, None]
-        query = saturated_sum(shift, first_row + jnp.arange(T, dtype=jnp.int32)[None, :])
-    key = jnp.arange(S, dtype=jnp.int32)[None, :] if key is None else key
-    return order._replace(query_positions=query, key_positions=key, query_offset=None)
 
 
 def _joined(x: Any) -> jax.Array:

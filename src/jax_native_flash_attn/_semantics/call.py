@@ -19,11 +19,13 @@ class Ring:
     Attributes:
       axis_name: the mesh axis, or several as one; manual where the call is.
       distances: which blocks a device visits, its own, 0, first: with distance d that of the device d places before it.
+      is_balanced: whether rows and keys are in the order of `balanced_order`, which masks then see through.
     """
 
     axis_name: Any
     size: int
     distances: tuple[int, ...]
+    is_balanced: bool = False
 
 
 class Settings(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
@@ -23,11 +24,18 @@ def axis_index(ring: Ring) -> jax.Array:
 
 
 def shift(tree: Tree, ring: Ring, hop: int) -> Tree:
-    """Arrays of this device to the one `hop` places further on."""
+    """Arrays of this device, of one dtype, to the one `hop` places further on.
+
+    As one: XLA has but one transfer of a kind on its way at a time, and a second would wait for what hides the first.
+    """
+    arrays, structure = jax.tree.flatten(tree)
     hop %= ring.size
-    if hop == 0:
+    if hop == 0 or not arrays:
         return tree
-    return jax.tree.map(lambda x: _shift_p.bind(x, axis_name=ring.axis_name, size=ring.size, hop=hop), tree)
+    joined = jnp.concatenate([x.reshape(-1) for x in arrays]) if len(arrays) > 1 else arrays[0]
+    arrived = _shift_p.bind(joined, axis_name=ring.axis_name, size=ring.size, hop=hop)
+    parts = jnp.split(arrived, np.cumsum([x.size for x in arrays])[:-1]) if len(arrays) > 1 else [arrived]
+    return jax.tree.unflatten(structure, [part.reshape(x.shape) for part, x in zip(parts, arrays, strict=True)])
 
 
 _index_p = Primitive("flash_attention_axis_index")

@@ -21,7 +21,7 @@ from .._kernels.protocol import Forward, LinearPass, Pass, Target
 from .._semantics.call import Call, Inputs, batch_of, sum_to
 from .._semantics.merging import merge
 from .._semantics.numerics import accumulation_dtype
-from .collectives import shift
+from .collectives import axis_index, shift
 from .ring import Visit, go_around
 
 Shape = jax.ShapeDtypeStruct
@@ -65,6 +65,7 @@ def forward(call: Call, target: Target) -> Forward:
         sinks = jnp.broadcast_to(inputs.sinks[..., None], merged.lse.shape)
         merged = _merged(merged, Forward(jnp.zeros_like(merged.out), sinks, merged.max_logits))
     out, lse, max_logits, _ = merged
+    assert lse is not None
     return Forward(
         out.astype(dtype) if config.rounds_out else out,
         jnp.where(jnp.isneginf(lse), 0, lse) if config.needs_lse else None,  # -inf: of padded rows
@@ -100,9 +101,12 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
     split = {name for name, x in wanted.items() if name == "bias" and x.shape[-1] > 1}
     of_block = wanted | {name: Shape((*wanted[name].shape[:-1], S), dtype) for name in split}
     travelling = [name for name in ("key", "value") if name in wanted]
+    # A family with a kernel for each gradient makes those of the own key and value last, while the others travel home.
+    late = {name: wanted[name] for name in travelling if is_opaque(call, Pass.COTANGENT, target)}
 
     def visit(sums: Sums, at: Visit) -> Sums:
-        found = select.cotangent(at.call(of_blocks), given._replace(wanted=of_block), target)
+        asked = {name: x for name, x in of_block.items() if not (at.is_own and name in late)}
+        found = select.cotangent(at.call(of_blocks), given._replace(wanted=asked), target) if asked else {}
         for name in split:
             whole = sums.resting[name] if name in sums.resting else jnp.zeros(wanted[name].shape, dtype)
             found[name] = lax.dynamic_update_slice_in_dim(whole, found[name], at.source * S, -1)
@@ -120,8 +124,12 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
         zeros = {name: jnp.zeros(wanted[name].shape, dtype) for name in travelling}
         blocks = {"key": inputs.key, "value": inputs.value}
         sums = go_around(ring, blocks, Sums({}, {}), visit, lambda sums: sums._replace(moving=zeros))
-        home = shift(sums.moving, ring, -ring.distances[-1]) if sums.moving else {}
-        results = sums.resting | {name: sums.resting[name] + x for name, x in home.items()}
+        home = shift(sums.moving, ring, -ring.distances[-1])
+        results = dict(sums.resting)
+        if late:
+            own = Visit(axis_index(ring), axis_index(ring), blocks, is_own=True).call(of_blocks)
+            results |= select.cotangent(own, given._replace(wanted=late), target)
+        results |= {name: results[name] + x for name, x in home.items()}
     if "scale" in given.wanted:
         results["scale"] = _of_scale(call, given, target)
     return {name: results[name].astype(like.dtype) for name, like in given.wanted.items()}

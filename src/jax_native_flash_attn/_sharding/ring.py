@@ -97,19 +97,25 @@ def go_around(
     def at(distance: Any, blocks: Mapping[str, jax.Array], hop: int) -> Visit:
         return Visit(rank, (rank - distance) % ring.size, blocks, hop)
 
-    state = visit(state, Visit(rank, rank, blocks, is_own=True))
+    def visited(state: State, at: Visit, hop: int) -> tuple[State, Mapping[str, jax.Array]]:
+        """The state after a visit, and the next block, which is not looked at before that: XLA would wait for it."""
+        following = shift(at.blocks, ring, hop)
+        return lax.optimization_barrier((visit(state, at), following))
+
+    own = Visit(rank, rank, blocks, is_own=True)
+    if len(distances) == 1:
+        return visit(state, own)
+    state, blocks = visited(state, own, hops[0])
     if len(distances) <= _UNROLLED or len(set(hops)) > 1:
-        for distance, hop in zip(distances[1:], hops, strict=True):
-            blocks = shift(blocks, ring, hop)
-            state = visit(state, at(distance, blocks, hop))
-        return state
+        for distance, (hop, following) in zip(distances[1:], itertools.pairwise(hops), strict=False):
+            state, blocks = visited(state, at(distance, blocks, hop), following)
+        return visit(state, at(distances[-1], blocks, hops[-1]))
     hop = hops[0]
 
     def body(carry: tuple, distance: jax.Array) -> tuple[tuple, None]:
         state, blocks = carry
-        following = shift(blocks, ring, hop)
-        return (visit(state, at(distance, blocks, hop)), following), None
+        return visited(state, at(distance, blocks, hop), hop), None
 
-    carry = before_loop(state), shift(blocks, ring, hop)
+    carry = before_loop(state), blocks
     (state, blocks), _ = lax.scan(body, carry, jnp.asarray(distances[1:-1], jnp.int32))
     return visit(state, at(distances[-1], blocks, hop))
