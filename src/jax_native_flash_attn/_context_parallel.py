@@ -33,9 +33,8 @@ def context_parallel_attention(
 ) -> jax.Array:
     """`flash_attention` of a sequence that is split over devices (context parallelism), inside `jax.shard_map`.
 
-    Each device of the mesh axis has T rows of query and S of key and value, in the order of the axis, and gets the rows
-    of the result that belong to its own: those of `flash_attention` of the whole arrays, of n * T rows and n * S keys on
-    n devices. Everything is kept: each argument, each derivative, `vmap`, dropout masks.
+    Each of the n devices of the mesh axis has T rows of query and S of key and value, in the order of the axis, and
+    gets what `flash_attention` of all n * T rows and n * S keys gives for its own. Everything is kept: each argument, each derivative, `vmap`, dropout masks.
 
         order = balanced_order(length, devices)         # once, where the data is loaded
         spec = jax.P(None, "sequence")

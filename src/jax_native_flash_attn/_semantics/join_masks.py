@@ -67,11 +67,11 @@ def make_mask(
     operands = MaskOperands(allowed=allowed, key_value_length=key_value_lengths)
     if order.has_positions:
         operands = operands._replace(**position_bounds(T, S, order, reach, static_offset))
-    elif within is not None:
-        start, stop = jnp.maximum(start, within[0]), jnp.minimum(stop, within[1])
-    elif not is_static:
+    elif not is_static and within is None:
         rows = jnp.arange(T, dtype=jnp.int32)[None, None, :]
         start, stop = cut(start, stop, rows, reach, order.query_offset, static_offset, T, S)
+    if within is not None:
+        start, stop = jnp.maximum(start, within[0]), jnp.minimum(stop, within[1])
     if key_value_lengths is not None:
         stop = jnp.minimum(stop, key_value_lengths[:, None, None])
     if order.query_ids is not None and order.key_ids is not None:
