@@ -34,7 +34,8 @@ def context_parallel_attention(
     """`flash_attention` of a sequence that is split over devices (context parallelism), inside `jax.shard_map`.
 
     Each of the n devices of the mesh axis has T rows of query and S of key and value, in the order of the axis, and
-    gets what `flash_attention` of all n * T rows and n * S keys gives for its own. Everything is kept: each argument, each derivative, `vmap`, dropout masks.
+    gets what `flash_attention` of all n * T rows and n * S keys gives for its own. Everything is kept: each argument,
+    each derivative, `vmap`, dropout masks.
 
         order = balanced_order(length, devices)         # once, where the data is loaded
         spec = jax.P(None, "sequence")
