@@ -142,7 +142,7 @@ def check_mask(arguments: dict[str, Any], B: int, N: int, T: int, S: int) -> Non
         found = found & np.asarray(mask.allowed)
     live = ~padded & ~dead
     np.testing.assert_array_equal(found[live], expected[live])
-    if band.is_cut:
+    if band.is_complete:
         lengths = arguments["key_value_lengths"][:, None, None]
         start, stop = band.intervals(T, S)
         cut = intervals_as_array(np.minimum(start, lengths), np.minimum(stop, lengths), S)
@@ -169,7 +169,7 @@ def test_kernels_compute_intervals_from_lengths_of_keys_alone(given: dict[str, A
         arguments[name] = None if arguments[name] is None else jnp.ones(2, jnp.int32)
     arguments["allowed"] = None if arguments["allowed"] is None else jnp.ones((1, 1, 5, 7), bool)
     band, _ = join_masks.make_mask(5, 7, is_causal=given.get("is_causal", False), **arguments)
-    assert band.is_cut == expected
+    assert band.is_complete == expected
 
 
 @pytest.mark.parametrize("block_kv", [1, 2, 3, 4, 8, 16])

@@ -49,7 +49,7 @@ class KernelContext:
 
     @property
     def edges_first(self) -> bool:
-        """As `Item` has it."""
+        """Whether the tiles that need a mask are visited before the others, in a loop of their own."""
         return False
 
     def for_each_item(self, scheduler: TileScheduler, body: Callable[[Any, Item], None]) -> None:
@@ -58,4 +58,6 @@ class KernelContext:
         def ranges_of(head: Any, block: Any) -> ColumnRange:
             return self.intervals.ranges(head, block, self.blocks.rows)
 
-        scheduler.for_each_item(lax.axis_index("worker"), ranges_of, body, edges_first=self.edges_first)
+        # Without tiles that need a mask before the others, these come last anyway.
+        edges_first = self.edges_first and self.intervals.has_left_edge
+        scheduler.for_each_item(lax.axis_index("worker"), ranges_of, body, edges_first=edges_first)

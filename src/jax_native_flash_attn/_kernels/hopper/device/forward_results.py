@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from ...._semantics.numerics import LN2, LOG2E, lowest
 from ..operands import DEAD
-from ..pallas import ROW, columns_of
+from ..pallas import ROW, columns_of, plgpu
 from .forward_context import Rows
 from .logits import TileLogits
 from .units import NO_KEY, from_base_2
@@ -55,4 +55,7 @@ def _largest(rows: Rows, top: Any) -> Any:
         has_key = has_key & jnp.logical_not(rows.item.is_empty)
     if (pair := intervals.rows(rows.item.head, rows.row, rows.shape[0], ROW)) is not None:
         has_key = has_key & (pair[0] != DEAD)
+    if intervals.moves_dead_rows:
+        number = plgpu.broadcasted_iota(jnp.int32, (rows.shape[0],), 0, layout=ROW) + rows.row
+        has_key = has_key & jnp.logical_not(intervals.are_dead(number, rows.item.head))
     return jnp.where(has_key, _top_logit(logits, top), -jnp.inf)

@@ -1,7 +1,8 @@
 """Masks inside a kernel: which key/value tiles a block of query rows visits, and the mask of one tile.
 
-A static `Band` is computed from positions, and so is one that is cut off at the length of the keys: only tiles at the
-right edge then need a mask, as without lengths. Other traced intervals are read: see `host/intervals.py`.
+A static `Band` is computed from positions, and so is a complete one, of which a batch row has a number or two: what
+rows are moved by, and the length of the keys, where it is cut off. Without a shift, only tiles at the right edge then
+need a mask, as without lengths. Other traced intervals are read: see `host/intervals.py`.
 """
 
 import functools
@@ -33,9 +34,11 @@ class Intervals:
       traced: the intervals of the rows, where they are traced.
       key_value_length: (batch...), or None.
       is_cut: as `Operands.is_cut`.
+      shift: what rows are moved by: (batch...), a scalar for all batch rows, or None.
+      has_dead_rows: as `Operands.has_dead_rows`.
       query_tiles: of the kernel for the gradients of keys and values.
       elements: ids and positions, and whether they decide of single elements.
-      skips_dead_rows: dead rows of a band that is cut off visit no tile but the first, in place of all.
+      skips_dead_rows: dead rows of a band visit no tile but the first, in place of all.
     """
 
     band: Band
@@ -45,6 +48,8 @@ class Intervals:
     traced: RowIntervals | None
     key_value_length: Any | None
     is_cut: bool
+    shift: Any | None = None
+    has_dead_rows: bool = False
     query_tiles: QueryTiles | None = None
     elements: Elements | None = None
     decides_elements: Any = False
@@ -62,7 +67,9 @@ class Intervals:
         skips_dead_rows: bool = False,
     ) -> "Intervals":
         traced, length, is_cut = operands.intervals, operands.length, operands.is_cut
-        elements = operands.elements
+        elements, shift = operands.elements, operands.shift
+        if shift is not None and shift.size == 1:
+            shift = shift[(0,) * len(shift.shape)]
         return cls(
             band=band,
             T=sizes.T,
@@ -71,6 +78,8 @@ class Intervals:
             traced=traced,
             key_value_length=length,
             is_cut=is_cut,
+            shift=shift,
+            has_dead_rows=operands.has_dead_rows,
             query_tiles=query_tiles,
             elements=elements,
             decides_elements=False if elements is None else elements.is_exact[0] == 0,
@@ -97,10 +106,49 @@ class Intervals:
             return self.S
         return jnp.minimum(self.length(head), self.S)
 
+    @property
+    def is_moved(self) -> bool:
+        """Whether rows are moved by a number."""
+        return self.shift is not None
+
+    @property
+    def moves_dead_rows(self) -> bool:
+        """Whether single rows without a key, of those that are moved, are to attend all."""
+        return self.is_moved and self.has_dead_rows and not self.skips_dead_rows
+
+    def bounds(self, head: tuple) -> tuple[Any, Any]:
+        """`lower` and `upper` of the band for the rows of a head, which may be moved."""
+        shift = self.shift
+        if shift is None:
+            return self.band.lower, self.band.upper
+        if len(shift.shape) > 0:
+            shift = shift[broadcast_index(head[:-1], shift.shape)]
+        return self.band.moved(shift, self.T, self.S)
+
+    def position(self, row: Any) -> Any:
+        """Of rows by their numbers, before they are moved."""
+        group = self.band.rows_per_position
+        return row if group == 1 else lax.div(row, jnp.full_like(row, group))
+
+    def live(self, head: tuple) -> tuple[Any, Any]:
+        """Rows that are moved have a key from the first of these positions on, up to the other."""
+        lower, upper = self.bounds(head)
+        first = jnp.int32(0) if upper is None else jnp.maximum(-upper, 0)
+        if self.is_cut:
+            first = jnp.where(self.is_dead(head), self.T, first)
+        return first, jnp.int32(self.T) if lower is None else self.end(head) - lower
+
+    def are_dead(self, rows: Any, head: tuple) -> Any:
+        """Which of these rows, by their numbers, have no key, where they are moved."""
+        first, stop = self.live(head)
+        position = self.position(rows)
+        result = position < first
+        return result if self.band.lower is None else result | (position >= stop)
+
     def right_tiles(self, block_rows: int) -> int:
         """The most tiles that a block of rows can have behind the full ones; all of them if masks are traced."""
         count = -(-self.S // self.block_kv)
-        if self.traced is not None:
+        if self.traced is not None or self.is_moved:
             return count
         start, stop = self.band.intervals(self.T, self.S)
         first = np.arange(0, self.T, block_rows)
@@ -136,39 +184,53 @@ class Intervals:
             return ColumnRange(*(ref[(*index, block, c)] for c in range(4)))
         row = jnp.int32(block * block_rows)
         last = jnp.minimum(row + (block_rows - 1), self.T - 1)
-        end, (lower, upper) = jnp.int32(self.end(head)), (self.band.lower, self.band.upper)
+        row, last = self.position(row), self.position(last)
+        end, (lower, upper) = jnp.int32(self.end(head)), self.bounds(head)
         clip = lambda x: jnp.minimum(jnp.maximum(x, 0), end)  # noqa: E731
         starts = (jnp.int32(0),) * 2 if lower is None else (clip(row + lower), clip(last + lower))
         stops = (end,) * 2 if upper is None else (clip(row + upper + 1), clip(last + upper + 1))
-        if self.is_cut and not self.skips_dead_rows:
+        if self.moves_dead_rows:
+            live_first, live_stop = self.live(head)
+            any_dead = (row < live_first) | (last >= live_stop)
+            # All tiles, none of which is full.
+            starts = jnp.where(any_dead, 0, starts[0]), starts[1]
+            stops = jnp.where(any_dead, 0, stops[0]), jnp.where(any_dead, self.S, stops[1])
+        elif self.is_cut and not (self.is_moved or self.skips_dead_rows):
             stops = tuple(jnp.where(self.is_dead(head), self.S, stop) for stop in stops)
         return tile_ranges(Bounds(*starts, *stops), self.block_kv, self.S)
 
     def query_tiles_of(self, batch: Any, block: Any, block_q: int, block_keys: int) -> tuple[Any, Any]:
         """First and end of the query tiles with a row that attends a block of keys."""
-        tiles = self.query_tiles or QueryTiles()
+        head = (*batch, 0)
+        tiles, (lower, upper) = self.query_tiles or QueryTiles(), self.bounds(head)
         if tiles.ranges is not None:
             ref = tiles.ranges
             index = broadcast_index(batch, ref.shape[:-2])
             return ref[(*index, block, 0)], ref[(*index, block, 1)]
         key, count = jnp.int32(block * block_keys), -(-self.T // block_q)
-        last = jnp.minimum(key + block_keys, self.S) - 1
+        last = jnp.minimum(key + block_keys, self.end(head) if self.is_moved else self.S) - 1
         first, stop = jnp.int32(0), jnp.int32(count)
-        if self.band.upper is not None:
-            first = lax.div(jnp.maximum(key - self.band.upper, 0), jnp.int32(block_q))
-        if self.band.lower is not None:
-            end = jnp.maximum(last - self.band.lower, -1) + block_q
+        if upper is not None:
+            first = lax.div(jnp.maximum(key - upper, 0), jnp.int32(block_q))
+        if lower is not None:
+            end = jnp.maximum(last - lower, -1) + block_q
             stop = jnp.minimum(lax.div(end, jnp.int32(block_q)), stop)
-        if self.is_cut:
+        if self.is_cut and not self.is_moved:
             assert tiles.longest is not None
             longest = tiles.longest[broadcast_index(batch, tiles.longest.shape)]
             first = jnp.where(longest <= 0, 0, first)
             stop = jnp.where((longest > 0) & (longest <= key), 0, stop)
+        elif self.is_cut:
+            stop = jnp.where(self.length(head) <= key, 0, stop)
+        if self.moves_dead_rows:
+            live_first, live_stop = self.live(head)
+            any_dead = (live_first > 0) | (live_stop < self.T)
+            first, stop = jnp.where(any_dead, 0, first), jnp.where(any_dead, count, stop)
         return first, stop
 
     def is_query_edge(self, head: tuple, row: Any, block: Any, block_q: int, block_keys: int) -> Any:
         """Whether a tile needs a mask; keys and rows past the ends do not, as nothing that comes of them is kept."""
-        key, edge = jnp.int32(block * block_keys), False
+        key, edge, (lower, upper) = jnp.int32(block * block_keys), False, self.bounds(head)
         if self.query_tiles is not None and self.query_tiles.bounds is not None:
             ref = self.query_tiles.bounds
             tile = (*broadcast_index(head, ref.shape[:-2]), lax.div(row, jnp.int32(block_q)))
@@ -176,10 +238,10 @@ class Intervals:
             return (ref[(*tile, 0)] > key) | (ref[(*tile, 1)] < last)
         if self.is_cut:
             edge = self.is_dead(head) | (self.end(head) < jnp.minimum(key + block_keys, self.S))
-        if self.band.upper is not None:
-            edge = edge | (row + self.band.upper < key + (block_keys - 1))
-        if self.band.lower is not None:
-            edge = edge | (row + (block_q - 1) + self.band.lower > key)
+        if upper is not None:
+            edge = edge | (row + upper < key + (block_keys - 1))
+        if lower is not None:
+            edge = edge | (row + (block_q - 1) + lower > key)
         return edge
 
     def rows(self, head: tuple, row: Any, count: int, layout: Any) -> tuple[jax.Array, jax.Array] | None:
@@ -202,16 +264,16 @@ class Intervals:
         if rows is not None:
             start, stop = (spread(x, shape, q_axis) for x in rows)
             return (column >= start) & (column < stop)
-        position = iota(shape, q_axis) + row
+        position, (lower, upper) = self.position(iota(shape, q_axis) + row), self.bounds(head)
         terms = []
-        if self.band.lower is not None:
-            terms.append(column >= position + self.band.lower)
-        if self.band.upper is not None:
-            terms.append(column <= position + self.band.upper)
+        if lower is not None:
+            terms.append(column >= position + lower)
+        if upper is not None:
+            terms.append(column <= position + upper)
         if self.S % self.block_kv or self.is_cut or not terms:
             terms.append(column < self.end(head))
         result = functools.reduce(jnp.logical_and, terms)
-        dead = self.dead(None, head, shape, q_axis)
+        dead = self.dead(None, head, row, shape, q_axis)
         return result if dead is None else result | dead
 
     def matches(self, head: tuple, row: Any, column: Any, shape: Any, q_axis: int, layouts: tuple[Any, Any]) -> Any:
@@ -234,8 +296,12 @@ class Intervals:
             terms.append(keys(elements.key_positions) <= rows(elements.highest_position))
         return functools.reduce(jnp.logical_and, terms)
 
-    def dead(self, rows: tuple[jax.Array, jax.Array] | None, head: tuple, shape: Any, q_axis: int) -> jax.Array | None:
-        """Which rows have no key at all."""
+    def dead(
+        self, rows: tuple[jax.Array, jax.Array] | None, head: tuple, row: Any, shape: Any, q_axis: int
+    ) -> jax.Array | None:
+        """Which rows of a tile, from `row` on, have no key at all, and so attend all."""
+        if self.is_moved:
+            return self.are_dead(iota(shape, q_axis) + row, head) if self.moves_dead_rows else None
         if self.is_cut:
             return iota(shape, q_axis) < jnp.where(self.is_dead(head), jnp.int32(shape[q_axis]), 0)
         return None if rows is None else spread(rows[0], shape, q_axis) == DEAD
