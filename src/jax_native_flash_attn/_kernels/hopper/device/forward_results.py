@@ -56,6 +56,7 @@ def _largest(rows: Rows, top: Any) -> Any:
     if (pair := intervals.rows(rows.item.head, rows.row, rows.shape[0], ROW)) is not None:
         has_key = has_key & (pair[0] != DEAD)
     if intervals.moves_dead_rows:
-        number = plgpu.broadcasted_iota(jnp.int32, (rows.shape[0],), 0, layout=ROW) + rows.row
-        has_key = has_key & jnp.logical_not(intervals.are_dead(number, rows.item.head))
+        number = plgpu.broadcasted_iota(jnp.int32, (rows.shape[0],), 0, layout=ROW)
+        head = rows.item.head
+        has_key = has_key & jnp.logical_not(intervals.are_dead(head, *intervals.moved(head, number, rows.row)))
     return jnp.where(has_key, _top_logit(logits, top), -jnp.inf)

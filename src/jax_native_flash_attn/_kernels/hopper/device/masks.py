@@ -117,33 +117,51 @@ class Intervals:
         return self.is_moved and self.has_dead_rows and not self.skips_dead_rows
 
     def bounds(self, head: tuple) -> tuple[Any, Any]:
-        """`lower` and `upper` of the band for the rows of a head, which may be moved."""
+        """`lower` and `upper` of the band for the rows of a head, which may be moved; if it has no keys, beyond all."""
         shift = self.shift
         if shift is None:
             return self.band.lower, self.band.upper
         if len(shift.shape) > 0:
             shift = shift[broadcast_index(head[:-1], shift.shape)]
-        return self.band.moved(shift, self.T, self.S)
+        lower, upper = self.band.moved(shift, self.T, self.S)
+        if self.is_cut and upper is not None:
+            upper = jnp.where(self.is_dead(head), -self.T, upper)
+        elif self.is_cut:
+            lower = jnp.where(self.is_dead(head), self.S, lower)
+        return lower, upper
 
     def position(self, row: Any) -> Any:
-        """Of rows by their numbers, before they are moved."""
+        """Of a row by its number, before it is moved."""
         group = self.band.rows_per_position
-        return row if group == 1 else lax.div(row, jnp.full_like(row, group))
+        return row if group == 1 else lax.div(row, jnp.int32(group))
 
-    def live(self, head: tuple) -> tuple[Any, Any]:
-        """Rows that are moved have a key from the first of these positions on, up to the other."""
+    def any_dead(self, head: tuple, first: Any, last: Any) -> Any:
+        """Whether rows between two positions have no key: the first ones or the last ones."""
         lower, upper = self.bounds(head)
-        first = jnp.int32(0) if upper is None else jnp.maximum(-upper, 0)
-        if self.is_cut:
-            first = jnp.where(self.is_dead(head), self.T, first)
-        return first, jnp.int32(self.T) if lower is None else self.end(head) - lower
+        return self.are_dead(
+            head, None if lower is None else last + lower, None if upper is None else first + upper
+        )
 
-    def are_dead(self, rows: Any, head: tuple) -> Any:
-        """Which of these rows, by their numbers, have no key, where they are moved."""
-        first, stop = self.live(head)
-        position = self.position(rows)
-        result = position < first
-        return result if self.band.lower is None else result | (position >= stop)
+    def are_dead(self, head: tuple, low: Any, high: Any) -> Any:
+        """Which rows have no key, where the band has them attend keys from `low` up to `high`, or without end (None)."""
+        terms = [] if high is None else [high < 0]
+        terms += [] if low is None else [low >= self.end(head)]
+        return functools.reduce(jnp.logical_or, terms)
+
+    def moved(self, head: tuple, numbers: Any, row: Any) -> tuple[Any, Any]:
+        """The first and the last key, by the band, of the rows `row + numbers`, which are moved."""
+        group = self.band.rows_per_position
+
+        def at(bound: Any) -> Any:
+            if bound is None:
+                return None
+            # A scalar comes to `numbers` last: else the compiler would keep what does not change from tile to tile.
+            if group == 1:
+                return numbers + (row + bound)
+            return lax.div(numbers + row, jnp.full_like(numbers, group)) + bound
+
+        lower, upper = self.bounds(head)
+        return at(lower), at(upper)
 
     def right_tiles(self, block_rows: int) -> int:
         """The most tiles that a block of rows can have behind the full ones; all of them if masks are traced."""
@@ -190,8 +208,7 @@ class Intervals:
         starts = (jnp.int32(0),) * 2 if lower is None else (clip(row + lower), clip(last + lower))
         stops = (end,) * 2 if upper is None else (clip(row + upper + 1), clip(last + upper + 1))
         if self.moves_dead_rows:
-            live_first, live_stop = self.live(head)
-            any_dead = (row < live_first) | (last >= live_stop)
+            any_dead = self.any_dead(head, row, last)
             # All tiles, none of which is full.
             starts = jnp.where(any_dead, 0, starts[0]), starts[1]
             stops = jnp.where(any_dead, 0, stops[0]), jnp.where(any_dead, self.S, stops[1])
@@ -223,8 +240,7 @@ class Intervals:
         elif self.is_cut:
             stop = jnp.where(self.length(head) <= key, 0, stop)
         if self.moves_dead_rows:
-            live_first, live_stop = self.live(head)
-            any_dead = (live_first > 0) | (live_stop < self.T)
+            any_dead = self.any_dead(head, jnp.int32(0), jnp.int32(self.T - 1))
             first, stop = jnp.where(any_dead, 0, first), jnp.where(any_dead, count, stop)
         return first, stop
 
@@ -264,12 +280,14 @@ class Intervals:
         if rows is not None:
             start, stop = (spread(x, shape, q_axis) for x in rows)
             return (column >= start) & (column < stop)
-        position, (lower, upper) = self.position(iota(shape, q_axis) + row), self.bounds(head)
-        terms = []
-        if lower is not None:
-            terms.append(column >= position + lower)
-        if upper is not None:
-            terms.append(column <= position + upper)
+        if self.is_moved:
+            low, high = self.moved(head, iota(shape, q_axis), row)
+            terms = [] if low is None else [column >= low]
+            terms += [] if high is None else [column <= high]
+        else:
+            position = iota(shape, q_axis) + row
+            terms = [] if self.band.lower is None else [column >= position + self.band.lower]
+            terms += [] if self.band.upper is None else [column <= position + self.band.upper]
         if self.S % self.block_kv or self.is_cut or not terms:
             terms.append(column < self.end(head))
         result = functools.reduce(jnp.logical_and, terms)
@@ -301,7 +319,7 @@ class Intervals:
     ) -> jax.Array | None:
         """Which rows of a tile, from `row` on, have no key at all, and so attend all."""
         if self.is_moved:
-            return self.are_dead(iota(shape, q_axis) + row, head) if self.moves_dead_rows else None
+            return self.are_dead(head, *self.moved(head, iota(shape, q_axis), row)) if self.moves_dead_rows else None
         if self.is_cut:
             return iota(shape, q_axis) < jnp.where(self.is_dead(head), jnp.int32(shape[q_axis]), 0)
         return None if rows is None else spread(rows[0], shape, q_axis) == DEAD
