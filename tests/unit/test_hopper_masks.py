@@ -108,14 +108,15 @@ def moved_intervals(
     band: Band, shift: int, length: int | None, *, is_scalar: bool = False, attends: bool = True, group: int = 1
 ):
     """Of rows moved by a shift; `attends`: those without a key attend all."""
-    from jax_native_flash_attn._kernels.hopper.device.masks import Intervals
+    from jax_native_flash_attn._kernels.hopper.device.moved_masks import MovedIntervals
     from jax_native_flash_attn._kernels.hopper.host.intervals import query_tiles
 
     band = replace(band, is_complete=True, rows_per_position=group)
     key_length = None if length is None else jnp.array([length])
     operands = MaskOperands(key_value_length=key_length, shift=jnp.array([shift]))
     tiles = query_tiles(operands, T, S, ROWS, KEYS, (1,), is_computed=True)
-    return Intervals(
+    assert tiles is None
+    return MovedIntervals(
         band,
         T,
         S,
@@ -124,8 +125,7 @@ def moved_intervals(
         key_length,
         length is not None,
         shift=jnp.int32(shift) if is_scalar else jnp.array([shift]),
-        has_dead_rows=attends,
-        query_tiles=tiles,
+        attends_without_key=attends,
     )
 
 
@@ -184,9 +184,9 @@ def test_query_tiles_of_moved_rows(name: str, length: int | None, attends: bool,
 def test_elements_of_a_tile_of_moved_rows(
     name: str, length: int | None, attends: bool, q_axis: int, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jax_native_flash_attn._kernels.hopper.device import masks
+    from jax_native_flash_attn._kernels.hopper.device import moved_masks
 
-    monkeypatch.setattr(masks, "iota", lambda shape, axis: np.indices(shape)[axis].astype(np.int32))
+    monkeypatch.setattr(moved_masks, "iota", lambda shape, axis: np.indices(shape)[axis].astype(np.int32))
     for shift in SHIFTS:
         mask, dead = moved_mask(MOVED[name], shift, length, group)
         intervals = moved_intervals(MOVED[name], shift, length, attends=attends, group=group)
@@ -208,7 +208,7 @@ def test_elements_of_a_tile_of_moved_rows(
 
 
 def test_dead_moved_rows_may_skip_their_tiles() -> None:
-    intervals = replace(moved_intervals(Band(None, 0), -100, None), skips_dead_rows=True)
+    intervals = moved_intervals(Band(None, 0), -100, None, attends=False)
     assert [int(x) for x in intervals.ranges(HEAD, 0, ROWS)] == [0, 0, 0, 1]
     assert [int(x) for x in intervals.ranges(HEAD, 1, ROWS)] == [0, 0, 0, 1]
     assert intervals.dead(None, HEAD, 0, (ROWS, KEYS), 0) is None

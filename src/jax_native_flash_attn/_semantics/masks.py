@@ -30,9 +30,9 @@ import numpy as np
 class Band:
     """Static mask: key s is allowed for query t where lower <= s - t <= upper (None: no bound).
 
-    `is_complete` says what the traced part of a mask is: these intervals, of rows moved by `MaskOperands.shift`, cut off
-    at `key_value_length`, and nothing else. A kernel then needs no interval of each row. Without a shift, rows are dead
-    only where that length is 0. With one, the bounds alone say nothing of which keys a row may attend.
+    `is_complete` says what the traced part of a mask is: these intervals, of rows moved by `MaskOperands.shift`, cut
+    off at `key_value_length`, and nothing else. A kernel then needs no interval of each row. Without a shift, rows are
+    dead only where that length is 0. With one, the bounds alone do not say which keys a row may attend.
 
     `rows_per_position`: query heads may be rows, of which so many in a row are at one position.
     """
@@ -82,8 +82,7 @@ class MaskOperands(NamedTuple):
       allowed: (B, N, T, S) bool, the caller's `mask`, or None.
       dead: (B, N, T) bool, True on rows with no key at all, or None where there are none.
       key_value_length: (B,) int32: keys and values from here on are padding and may hold NaN; or None.
-      shift: (B,) int32: what rows are moved by in a `Band` that is complete; None if by nothing. (The intervals above say
-        the same.)
+      shift: (B,) int32: what rows are moved by in a `Band` that is complete, which the intervals above say too; or None.
       query_ids, key_ids: (B, 1, T, 1) and (B, 1, 1, S) int32: a row attends keys of its own id only; or None.
       lowest_position, highest_position: (B, 1, T, 1) int32, and key_positions: (B, 1, 1, S) int32: a row attends keys
         whose positions are between these, both included; or None.

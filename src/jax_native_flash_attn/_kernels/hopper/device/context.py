@@ -14,6 +14,7 @@ from ..host.plan import KernelPlan
 from ..operands import Operands, TermBuffers
 from ..scheduler import Item, TileScheduler
 from .masks import Intervals
+from .moved_masks import make_intervals
 from .transfers import Terms
 
 
@@ -25,7 +26,7 @@ def shared_fields(plan: KernelPlan, operands: Operands, terms: TermBuffers, **of
         "blocks": plan.blocks,
         "operands": operands,
         "terms": Terms.make(operands, terms),
-        "intervals": Intervals.make(plan.config.band, plan.sizes, plan.blocks.block_kv, operands, **of_intervals),
+        "intervals": make_intervals(plan.config.band, plan.sizes, plan.blocks.block_kv, operands, **of_intervals),
         "wg": lax.axis_index("wg"),
     }
 

@@ -91,9 +91,9 @@ def _compute_item(context: DQueryContext, k: Any, item: Item) -> None:
 
 def _pipelined(rows: DQueryRows) -> tuple[jax.Array, tuple]:
     context, item, logits, shape = rows.context, rows.item, rows.logits, rows.shape
-    start, acc, moments = 0, zeros(context.blocks.block_q, context.sizes.H), rows.no_moments
+    start, acc, moments = 0, None, rows.no_moments
     if context.edges_first:
-        start = jnp.maximum(item.num_edges - 1, 0)
+        start, acc = jnp.maximum(item.num_edges - 1, 0), _no_tiles(rows)
         acc, moments = lax.fori_loop(0, start, functools.partial(_tile_alone, rows, masked=True), (acc, moments))
     first_key, first_value = rows.key_slot(start), rows.value_slot(start)
     rows.wait_for_tile(jnp.int32(start), is_first=True)
@@ -103,13 +103,18 @@ def _pipelined(rows: DQueryRows) -> tuple[jax.Array, tuple]:
     ds, moments = rows.dlogits(s, dp, terms, start, rows.has_edges, moments)
     context.value_ring.release(first_value)
 
-    carry = acc, ds, moments
+    carry = _no_tiles(rows) if acc is None else acc, ds, moments
     carry = lax.fori_loop(start + 1, rows.num_tiles, functools.partial(_step, rows), carry)
     acc, ds, moments = lax.optimization_barrier(carry)
     last = rows.key_slot(rows.num_tiles - 1)
     acc = pl.run_state(lambda ref: plgpu.wgmma(ref, ds, context.key.tiles.at[last]))(plgpu.ACC.init(acc))
     context.key_ring.release(last)
     return acc, moments
+
+
+def _no_tiles(rows: DQueryRows) -> jax.Array:
+    """The gradient before the first tile."""
+    return zeros(rows.context.blocks.block_q, rows.context.sizes.H)
 
 
 def _step(rows: DQueryRows, i: Any, carry: tuple) -> tuple:
@@ -147,7 +152,7 @@ def _one_by_one(rows: DQueryRows) -> tuple[jax.Array, tuple]:
     def step(i: Any, carry: tuple) -> tuple:
         return _tile_alone(rows, i, carry, masked=None)
 
-    carry = zeros(rows.context.blocks.block_q, rows.context.sizes.H), rows.no_moments
+    carry = _no_tiles(rows), rows.no_moments
     return lax.fori_loop(0, rows.num_tiles, step, carry)
 
 

@@ -5,8 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ...._semantics.numerics import LN2, LOG2E, lowest
-from ..operands import DEAD
-from ..pallas import ROW, columns_of, plgpu
+from ..pallas import columns_of
 from .forward_context import Rows
 from .logits import TileLogits
 from .units import NO_KEY, from_base_2
@@ -53,10 +52,6 @@ def _largest(rows: Rows, top: Any) -> Any:
     has_key = top > NO_KEY * logits.unit.ceiling
     if rows.context.blocks.splits > 1:
         has_key = has_key & jnp.logical_not(rows.item.is_empty)
-    if (pair := intervals.rows(rows.item.head, rows.row, rows.shape[0], ROW)) is not None:
-        has_key = has_key & (pair[0] != DEAD)
-    if intervals.moves_dead_rows:
-        number = plgpu.broadcasted_iota(jnp.int32, (rows.shape[0],), 0, layout=ROW)
-        head = rows.item.head
-        has_key = has_key & jnp.logical_not(intervals.are_dead(head, *intervals.moved(head, number, rows.row)))
+    if (rows_with_key := intervals.have_keys(rows.item.head, rows.row, rows.shape[0])) is not None:
+        has_key = has_key & rows_with_key
     return jnp.where(has_key, _top_logit(logits, top), -jnp.inf)

@@ -257,16 +257,15 @@ class TileLogits:
 
         Masked ones have no weight, and so are zero but for NaN in padding (0 * NaN).
         """
-        intervals = self.intervals
-        if not (intervals.is_traced or intervals.is_cut or intervals.moves_dead_rows):
+        if not self.intervals.has_constant_logits:
             return x
 
         def edge(x: jax.Array) -> jax.Array:
             pair = rows.pair()
-            dead = intervals.dead(pair, self.head, rows.row, self.shape, self.q_axis)
-            if intervals.has_length:
+            dead = self.intervals.dead(pair, self.head, rows.row, self.shape, self.q_axis)
+            if self.intervals.has_length:
                 column = tile * self.block_kv
-                allowed = intervals.allowed(pair, self.head, rows.row, column, self.shape, self.q_axis)
+                allowed = self.intervals.allowed(pair, self.head, rows.row, column, self.shape, self.q_axis)
                 x = jnp.where(allowed, x, 0.0)
             return x if dead is None else jnp.where(dead, 0.0, x)
 

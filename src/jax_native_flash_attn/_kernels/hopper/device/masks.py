@@ -1,13 +1,13 @@
 """Masks inside a kernel: which key/value tiles a block of query rows visits, and the mask of one tile.
 
-A static `Band` is computed from positions, and so is a complete one, of which a batch row has a number or two: what
-rows are moved by, and the length of the keys, where it is cut off. Without a shift, only tiles at the right edge then
-need a mask, as without lengths. Other traced intervals are read: see `host/intervals.py`.
+A static `Band` is computed from positions, and so is one that is cut off at the length of the keys: only tiles at the
+right edge then need a mask, as without lengths. One whose rows are moved by a number is in `moved_masks.py`. Other
+traced intervals are read: see `host/intervals.py`.
 """
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from ...._semantics.masks import Band, ColumnRange
 from ...._semantics.sizes import Sizes
 from ..host.intervals import Bounds, tile_ranges
 from ..operands import DEAD, Elements, Operands, QueryTiles, RowIntervals
-from ..pallas import broadcast_index, iota, load, pl, spread
+from ..pallas import ROW, broadcast_index, iota, load, pl, spread
 
 
 def is_outside(ranges: ColumnRange, tile: Any) -> Any:
@@ -34,11 +34,9 @@ class Intervals:
       traced: the intervals of the rows, where they are traced.
       key_value_length: (batch...), or None.
       is_cut: as `Operands.is_cut`.
-      shift: what rows are moved by: (batch...), a scalar for all batch rows, or None.
-      has_dead_rows: as `Operands.has_dead_rows`.
       query_tiles: of the kernel for the gradients of keys and values.
       elements: ids and positions, and whether they decide of single elements.
-      skips_dead_rows: dead rows of a band visit no tile but the first, in place of all.
+      skips_dead_rows: dead rows of a band that is cut off visit no tile but the first, in place of all.
     """
 
     band: Band
@@ -48,8 +46,6 @@ class Intervals:
     traced: RowIntervals | None
     key_value_length: Any | None
     is_cut: bool
-    shift: Any | None = None
-    has_dead_rows: bool = False
     query_tiles: QueryTiles | None = None
     elements: Elements | None = None
     decides_elements: Any = False
@@ -65,11 +61,11 @@ class Intervals:
         *,
         query_tiles: QueryTiles | None = None,
         skips_dead_rows: bool = False,
-    ) -> "Intervals":
+        **others: Any,
+    ) -> Self:
+        """`others` are fields of a subclass."""
         traced, length, is_cut = operands.intervals, operands.length, operands.is_cut
-        elements, shift = operands.elements, operands.shift
-        if shift is not None and shift.size == 1:
-            shift = shift[(0,) * len(shift.shape)]
+        elements = operands.elements
         return cls(
             band=band,
             T=sizes.T,
@@ -78,12 +74,11 @@ class Intervals:
             traced=traced,
             key_value_length=length,
             is_cut=is_cut,
-            shift=shift,
-            has_dead_rows=operands.has_dead_rows,
             query_tiles=query_tiles,
             elements=elements,
             decides_elements=False if elements is None else elements.is_exact[0] == 0,
             skips_dead_rows=skips_dead_rows,
+            **others,
         )
 
     @property
@@ -109,64 +104,21 @@ class Intervals:
     @property
     def is_moved(self) -> bool:
         """Whether rows are moved by a number."""
-        return self.shift is not None
+        return False
 
     @property
-    def moves_dead_rows(self) -> bool:
-        """Whether single rows without a key, of those that are moved, are to attend all."""
-        return self.is_moved and self.has_dead_rows and not self.skips_dead_rows
+    def has_constant_logits(self) -> bool:
+        """Whether a masked logit may have a cotangent all the same: of dead rows, or NaN from padding."""
+        return self.is_traced or self.is_cut
 
     def bounds(self, head: tuple) -> tuple[Any, Any]:
-        """`lower` and `upper` of the band for the rows of a head, which may be moved; if it has no keys, beyond all."""
-        shift = self.shift
-        if shift is None:
-            return self.band.lower, self.band.upper
-        if len(shift.shape) > 0:
-            shift = shift[broadcast_index(head[:-1], shift.shape)]
-        lower, upper = self.band.moved(shift, self.T, self.S)
-        if self.is_cut and upper is not None:
-            upper = jnp.where(self.is_dead(head), -self.T, upper)
-        elif self.is_cut:
-            lower = jnp.where(self.is_dead(head), self.S, lower)
-        return lower, upper
-
-    def position(self, row: Any) -> Any:
-        """Of a row by its number, before it is moved."""
-        group = self.band.rows_per_position
-        return row if group == 1 else lax.div(row, jnp.int32(group))
-
-    def any_dead(self, head: tuple, first: Any, last: Any) -> Any:
-        """Whether rows between two positions have no key: the first ones or the last ones."""
-        lower, upper = self.bounds(head)
-        return self.are_dead(
-            head, None if lower is None else last + lower, None if upper is None else first + upper
-        )
-
-    def are_dead(self, head: tuple, low: Any, high: Any) -> Any:
-        """Which rows have no key, where the band has them attend keys from `low` up to `high`, or without end (None)."""
-        terms = [] if high is None else [high < 0]
-        terms += [] if low is None else [low >= self.end(head)]
-        return functools.reduce(jnp.logical_or, terms)
-
-    def moved(self, head: tuple, numbers: Any, row: Any) -> tuple[Any, Any]:
-        """The first and the last key, by the band, of the rows `row + numbers`, which are moved."""
-        group = self.band.rows_per_position
-
-        def at(bound: Any) -> Any:
-            if bound is None:
-                return None
-            # A scalar comes to `numbers` last: else the compiler would keep what does not change from tile to tile.
-            if group == 1:
-                return numbers + (row + bound)
-            return lax.div(numbers + row, jnp.full_like(numbers, group)) + bound
-
-        lower, upper = self.bounds(head)
-        return at(lower), at(upper)
+        """`lower` and `upper` of the band for the rows of a head."""
+        return self.band.lower, self.band.upper
 
     def right_tiles(self, block_rows: int) -> int:
         """The most tiles that a block of rows can have behind the full ones; all of them if masks are traced."""
         count = -(-self.S // self.block_kv)
-        if self.traced is not None or self.is_moved:
+        if self.traced is not None:
             return count
         start, stop = self.band.intervals(self.T, self.S)
         first = np.arange(0, self.T, block_rows)
@@ -201,47 +153,46 @@ class Intervals:
             index = broadcast_index(head, ref.shape[:-2])
             return ColumnRange(*(ref[(*index, block, c)] for c in range(4)))
         row = jnp.int32(block * block_rows)
-        last = jnp.minimum(row + (block_rows - 1), self.T - 1)
-        row, last = self.position(row), self.position(last)
+        bounds = self.bounds_between(head, row, jnp.minimum(row + (block_rows - 1), self.T - 1))
+        if self.is_cut and not self.skips_dead_rows:
+            stops = (jnp.where(self.is_dead(head), self.S, stop) for stop in (bounds.least_stop, bounds.largest_stop))
+            bounds = Bounds(bounds.least_start, bounds.largest_start, *stops)
+        return tile_ranges(bounds, self.block_kv, self.S)
+
+    def bounds_between(self, head: tuple, first: Any, last: Any) -> Bounds:
+        """Of what the band leaves to the rows between two positions, both included."""
         end, (lower, upper) = jnp.int32(self.end(head)), self.bounds(head)
         clip = lambda x: jnp.minimum(jnp.maximum(x, 0), end)  # noqa: E731
-        starts = (jnp.int32(0),) * 2 if lower is None else (clip(row + lower), clip(last + lower))
-        stops = (end,) * 2 if upper is None else (clip(row + upper + 1), clip(last + upper + 1))
-        if self.moves_dead_rows:
-            any_dead = self.any_dead(head, row, last)
-            # All tiles, none of which is full.
-            starts = jnp.where(any_dead, 0, starts[0]), starts[1]
-            stops = jnp.where(any_dead, 0, stops[0]), jnp.where(any_dead, self.S, stops[1])
-        elif self.is_cut and not (self.is_moved or self.skips_dead_rows):
-            stops = tuple(jnp.where(self.is_dead(head), self.S, stop) for stop in stops)
-        return tile_ranges(Bounds(*starts, *stops), self.block_kv, self.S)
+        starts = (jnp.int32(0),) * 2 if lower is None else (clip(first + lower), clip(last + lower))
+        stops = (end,) * 2 if upper is None else (clip(first + upper + 1), clip(last + upper + 1))
+        return Bounds(*starts, *stops)
 
     def query_tiles_of(self, batch: Any, block: Any, block_q: int, block_keys: int) -> tuple[Any, Any]:
         """First and end of the query tiles with a row that attends a block of keys."""
-        head = (*batch, 0)
-        tiles, (lower, upper) = self.query_tiles or QueryTiles(), self.bounds(head)
+        tiles = self.query_tiles or QueryTiles()
         if tiles.ranges is not None:
             ref = tiles.ranges
             index = broadcast_index(batch, ref.shape[:-2])
             return ref[(*index, block, 0)], ref[(*index, block, 1)]
-        key, count = jnp.int32(block * block_keys), -(-self.T // block_q)
-        last = jnp.minimum(key + block_keys, self.end(head) if self.is_moved else self.S) - 1
+        key = jnp.int32(block * block_keys)
+        first, stop = self.query_tiles_between(batch, key, jnp.minimum(key + block_keys, self.S) - 1, block_q)
+        if self.is_cut:
+            assert tiles.longest is not None
+            longest = tiles.longest[broadcast_index(batch, tiles.longest.shape)]
+            first = jnp.where(longest <= 0, 0, first)
+            stop = jnp.where((longest > 0) & (longest <= key), 0, stop)
+        return first, stop
+
+    def query_tiles_between(self, batch: Any, key: Any, last: Any, block_q: int) -> tuple[Any, Any]:
+        """Of what the band leaves to the keys between two, both included."""
+        lower, upper = self.bounds((*batch, 0))
+        count = -(-self.T // block_q)
         first, stop = jnp.int32(0), jnp.int32(count)
         if upper is not None:
             first = lax.div(jnp.maximum(key - upper, 0), jnp.int32(block_q))
         if lower is not None:
             end = jnp.maximum(last - lower, -1) + block_q
             stop = jnp.minimum(lax.div(end, jnp.int32(block_q)), stop)
-        if self.is_cut and not self.is_moved:
-            assert tiles.longest is not None
-            longest = tiles.longest[broadcast_index(batch, tiles.longest.shape)]
-            first = jnp.where(longest <= 0, 0, first)
-            stop = jnp.where((longest > 0) & (longest <= key), 0, stop)
-        elif self.is_cut:
-            stop = jnp.where(self.length(head) <= key, 0, stop)
-        if self.moves_dead_rows:
-            any_dead = self.any_dead(head, jnp.int32(0), jnp.int32(self.T - 1))
-            first, stop = jnp.where(any_dead, 0, first), jnp.where(any_dead, count, stop)
         return first, stop
 
     def is_query_edge(self, head: tuple, row: Any, block: Any, block_q: int, block_keys: int) -> Any:
@@ -280,19 +231,22 @@ class Intervals:
         if rows is not None:
             start, stop = (spread(x, shape, q_axis) for x in rows)
             return (column >= start) & (column < stop)
-        if self.is_moved:
-            low, high = self.moved(head, iota(shape, q_axis), row)
-            terms = [] if low is None else [column >= low]
-            terms += [] if high is None else [column <= high]
-        else:
-            position = iota(shape, q_axis) + row
-            terms = [] if self.band.lower is None else [column >= position + self.band.lower]
-            terms += [] if self.band.upper is None else [column <= position + self.band.upper]
+        position = iota(shape, q_axis) + row
+        terms = []
+        if self.band.lower is not None:
+            terms.append(column >= position + self.band.lower)
+        if self.band.upper is not None:
+            terms.append(column <= position + self.band.upper)
         if self.S % self.block_kv or self.is_cut or not terms:
             terms.append(column < self.end(head))
         result = functools.reduce(jnp.logical_and, terms)
         dead = self.dead(None, head, row, shape, q_axis)
         return result if dead is None else result | dead
+
+    def have_keys(self, head: tuple, row: Any, count: int) -> jax.Array | None:
+        """Which rows from one on have a key, as a vector; None if all that `allowed` and `dead` do not tell of have."""
+        pair = self.rows(head, row, count, ROW)
+        return None if pair is None else pair[0] != DEAD
 
     def matches(self, head: tuple, row: Any, column: Any, shape: Any, q_axis: int, layouts: tuple[Any, Any]) -> Any:
         """What ids and positions say of the tile from (row, column) on; `layouts` of vectors along rows and keys."""
@@ -318,8 +272,6 @@ class Intervals:
         self, rows: tuple[jax.Array, jax.Array] | None, head: tuple, row: Any, shape: Any, q_axis: int
     ) -> jax.Array | None:
         """Which rows of a tile, from `row` on, have no key at all, and so attend all."""
-        if self.is_moved:
-            return self.are_dead(head, *self.moved(head, iota(shape, q_axis), row)) if self.moves_dead_rows else None
         if self.is_cut:
             return iota(shape, q_axis) < jnp.where(self.is_dead(head), jnp.int32(shape[q_axis]), 0)
         return None if rows is None else spread(rows[0], shape, q_axis) == DEAD

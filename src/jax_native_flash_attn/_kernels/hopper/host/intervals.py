@@ -58,8 +58,8 @@ def query_tiles(
     keys that all rows of a tile attend.
 
     Of intervals that the kernel computes, only `longest` (batch...), the key_value_length of the longest batch row of
-    those along the `summed` axes; 0 if one of them is. None if no mask is traced, or if it moves rows: none of these axes
-    then has another number.
+    those along the `summed` axes; 0 if one of them is. None if no mask is traced, and of a kernel that computes
+    intervals of rows that are moved: all along those axes then have the same numbers.
     """
     axes = tuple(i for i, n in enumerate(summed) if n > 1)
     if is_computed:
