@@ -82,7 +82,7 @@ class MaskOperands(NamedTuple):
       allowed: (B, N, T, S) bool, the caller's `mask`, or None.
       dead: (B, N, T) bool, True on rows with no key at all, or None where there are none.
       key_value_length: (B,) int32: keys and values from here on are padding and may hold NaN; or None.
-      shift: (B,) int32: what rows are moved by in a `Band` that is complete, which the intervals above say too; or None.
+      shift: (B,) int32: what rows are moved by in a `Band` that is complete (the intervals say so too); or None.
       query_ids, key_ids: (B, 1, T, 1) and (B, 1, 1, S) int32: a row attends keys of its own id only; or None.
       lowest_position, highest_position: (B, 1, T, 1) int32, and key_positions: (B, 1, 1, S) int32: a row attends keys
         whose positions are between these, both included; or None.
