@@ -209,6 +209,7 @@ def test_elements_of_a_tile_of_moved_rows(
             else:
                 assert found_dead is None
             np.testing.assert_array_equal(allowed[:, : inside.shape[1]], inside)
+            assert not allowed[:, inside.shape[1] :].any()
 
 
 def test_dead_moved_rows_may_skip_their_tiles() -> None:

@@ -102,7 +102,10 @@ class MovedIntervals(Intervals):
         if self.S % self.block_kv or self.is_cut:
             terms.append(column < self.end(head))
         result = functools.reduce(jnp.logical_and, terms)
-        return result | self._are_dead(head, low, high) if self.attends_without_key else result
+        if not self.attends_without_key:
+            return result
+        dead = self._are_dead(head, low, high)
+        return result | (dead & (column < self.S) if self.S % self.block_kv else dead)
 
     def dead(
         self, rows: tuple[jax.Array, jax.Array] | None, head: tuple, row: Any, shape: Any, q_axis: int
