@@ -30,8 +30,8 @@ def write(rows: Rows, acc: Any, top: Any, total: Any) -> None:
     sign, no_key = (total, 0.0) if context.plan.has_fixed_top else (top, NO_KEY * logits.unit.ceiling)
     if context.blocks.splits > 1:
         lse = jnp.where((sign > no_key) & jnp.logical_not(rows.item.is_empty), lse, _LOWEST)
-    elif context.intervals.is_traced:
-        # Rows past the query's length have no key: their weights are those of masked logits.
+    elif context.intervals.has_empty_rows:
+        # Their weights are those of masked logits.
         out = jnp.where(columns_of(sign, acc.shape) > no_key, out, 0.0)
         lse = jnp.where(sign > no_key, lse, 0.0 if sink is None else sink)
     rows.write(out, lse, _largest(rows, top) if context.plan.needs_max_logits else None)

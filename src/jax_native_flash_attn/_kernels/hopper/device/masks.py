@@ -107,6 +107,11 @@ class Intervals:
         return False
 
     @property
+    def has_empty_rows(self) -> bool:
+        """Whether rows may attend no key: padded ones, and beside sinks those that masks leave none."""
+        return self.is_traced
+
+    @property
     def has_constant_logits(self) -> bool:
         """Whether a masked logit may have a cotangent all the same: of dead rows, or NaN from padding."""
         return self.is_traced or self.is_cut

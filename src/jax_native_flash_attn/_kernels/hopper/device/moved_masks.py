@@ -46,6 +46,10 @@ class MovedIntervals(Intervals):
         return True
 
     @property
+    def has_empty_rows(self) -> bool:
+        return not self.attends_without_key
+
+    @property
     def has_constant_logits(self) -> bool:
         return self.attends_without_key or self.is_cut
 
