@@ -192,15 +192,24 @@ def test_an_offset_reaches_the_kernels_as_a_number(options: str, offset: tuple[i
 
 @pytest.mark.usefixtures("no_pure_jax")
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [("tile", "float16"), ("short", "bfloat16"), ("one row, keys split", "bfloat16"), ("rows, keys split", "float32")],
+    ("shape", "dtype", "is_moved"),
+    [
+        ("tile", "float16", False),
+        ("short", "bfloat16", False),
+        ("short", "bfloat16", True),
+        ("one row, keys split", "bfloat16", False),
+        ("rows, keys split", "float32", False),
+    ],
 )
-def test_largest_logits_lower_for_cuda(shape: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside cap and sinks; of query heads that become rows too, and of parts of the keys."""
+def test_largest_logits_lower_for_cuda(shape: str, dtype: str, is_moved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside cap, sinks and an offset; of query heads that become rows too, and of parts of the keys."""
     pretend_gpu(monkeypatch, "9.0")
     types = call_types(named_case(shape, "plain", dtype=dtype))
-    types["sinks"] = jax.ShapeDtypeStruct(types["query"].shape[-2:-1], jnp.float32)
-    run = functools.partial(flash_attention_with_lse, logits_soft_cap=50.0, return_max_logits=True)
+    if is_moved:
+        types["query_offset"] = jax.ShapeDtypeStruct((), jnp.int32)
+    else:
+        types["sinks"] = jax.ShapeDtypeStruct(types["query"].shape[-2:-1], jnp.float32)
+    run = functools.partial(flash_attention_with_lse, logits_soft_cap=50.0, return_max_logits=True, is_causal=is_moved)
     traced = jax.jit(lambda operands: run(**operands)).trace(types)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 

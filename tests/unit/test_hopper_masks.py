@@ -1,6 +1,7 @@
 """Which tiles the Hopper kernels visit, and which need a mask, against a dense mask: plain numbers, no kernel runs."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -191,6 +192,8 @@ def test_elements_of_a_tile_of_moved_rows(
     from jax_native_flash_attn._kernels.hopper.device import moved_masks
 
     monkeypatch.setattr(moved_masks, "iota", lambda shape, axis: np.indices(shape)[axis].astype(np.int32))
+    vectors = SimpleNamespace(broadcasted_iota=lambda dtype, shape, axis, layout: np.arange(*shape, dtype=dtype))
+    monkeypatch.setattr(moved_masks, "plgpu", vectors)
     for shift in SHIFTS:
         mask, dead = moved_mask(MOVED[name], shift, length, group)
         intervals = moved_intervals(MOVED[name], shift, length, attends=attends, group=group)
@@ -206,8 +209,10 @@ def test_elements_of_a_tile_of_moved_rows(
                 found_dead = found_dead.T if q_axis else found_dead
                 np.testing.assert_array_equal(found_dead, np.broadcast_to(here[:, None], (ROWS, KEYS)))
                 inside = inside | here[:, None]
+                np.testing.assert_array_equal(intervals.have_keys(HEAD, row, len(here)), ~here)
             else:
                 assert found_dead is None
+                assert intervals.have_keys(HEAD, row, len(here)) is None
             np.testing.assert_array_equal(allowed[:, : inside.shape[1]], inside)
             assert not allowed[:, inside.shape[1] :].any()
 

@@ -122,7 +122,11 @@ class MovedIntervals(Intervals):
         if not self.attends_without_key:
             return None
         numbers = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=ROW)
-        return jnp.logical_not(self._are_dead(head, *self._keys_of(head, numbers, row)))
+        low, high = self._keys_of(head, numbers, row)
+        # Not the negation of `_are_dead`, which has no lowering for vectors.
+        terms = [] if high is None else [high >= 0]
+        terms += [] if low is None else [low < self.end(head)]
+        return functools.reduce(jnp.logical_and, terms)
 
     def _position(self, row: Any) -> Any:
         """Of a row by its number, before it is moved."""
