@@ -1,6 +1,7 @@
 """FlashAttention in pure JAX: a drop-in replacement for `jax.nn.dot_product_attention`."""
 
 from ._api import flash_attention, flash_attention_with_lse
+from ._context_parallel import balanced_order, context_parallel_attention, context_parallel_attention_with_lse
 from ._explain import Explanation, PassExplanation, explain
 from ._merge import merge_attention
 from ._semantics.dropout import dropout_keep_mask
@@ -8,6 +9,9 @@ from ._semantics.dropout import dropout_keep_mask
 __all__ = [
     "Explanation",
     "PassExplanation",
+    "balanced_order",
+    "context_parallel_attention",
+    "context_parallel_attention_with_lse",
     "dropout_keep_mask",
     "explain",
     "flash_attention",

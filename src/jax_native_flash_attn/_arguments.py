@@ -61,10 +61,14 @@ def check(
     needs_lse: bool,
     needs_max_logits: bool = False,
     implementation: str | None = None,
+    blocks: int = 1,
 ) -> tuple[Settings, Arrays]:
-    """The one place that knows the public names; see `flash_attention`."""
+    """The one place that knows the public names; see `flash_attention`.
+
+    `blocks`: how many blocks of keys, of which key and value are one, all other arrays with a key axis have.
+    """
     is_causal = as_static_bool(is_causal, "is_causal")
-    blocks = as_block(block_q, "block_q"), as_block(block_kv, "block_kv")
+    block_q, block_kv = as_block(block_q, "block_q"), as_block(block_kv, "block_kv")
     if as_static_bool(deterministic, "deterministic"):
         dropout_rate = 0.0
     check_dropout(dropout_rate, dropout_rng)
@@ -72,7 +76,7 @@ def check(
     query, key, value = (as_4d(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value")))
     check_query_key_value(query, key, value)
     B, T, N, H = query.shape
-    S = key.shape[1]
+    S = blocks * key.shape[1]
     bias = None if bias is None else as_bias(bias, (B, N, T, S))
     window = as_window(local_window_size)
     query_lengths = as_integers(query_seq_lengths, "query_seq_lengths", B=B)
@@ -99,14 +103,18 @@ def check(
     mask = None if mask is None else as_mask(mask, (B, N, T, S), is_staged=is_staged)
     band = Band()
     if isinstance(mask, np.ndarray):
-        mask, band = hide_constant_mask(mask, T, S)
+        mask, band = hide_constant_mask(mask, T, S) if blocks == 1 else (jnp.asarray(mask), band)
     dropout, dropout_key, head_index = None, None, None
     if dropout_rate > 0:
         dropout, dropout_key = make_dropout(dropout_rate), threefry_words(dropout_rng)
         head_index = head_indices(1, 1) if shares_dropout else head_indices(B, N)
     static_window, traced_window = window, None
     if window is not None and not all(isinstance(side, int) for side in window):
-        moves = any(x is not None for x in (query_positions, key_positions, traced_offset)) or static_offset != 0
+        moves = (
+            any(x is not None for x in (query_positions, key_positions, traced_offset))
+            or static_offset != 0
+            or blocks > 1
+        )
         limits = ((-LARGEST, LARGEST),) * 2 if moves else ((-S, T), (-T, S))
         left, right = (clip_window_side(side, *ends) for side, ends in zip(window, limits, strict=True))
         static_window, traced_window = None, jnp.stack([left, right])
@@ -117,8 +125,8 @@ def check(
         static_offset=static_offset,
         logits_soft_cap=soft_cap,
         dropout=dropout,
-        block_q=blocks[0],
-        block_kv=blocks[1],
+        block_q=block_q,
+        block_kv=block_kv,
         precision=precision,
         needs_lse=needs_lse,
         needs_max_logits=needs_max_logits,

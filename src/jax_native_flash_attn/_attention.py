@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from ._autodiff import taylor
 from ._autodiff.primitives import flash_attention_core, flash_attention_p, linear_kernel_p
 from ._autodiff.visible import find_visible
+from ._semantics.block_masks import make_block_masks
 from ._semantics.call import OPERANDS, Arrays, Call, Config, Inputs, Settings
 from ._semantics.join_masks import is_query_row, make_mask
 from ._semantics.numerics import DEAD_ROW_LSE, accumulation_dtype
@@ -84,27 +85,31 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
     """All masks as one, and operands as kernels expect them; of the shards of arrays as well."""
     query, key, value = arrays.query, arrays.key, arrays.value
     T, S = query.shape[1], key.shape[1]
-    band, mask = make_mask(
-        T,
-        S,
-        is_causal=settings.is_causal,
-        static_window=settings.static_window,
-        static_band=settings.static_band,
-        traced_window=arrays.traced_window,
-        query_lengths=arrays.query_lengths,
-        key_value_lengths=arrays.key_value_lengths,
-        allowed=arrays.mask,
-        static_offset=settings.static_offset,
-        order=Order(
+    masks: dict[str, Any] = {
+        "is_causal": settings.is_causal,
+        "static_window": settings.static_window,
+        "traced_window": arrays.traced_window,
+        "query_lengths": arrays.query_lengths,
+        "key_value_lengths": arrays.key_value_lengths,
+        "allowed": arrays.mask,
+        "static_offset": settings.static_offset,
+        "order": Order(
             arrays.query_segment_ids,
             arrays.key_value_segment_ids,
             arrays.query_positions,
             arrays.key_value_positions,
             arrays.query_offset,
         ),
-        find_visible=find_visible,
-        has_dead_rows=arrays.sinks is None,
-    )
+        "find_visible": find_visible,
+        "has_dead_rows": arrays.sinks is None,
+    }
+    ring = settings.ring
+    if ring is None:
+        band, mask = make_mask(T, S, static_band=settings.static_band, **masks)
+    else:
+        band, mask = make_block_masks(
+            T, S, ring.size, jax.lax.axis_index(ring.axis_name), is_balanced=ring.is_balanced, **masks
+        )
     is_row = is_query_row(T, arrays.query_lengths, arrays.query_segment_ids)
     in_length = is_query_row(T, arrays.query_lengths, None)
     if in_length is not None:
@@ -131,6 +136,7 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
         settings.logits_soft_cap,
         settings.implementation,
         rounds_out=True,
+        ring=ring,
     )
     return Prepared(Call(config, inputs), is_row, in_length)
 

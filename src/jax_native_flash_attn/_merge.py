@@ -1,12 +1,10 @@
-"""How attention over parts of the keys combines: for ring attention and split decoding."""
+"""Attention over parts of the keys, merged: for split decoding, and for parts that users make themselves."""
 
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
-from ._semantics.numerics import accumulation_dtype
+from ._semantics.merging import merge
 
 
 def merge_attention(outs: Sequence[jax.Array], lses: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -36,11 +34,5 @@ def merge_attention(outs: Sequence[jax.Array], lses: Sequence[jax.Array]) -> tup
                 f"outs must have one shape and lses that shape without the last axis, got {out.shape} and {lse.shape} "
                 f"beside {outs[0].shape}"
             )
-    accumulate = accumulation_dtype(outs[0].dtype)
-    largest = lax.stop_gradient(jnp.stack(lses).max(0))
-    largest = jnp.where(jnp.isfinite(largest), largest, 0)  # every part empty
-    weights = [jnp.exp(lse - largest) for lse in lses]
-    total = sum(weights[1:], weights[0])
-    numerator = [w[..., None] * out.astype(accumulate) for w, out in zip(weights, outs, strict=True)]
-    out = sum(numerator[1:], numerator[0]) / jnp.where(total == 0, 1, total)[..., None]
-    return out.astype(outs[0].dtype), largest + jnp.log(total)
+    out, lse = merge(outs, lses)
+    return out.astype(outs[0].dtype), lse

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from .._kernels import select
 from .._kernels.protocol import LinearPass, Pass, Target
 from .._semantics.call import Call, Config, Inputs, field_names, sum_to
 from .._semantics.numerics import accumulation_dtype
+from .._sharding import passes
 from . import rows
 
 Leaves = tuple[jax.Array, ...]
@@ -128,13 +128,13 @@ class FirstDerivative:
         none. To a gradient that is one rounding more; but in derivatives of it, many times larger terms cancel.
         """
         config = replace(self.config, needs_lse=True, needs_max_logits=False, rounds_out=False, adds_rounded=False)
-        results = select.forward(Call(config, inputs), target)
+        results = passes.forward(Call(config, inputs), target)
         assert results.lse is not None
         return results.out, results.lse
 
     def is_opaque(self, residuals: Sequence[Any], target: Target) -> bool:
         call = Call(self.config, jax.tree.unflatten(self.structure, residuals[:-2]))
-        return select.is_opaque(call, Pass.COTANGENT if self.flipped else Pass.TANGENT, target)
+        return passes.is_opaque(call, Pass.COTANGENT if self.flipped else Pass.TANGENT, target)
 
     def transpose(self) -> LinearKernel:
         return replace(self, flipped=not self.flipped)

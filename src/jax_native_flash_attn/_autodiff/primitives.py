@@ -20,11 +20,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad
 
-from .._kernels import select
 from .._kernels.protocol import Pass, Target
 from .._semantics.call import OPERANDS, Call, Config, Inputs, field_names
 from .._semantics.numerics import accumulation_dtype
-from .._sharding import lowering, types
+from .._sharding import lowering, passes, types
 from .linear import DirectionalDerivative, FirstDerivative, Flags, Leaves, LinearKernel, Slot, operand_shapes, pick
 from .registration import batch_operands, register
 
@@ -48,7 +47,7 @@ def _apply_forward(*leaves: Any, config: Config, structure: Any) -> Any:
 
 
 def _forward(*leaves: jax.Array, config: Config, structure: Any, target: Target) -> Leaves:
-    results = select.forward(Call(config, jax.tree.unflatten(structure, leaves)), target)
+    results = passes.forward(Call(config, jax.tree.unflatten(structure, leaves)), target)
     return tuple(x for x in results if x is not None)
 
 
@@ -114,7 +113,7 @@ def _forward_batch(args: Any, dims: Any, *, config: Config, structure: Any, **un
 
 
 def _forward_is_opaque(leaves: Sequence[Any], target: Target, *, config: Config, structure: Any) -> bool:
-    return select.is_opaque(Call(config, jax.tree.unflatten(structure, leaves)), Pass.FORWARD, target)
+    return passes.is_opaque(Call(config, jax.tree.unflatten(structure, leaves)), Pass.FORWARD, target)
 
 
 def _forward_layouts(*, config: Config, structure: Any) -> lowering.Layouts:

@@ -16,10 +16,10 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from .._kernels import select
 from .._kernels.protocol import LinearPass, Target
 from .._semantics.call import Call, batch_of, sum_to
 from .._semantics.numerics import accumulation_dtype
+from .._sharding import passes
 
 Arrays = Mapping[str, jax.Array]
 
@@ -32,7 +32,7 @@ def is_shift(call: Call) -> bool:
 
 
 def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
-    """As `select.cotangent`, of all operands."""
+    """As `passes.cotangent`, of all operands."""
     results: dict[str, jax.Array] = {}
     wanted = dict(given.wanted)
     if (like := wanted.pop("sinks", None)) is not None:
@@ -40,17 +40,17 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
     like = wanted.get("bias")
     if like is not None and like.shape[-1] == 1 and call.config.logits_soft_cap is None:
         results["bias"] = _of_rows(call, given, wanted.pop("bias"))
-    return results | select.cotangent(call, given._replace(wanted=wanted), target) if wanted else results
+    return results | passes.cotangent(call, given._replace(wanted=wanted), target) if wanted else results
 
 
 def tangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
-    """As `select.tangent`, of all operands."""
+    """As `passes.tangent`, of all operands."""
     if "sinks" not in given.operands:
-        return select.tangent(call, given, target)
+        return passes.tangent(call, given, target)
     operands = {name: x for name, x in given.operands.items() if name != "sinks"}
     results: Arrays = {}
     if operands:
-        results = select.tangent(call, given._replace(operands=operands), target)
+        results = passes.tangent(call, given._replace(operands=operands), target)
     share = _sink_weights(call, given) * given.operands["sinks"][..., None]
     own = {"lse": share, "out": -jnp.swapaxes(share, -1, -2)[..., None] * given.out.astype(share.dtype)}
     sums = {name: own[name] + results[name] if name in results else own[name] for name in given.wanted}
@@ -84,7 +84,9 @@ def _of_rows(call: Call, given: LinearPass, like: jax.ShapeDtypeStruct) -> jax.A
     if call.inputs.sinks is not None:
         rows += _sink_weights(call, given) * _delta(call, given)
     if mask.key_start is not None and mask.key_stop is not None:
-        rows = jnp.where(mask.key_start < mask.key_stop, rows, 0)  # padded rows have no key
+        has_key = mask.key_start < mask.key_stop
+        has_key = has_key.reshape(*has_key.shape[:-1], -1, z.T).any(-2)  # in any block of a ring
+        rows = jnp.where(has_key, rows, 0)  # padded rows have none
     if mask.dead is not None:
         rows = jnp.where(mask.dead, 0, rows)
     batch = jnp.broadcast_shapes(z.batch, batch_of(cotangents))

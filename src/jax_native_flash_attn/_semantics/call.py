@@ -12,10 +12,27 @@ from .masks import Band, MaskOperands
 from .sizes import Sizes
 
 
+@dataclass(frozen=True)
+class Ring:
+    """Keys that are split over the devices of a mesh axis, in `size` blocks of equal length, as query rows are.
+
+    Attributes:
+      axis_name: the mesh axis, or several as one; manual where the call is.
+      distances: which blocks a device visits, its own, 0, first: with distance d that of the device d places before it.
+      is_balanced: whether rows and keys are in the order of `balanced_order`, which masks then see through.
+    """
+
+    axis_name: Any
+    size: int
+    distances: tuple[int, ...]
+    is_balanced: bool = False
+
+
 class Settings(NamedTuple):
     """What is static in a checked call.
 
     `static_band` is what a constant mask was, if it was a band; `static_offset` an offset that is a Python number.
+    `ring` says that key and value are one of its blocks; all other arrays with a key axis have that of all of them.
     """
 
     is_causal: bool
@@ -31,6 +48,7 @@ class Settings(NamedTuple):
     needs_max_logits: bool
     implementation: str | None
     is_staged: bool
+    ring: Ring | None = None
 
 
 class Arrays(NamedTuple):
@@ -65,6 +83,10 @@ class Config:
 
     `implementation` is what the caller asked for. `rounds_out` asks for out in query's dtype; derivatives need it
     unrounded, in accumulation dtype, and with `adds_rounded` get it rounded too, behind the other results.
+
+    With a `ring`, key and value are the block of this device, and `band` is the mask of that alone. All other operands
+    with a key axis have the keys of all blocks, one after the other; intervals and `is_exact` have one for each block,
+    likewise, along T.
     """
 
     band: Band
@@ -78,6 +100,7 @@ class Config:
     implementation: str | None = None
     rounds_out: bool = False
     adds_rounded: bool = False
+    ring: Ring | None = None
 
 
 class Inputs(NamedTuple):
@@ -90,7 +113,8 @@ class Inputs(NamedTuple):
       bias: (batch..., N, T, S) or None.
       mask: see `MaskOperands`.
       sinks: (batch..., N), a further logit of each head that is in the denominator alone, or None.
-      dropout_key: (batch..., 2) uint32, or None without dropout.
+      dropout_key: (batch..., 2) uint32, or None without dropout; (batch..., 4) if rows and keys are part of those that
+        `Dropout.lengths` says: then with the numbers of the first row and of the first key.
       head_index: (batch..., N) uint32, the number b * N + n of a head in the dropout mask, or None.
     """
 

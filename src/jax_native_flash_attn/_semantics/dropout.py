@@ -20,10 +20,14 @@ _WORD = np.uint32(0xFFFF)
 
 @dataclass(frozen=True)
 class Dropout:
-    """Static part of dropout: the rate, and whether `bernoulli` would draw float64 (it does under x64)."""
+    """Static part of dropout: the rate, and whether `bernoulli` would draw float64 (it does under x64).
+
+    `lengths` are T and S of the mask, if those of a call are a part of it.
+    """
 
     rate: float
     uniform_bits: int  # of the significand: 23 for float32, 52 for float64
+    lengths: tuple[int, int] | None = None
 
     @property
     def rescaling(self) -> float:
@@ -42,20 +46,24 @@ class Dropout:
         """Keep-mask of the elements at `rows` x `columns` of the given heads.
 
         Args:
-          key_words: (..., 2) uint32, the threefry key.
+          key_words: (..., 2) uint32, the threefry key; with `lengths` (..., 4), and what is added to rows and columns.
           head_index: (...) uint32, b * N + n of each head; `...` broadcasts with that of `key_words`.
           rows, columns: (t,) and (s,) absolute positions, int32.
-          T, S: the full lengths.
+          T, S: the full lengths, where there are no others in `lengths`.
 
         Returns:
           (..., t, s) bool.
         """
         lead = (1,) * head_index.ndim
+        rows = rows.astype(jnp.uint32).reshape(*lead, -1)
+        columns = columns.astype(jnp.uint32).reshape(*lead, 1, -1)
+        if self.lengths is not None:
+            rows, columns = rows + key_words[..., 2, None], columns + key_words[..., 3, None, None]
         return self.keep_elements(
             (key_words[..., 0, None, None], key_words[..., 1, None, None]),
             head_index[..., None],
-            rows.astype(jnp.uint32).reshape(*lead, -1),
-            columns.astype(jnp.uint32).reshape(*lead, 1, -1),
+            rows,
+            columns,
             lambda x: x[..., None],
             T,
             S,
@@ -72,6 +80,7 @@ class Dropout:
         S: int,
     ) -> jax.Array:
         """As `keep_tile`, all uint32 and broadcasting; `spread` brings what varies by row to the shape of `columns`."""
+        T, S = self.lengths or (T, S)
         high, low = _multiply_wide(head_index, np.uint32(T))
         high, low = _add_wide(high, low, rows)
         row_high, row_low = _multiply_wide(low, np.uint32(S))

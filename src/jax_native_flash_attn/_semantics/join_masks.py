@@ -28,6 +28,7 @@ def make_mask(
     order: Order = _NO_ORDER,
     find_visible: Callable[[MaskOperands, int, int], Visible] = find_visible,
     has_dead_rows: bool = True,
+    within: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[Band, MaskOperands]:
     """Intersect all masks of a call into one static band and the operands it cannot express.
 
@@ -36,6 +37,7 @@ def make_mask(
       static_offset: added to the index of a row for its position.
       find_visible: see the function of this name.
       has_dead_rows: whether rows without a key attend all; otherwise they attend none, as padded ones.
+      within: the interval of keys of each row, start and stop, (B, N, T), that another mask leaves.
     """
     reach = Reach(*(static_window or (None, None))) if traced_window is None else Reach(*traced_window)
     if is_causal:
@@ -43,7 +45,7 @@ def make_mask(
     if reach.left is None and reach.right is None and not order.has_positions:
         order = order._replace(query_offset=None)
     moves = order.has_positions or order.query_offset is not None
-    is_static = traced_window is None and not moves
+    is_static = traced_window is None and not moves and within is None
     window = None if moves else static_window
     band = make_band(
         T, S, is_causal=is_causal and not moves, window=window, also=static_band, offset=0 if moves else static_offset
@@ -71,6 +73,8 @@ def make_mask(
     operands = MaskOperands(allowed=allowed, key_value_length=key_value_lengths)
     if order.has_positions:
         operands = operands._replace(**position_bounds(T, S, order, reach, static_offset))
+    elif within is not None:
+        start, stop = jnp.maximum(start, within[0]), jnp.minimum(stop, within[1])
     elif not is_static:
         rows = jnp.arange(T, dtype=jnp.int32)[None, None, :]
         start, stop = cut(start, stop, rows, reach, order.query_offset, static_offset, T, S)

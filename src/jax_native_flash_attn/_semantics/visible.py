@@ -11,19 +11,19 @@ from .sizes import static_size
 
 
 def rows_with_a_key(start: jax.Array, stop: jax.Array, allowed: jax.Array, *, is_banded: bool) -> jax.Array:
-    """Whether a row's interval holds an allowed key; (B, N, T), axes of size 1 where nothing varies."""
+    """Whether a row's interval holds an allowed key; (batch..., N, T), axes of size 1 where nothing varies."""
     if not is_banded:
         return _any_of_rows(allowed)
-    if allowed.shape[3] == 1:
+    if allowed.shape[-1] == 1:
         return (start < stop) & allowed[..., 0]
-    if allowed.shape[2] > 1:
+    if allowed.shape[-2] > 1:
         return _any_inside(start, stop, allowed)
     # One mask for all rows, and an interval each: counts of allowed keys up to either end, not a T x S array.
-    count = jnp.cumsum(allowed[:, :, 0], -1, dtype=jnp.int32)
+    count = jnp.cumsum(allowed[..., 0, :], -1, dtype=jnp.int32)
     count = jnp.concatenate([jnp.zeros_like(count[..., :1]), count], -1)
-    lead = jnp.broadcast_shapes(start.shape[:2], stop.shape[:2], count.shape[:2])
+    lead = jnp.broadcast_shapes(start.shape[:-1], stop.shape[:-1], count.shape[:-1])
     count = jnp.broadcast_to(count, (*lead, count.shape[-1]))
-    S = allowed.shape[3]
+    S = allowed.shape[-1]
     start, stop = (jnp.broadcast_to(jnp.clip(x, 0, S), (*lead, x.shape[-1])) for x in (start, stop))
     before, upto = (jnp.take_along_axis(count, x, -1) for x in (start, stop))
     return upto > before
@@ -42,7 +42,7 @@ def _any_of_rows(allowed: jax.Array) -> jax.Array:
 @jax.jit
 def _any_inside(start: jax.Array, stop: jax.Array, allowed: jax.Array) -> jax.Array:
     """In one compiled reduction, which makes no array of the size of its operand."""
-    columns = jnp.arange(allowed.shape[-1], dtype=jnp.int32)[None, None, None, :]
+    columns = jnp.arange(allowed.shape[-1], dtype=jnp.int32).reshape((1,) * (allowed.ndim - 1) + (-1,))
     return ((columns >= start[..., None]) & (columns < stop[..., None]) & allowed).any(-1)
 
 

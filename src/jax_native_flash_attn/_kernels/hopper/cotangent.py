@@ -27,9 +27,9 @@ def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores
     results: dict[str, jax.Array] = {}
     if "query" in wanted or "scale" in wanted:
         is_summed = "query" in wanted and wanted["query"].shape[:-3] != backward.sizes.batch
-        out_dtype = jnp.float32 if is_summed else inputs.query.dtype
+        out_dtype = jnp.float32 if is_summed else wanted.get("query", inputs.query).dtype
         with_scale = "scale" in wanted
-        blocks = asked or plan(inputs, with_scale=with_scale, is_wide=is_summed)
+        blocks = asked or plan(inputs, with_scale=with_scale, is_wide=out_dtype == jnp.float32)
         rows = dquery(backward, blocks.dquery, out_dtype, cores, with_scale=with_scale)
         results["query"] = rows.dquery
         if rows.moments is not None:

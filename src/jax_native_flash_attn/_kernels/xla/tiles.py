@@ -250,7 +250,7 @@ class Tiles:
         dropout, key, heads = self.config.dropout, self.inputs.dropout_key, self.inputs.head_index
         if dropout is None or key is None or heads is None:
             return None
-        key = self.nest.slice(key, (*at.batch, 0), (*self.nest.tile.batch, 2))
+        key = self.nest.slice(key, (*at.batch, 0), (*self.nest.tile.batch, key.shape[-1]))
         keep = dropout.keep_tile(
             key[..., None, None, :],
             self.nest.head_slice(heads, at),

@@ -1,0 +1,146 @@
+"""The public functions for sequences that are split over devices."""
+
+import inspect
+from typing import Any, Unpack
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from ._api import flash_attention_with_lse
+from ._options import Options
+from ._strategies import SequenceOrder, Strategy, context_parallel
+
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(flash_attention_with_lse).parameters.items()
+    if name != "return_max_logits"
+}
+
+
+def context_parallel_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    axis_name: Any,
+    strategy: Strategy | None = None,
+    order: SequenceOrder | None = None,
+    implementation: str | None = None,
+    **options: Unpack[Options],
+) -> jax.Array:
+    """`flash_attention` of a sequence that is split over devices (context parallelism), inside `jax.shard_map`.
+
+    Each device of the mesh axis has T rows of query and S of key and value, in the order of the axis, and gets the rows
+    of the result that belong to its own: those of `flash_attention` of the whole arrays, of n * T rows and n * S keys on
+    n devices. Everything is kept: each argument, each derivative, `vmap`, dropout masks.
+
+        order = balanced_order(length, devices)         # once, where the data is loaded
+        spec = jax.P(None, "sequence")
+        attention = jax.shard_map(
+            lambda q, k, v: context_parallel_attention(q, k, v, is_causal=True, axis_name="sequence", order="balanced"),
+            mesh=mesh, in_specs=spec, out_specs=spec,
+        )
+        out = attention(query[:, order], key[:, order], value[:, order])
+
+    Args:
+      query, key, value: as of `flash_attention`, of this device.
+      bias, mask: broadcastable to (B, N, n * T, n * S). Of the last two axes one may be split: (B, N, T, n * S), or
+        (B, N, n * T, S), or (B, N, 1, S).
+      axis_name: the mesh axis over which the sequence is split, or a tuple of several. With one device, or where heads
+        and batch alone are split, this is `flash_attention`.
+      strategy: who sends what.
+        'ring': key and value travel from device to device, each time while the ones before are attended (Ring
+        Attention, Liu et al. 2023, arXiv:2310.01889). Memory is O(T + S), in gradients too.
+        'all_to_all': heads are exchanged for the sequence, and back (DeepSpeed Ulysses, Jacobs et al. 2023,
+        arXiv:2309.14509). n divides N, and divides K or is a multiple of it.
+        'all_gather': key and value of all devices are gathered.
+        None is 'ring'.
+      order: None: tokens stand in their order, or as `query_positions` and `key_value_positions` say. 'balanced': they
+        stand in that of `balanced_order`, so that causal attention is the same work for every device; `is_causal`,
+        `local_window_size` and `query_offset` then go by where tokens stood before. It needs even T and S.
+      implementation: as of `flash_attention`, but for 'cudnn'.
+      options: all others of `flash_attention`. `query_segment_ids` and `query_positions` (B, T) and
+        `key_value_segment_ids` and `key_value_positions` (B, S) are of this device. `query_seq_lengths`,
+        `key_value_seq_lengths` and `query_offset` are of the whole sequence; so are the weights that dropout keeps,
+        which a token has by its place.
+
+    Returns:
+      (B, T, N, D), of query's dtype: the rows of this device.
+
+    Raises:
+      ValueError: as `flash_attention`; no such mesh axis; heads or lengths that do not divide; an unknown strategy or
+        order; positions beside an order; a bias or mask with both axes split.
+      TypeError: as `flash_attention`.
+      NotImplementedError: the gradient of a bias without a key axis inside a soft cap, in a ring.
+    """
+    arguments = _arguments("context_parallel_attention", (query, key, value, bias, mask), options)
+    split: dict[str, Any] = {"axis_name": axis_name, "strategy": strategy, "order": order}
+    return context_parallel(arguments, **split, needs_lse=False, implementation=implementation).out
+
+
+def context_parallel_attention_with_lse(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    axis_name: Any,
+    strategy: Strategy | None = None,
+    order: SequenceOrder | None = None,
+    return_max_logits: bool = False,
+    **options: Unpack[Options],
+) -> tuple[jax.Array, ...]:
+    """As `context_parallel_attention`, and the log-sum-exp of the logits, both differentiable in every mode.
+
+    Args: as `context_parallel_attention`, and
+      return_max_logits: also return the largest logit of each head, over all devices of the axis.
+
+    Returns:
+      out and lse, as `flash_attention_with_lse` gives them, of the rows of this device; and, with
+      `return_max_logits`, (N,) float32, alike on all of them.
+
+    Raises: as `context_parallel_attention`.
+    """
+    arguments = _arguments("context_parallel_attention_with_lse", (query, key, value, bias, mask), options)
+    split: dict[str, Any] = {"axis_name": axis_name, "strategy": strategy, "order": order}
+    results = context_parallel(arguments, **split, needs_lse=True, needs_max_logits=return_max_logits)
+    return tuple(x for x in results if x is not None)
+
+
+def _arguments(function: str, arrays: tuple, options: Options) -> dict[str, Any]:
+    unknown = [name for name in options if name not in _DEFAULTS]
+    if unknown:
+        raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
+    return _DEFAULTS | dict(zip(("query", "key", "value", "bias", "mask"), arrays, strict=True)) | options
+
+
+def balanced_order(length: int, devices: int, *, inverse: bool = False) -> np.ndarray:
+    """The order of tokens in which causal attention is equal work for all devices: zig-zag.
+
+    Of `2 * devices` equal parts of a sequence, device i gets part i and part `2 * devices - 1 - i`. Permute the tokens
+    once, where they are loaded, and pass the result as `query_positions` and `key_value_positions`:
+
+        order = balanced_order(T, devices)
+        tokens, labels = tokens[:, order], labels[:, order]
+        positions = jnp.broadcast_to(order, tokens.shape)
+
+    Args:
+      length: of the sequence, a multiple of `2 * devices`.
+      devices: over how many it is split.
+      inverse: give the order that undoes the other: `x[:, order][:, inverse]` is x.
+
+    Returns:
+      (length,) int32: which token stands at each place.
+
+    Raises:
+      ValueError: for a length that does not divide into equal parts.
+    """
+    if devices < 1 or length % (2 * devices) != 0:
+        raise ValueError(f"length must be a multiple of 2 * devices = {2 * devices}, got {length}: pad the sequence")
+    parts = np.arange(length, dtype=np.int32).reshape(2 * devices, -1)
+    order = np.concatenate([parts[[i, -1 - i]].reshape(-1) for i in range(devices)])
+    return np.argsort(order).astype(np.int32) if inverse else order

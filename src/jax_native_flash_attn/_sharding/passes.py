@@ -1,0 +1,172 @@
+"""Passes of attention over keys that are on one device, or split over the devices of a ring.
+
+Around a ring, query rows and all that is theirs stay, and the blocks of key and value travel:
+
+    forward     out and log-sum-exp of the blocks are merged
+    cotangent   weights are made of the log-sum-exp of all keys, so that each block gives its part of every sum; the
+                gradients of key and value travel with their block, one place behind it, and in the end home
+    tangent     likewise, with the tangents of key and value
+"""
+
+import functools
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .._kernels import select
+from .._kernels.protocol import Forward, LinearPass, Pass, Target
+from .._semantics.call import Call, Inputs, batch_of, sum_to
+from .._semantics.merging import merge
+from .._semantics.numerics import accumulation_dtype
+from .collectives import axis_index, shift
+from .ring import Visit, go_around
+
+Shape = jax.ShapeDtypeStruct
+
+
+def is_opaque(call: Call, which: Pass, target: Target) -> bool:
+    """See `select.is_opaque`."""
+    config, inputs = call
+    if config.ring is not None:
+
+        def step(inputs: Inputs) -> Visit:
+            return Visit(0, 0, {"key": inputs.key, "value": inputs.value})
+
+        inputs = jax.eval_shape(lambda inputs: step(inputs).inputs(Call(config, inputs)), inputs)
+        config = step(call.inputs).config(call)
+    return select.is_opaque(Call(config, inputs), which, target)
+
+
+def forward(call: Call, target: Target) -> Forward:
+    """See `select.forward`."""
+    config, inputs = call
+    ring, dtype = config.ring, inputs.query.dtype
+    if ring is None:
+        return select.forward(call, target)
+    # Rows without a key in one block, which sinks make of others, are empty there. Sinks themselves come in the end.
+    of_blocks = Call(replace(config, needs_lse=True, rounds_out=False, adds_rounded=False), inputs._replace(sinks=None))
+
+    def visit(merged: Forward | None, at: Visit) -> Forward:
+        step = at.call(of_blocks)
+        found = select.forward(step, target)
+        mask, lse = step.inputs.mask, found.lse
+        if lse is not None and mask.key_start is not None and mask.key_stop is not None:
+            lse = jnp.where(mask.key_start < mask.key_stop, lse, -jnp.inf)
+        found = found._replace(lse=lse)
+        return found if merged is None else _merged(merged, found)
+
+    merged = go_around(ring, {"key": inputs.key, "value": inputs.value}, None, visit)
+    assert merged is not None
+    assert merged.lse is not None
+    if inputs.sinks is not None:
+        sinks = jnp.broadcast_to(inputs.sinks[..., None], merged.lse.shape)
+        merged = _merged(merged, Forward(jnp.zeros_like(merged.out), sinks, merged.max_logits))
+    out, lse, max_logits, _ = merged
+    assert lse is not None
+    return Forward(
+        out.astype(dtype) if config.rounds_out else out,
+        jnp.where(jnp.isneginf(lse), 0, lse) if config.needs_lse else None,  # -inf: of padded rows
+        max_logits,
+        out.astype(dtype) if config.adds_rounded else None,
+    )
+
+
+def _merged(a: Forward, b: Forward) -> Forward:
+    assert a.lse is not None
+    assert b.lse is not None
+    out, lse = merge((a.out, b.out), [jnp.swapaxes(x, -1, -2) for x in (a.lse, b.lse)])
+    max_logits = [x.max_logits for x in (a, b) if x.max_logits is not None]
+    return Forward(out, jnp.swapaxes(lse, -1, -2), functools.reduce(jnp.maximum, max_logits) if max_logits else None)
+
+
+class Sums(NamedTuple):
+    """Of a cotangent: what stays on a device, and what travels with the blocks of key and value."""
+
+    resting: dict[str, jax.Array]
+    moving: dict[str, jax.Array]
+
+
+def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
+    """See `select.cotangent`."""
+    config, inputs = call
+    ring, dtype, S = config.ring, accumulation_dtype(inputs.query.dtype), call.sizes.S
+    if ring is None:
+        return select.cotangent(call, given, target)
+    of_blocks = Call(config, inputs._replace(sinks=None))
+    if "bias" in given.wanted and given.wanted["bias"].shape[-1] == 1:
+        raise NotImplementedError(
+            "bias must have a key axis where its gradient is taken inside a logits_soft_cap, in a ring of devices, got "
+            f"shape {given.wanted['bias'].shape}: broadcast it along the keys, or take strategy='all_gather'"
+        )
+    # Sums over blocks, unrounded; but for a bias of keys, each block has its own.
+    wanted = {name: Shape(x.shape, dtype) for name, x in given.wanted.items() if name != "scale"}
+    split = {name for name, x in wanted.items() if name == "bias" and x.shape[-1] > 1}
+    of_block = wanted | {name: Shape((*wanted[name].shape[:-1], S), dtype) for name in split}
+    travelling = [name for name in ("key", "value") if name in wanted]
+    # A family with a kernel for each gradient makes those of the own key and value last, while the others travel home.
+    late = {name: wanted[name] for name in travelling if is_opaque(call, Pass.COTANGENT, target)}
+
+    def visit(sums: Sums, at: Visit) -> Sums:
+        asked = {name: x for name, x in of_block.items() if not (at.is_own and name in late)}
+        found = select.cotangent(at.call(of_blocks), given._replace(wanted=asked), target) if asked else {}
+        for name in split:
+            whole = sums.resting[name] if name in sums.resting else jnp.zeros(wanted[name].shape, dtype)
+            found[name] = lax.dynamic_update_slice_in_dim(whole, found[name], at.source * S, -1)
+        if at.is_own:
+            return Sums(found, {})
+        moving = {name: found.pop(name) for name in travelling}
+        if sums.moving:
+            arrived = shift(sums.moving, ring, at.hop)
+            moving = {name: x + arrived[name] for name, x in moving.items()}
+        added = {name: x if name in split else x + sums.resting[name] for name, x in found.items()}
+        return Sums(sums.resting | added, moving)
+
+    results: dict[str, jax.Array] = {}
+    if wanted:
+        zeros = {name: jnp.zeros(wanted[name].shape, dtype) for name in travelling}
+        blocks = {"key": inputs.key, "value": inputs.value}
+        sums = go_around(ring, blocks, Sums({}, {}), visit, lambda sums: sums._replace(moving=zeros))
+        home = shift(sums.moving, ring, -ring.distances[-1])
+        results = dict(sums.resting)
+        if late:
+            own = Visit(axis_index(ring), axis_index(ring), blocks, is_own=True).call(of_blocks)
+            results |= select.cotangent(own, given._replace(wanted=late), target)
+        results |= {name: results[name] + x for name, x in home.items()}
+    if "scale" in given.wanted:
+        results["scale"] = _of_scale(call, given, target)
+    return {name: results[name].astype(like.dtype) for name, like in given.wanted.items()}
+
+
+def _of_scale(call: Call, given: LinearPass, target: Target) -> jax.Array:
+    """The gradient of scale, by its tangent: what kernels make it of are sums over all keys of a row, not over some."""
+    like, batch = given.wanted["scale"], jnp.broadcast_shapes(call.sizes.batch, batch_of(given.operands))
+    shapes = {name: Shape((*batch, *x.shape[len(batch) :]), like.dtype) for name, x in given.operands.items()}
+    along = tangent(call, given._replace(operands={"scale": jnp.ones(batch, like.dtype)}, wanted=shapes), target)
+    products = [along[name] * x.astype(like.dtype) for name, x in given.operands.items()]
+    sums = [x.sum(tuple(range(len(batch), x.ndim))) for x in products]
+    return sum_to(functools.reduce(jnp.add, sums), like)
+
+
+def tangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
+    """See `select.tangent`."""
+    config, inputs = call
+    ring, S = config.ring, call.sizes.S
+    if ring is None:
+        return select.tangent(call, given, target)
+    of_blocks = Call(config, inputs._replace(sinks=None))
+    resting = {name: x for name, x in given.operands.items() if name not in ("key", "value")}
+    blocks = {"key": inputs.key, "value": inputs.value}
+    blocks |= {f"d{name}": given.operands[name] for name in ("key", "value") if name in given.operands}
+    wanted = {name: Shape(x.shape, accumulation_dtype(x.dtype)) for name, x in given.wanted.items()}
+
+    def visit(sums: dict[str, jax.Array], at: Visit) -> dict[str, jax.Array]:
+        operands = {name: at.keys(x, S) if name == "bias" else x for name, x in resting.items()}
+        operands |= {name: at.blocks[f"d{name}"] for name in ("key", "value") if f"d{name}" in at.blocks}
+        found = select.tangent(at.call(of_blocks), given._replace(operands=operands, wanted=wanted), target)
+        return {name: x + sums[name] if sums else x for name, x in found.items()}
+
+    sums = go_around(ring, blocks, {}, visit)
+    return {name: sums[name].astype(like.dtype) for name, like in given.wanted.items()}
