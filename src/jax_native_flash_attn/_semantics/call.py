@@ -183,6 +183,7 @@ OPERANDS = {
     "allowed": Operand("BNTS"),
     "dead": Operand("BNT"),
     "key_value_length": Operand("B"),
+    "shift": Operand("B"),
     "query_ids": Operand("BNTS"),
     "key_ids": Operand("BNTS"),
     "lowest_position": Operand("BNTS"),

@@ -207,7 +207,7 @@ class TileLogits:
                 x, factor, outside = x * self._apart(factor), None, lowest(jnp.float32)
             pair = rows.pair()
             allowed = self.intervals.allowed(pair, self.head, rows.row, tile * self.block_kv, self.shape, self.q_axis)
-            dead = self.intervals.dead(pair, self.head, self.shape, self.q_axis)
+            dead = self.intervals.dead(pair, self.head, rows.row, self.shape, self.q_axis)
             elements = [] if in_mask is None else [in_mask == 0 if self.adds_mask else in_mask != 0]
             if compares:
                 layouts = self.kv_layout, self.q_layout
@@ -257,12 +257,12 @@ class TileLogits:
 
         Masked ones have no weight, and so are zero but for NaN in padding (0 * NaN).
         """
-        if not (self.intervals.is_traced or self.intervals.is_cut):
+        if not self.intervals.has_constant_logits:
             return x
 
         def edge(x: jax.Array) -> jax.Array:
             pair = rows.pair()
-            dead = self.intervals.dead(pair, self.head, self.shape, self.q_axis)
+            dead = self.intervals.dead(pair, self.head, rows.row, self.shape, self.q_axis)
             if self.intervals.has_length:
                 column = tile * self.block_kv
                 allowed = self.intervals.allowed(pair, self.head, rows.row, column, self.shape, self.q_axis)
