@@ -284,14 +284,11 @@ class TileLogits:
         at = broadcast_index(self.head[:-1], key.shape[:-1])
         rows = plgpu.broadcasted_iota(jnp.int32, (self.block_q,), 0, layout=self.q_layout) + row
         positions = iota(self.shape, 1 - self.q_axis) + tile * self.block_kv
-        rows, positions = rows.astype(jnp.uint32), positions.astype(jnp.uint32)
-        if dropout.lengths is not None:
-            rows, positions = rows + key[(*at, 2)], positions + key[(*at, 3)]
         keep = dropout.keep_elements(
-            (key[(*at, 0)], key[(*at, 1)]),
+            [key[(*at, i)] for i in range(key.shape[-1])],
             head[broadcast_index(self.head, head.shape)],
-            rows,
-            positions,
+            rows.astype(jnp.uint32),
+            positions.astype(jnp.uint32),
             self.of_rows,
             self.context.sizes.T,
             self.context.sizes.S,
