@@ -63,7 +63,7 @@ def check(
     implementation: str | None = None,
     blocks: int = 1,
 ) -> tuple[Settings, Arrays]:
-    """The one place that knows the public names; see `flash_attention`. Key and value are one of `blocks`, masks all."""
+    """The one place that knows the public names; see `flash_attention`. Key and value are one block of `blocks`."""
     is_causal = as_static_bool(is_causal, "is_causal")
     block_q, block_kv = as_block(block_q, "block_q"), as_block(block_kv, "block_kv")
     if as_static_bool(deterministic, "deterministic"):
