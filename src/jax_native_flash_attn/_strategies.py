@@ -23,6 +23,7 @@ from ._semantics.positions import saturated_sum
 
 Strategy = Literal["ring", "all_to_all", "all_gather"]
 SequenceOrder = Literal["balanced"]
+DEFAULT_STRATEGY: Strategy = "ring"
 
 
 class Devices(NamedTuple):
@@ -78,7 +79,7 @@ def context_parallel(
         if arguments[name] is not None:
             arguments[name] = devices.gather(jnp.asarray(arguments[name]), -1)
     settings, arrays = check(**arguments, **asked, blocks=size)
-    strategy = strategy or choose(arrays, size)
+    strategy = strategy or DEFAULT_STRATEGY
     if order is not None and strategy != "ring":
         arrays = _with_positions(settings, arrays, devices)
     return _STRATEGIES[strategy](settings, arrays, devices, shape)
@@ -103,11 +104,6 @@ def _with_positions(settings: Settings, arrays: Arrays, devices: Devices) -> Arr
         key_value_positions=jnp.broadcast_to(jnp.concatenate(keys)[None], (B, devices.size * S)),
         query_offset=None,
     )
-
-
-def choose(arrays: Arrays, size: int) -> Strategy:
-    """The strategy where none was asked for."""
-    return "ring"
 
 
 def _rows_of_device(name: str, x: jax.Array, T: int, S: int, devices: Devices) -> jax.Array:

@@ -27,17 +27,23 @@ from .ring import Visit, go_around
 Shape = jax.ShapeDtypeStruct
 
 
+def types_of_step(call: Call) -> Call:
+    """The call that a kernel gets, of types in place of arrays; in a ring, for a block that is not the device's own."""
+    config, inputs = call
+    if config.ring is None:
+        return call
+
+    def visit(inputs: Inputs) -> Visit:
+        return Visit(0, 0, {"key": inputs.key, "value": inputs.value})
+
+    return Call(
+        visit(inputs).config(call), jax.eval_shape(lambda inputs: visit(inputs).inputs(Call(config, inputs)), inputs)
+    )
+
+
 def is_opaque(call: Call, which: Pass, target: Target) -> bool:
     """See `select.is_opaque`."""
-    config, inputs = call
-    if config.ring is not None:
-
-        def step(inputs: Inputs) -> Visit:
-            return Visit(0, 0, {"key": inputs.key, "value": inputs.value})
-
-        inputs = jax.eval_shape(lambda inputs: step(inputs).inputs(Call(config, inputs)), inputs)
-        config = step(call.inputs).config(call)
-    return select.is_opaque(Call(config, inputs), which, target)
+    return select.is_opaque(types_of_step(call), which, target)
 
 
 def forward(call: Call, target: Target) -> Forward:
