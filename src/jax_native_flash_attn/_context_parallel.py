@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from ._api import flash_attention_with_lse
+from ._api import flash_attention_with_lse, own_implementation
 from ._options import Options
 from ._strategies import SequenceOrder, Strategy, context_parallel
 
@@ -60,7 +60,9 @@ def context_parallel_attention(
         None is 'ring'.
       order: None: tokens stand in their order, or as `query_positions` and `key_value_positions` say. 'balanced': they
         stand in that of `balanced_order`, so that causal attention is the same work for every device; `is_causal`,
-        `local_window_size` and `query_offset` then go by where tokens stood before. It needs even T and S.
+        `local_window_size` and `query_offset` then go by where tokens stood before; all else goes by where they stand.
+        It needs even T and S, and no lengths: padding has a negative segment id. It is for 'ring': the others compare
+        every element.
       implementation: as of `flash_attention`, but for 'cudnn'.
       options: all others of `flash_attention`. `query_segment_ids` and `query_positions` (B, T) and
         `key_value_segment_ids` and `key_value_positions` (B, S) are of this device. `query_seq_lengths`,
@@ -74,11 +76,12 @@ def context_parallel_attention(
       ValueError: as `flash_attention`; no such mesh axis; heads or lengths that do not divide; an unknown strategy or
         order; positions beside an order; a bias or mask with both axes split.
       TypeError: as `flash_attention`.
-      NotImplementedError: the gradient of a bias without a key axis inside a soft cap, in a ring.
+      NotImplementedError: implementation='cudnn'; in a ring, the gradient of a bias without a key axis inside a cap.
     """
     arguments = _arguments("context_parallel_attention", (query, key, value, bias, mask), options)
     split: dict[str, Any] = {"axis_name": axis_name, "strategy": strategy, "order": order}
-    return context_parallel(arguments, **split, needs_lse=False, implementation=implementation).out
+    own = own_implementation(implementation)
+    return context_parallel(arguments, **split, needs_lse=False, implementation=own).out
 
 
 def context_parallel_attention_with_lse(
@@ -122,7 +125,8 @@ def balanced_order(length: int, devices: int, *, inverse: bool = False) -> np.nd
     """The order of tokens in which causal attention is equal work for all devices: zig-zag.
 
     Of `2 * devices` equal parts of a sequence, device i gets part i and part `2 * devices - 1 - i`. Permute the tokens
-    once, where they are loaded, and pass the result as `query_positions` and `key_value_positions`:
+    once, where they are loaded, and say `order='balanced'` to `context_parallel_attention`. What else goes by position,
+    such as rotary embeddings, takes them from here:
 
         order = balanced_order(T, devices)
         tokens, labels = tokens[:, order], labels[:, order]

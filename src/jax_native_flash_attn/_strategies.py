@@ -55,8 +55,8 @@ def context_parallel(
     **asked: Any,
 ) -> Results:
     """The results for arguments of `context_parallel_attention`; `asked`: of `check`."""
-    if order not in (None, "balanced"):
-        raise ValueError(f"order must be None or 'balanced', got {order!r}")
+    if not (order is None or (isinstance(order, str) and order == "balanced")):
+        raise ValueError(f"order must be None or 'balanced', which is that of balanced_order, got {order!r}")
     if strategy is not None and strategy not in _STRATEGIES:
         raise ValueError(f"strategy must be one of {(None, *_STRATEGIES)}, got {strategy!r}")
     try:
@@ -89,6 +89,12 @@ def _check_order(arguments: dict[str, Any], T: int, S: int) -> None:
     given = [name for name in ("query_positions", "key_value_positions") if arguments[name] is not None]
     if given:
         raise ValueError(f"order='balanced' says where tokens stand, got {given[0]} beside it: leave one of them out")
+    lengths = [name for name in ("query_seq_lengths", "key_value_seq_lengths") if arguments[name] is not None]
+    if lengths:
+        raise ValueError(
+            f"{lengths[0]} cannot say in order='balanced' which tokens are padding, as it does not stand at the end: "
+            "give padding a negative id in query_segment_ids and key_value_segment_ids"
+        )
     if T % 2 or S % 2:
         raise ValueError(f"order='balanced' needs two equal parts on each device, got {T} query rows and {S} keys")
 

@@ -106,7 +106,8 @@ def test_what_devices_send_is_what_the_program_sends(strategy: Any, options: dic
     whole = [jax.ShapeDtypeStruct((2, 8 * devices, 4, 64), jnp.float32)] * 3
 
     def gradient(query: jax.Array, key: jax.Array, value: jax.Array, dout: jax.Array) -> Any:
-        return jax.vjp(over_all, query, key, value)[1](dout)
+        out, pullback = jax.vjp(over_all, query, key, value)
+        return out, pullback(dout)
 
     def sent(program: Any, *arrays: Any) -> int:
         elements = collective_elements(jax.jit(program).lower(*arrays).compile().as_text())

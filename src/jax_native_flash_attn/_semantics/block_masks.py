@@ -2,12 +2,13 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .call import Arrays, Settings
+from .call import Arrays, Call, Settings
 from .join_masks import is_query_row, make_mask
 from .masks import Band, MaskOperands, make_band
 from .positions import Order, Reach, of_keys, of_rows, position_bounds, saturated_sum
@@ -156,6 +157,30 @@ def make_block_masks(
     if order.has_positions:
         operands = operands._replace(**position_bounds(T, S * size, order, reach, 0))
     return band, operands._replace(is_exact=None if is_exact is None else _joined(is_exact))
+
+
+def split_masks(call: Call, rank: jax.Array) -> Call:
+    """The same call with the masks of blocks, where `Ring.has_whole_masks`; the rows are the block of number `rank`."""
+    (config, inputs), z = call, call.sizes
+    ring, mask = config.ring, inputs.mask
+    if ring is None or not ring.has_whole_masks:
+        return call
+    own, T, S = Band(), z.T, z.S
+    start, stop = mask.key_start, mask.key_stop
+    if start is None and config.band != Band():
+        rows = (rank * T + jnp.arange(T, dtype=jnp.int32)).reshape((1,) * (len(z.batch) + 1) + (T,))
+        start, stop = config.band.interval(rows, ring.size * S, jnp)
+        first, end = config.band.intervals(T, S)
+        own = config.band if T == S and (first < end).all() else own
+    if start is not None and stop is not None:
+        start, stop = jnp.broadcast_arrays(start, stop)
+        blocks = (jnp.arange(ring.size, dtype=jnp.int32) * S).reshape((1,) * (start.ndim - 1) + (-1, 1))
+        start, stop = (jnp.clip(x[..., None, :] - blocks, 0, S) for x in (start, stop))
+        start, stop = (x.reshape(*x.shape[:-2], -1) for x in (start, stop))
+    is_exact = mask.is_exact
+    is_exact = None if is_exact is None else jnp.broadcast_to(is_exact, (*is_exact.shape[:-1], ring.size))
+    mask = mask._replace(key_start=start, key_stop=stop, is_exact=is_exact, shift=None)
+    return Call(replace(config, band=own, ring=replace(ring, has_whole_masks=False)), inputs._replace(mask=mask))
 
 
 def _joined(x: Any) -> jax.Array:

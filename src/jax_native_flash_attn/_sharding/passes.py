@@ -18,6 +18,7 @@ from jax import lax
 
 from .._kernels import select
 from .._kernels.protocol import Forward, LinearPass, Pass, Target
+from .._semantics.block_masks import split_masks
 from .._semantics.call import Call, Inputs, batch_of, sum_to
 from .._semantics.merging import merge
 from .._semantics.numerics import accumulation_dtype
@@ -48,10 +49,11 @@ def is_opaque(call: Call, which: Pass, target: Target) -> bool:
 
 def forward(call: Call, target: Target) -> Forward:
     """See `select.forward`."""
-    config, inputs = call
-    ring, dtype = config.ring, inputs.query.dtype
-    if ring is None:
+    if call.config.ring is None:
         return select.forward(call, target)
+    config, inputs = split_masks(call, axis_index(call.config.ring))
+    ring, dtype = config.ring, inputs.query.dtype
+    assert ring is not None
     # Rows without a key in one block, which sinks make of others, are empty there. Sinks themselves come in the end.
     of_blocks = Call(replace(config, needs_lse=True, rounds_out=False, adds_rounded=False), inputs._replace(sinks=None))
 
@@ -97,10 +99,11 @@ class Sums(NamedTuple):
 
 def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
     """See `select.cotangent`."""
-    config, inputs = call
-    ring, dtype, S = config.ring, accumulation_dtype(inputs.query.dtype), call.sizes.S
-    if ring is None:
+    if call.config.ring is None:
         return select.cotangent(call, given, target)
+    config, inputs = call = split_masks(call, axis_index(call.config.ring))
+    ring, dtype, S = config.ring, accumulation_dtype(inputs.query.dtype), call.sizes.S
+    assert ring is not None
     of_blocks = Call(config, inputs._replace(sinks=None))
     if "bias" in given.wanted and given.wanted["bias"].shape[-1] == 1:
         raise NotImplementedError(
@@ -158,10 +161,11 @@ def _of_scale(call: Call, given: LinearPass, target: Target) -> jax.Array:
 
 def tangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
     """See `select.tangent`."""
-    config, inputs = call
-    ring, S = config.ring, call.sizes.S
-    if ring is None:
+    if call.config.ring is None:
         return select.tangent(call, given, target)
+    config, inputs = call = split_masks(call, axis_index(call.config.ring))
+    ring, S = config.ring, call.sizes.S
+    assert ring is not None
     of_blocks = Call(config, inputs._replace(sinks=None))
     resting = {name: x for name, x in given.operands.items() if name not in ("key", "value")}
     blocks = {"key": inputs.key, "value": inputs.value}
