@@ -135,9 +135,8 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
 
     results: dict[str, jax.Array] = {}
     if wanted:
-        zeros = {name: jnp.zeros(wanted[name].shape, dtype) for name in travelling}
         blocks = {"key": inputs.key, "value": inputs.value}
-        sums = go_around(ring, blocks, Sums({}, {}), visit, lambda sums: sums._replace(moving=zeros))
+        sums = go_around(ring, blocks, Sums({}, {}), visit)
         home = shift(sums.moving, ring, -ring.distances[-1])
         results = dict(sums.resting)
         if late:

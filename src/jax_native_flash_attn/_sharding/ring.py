@@ -86,11 +86,10 @@ def go_around(
     blocks: Mapping[str, jax.Array],
     state: State,
     visit: Callable[[State, Visit], State],
-    before_loop: Callable[[State], State] = lambda state: state,
 ) -> State:
     """`state = visit(state, block)` for the own block, and then for each that the ring brings.
 
-    `before_loop` gives what the first visit returned the types that later ones return.
+    All visits but the own and the first that comes after give back what they get, with other numbers.
     """
     rank, distances = axis_index(ring), ring.distances
     hops = [b - a for a, b in itertools.pairwise(distances)]
@@ -107,16 +106,16 @@ def go_around(
     if len(distances) == 1:
         return visit(state, own)
     state, blocks = visited(state, own, hops[0])
-    if len(distances) <= _UNROLLED or len(set(hops)) > 1:
-        for distance, (hop, following) in zip(distances[1:], itertools.pairwise(hops), strict=False):
-            state, blocks = visited(state, at(distance, blocks, hop), following)
-        return visit(state, at(distances[-1], blocks, hops[-1]))
-    hop = hops[0]
+    following = [*hops[1:], 0]
+    loops = len(distances) > _UNROLLED and len(set(hops)) == 1
+    apart = 2 if loops else len(distances) - 1
+    for distance, hop, next_hop in zip(distances[1:apart], hops, following, strict=False):
+        state, blocks = visited(state, at(distance, blocks, hop), next_hop)
+    if loops:
 
-    def body(carry: tuple, distance: jax.Array) -> tuple[tuple, None]:
-        state, blocks = carry
-        return visited(state, at(distance, blocks, hop), hop), None
+        def body(carry: tuple, distance: jax.Array) -> tuple[tuple, None]:
+            state, blocks = carry
+            return visited(state, at(distance, blocks, hops[0]), hops[0]), None
 
-    carry = before_loop(state), blocks
-    (state, blocks), _ = lax.scan(body, carry, jnp.asarray(distances[1:-1], jnp.int32))
-    return visit(state, at(distances[-1], blocks, hop))
+        (state, blocks), _ = lax.scan(body, (state, blocks), jnp.asarray(distances[2:-1], jnp.int32))
+    return visit(state, at(distances[-1], blocks, hops[-1]))
