@@ -1,4 +1,4 @@
-"""The Mosaic GPU kernels on several GPUs: a fused projection sharded over two, in every kind of mesh, in bfloat16."""
+"""The Mosaic GPU kernels on several GPUs, in bfloat16: a fused projection in every kind of mesh, a sequence split."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_native_flash_attn import flash_attention
+from jax_native_flash_attn import (
+    balanced_order,
+    context_parallel_attention_with_lse,
+    flash_attention,
+    flash_attention_with_lse,
+)
 from tests.support.programs import collective_elements
 
 pytestmark = [
@@ -101,3 +106,94 @@ def test_heads_of_each_gpu(projection: str, kind: str, transformation: str) -> N
     assert collective_elements(compiled.as_text()) == {}
     assert "mosaic_gpu" in (compiled.as_text())
     _close(compiled(placed[0], placed[1:]), jax.jit(_transformed(whole)[transformation])(arrays[0], arrays[1:]))
+
+
+LENGTH, HEADS, KV_HEADS, HEAD_DIM = 1200, 4, 2, 64  # a block of 600 is no multiple of a tile
+
+
+def _random(seed: int, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def _split_calls() -> dict[str, tuple[dict[str, Any], dict[str, jax.Array]]]:
+    """Static options, and arrays; of the last, those with T rows are split along them."""
+    ids = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 3, (B, LENGTH)), 1), jnp.int32)
+    order = jnp.asarray(np.tile(balanced_order(LENGTH, 2), (B, 1)))
+    lengths = {
+        "query_seq_lengths": jnp.array([LENGTH - 30, LENGTH], jnp.int32),
+        "key_value_seq_lengths": jnp.array([LENGTH, LENGTH // 2 - 70], jnp.int32),
+    }
+    causal = {"is_causal": True}
+    return {
+        "full": ({}, {}),
+        "causal": (causal, {}),
+        "window": (causal | {"local_window_size": (200, 0)}, {}),
+        "balanced": (causal | {"order": "balanced"}, {"query_positions": order, "key_value_positions": order}),
+        "positions": (causal, {"query_positions": order, "key_value_positions": order}),
+        "ids": (causal, {"query_segment_ids": ids, "key_value_segment_ids": ids}),
+        "lengths": ({}, lengths),
+        "offset": (causal, {"query_offset": jnp.array([-100, 70], jnp.int32)}),
+        "mask": ({}, {"mask": jnp.asarray(np.random.default_rng(2).random((B, 1, LENGTH, LENGTH)) < 0.5)}),
+        "bias": ({}, {"bias": _random(3, (1, HEADS, LENGTH, LENGTH))}),
+        "cap and sinks": (causal | {"logits_soft_cap": 5.0}, {"sinks": _random(4, (HEADS,), jnp.float32)}),
+        "dropout": ({"dropout_rate": 0.2, "dropout_rng": jax.random.key(0)}, {}),
+    }
+
+
+@pytest.mark.parametrize("strategy", ["ring", "all_gather", "all_to_all"])
+@pytest.mark.parametrize("name", _split_calls())
+def test_split_sequence(name: str, strategy: str) -> None:
+    """As the call on one GPU, but for the order of rounded sums."""
+    static, arrays = _split_calls()[name]
+    order = static.pop("order", None)
+    hidden = ("query_positions", "key_value_positions") if order else ()
+    mesh = jax.make_mesh((2,), ("sequence",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    split = P(None, "sequence")
+    specs = {
+        key: P(None, None, "sequence") if key in ("mask", "bias") else split if x.ndim == 2 else P()
+        for key, x in arrays.items()
+    }
+    heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    *x, dout = (_random(10 + i, (B, LENGTH, n, HEAD_DIM)) for i, n in enumerate(heads))
+    dlse = _random(20, (B, LENGTH, HEADS), jnp.float32)
+
+    def parallel(query: jax.Array, key: jax.Array, value: jax.Array, given: dict[str, jax.Array]) -> Any:
+        given = {name: x for name, x in given.items() if name not in hidden}
+        asked: dict[str, Any] = {"axis_name": "sequence", "strategy": strategy, "order": order}
+        return context_parallel_attention_with_lse(query, key, value, **given, **static, **asked)
+
+    over_two = jax.shard_map(parallel, mesh=mesh, in_specs=(split,) * 3 + (specs,), out_specs=(split, split))
+
+    def on_one(query: jax.Array, key: jax.Array, value: jax.Array, given: dict[str, jax.Array]) -> Any:
+        return flash_attention_with_lse(query, key, value, **given, **static)
+
+    def results(attention: Callable[..., Any]) -> Any:
+        floats = {key: x for key, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+
+        def run(x: list[jax.Array], floats: dict[str, jax.Array], others: dict[str, jax.Array]) -> Any:
+            (out, lse), pullback = jax.vjp(lambda x, floats: attention(*x, {**floats, **others}), x, floats)
+            return out, jnp.where(lse > -1e30, lse, 0), pullback((dout, dlse))
+
+        others = {key: x for key, x in arrays.items() if key not in floats}
+        compiled = jax.jit(run).lower(x, floats, others).compile()
+        assert "mosaic_gpu" in (compiled.as_text() or "")
+        return compiled(x, floats, others)
+
+    _close(results(over_two), results(on_one))
+
+
+@pytest.mark.parametrize("transformation", ["value", "grad"])
+@pytest.mark.parametrize("kind", ["explicit", "auto"])
+def test_sequence_sharded_outside_of_shard_map(kind: str, transformation: str) -> None:
+    shapes = [(B, LENGTH, n, HEAD_DIM) for n in (HEADS, KV_HEADS, KV_HEADS)]
+    arrays = [_random(i, shape) for i, shape in enumerate(shapes)]
+    axis_type = AxisType.Explicit if kind == "explicit" else AxisType.Auto
+    mesh = jax.make_mesh((2,), ("sequence",), axis_types=(axis_type,), devices=jax.devices()[:2])
+    placed = [jax.device_put(x, NamedSharding(mesh, P(None, "sequence"))) for x in arrays]
+    f = _transformed(lambda w, x: flash_attention(w, *x, is_causal=True))[transformation]
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(f).lower(placed[0], placed[1:]).compile()
+        results = compiled(placed[0], placed[1:])
+    assert "mosaic_gpu" in (compiled.as_text() or "")
+    assert set(collective_elements(compiled.as_text())) == {"collective-permute"}
+    _close(results, jax.jit(f)(arrays[0], arrays[1:]))
