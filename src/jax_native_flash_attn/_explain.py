@@ -182,7 +182,9 @@ def _explain_context(call: Call, strategy: str, devices: int) -> ContextExplanat
     keys = size(inputs.key, inputs.value)
     if ring is not None:
         gradients = size(inputs.key, inputs.value, itemsize=accumulation_dtype(inputs.query.dtype).itemsize)
-        sent: dict[str, int] = {"forward": (visits - 1) * keys, "gradient": (visits - 1) * (keys + gradients)}
+        # Gradients are rounded on the last way.
+        gradient = (visits - 1) * keys + max(0, visits - 2) * gradients + (keys if visits > 1 else 0)
+        sent: dict[str, int] = {"forward": (visits - 1) * keys, "gradient": gradient}
     elif strategy == "all_gather":
         sent = dict.fromkeys(("forward", "gradient"), keys * (devices - 1) // devices)
     else:

@@ -137,12 +137,14 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
     if wanted:
         blocks = {"key": inputs.key, "value": inputs.value}
         sums = go_around(ring, blocks, Sums({}, {}), visit)
-        home = shift(sums.moving, ring, -ring.distances[-1])
+        # Rounded, as the results are, but only on this way: rounding what others still add to would err more.
+        rounded = {name: x.astype(given.wanted[name].dtype) for name, x in sums.moving.items()}
+        home = shift(rounded, ring, -ring.distances[-1])
         results = dict(sums.resting)
         if late:
             own = Visit(axis_index(ring), axis_index(ring), blocks, is_own=True).call(of_blocks)
             results |= select.cotangent(own, given._replace(wanted=late), target)
-        results |= {name: results[name] + x for name, x in home.items()}
+        results |= {name: results[name] + x.astype(dtype) for name, x in home.items()}
     if "scale" in given.wanted:
         results["scale"] = _of_scale(call, given, target)
     return {name: results[name].astype(like.dtype) for name, like in given.wanted.items()}
