@@ -12,6 +12,7 @@ a CPU.
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -118,8 +119,10 @@ def programs(case: Case, mode: str, devices: int) -> dict[str, Callable[[], Any]
         "each": (over(whole, each), arrays(NamedSharding(mesh, each), devices)),
         "all": (over(parallel, split), arrays(NamedSharding(mesh, split))),
     }
-    compiled = {name: (f.lower(*x).compile(), x) for name, (f, x) in calls.items()}
-    return {name: lambda f=f, x=x: f(*x) for name, (f, x) in compiled.items()}
+    lowered = [f.lower(*x) for f, x in calls.values()]
+    with ThreadPoolExecutor(len(lowered)) as pool:
+        compiled = list(pool.map(lambda program: program.compile(), lowered))
+    return {name: lambda f=f, x=calls[name][1]: f(*x) for name, f in zip(calls, compiled, strict=True)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -81,7 +81,8 @@ class KeyPlan(KernelPlan):
         kv_heads, num_members = (*batch, z.K), math.prod(summed) * z.G
         group = heads_per_group(math.prod(kv_heads), 2 * z.T * (z.H + z.D) * num_members)
         num_blocks = -(-z.S // (blocks.warpgroups * blocks.block_kv))
-        scheduler = schedule(kv_heads, num_blocks, group, cores if blocks.persistent else None, call.config.band)
+        is_persistent = blocks.persistent and call.config.has_all_keys  # as in `ForwardPlan`
+        scheduler = schedule(kv_heads, num_blocks, group, cores if is_persistent else None, call.config.band)
         scale_is_summed = _differs_along(summed, call.inputs.scale)
         return cls(call.config, z, dtype, blocks, scheduler, wanted, batch, summed, scale_is_summed)
 

@@ -109,7 +109,8 @@ class ForwardPlan(KernelPlan):
             heads,
             -(-z.T // blocks.rows),
             heads_per_group(math.prod(heads), dtype.itemsize * z.S * (z.H + z.D) / z.G),
-            cores if blocks.persistent and is_even else None,
+            # Beside a ring of devices' transfer, which holds multiprocessors, workers that wait for one would end late.
+            cores if blocks.persistent and is_even and config.has_all_keys else None,
             config.band,
             splits=blocks.splits,
             batch_fastest=bias is not None and bias.kind is TermKind.TILED and bias.array.shape[:-3] != z.batch,
