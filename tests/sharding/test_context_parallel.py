@@ -7,6 +7,7 @@ reverse, in every argument that is a float. Programs are in `test_context_parall
 import dataclasses
 import functools
 import itertools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,9 @@ from tests.support.environment import DEVICE_COUNT, bernoulli, enable_x64, fast_
 from tests.support.grids import thinned
 from tests.support.oracle import (
     Masking,
+    assert_as_accurate_as_dense,
     dense_float64,
+    dense_in_both_modes,
     dense_numpy,
     masking,
 )
@@ -37,7 +40,7 @@ STRATEGIES = ("ring", "all_to_all", "all_gather")
 FAST = fast_compilation()
 FLOATS = ("query", "key", "value", "scale", "bias", "sinks")
 B, T, S = 2, 32, 16  # S: of the keys of cross attention
-HEADS = (4, 2, 3, 5)  # N, K, H, D
+HEADS = (4, 2, 8, 5)  # N, K, H, D
 TILES = {"block_q": 4, "block_kv": 3}  # several on each device; elsewhere one, which compiles in a quarter of the time
 
 
@@ -129,20 +132,20 @@ MASKS: dict[str, Case] = {
     "mask of rows": Case(CAUSAL, {"mask": _boolean(B, 1, T, 1)}, {"mask": BY_ROWS}),
     "mask, whole": Case({}, {"mask": _boolean(1, 1, T, T)}, {"mask": P()}),
     "ids": Case({}, IDS),
-    "ids, causal": Case(CAUSAL | TILES, IDS),
+    "ids, causal": Case(CAUSAL, IDS),
     "shuffled ids, window": Case({"local_window_size": (9, 4)}, SHUFFLED),
     "positions": Case(CAUSAL, POSITIONS),
     "positions, window": Case(CAUSAL | TILES | {"local_window_size": (6, 0)}, POSITIONS),
     "positions of keys": Case(CAUSAL, {"key_value_positions": _permuted(5)}),
     "offset": Case(CAUSAL | {"query_offset": 2}),
-    "offsets": Case(CAUSAL | TILES, {"query_offset": _lengths(-3, 4)}),
+    "offsets": Case(CAUSAL, {"query_offset": _lengths(-3, 4)}),
 }
 BALANCED: dict[str, Case] = {
     f"balanced, {name}": dataclasses.replace(case, is_balanced=True)
     for name, case in {
         "causal": Case(CAUSAL),
         "none": Case(),
-        "window": Case(CAUSAL | {"local_window_size": (5, 0)} | TILES),
+        "window": Case(CAUSAL | {"local_window_size": (5, 0)}),
         "both sides": Case({"local_window_size": (5, 3)}),
         "window without itself": Case({"local_window_size": (-2, 9)}),
         "traced window": Case({}, {"local_window_size": _lengths(4, 2)}),
@@ -161,7 +164,7 @@ FEATURES: dict[str, Case] = {
     "bias by keys": Case(CAUSAL, {"bias": (B, 1, T, T)}, {"bias": BY_KEYS}),
     "bias of keys": Case({}, {"bias": (1, N, 1, T)}, {"bias": BY_KEYS}),
     "bias of keys, whole": Case({}, {"bias": (B, 1, 1, T)}, {"bias": P()}),
-    "bias of rows": Case(CAUSAL | TILES, {"bias": (B, 1, T, 1), "sinks": (N,)}, {"bias": BY_ROWS}),
+    "bias of rows": Case(CAUSAL, {"bias": (B, 1, T, 1), "sinks": (N,)}, {"bias": BY_ROWS}),
     "bias of rows, whole": Case({}, {"bias": (1, N, T, 1)}, {"bias": P()}),
     "bias of one": Case({}, {"bias": (B, N, 1, 1)}, {"bias": P()}),
     "bias, whole": Case({}, {"bias": (B, N, T, T)}, {"bias": P()}),
@@ -170,7 +173,7 @@ FEATURES: dict[str, Case] = {
     "sinks and mask": Case({}, {"mask": _boolean(B, 1, T, T), "sinks": (N,)}, {"mask": BY_ROWS}),
     "sinks and ids": Case(CAUSAL, IDS | {"sinks": (N,)}),
     "dropout": Case(DROPOUT),
-    "dropout, window": Case(DROPOUT | TILES | {"local_window_size": (5, 2)}),
+    "dropout, window": Case(DROPOUT | {"local_window_size": (5, 2)}),
     "shared dropout": Case(CAUSAL | SHARED_DROPOUT),
     "one key head": Case(CAUSAL, heads=(4, 1, 4, 4)),
     "a key head for each": Case(CAUSAL, {"bias": (B, 4, T, T)}, {"bias": BY_ROWS}, (4, 4, 2, 3)),
@@ -234,37 +237,55 @@ def others(case: Case) -> dict[str, Any]:
 # ---- programs
 
 
-def _spec(case: Case, name: str, tokens: Any = "s") -> P:
-    has_tokens = name in FLOATS[:3] or name.endswith(("_ids", "_positions"))
-    return case.specs.get(name, P(None, tokens) if has_tokens else P())
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A case over the devices of `mesh`, by mesh axes of which each may be several as one."""
 
+    case: Case
+    strategy: Any
+    mesh: Mesh
+    tokens: Any = "s"
+    batch: Any = None
+    heads: Any = None
+    check_vma: bool = True
 
-def split(case: Case, strategy: Any, mesh: Mesh, *, check_vma: bool = True, results: str = "lse") -> Callable[..., Any]:
-    """The case over the devices of `mesh`, as a function of floats and others: out, with "lse" or with all results."""
-    axes = mesh.axis_names if len(mesh.axis_names) > 1 else mesh.axis_names[0]
-    options: dict[str, Any] = case.options | {"axis_name": axes, "strategy": strategy}
-    if "dropout_rate" in options:
-        options["dropout_rng"] = jax.random.key(1)
-    if case.is_balanced:
-        options["order"] = "balanced"
+    def spec(self, name: str) -> P:
+        batch, tokens, heads = self.batch, self.tokens, self.heads
+        if name in ("bias", "mask"):
+            shape, spec = self.case.arrays[name], (*self.case.specs[name], None, None)
+            shape = shape if name == "bias" else shape.shape
+            last = (tokens if x else None for x in (spec[2:4] if len(spec) > 4 else (None, None)))
+            return P(batch if shape[0] > 1 else None, heads if shape[1] > 1 else None, *last)
+        if name in FLOATS[:3]:
+            return P(batch, tokens, heads)
+        if name.endswith(("_ids", "_positions")):
+            return P(batch, tokens)
+        return {"scale": P(), "local_window_size": P(), "sinks": P(heads)}.get(name, P(batch))
 
-    def local(arrays: dict[str, Any]) -> Any:
+    def specs(self, arrays: dict[str, Any]) -> dict[str, P]:
+        return {name: self.spec(name) for name in arrays}
+
+    def local(self, floats: dict[str, Any], others: dict[str, Any], results: str = "lse") -> Any:
+        """On one device: out, or that with "lse", or with "all" results."""
+        options: dict[str, Any] = self.case.options | {"axis_name": self.tokens, "strategy": self.strategy}
+        if "dropout_rate" in options:
+            options["dropout_rng"] = jax.random.key(1)
+        if self.case.is_balanced:
+            options["order"] = "balanced"
         if results == "out":
-            return context_parallel_attention(**arrays, **options)
-        return context_parallel_attention_with_lse(**arrays, **options, return_max_logits=results == "all")
+            return context_parallel_attention(**floats, **others, **options)
+        return context_parallel_attention_with_lse(**floats, **others, **options, return_max_logits=results == "all")
 
-    def attention(floats: dict[str, Any], others: dict[str, Any]) -> Any:
-        arrays = floats | others
-        rows = P(None, axes)
+    def __call__(self, floats: dict[str, Any], others: dict[str, Any], results: str = "lse") -> Any:
+        """Of the whole sequence."""
+        rows = P(self.batch, self.tokens, self.heads)
         return jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=({name: _spec(case, name, axes) for name in arrays},),
+            functools.partial(self.local, results=results),
+            mesh=self.mesh,
+            in_specs=(self.specs(floats), self.specs(others)),
             out_specs={"out": rows, "lse": (rows, rows), "all": (rows, rows, P())}[results],
-            check_vma=check_vma,
-        )(arrays)
-
-    return attention
+            check_vma=self.check_vma,
+        )(floats, others)
 
 
 def derivatives(attention: Callable[..., Any]) -> Callable[..., Any]:
@@ -382,7 +403,8 @@ def run(f: Callable[..., Any], *arguments: Any) -> Any:
 @pytest.mark.parametrize(("name", "strategy", "devices"), thinned(GRID, 9))
 def test_value_and_largest_logits(name: str, strategy: str, devices: int) -> None:
     case, x = CASES[name], numbers(CASES[name])
-    out, lse, largest = run(split(case, strategy, make_mesh((devices,)), results="all"), x.floats, others(case))
+    attention = functools.partial(Split(case, strategy, make_mesh((devices,))), results="all")
+    out, lse, largest = run(attention, x.floats, others(case))
     assert_close((out, np.where(lse > -1e30, lse, 0)), expected(name, devices)["value"])
     np.testing.assert_allclose(largest, largest_logits(case, x.floats, devices), rtol=1e-6)
 
@@ -390,5 +412,182 @@ def test_value_and_largest_logits(name: str, strategy: str, devices: int) -> Non
 @pytest.mark.parametrize(("name", "strategy", "devices"), thinned(GRID, 7))
 def test_derivatives(name: str, strategy: str, devices: int) -> None:
     case = CASES[name]
-    actual = run(derivatives(split(case, strategy, make_mesh((devices,)))), numbers(case), others(case))
+    actual = run(derivatives(Split(case, strategy, make_mesh((devices,)))), numbers(case), others(case))
     assert_close(actual, expected(name, devices))
+
+
+OUT_ALONE = ("causal", "no key", "balanced, ids", "bias by keys", "sinks and mask", "cross, dropout")
+
+
+@pytest.mark.parametrize(("name", "strategy"), thinned(itertools.product(OUT_ALONE, STRATEGIES), 4))
+def test_out_alone(name: str, strategy: str) -> None:
+    case, x = CASES[name], numbers(CASES[name])
+    x = dataclasses.replace(x, cotangents=(x.cotangents[0], 0 * x.cotangents[1]))
+    attention = Split(case, strategy, make_mesh())
+
+    def without_lse(*x: Any) -> Any:
+        out = attention(*x, results="out")
+        return out, jnp.zeros(out.shape[:-1])
+
+    actual = run(derivatives(without_lse), x, others(case))
+    with enable_x64():
+        exact = dense_results(case, x, 4)
+    for results in (actual, exact):
+        results |= {name: results[name][0] for name in ("value", "jvp")}
+    assert_close(actual, exact)
+
+
+ROUNDED = ("causal", "lengths", "bias of keys", "sinks and mask", "balanced, window", "shared dropout", "soft cap")
+_ROUNDED = itertools.product(ROUNDED, STRATEGIES, ("float32", "bfloat16", "float16"))
+
+
+@pytest.mark.full_optimization
+@pytest.mark.parametrize(("name", "strategy", "dtype"), thinned(_ROUNDED, 11))
+def test_rounding(name: str, strategy: str, dtype: str) -> None:
+    """The error is at most twice that of dense attention in the same dtype."""
+    case = CASES[name]
+
+    def rounded(x: Numbers) -> Numbers:
+        of = {"scale": np.float32, "sinks": np.float32}
+        floats, tangents = (
+            {name: y.astype(of.get(name, jnp.dtype(dtype))) for name, y in some.items()}
+            for some in (x.floats, x.tangents)
+        )
+        out, lse = x.cotangents
+        return Numbers(floats, tangents, (out.astype(jnp.dtype(dtype)), lse.astype(np.float32)))
+
+    x = rounded(numbers(case))
+    actual = jax.jit(derivatives(Split(case, strategy, make_mesh())))(x, others(case))
+    dense = dense_results(case, x, 4, dense_in_both_modes)
+    with enable_x64():
+        exact = dense_results(case, x.map(lambda y: np.asarray(y, np.float64)), 4)
+    for group, results in exact.items():
+        floor = 2 * float(jnp.finfo(dtype).eps) * max(float(np.abs(y).max()) for y in jax.tree.leaves(results))
+        for (path, a), d, e in zip(
+            jax.tree_util.tree_leaves_with_path(actual[group]),
+            jax.tree.leaves(dense[group]),
+            jax.tree.leaves(results),
+            strict=True,
+        ):
+            assert_as_accurate_as_dense(f"{group} {jax.tree_util.keystr(path)}", a, d, e, floor)
+
+
+# ---- vmap
+
+_MAPPED = ("ids, causal", "mask by rows", "balanced, bias", "lengths", "offsets")
+
+
+def _mapped(case: Case) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, int | None]]:
+    """Ids of queries and lengths of two elements that share all else; stacked along an axis in the middle; the axes."""
+    names = {"query_segment_ids", "key_value_seq_lengths"}
+    each = [{name: np.roll(x, i, 0) if name in names else x for name, x in others(case).items()} for i in range(2)]
+    axes = {name: 1 if name in names else None for name in others(case)}
+    stacked = {name: x if axes[name] is None else np.stack([y[name] for y in each], 1) for name, x in each[0].items()}
+    return each, stacked, axes
+
+
+def _assert_each(actual: Any, case: Case, points: list[Numbers], integers: list[dict[str, Any]]) -> None:
+    for i, (x, arrays) in enumerate(zip(points, integers, strict=True)):
+        with enable_x64():
+            exact = dense_results(dataclasses.replace(case, arrays=case.arrays | arrays), x, 4)
+        assert_close(jax.tree.map(operator.itemgetter(i), actual), exact)
+
+
+@pytest.mark.parametrize(("name", "strategy"), thinned(itertools.product(_MAPPED, STRATEGIES), 4))
+def test_vmap_of_shard_map(name: str, strategy: str) -> None:
+    """Elements share the key."""
+    case, points = CASES[name], [numbers(CASES[name], seed) for seed in range(2)]
+    points[1].floats["key"] = points[0].floats["key"]
+    x: Numbers = jax.tree.map(lambda *y: np.stack(y), *points)
+    x.floats["key"] = points[0].floats["key"]
+    each, stacked, axes = _mapped(case)
+    in_axes = Numbers({name: None if name == "key" else 0 for name in x.floats}, dict.fromkeys(x.floats, 0), (0, 0))
+    attention = Split(case, strategy, make_mesh())
+    actual = run(jax.vmap(derivatives(attention), (in_axes, axes)), x, stacked)
+    _assert_each(actual, case, points, each)
+
+
+@pytest.mark.parametrize(("name", "strategy"), thinned(itertools.product(_MAPPED, STRATEGIES), 4, 1))
+def test_vmap_inside_shard_map(name: str, strategy: str) -> None:
+    case, points = CASES[name], [numbers(CASES[name], seed) for seed in range(2)]
+    x: Numbers = jax.tree.map(lambda *y: np.stack(y), *points)
+    each, stacked, axes = _mapped(case)
+    attention = Split(case, strategy, make_mesh())
+
+    def spec(name: str, axis: int | None) -> P:
+        one = attention.spec(name)
+        return one if axis is None else P(*[*one, None][:axis], None, *one[axis:])
+
+    mapped = jax.shard_map(
+        jax.vmap(attention.local, (0, axes)),
+        mesh=attention.mesh,
+        in_specs=({name: spec(name, 0) for name in x.floats}, {name: spec(name, axis) for name, axis in axes.items()}),
+        out_specs=(P(None, None, "s"),) * 2,
+    )
+    _assert_each(run(derivatives(mapped), x, stacked), case, points, each)
+
+
+# ---- meshes
+
+_MESHES: dict[str, dict[str, Any]] = {
+    "batch and tokens": {"mesh": ((2, 4), ("b", "s")), "batch": "b"},
+    "tokens and heads": {"mesh": ((4, 2), ("s", "h")), "heads": "h"},
+    "tokens over two axes": {"mesh": ((2, 2), ("x", "y")), "tokens": ("x", "y")},
+    "all three": {"mesh": ((2, 2, 2), ("b", "s", "h")), "batch": "b", "heads": "h"},
+}
+_ON_MESHES: dict[str, Case] = {
+    "contiguous": Case(
+        CAUSAL | {"local_window_size": (17, 0), "logits_soft_cap": 2.0},
+        IDS | {"bias": (1, 8, T, T), "mask": _boolean(B, 1, 1, T), "sinks": (8,)},
+        {"bias": BY_ROWS, "mask": BY_KEYS},
+        (8, 8, 3, 2),
+    ),
+    "balanced": Case(
+        CAUSAL,
+        {"bias": (B, 8, 1, T), "key_value_seq_lengths": _lengths(27, 9)},
+        {"bias": P()},
+        (8, 8, 3, 2),
+        is_balanced=True,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("check_vma", "case", "mesh", "strategy"),
+    thinned(itertools.product((True, False), _ON_MESHES, _MESHES, STRATEGIES), 5),
+)
+def test_meshes(check_vma: bool, case: str, mesh: str, strategy: str) -> None:
+    options = dict(_MESHES[mesh])
+    devices = make_mesh(*options.pop("mesh"))
+    size = int(np.prod([devices.shape[x] for x in options.get("tokens", "s")]))
+    at, x = _ON_MESHES[case], numbers(_ON_MESHES[case])
+    attention = Split(at, strategy, devices, check_vma=check_vma, **options)
+    with enable_x64():
+        exact = dense_results(at, x, size)
+    assert_close(run(derivatives(attention), x, others(at)), exact)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_derivatives_inside_shard_map(strategy: str, check_vma: bool) -> None:
+    """The gradient of what is alike on all devices is a sum over them, which `check_vma=False` leaves to the caller."""
+    case, x = CASES["bias of keys, whole"], numbers(CASES["bias of keys, whole"])
+    attention = Split(case, strategy, make_mesh())
+    specs, rows = attention.specs(x.floats), P(None, "s")
+
+    def local(x: Numbers) -> Any:
+        results = derivatives(attention.local)(x, {})
+        if not check_vma:
+            for name in ("vjp", "hvp"):
+                sums = {n: jax.lax.psum(y, "s") for n, y in results[name].items() if "s" not in specs[n]}
+                results[name] |= sums
+        return results
+
+    inside = jax.shard_map(
+        local,
+        mesh=attention.mesh,
+        in_specs=(Numbers(specs, specs, (rows, rows)),),
+        out_specs={"value": (rows, rows), "jvp": (rows, rows), "vjp": specs, "hvp": specs},
+        check_vma=check_vma,
+    )
+    assert_close(run(inside, x), expected("bias of keys, whole", 4))
