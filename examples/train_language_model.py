@@ -30,6 +30,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,9 +87,9 @@ class SelfAttention(nnx.Module):
         self.project_in = nnx.LinearGeneral(width, (3, heads, width // heads), use_bias=False, rngs=rngs)
         self.project_out = nnx.LinearGeneral((heads, width // heads), width, axis=(-2, -1), use_bias=False, rngs=rngs)
 
-    def __call__(self, x: jax.Array, dropout_rng: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, positions: jax.Array, dropout_rng: jax.Array | None) -> jax.Array:
         query, key, value = jnp.moveaxis(self.project_in(x), -3, 0)  # each (B, T, N, H)
-        query, key = rotate(query), rotate(key)
+        query, key = rotate(query, positions), rotate(key, positions)
         dropout = 0.0 if dropout_rng is None else self.dropout
         return self.project_out(self.attention(query, key, value, dropout, dropout_rng))
 
@@ -101,13 +102,16 @@ class Block(nnx.Module):
         self.mlp_in = nnx.Linear(width, 4 * width, rngs=rngs)
         self.mlp_out = nnx.Linear(4 * width, width, rngs=rngs)
 
-    def __call__(self, x: jax.Array, dropout_rng: jax.Array | None) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x), dropout_rng)
+    def __call__(self, x: jax.Array, positions: jax.Array, dropout_rng: jax.Array | None) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), positions, dropout_rng)
         return x + self.mlp_out(jax.nn.gelu(self.mlp_in(self.mlp_norm(x))))
 
 
 class LanguageModel(nnx.Module):
-    """Logits (B, T, 256) of the byte that follows each byte of `text` (B, T)."""
+    """Logits (B, T, 256) of the byte that follows each byte of `text` (B, T).
+
+    `positions` (T,) says where in the sequence the bytes stand, if not in order.
+    """
 
     def __init__(
         self,
@@ -123,20 +127,22 @@ class LanguageModel(nnx.Module):
         self.norm = nnx.RMSNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, 256, use_bias=False, rngs=rngs)
 
-    def __call__(self, text: jax.Array, dropout_rng: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, text: jax.Array, dropout_rng: jax.Array | None = None, positions: jax.Array | None = None
+    ) -> jax.Array:
+        positions = jnp.arange(text.shape[1]) if positions is None else positions
         x = self.embedding(text)
         for layer, block in enumerate(self.blocks):
             # Without a key there is no dropout: validation and sampling.
             rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, layer)
-            x = block(x, rng)
+            x = block(x, positions, rng)
         return self.head(self.norm(x))
 
 
-def rotate(x: jax.Array) -> jax.Array:
-    """Rotary positions: turns pairs of features of x (B, T, N, H) by angles that grow with T."""
-    _, T, _, H = x.shape
-    frequency = 10_000.0 ** -jnp.linspace(0, 1, H // 2, endpoint=False)
-    angle = jnp.arange(T)[:, None, None] * frequency  # (T, 1, H // 2)
+def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotary positions (T,): turns pairs of features of x (B, T, N, H) by angles that grow with them."""
+    frequency = 10_000.0 ** -jnp.linspace(0, 1, x.shape[-1] // 2, endpoint=False)
+    angle = positions[:, None, None] * frequency  # (T, 1, H // 2)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     left, right = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], axis=-1)
@@ -145,15 +151,30 @@ def rotate(x: jax.Array) -> jax.Array:
 # ------------------------------------------------------------------------------------- training
 
 
-def mean_loss(model: LanguageModel, text: jax.Array, dropout_rng: jax.Array | None = None) -> jax.Array:
-    """Cross entropy, in nats per byte, of text (B, T + 1) given the bytes before."""
-    logits = model(text[:, :-1], dropout_rng).astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
+class Batch(NamedTuple):
+    """Bytes to learn from, (B, T); those that follow them; and where they stand, (T,), if not in order."""
+
+    text: jax.Array
+    following: jax.Array
+    positions: jax.Array | None = None
+
+
+def mean_loss(model: LanguageModel, batch: Batch, dropout_rng: jax.Array | None = None) -> jax.Array:
+    """Cross entropy, in nats per byte, of the bytes that follow."""
+    logits = model(batch.text, dropout_rng, batch.positions).astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch.following).mean()
+
+
+def make_optimizer(model: LanguageModel, learning_rate: float) -> nnx.Optimizer:
+    schedule = optax.warmup_constant_schedule(0.0, learning_rate, warmup_steps=20)
+    return nnx.Optimizer(model, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule)), wrt=nnx.Param)
 
 
 @nnx.jit
-def train_step(model: LanguageModel, optimizer: nnx.Optimizer, text: jax.Array, dropout_rng: jax.Array) -> jax.Array:
-    loss, gradients = nnx.value_and_grad(mean_loss)(model, text, dropout_rng)
+def train_step(
+    model: LanguageModel, optimizer: nnx.Optimizer, batch: Batch, dropout_rng: jax.Array | None
+) -> jax.Array:
+    loss, gradients = nnx.value_and_grad(mean_loss)(model, batch, dropout_rng)
     optimizer.update(model, gradients)
     return loss
 
@@ -170,9 +191,10 @@ def validation_loss(model: LanguageModel, text: np.ndarray, args: argparse.Names
     return float(np.mean(jax.device_get(losses)))
 
 
-def windows(text: np.ndarray, starts: np.ndarray, context: int) -> jax.Array:
-    """Bytes to learn from, (B, T + 1): the inputs, and the same shifted by one to be predicted."""
-    return jnp.asarray(text[starts[:, None] + np.arange(context + 1)], jnp.int32)
+def windows(text: np.ndarray, starts: np.ndarray, context: int) -> Batch:
+    """Bytes to learn from, and the same shifted by one to be predicted."""
+    found = jnp.asarray(text[starts[:, None] + np.arange(context + 1)], jnp.int32)
+    return Batch(found[:, :-1], found[:, 1:])
 
 
 def standard_library() -> tuple[np.ndarray, np.ndarray]:
@@ -258,12 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ATTENTION[args.attention],
         nnx.Rngs(args.seed),
     )
-    schedule = optax.warmup_constant_schedule(0.0, args.learning_rate, warmup_steps=20)
-    optimizer = nnx.Optimizer(
-        model,
-        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule)),
-        wrt=nnx.Param,
-    )
+    optimizer = make_optimizer(model, args.learning_rate)
     parameters = sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
     print(f"{parameters:,} parameters, {len(training_text):,} bytes of text")
     print(f"{args.attention} attention, batches of {args.batch_size} x {args.context} bytes")
@@ -275,8 +292,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         started = time.perf_counter()
         for step in range(args.steps):
             starts = batches.integers(len(training_text) - args.context, size=args.batch_size)
-            text = windows(training_text, starts, args.context)
-            loss = train_step(model, optimizer, text, jax.random.fold_in(dropout_rng, step))
+            batch = windows(training_text, starts, args.context)
+            loss = train_step(model, optimizer, batch, jax.random.fold_in(dropout_rng, step))
             losses.append(float(loss))
             if step == 0:
                 started = time.perf_counter()  # so that the speed excludes compilation

@@ -170,7 +170,7 @@ def write_length_plot(path: Path, cases: Sequence[Case], title: str) -> None:
     Solid lines are the compiler's temporary bytes; dotted ones, if measured, the peak of resident
     memory, which includes the results and the scratch that the compiler does not count.
     """
-    plt = _pyplot()
+    plt = pyplot()
     implementations = list(cases[0].measurements)
     modes = [mode for mode in MODES if any(case.mode == mode for case in cases)]
     figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
@@ -223,7 +223,7 @@ def write_length_plot(path: Path, cases: Sequence[Case], title: str) -> None:
 
 def write_peer_plot(path: Path, cases: Sequence[Case], title: str) -> None:
     """Time of each implementation relative to the best peer, a group of bars for each case, a panel for each mode."""
-    plt = _pyplot()
+    plt = pyplot()
     implementations = list(dict.fromkeys(name for case in cases for name in case.measurements))
     modes = [mode for mode in MODES if any(case.mode == mode for case in cases)]
     figure, panels = plt.subplots(len(modes), 1, figsize=(14, 5 * len(modes)), layout="constrained", squeeze=False)
@@ -255,7 +255,7 @@ def write_peer_plot(path: Path, cases: Sequence[Case], title: str) -> None:
     print(f"wrote {path}")
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed to write a file

@@ -138,14 +138,25 @@ def flash_attention(
         cannot run (when the call is compiled).
     """
     arguments = {name: x for name, x in locals().items() if name not in ("implementation", "return_residual")}
+    if implementation == "cudnn":
+        return _by_cudnn(arguments, return_residual)
+    checked = check(**arguments, needs_lse=return_residual, implementation=own_implementation(implementation))
+    out, lse, _ = attention(*checked, jnp.asarray(query).shape)
+    return out if lse is None else (out, lax.stop_gradient(lse.astype(out.dtype)))
+
+
+def own_implementation(implementation: Any) -> str | None:
+    """What was asked for of our own kernels.
+
+    Raises:
+      ValueError: there is no such implementation.
+      NotImplementedError: for 'cudnn'.
+    """
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {_IMPLEMENTATIONS}, got {implementation!r}")
     if implementation == "cudnn":
-        return _by_cudnn(arguments, return_residual)
-    own = None if implementation == "xla" else implementation
-    checked = check(**arguments, needs_lse=return_residual, implementation=own)
-    out, lse, _ = attention(*checked, jnp.asarray(query).shape)
-    return out if lse is None else (out, lax.stop_gradient(lse.astype(out.dtype)))
+        raise NotImplementedError("implementation='cudnn' passes a call to jax.nn, which does not take this one")
+    return None if implementation == "xla" else implementation
 
 
 def _by_cudnn(arguments: dict[str, Any], return_residual: bool) -> Any:

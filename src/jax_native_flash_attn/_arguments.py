@@ -63,10 +63,7 @@ def check(
     implementation: str | None = None,
     blocks: int = 1,
 ) -> tuple[Settings, Arrays]:
-    """The one place that knows the public names; see `flash_attention`.
-
-    `blocks`: how many blocks of keys, of which key and value are one, all other arrays with a key axis have.
-    """
+    """The one place that knows the public names; see `flash_attention`. Key and value are one block of `blocks`."""
     is_causal = as_static_bool(is_causal, "is_causal")
     block_q, block_kv = as_block(block_q, "block_q"), as_block(block_kv, "block_kv")
     if as_static_bool(deterministic, "deterministic"):

@@ -31,7 +31,7 @@ def attention(settings: Settings, arrays: Arrays, shape: tuple[int, ...]) -> Res
     """
     taylor.register(flash_attention_p, linear_kernel_p)
     with jax.named_scope("flash_attention"):
-        results = over_explicit_axes(lambda arrays: _attend(settings, arrays), arrays, settings)
+        results = over_explicit_axes(_attend, settings, arrays)
         if settings.is_staged:
             # For `checkify`, which looks for NaN behind the operations that it knows, so not behind our primitives, and
             # has no registry. XLA removes the product; its derivatives check tangents and cotangents.
@@ -58,6 +58,9 @@ def _attend(settings: Settings, arrays: Arrays) -> Results:
             lse if settings.needs_lse else None,
             max_logits if settings.needs_max_logits else None,
         )
+    if settings.ring is not None:
+        rank = jax.lax.axis_index(settings.ring.axis_name)
+        arrays = arrays._replace(query_lengths=rows_of_length(arrays.query_lengths, rank, T))
     call, is_row, in_length = prepare(settings, arrays)
     out, lse, max_logits = flash_attention_core(*call)
     out = out[..., :D]
@@ -71,6 +74,11 @@ def _attend(settings: Settings, arrays: Arrays) -> Results:
         if is_row is not None:
             lse = jnp.where(is_row[..., None], lse, DEAD_ROW_LSE)
     return Results(out, lse, max_logits)
+
+
+def rows_of_length(lengths: jax.Array | None, block: jax.Array, T: int) -> jax.Array | None:
+    """What lengths of all rows are of those of one block of T."""
+    return None if lengths is None else jnp.clip(lengths - block * T, 0, T)
 
 
 class Prepared(NamedTuple):
@@ -88,6 +96,7 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
     masks: dict[str, Any] = {
         "is_causal": settings.is_causal,
         "static_window": settings.static_window,
+        "static_band": settings.static_band,
         "traced_window": arrays.traced_window,
         "query_lengths": arrays.query_lengths,
         "key_value_lengths": arrays.key_value_lengths,
@@ -105,7 +114,7 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
     }
     ring = settings.ring
     if ring is None:
-        band, mask = make_mask(T, S, static_band=settings.static_band, **masks)
+        band, mask = make_mask(T, S, **masks)
     else:
         band, mask = make_block_masks(
             T, S, ring.size, jax.lax.axis_index(ring.axis_name), is_balanced=ring.is_balanced, **masks

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from ._api import flash_attention_with_lse
+from ._api import flash_attention_with_lse, own_implementation
 from ._options import Options
 from ._strategies import SequenceOrder, Strategy, context_parallel
 
@@ -31,10 +31,57 @@ def context_parallel_attention(
     implementation: str | None = None,
     **options: Unpack[Options],
 ) -> jax.Array:
-    """X"""
+    """`flash_attention` of a sequence that is split over devices (context parallelism), inside `jax.shard_map`.
+
+    Each of the n devices of the mesh axis has T rows of query and S of key and value, in the order of the axis, and
+    gets what `flash_attention` of all n * T rows and n * S keys gives for its own. Everything is kept: each argument,
+    each derivative, `vmap`, dropout masks.
+
+        order = balanced_order(length, devices)         # once, where the data is loaded
+        spec = jax.P(None, "sequence")
+        attention = jax.shard_map(
+            lambda q, k, v: context_parallel_attention(q, k, v, is_causal=True, axis_name="sequence", order="balanced"),
+            mesh=mesh, in_specs=spec, out_specs=spec,
+        )
+        out = attention(query[:, order], key[:, order], value[:, order])
+
+    Args:
+      query, key, value: as of `flash_attention`, of this device.
+      bias, mask: broadcastable to (B, N, n * T, n * S). Of the last two axes one may be split: (B, N, T, n * S), or
+        (B, N, n * T, S), or (B, N, 1, S).
+      axis_name: the mesh axis over which the sequence is split, or a tuple of several. With one device, or where heads
+        and batch alone are split, this is `flash_attention`.
+      strategy: who sends what.
+        'ring': key and value travel from device to device, each time while the ones before are attended (Ring
+        Attention, Liu et al. 2023, arXiv:2310.01889). Memory is O(T + S), in gradients too.
+        'all_to_all': heads are exchanged for the sequence, and back (DeepSpeed Ulysses, Jacobs et al. 2023,
+        arXiv:2309.14509). n divides N, and divides K or is a multiple of it.
+        'all_gather': key and value of all devices are gathered.
+        None is 'ring'.
+      order: None: tokens stand in their order, or as `query_positions` and `key_value_positions` say. 'balanced': they
+        stand in that of `balanced_order`, so that causal attention is the same work for every device; `is_causal`,
+        `local_window_size` and `query_offset` then go by where tokens stood before; all else goes by where they stand.
+        It needs even T and S, and no lengths: padding has a negative segment id. It is for 'ring': the others compare
+        every element.
+      implementation: as of `flash_attention`, but for 'cudnn'.
+      options: all others of `flash_attention`. `query_segment_ids` and `query_positions` (B, T) and
+        `key_value_segment_ids` and `key_value_positions` (B, S) are of this device. `query_seq_lengths`,
+        `key_value_seq_lengths` and `query_offset` are of the whole sequence; so are the weights that dropout keeps,
+        which a token has by its place.
+
+    Returns:
+      (B, T, N, D), of query's dtype: the rows of this device.
+
+    Raises:
+      ValueError: as `flash_attention`; no such mesh axis; heads or lengths that do not divide; an unknown strategy or
+        order; positions beside an order; a bias or mask with both axes split.
+      TypeError: as `flash_attention`.
+      NotImplementedError: implementation='cudnn'; in a ring, the gradient of a bias without a key axis inside a cap.
+    """
     arguments = _arguments("context_parallel_attention", (query, key, value, bias, mask), options)
     split: dict[str, Any] = {"axis_name": axis_name, "strategy": strategy, "order": order}
-    return context_parallel(arguments, **split, needs_lse=False, implementation=implementation).out
+    own = own_implementation(implementation)
+    return context_parallel(arguments, **split, needs_lse=False, implementation=own).out
 
 
 def context_parallel_attention_with_lse(
@@ -50,7 +97,17 @@ def context_parallel_attention_with_lse(
     return_max_logits: bool = False,
     **options: Unpack[Options],
 ) -> tuple[jax.Array, ...]:
-    """X"""
+    """As `context_parallel_attention`, and the log-sum-exp of the logits, both differentiable in every mode.
+
+    Args: as `context_parallel_attention`, and
+      return_max_logits: also return the largest logit of each head, over all devices of the axis.
+
+    Returns:
+      out and lse, as `flash_attention_with_lse` gives them, of the rows of this device; and, with
+      `return_max_logits`, (N,) float32, alike on all of them.
+
+    Raises: as `context_parallel_attention`.
+    """
     arguments = _arguments("context_parallel_attention_with_lse", (query, key, value, bias, mask), options)
     split: dict[str, Any] = {"axis_name": axis_name, "strategy": strategy, "order": order}
     results = context_parallel(arguments, **split, needs_lse=True, needs_max_logits=return_max_logits)
@@ -68,7 +125,8 @@ def balanced_order(length: int, devices: int, *, inverse: bool = False) -> np.nd
     """The order of tokens in which causal attention is equal work for all devices: zig-zag.
 
     Of `2 * devices` equal parts of a sequence, device i gets part i and part `2 * devices - 1 - i`. Permute the tokens
-    once, where they are loaded, and pass the result as `query_positions` and `key_value_positions`:
+    once, where they are loaded, and say `order='balanced'` to `context_parallel_attention`. What else goes by position,
+    such as rotary embeddings, takes them from here:
 
         order = balanced_order(T, devices)
         tokens, labels = tokens[:, order], labels[:, order]

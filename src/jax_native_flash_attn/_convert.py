@@ -80,14 +80,14 @@ def as_int32(x: jax.Array) -> jax.Array:
 
 
 def as_offset(offset: Any, batch: int) -> tuple[int, jax.Array | None]:
-    """A Python number, or an array (B,)."""
+    """A Python number, or an array (B,) or, for all batch rows, (1,)."""
     if isinstance(offset, int | np.integer) and not isinstance(offset, bool):
         return min(max(int(offset), -LARGEST), LARGEST), None
     if not isinstance(offset, np.ndarray | jax.Array) or not jnp.issubdtype(offset.dtype, jnp.integer):
         raise TypeError(f"query_offset must be an integer or an array (B,) of integers, got {offset!r}")
     if offset.shape not in ((), (batch,)):
         raise ValueError(f"query_offset must be a scalar or have shape (B,) = ({batch},), got {offset.shape}")
-    return 0, as_int32(jnp.broadcast_to(offset, (batch,)))
+    return 0, as_int32(jnp.asarray(offset).reshape(-1))
 
 
 def as_soft_cap(cap: Any) -> float | None:

@@ -1,5 +1,6 @@
 """Which kernels a call takes, and why: for people, and for tests."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,13 +8,19 @@ from typing import Any
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from ._api import flash_attention
 from ._autodiff.primitives import flash_attention_p
+from ._context_parallel import context_parallel_attention
 from ._kernels import select
 from ._kernels.protocol import Pass, Target
 from ._semantics.call import Call
+from ._semantics.numerics import accumulation_dtype
+from ._sharding.passes import types_of_step
+from ._strategies import DEFAULT_STRATEGY
 
+_AXIS = "devices"
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
@@ -33,13 +40,39 @@ class PassExplanation:
 
 
 @dataclass(frozen=True)
+class ContextExplanation:
+    """How a sequence is split over devices.
+
+    Attributes:
+      strategy, devices: of the call.
+      visits, skipped: how many blocks of keys a device attends, its own among them, and how many it never gets.
+      bytes_sent: by pass, of key, value and their like, what a device sends. The gradient is without the forward pass.
+    """
+
+    strategy: str
+    devices: int
+    visits: int
+    skipped: int
+    bytes_sent: dict[str, int]
+
+    def __str__(self) -> str:
+        sent = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in self.bytes_sent.items())
+        return (
+            f"{self.strategy} over {self.devices} devices: {self.visits} blocks of keys, {self.skipped} skipped; "
+            f"each device sends {sent}"
+        )
+
+
+@dataclass(frozen=True)
 class Explanation:
     """What `explain` found.
 
     Attributes:
       platform: what the call was taken to be compiled for.
-      forward, gradient, tangent: the pass that computes attention, and those of `jax.grad` and `jax.jvp`.
+      forward, gradient, tangent: the pass that computes attention, and those of `jax.grad` and `jax.jvp`. In a ring of
+        devices, those of one block of keys.
       temporary_bytes: by pass, what XLA allocates beside arguments and results on one device; None if not asked for.
+      context: how the sequence is split; None if it is not.
     """
 
     platform: str
@@ -47,9 +80,11 @@ class Explanation:
     gradient: PassExplanation
     tangent: PassExplanation
     temporary_bytes: dict[str, int] | None = None
+    context: ContextExplanation | None = None
 
     def __str__(self) -> str:
         lines = [f"flash_attention on {self.platform}"]
+        lines += [] if self.context is None else [str(self.context)]
         for name in ("forward", "gradient", "tangent"):
             taken: PassExplanation = getattr(self, name)
             lines.append(f"{name}: {taken.family}")
@@ -60,8 +95,18 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(*args: Any, platform: str | None = None, compiles: bool = False, **kwargs: Any) -> Explanation:
+def explain(
+    *args: Any,
+    platform: str | None = None,
+    compiles: bool = False,
+    devices: int = 1,
+    strategy: Any = None,
+    order: Any = None,
+    **kwargs: Any,
+) -> Explanation:
     """Say which kernels `flash_attention(*args, **kwargs)` takes, and why not the others.
+
+    With `devices`, what `context_parallel_attention` does.
 
     Example:
       >>> x = jax.ShapeDtypeStruct((2, 1024, 8, 64), jnp.bfloat16)
@@ -73,13 +118,16 @@ def explain(*args: Any, platform: str | None = None, compiles: bool = False, **k
       platform: 'cpu', 'cuda', 'rocm' or 'tpu'; by default the one that JAX runs on here. 'cuda' means GPUs like those
         here. Where there is none, a program for it takes pure JAX, unless implementation='mosaic_gpu' is asked for.
       compiles: also compile the call and its derivatives, for this process' device, and give the temporary bytes.
+      devices: over how many devices a sequence is split; the arrays are then those of one of them, as inside
+        `jax.shard_map`.
+      strategy, order: as of `context_parallel_attention`.
 
     Returns:
       An `Explanation`, plain data that prints well.
 
     Raises:
-      ValueError, TypeError, NotImplementedError: as `flash_attention`; `compiles` for another platform; an axis of size
-        0; implementation='cudnn'.
+      ValueError, TypeError, NotImplementedError: as `flash_attention`; `compiles` for another platform, or with several
+        `devices`; an axis of size 0; implementation='cudnn'.
     """
     here = _platform_here()
     platform = here if platform is None else platform
@@ -89,6 +137,8 @@ def explain(*args: Any, platform: str | None = None, compiles: bool = False, **k
         raise ValueError(f"compiles=True needs the platform of this process, {here!r}, got platform={platform!r}")
     if kwargs.get("implementation") == "cudnn":
         raise NotImplementedError("explain knows our own kernels; implementation='cudnn' is jax.nn's, got 'cudnn'")
+    if compiles and devices > 1:
+        raise ValueError(f"compiles=True is for one device, got devices={devices}: compile the jax.shard_map yourself")
     leaves, structure = jax.tree.flatten((args, kwargs))
     types = [x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)]
 
@@ -96,9 +146,17 @@ def explain(*args: Any, platform: str | None = None, compiles: bool = False, **k
         remaining = iter(arrays)
         filled = [next(remaining) if isinstance(x, jax.ShapeDtypeStruct) else x for x in leaves]
         args, kwargs = jax.tree.unflatten(structure, filled)
+        if devices > 1:
+            split = {"axis_name": _AXIS, "strategy": strategy, "order": order}
+            return context_parallel_attention(*args, **kwargs, **split)
         return flash_attention(*args, **kwargs)
 
-    call = next(_calls_of(jax.make_jaxpr(attention)(*types).jaxpr), None)
+    traced = attention
+    if devices > 1:
+        mesh = AbstractMesh((devices,), (_AXIS,))
+        specs: dict[str, Any] = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec(_AXIS)}
+        traced = jax.shard_map(attention, mesh=mesh, **specs, check_vma=False)
+    call = next(_calls_of(jax.make_jaxpr(traced)(*types).jaxpr), None)
     if call is None:
         raise ValueError("explain needs a batch, queries, keys and heads: an axis has size 0, so that no kernel runs")
     target = Target(platform if platform in ("cpu", "cuda") else "accelerator")
@@ -107,7 +165,30 @@ def explain(*args: Any, platform: str | None = None, compiles: bool = False, **k
     forward = _explain(call, Pass.FORWARD, target)
     gradient, tangent = (_explain(derivative, which, target) for which in (Pass.COTANGENT, Pass.TANGENT))
     temporary_bytes = _temporary_bytes(attention, types) if compiles else None
-    return Explanation(platform, forward, gradient, tangent, temporary_bytes)
+    context = None
+    if devices > 1:
+        context = _explain_context(call, strategy or DEFAULT_STRATEGY, devices)
+    return Explanation(platform, forward, gradient, tangent, temporary_bytes, context)
+
+
+def _explain_context(call: Call, strategy: str, devices: int) -> ContextExplanation:
+    """Of the call as its kernels get it: of a ring's shards, of all keys, or of some heads and all the sequence."""
+    ring, inputs = call.config.ring, call.inputs
+    visits = devices if ring is None else len(ring.distances)
+
+    def size(*arrays: Any, itemsize: int | None = None) -> int:
+        return sum(math.prod(x.shape) * (itemsize or x.dtype.itemsize) for x in arrays)
+
+    keys = size(inputs.key, inputs.value)
+    if ring is not None:
+        gradients = size(inputs.key, inputs.value, itemsize=accumulation_dtype(inputs.query.dtype).itemsize)
+        sent: dict[str, int] = {"forward": (visits - 1) * keys, "gradient": (visits - 1) * (keys + gradients)}
+    elif strategy == "all_gather":
+        sent = dict.fromkeys(("forward", "gradient"), keys * (devices - 1) // devices)
+    else:
+        out = size(inputs.query) // inputs.query.shape[-1] * inputs.value.shape[-1]
+        sent = dict.fromkeys(("forward", "gradient"), (size(inputs.query) + keys + out) * (devices - 1) // devices)
+    return ContextExplanation(strategy, devices, visits, devices - visits, sent)
 
 
 def _platform_here() -> str:
@@ -118,6 +199,7 @@ def _platform_here() -> str:
 
 
 def _explain(call: Call, which: Pass, target: Target) -> PassExplanation:
+    call = types_of_step(call)
     family = select.choose(call, which, target)
     reasons = {name: reason for name, reason in select.reasons(call, which, target).items() if reason is not None}
     later = [f.name for f in select.families() if f.name != family.name and f.name not in reasons]

@@ -6,7 +6,6 @@ all_to_all  heads are exchanged for the sequence before the call, and back behin
 all_gather  keys and values are gathered before the call
 """
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -16,14 +15,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._arguments import check
-from ._attention import Results, attention
+from ._attention import Results, attention, rows_of_length
 from ._convert import as_4d
-from ._semantics.block_masks import part_starts, positions_of_block, sees_itself
+from ._semantics.block_masks import positions_of_block, visited_distances
 from ._semantics.call import Arrays, Ring, Settings
-from ._semantics.positions import Reach, saturated_sum
+from ._semantics.positions import saturated_sum
 
 Strategy = Literal["ring", "all_to_all", "all_gather"]
 SequenceOrder = Literal["balanced"]
+DEFAULT_STRATEGY: Strategy = "ring"
 
 
 class Devices(NamedTuple):
@@ -55,8 +55,8 @@ def context_parallel(
     **asked: Any,
 ) -> Results:
     """The results for arguments of `context_parallel_attention`; `asked`: of `check`."""
-    if order not in (None, "balanced"):
-        raise ValueError(f"order must be None or 'balanced', got {order!r}")
+    if not (order is None or (isinstance(order, str) and order == "balanced")):
+        raise ValueError(f"order must be None or 'balanced', which is that of balanced_order, got {order!r}")
     if strategy is not None and strategy not in _STRATEGIES:
         raise ValueError(f"strategy must be one of {(None, *_STRATEGIES)}, got {strategy!r}")
     try:
@@ -79,7 +79,7 @@ def context_parallel(
         if arguments[name] is not None:
             arguments[name] = devices.gather(jnp.asarray(arguments[name]), -1)
     settings, arrays = check(**arguments, **asked, blocks=size)
-    strategy = strategy or choose(arrays, size)
+    strategy = strategy or DEFAULT_STRATEGY
     if order is not None and strategy != "ring":
         arrays = _with_positions(settings, arrays, devices)
     return _STRATEGIES[strategy](settings, arrays, devices, shape)
@@ -89,6 +89,12 @@ def _check_order(arguments: dict[str, Any], T: int, S: int) -> None:
     given = [name for name in ("query_positions", "key_value_positions") if arguments[name] is not None]
     if given:
         raise ValueError(f"order='balanced' says where tokens stand, got {given[0]} beside it: leave one of them out")
+    lengths = [name for name in ("query_seq_lengths", "key_value_seq_lengths") if arguments[name] is not None]
+    if lengths:
+        raise ValueError(
+            f"{lengths[0]} cannot say in order='balanced' which tokens are padding, as it does not stand at the end: "
+            "give padding a negative id in query_segment_ids and key_value_segment_ids"
+        )
     if T % 2 or S % 2:
         raise ValueError(f"order='balanced' needs two equal parts on each device, got {T} query rows and {S} keys")
 
@@ -104,11 +110,6 @@ def _with_positions(settings: Settings, arrays: Arrays, devices: Devices) -> Arr
         key_value_positions=jnp.broadcast_to(jnp.concatenate(keys)[None], (B, devices.size * S)),
         query_offset=None,
     )
-
-
-def choose(arrays: Arrays, size: int) -> Strategy:
-    """The strategy where none was asked for."""
-    return "ring"
 
 
 def _rows_of_device(name: str, x: jax.Array, T: int, S: int, devices: Devices) -> jax.Array:
@@ -129,37 +130,11 @@ def _rows_of_device(name: str, x: jax.Array, T: int, S: int, devices: Devices) -
 
 
 def _ring(settings: Settings, arrays: Arrays, devices: Devices, shape: tuple[int, ...]) -> Results:
+    T, S, size = arrays.query.shape[1], arrays.key.shape[1], devices.size
     is_balanced = devices.order is not None
-    distances = _distances(settings, arrays, devices.size, is_balanced=is_balanced)
-    ring = Ring(devices.axis_name, devices.size, distances, is_balanced)
-    arrays = arrays._replace(query_lengths=_lengths_of_rows(arrays, devices))
+    distances = visited_distances(settings, arrays, T, S, size, is_balanced=is_balanced)
+    ring = Ring(devices.axis_name, size, distances, is_balanced)
     return _over_devices(attention(settings._replace(ring=ring), arrays, shape), devices)
-
-
-def _distances(settings: Settings, arrays: Arrays, size: int, *, is_balanced: bool) -> tuple[int, ...]:
-    """How far back the blocks are that hold keys of any row, as far as that is known while the program is made."""
-    everywhere = tuple(range(size))
-    moving = (arrays.traced_window, arrays.query_offset, arrays.query_positions, arrays.key_value_positions)
-    if any(x is not None for x in moving) or not (settings.is_causal or settings.static_window):
-        return everywhere
-    T, S, offset = arrays.query.shape[1], arrays.key.shape[1], settings.static_offset
-    left, right = settings.static_window or (size * (T + S) + abs(offset),) * 2
-    right = min(right, 0) if settings.is_causal else right
-    others = (arrays.key_value_lengths, arrays.key_value_segment_ids, arrays.mask)
-    if arrays.sinks is None and not (T == S and sees_itself(Reach(left, right), offset, others)):
-        return everywhere  # a row without keys attends all
-
-    def meets(rows: int, keys: int) -> bool:
-        """Whether any row of one block attends a key of another."""
-        parts = itertools.product(
-            part_starts(rows, size, T, is_balanced=is_balanced), part_starts(keys, size, S, is_balanced=is_balanced)
-        )
-        count = 2 if is_balanced else 1
-        between = [(key - row - T // count + 1 - offset, key + S // count - 1 - row - offset) for row, key in parts]
-        return any(first <= right and last >= -left for first, last in between)
-
-    pairs = [(rows, keys) for rows in everywhere for keys in everywhere if meets(rows, keys)]
-    return tuple(sorted({0} | {(rows - keys) % size for rows, keys in pairs}))
 
 
 def _all_gather(settings: Settings, arrays: Arrays, devices: Devices, shape: tuple[int, ...]) -> Results:
@@ -178,16 +153,11 @@ def _all_gather(settings: Settings, arrays: Arrays, devices: Devices, shape: tup
     arrays = arrays._replace(
         key=devices.gather(arrays.key, 1),
         value=devices.gather(arrays.value, 1),
-        query_lengths=_lengths_of_rows(arrays, devices),
+        query_lengths=rows_of_length(arrays.query_lengths, devices.rank, T),
         query_offset=offset,
         dropout_key=dropout_key,
     )
     return _over_devices(attention(settings, arrays, shape), devices)
-
-
-def _lengths_of_rows(arrays: Arrays, devices: Devices) -> jax.Array | None:
-    lengths, T = arrays.query_lengths, arrays.query.shape[1]
-    return None if lengths is None else jnp.clip(lengths - devices.rank * T, 0, T)
 
 
 def _over_devices(results: Results, devices: Devices) -> Results:

@@ -142,17 +142,74 @@ def test_gradients_inside_a_soft_cap_and_beside_sinks_lower_for_cuda(options: st
     assert "mosaic_gpu" in jax.jit(gradients).trace(types).lower(lowering_platforms=("cuda",)).as_text()
 
 
+MOVED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "causal": ((2, 130, 150, 2, 2, 64), {"is_causal": True}),
+    "causal, 256": ((2, 130, 150, 2, 1, 256), {"is_causal": True}),
+    "window, lengths": (
+        (2, 130, 150, 2, 2, 128),
+        {"local_window_size": (40, 20), "key_value_seq_lengths": jax.ShapeDtypeStruct((2,), jnp.int32)},
+    ),
+    "window, bias": (
+        (2, 130, 150, 2, 2, 64),
+        {"local_window_size": (40, 20), "bias": jax.ShapeDtypeStruct((1, 4, 130, 150), jnp.bfloat16)},
+    ),
+    "sinks": ((2, 130, 150, 2, 2, 64), {"is_causal": True, "sinks": jax.ShapeDtypeStruct((4,), jnp.float32)}),
+    "rows of a group": ((2, 3, 4000, 2, 3, 128), {"is_causal": True, "local_window_size": (90, 0)}),
+}
+
+
+@pytest.mark.usefixtures("no_pure_jax")
+@pytest.mark.parametrize("options", MOVED)
+@pytest.mark.parametrize("offset", [(), (2,)])
+def test_an_offset_reaches_the_kernels_as_a_number(options: str, offset: tuple[int, ...]) -> None:
+    """No kernel reads an interval of each row, as it does of a traced window."""
+    shape, added = MOVED[options]
+    types = call_types(Case(shape, "bfloat16"))
+    types |= {name: x for name, x in added.items() if isinstance(x, jax.ShapeDtypeStruct)}
+    static = {name: x for name, x in added.items() if name not in types}
+
+    def gradients(operands: Any, masks: Any) -> Any:
+        varying = {name: x for name, x in operands.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+
+        def loss(varying: Any) -> Any:
+            return mosaic_attention(**{**operands, **varying}, **masks, **static).astype(jnp.float32).sum()
+
+        return jax.value_and_grad(loss)(varying)
+
+    def integers(masks: Any) -> set[str]:
+        """Types of what kernels read."""
+        text = jax.jit(gradients).trace(types, masks).lower(lowering_platforms=("cuda",)).as_text()
+        kernels = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+        assert len(kernels) >= 3
+        return {found for line in kernels for found in re.findall(r"tensor<([^>]*i32)>", line.rsplit(" : ", 1)[1])}
+
+    numbers = integers({"query_offset": jax.ShapeDtypeStruct(offset, jnp.int32)})
+    assert numbers <= {"1xi32", "2xi32", "i32"}
+    if options == "causal":
+        traced = jax.ShapeDtypeStruct((), jnp.int32)
+        assert not integers({"local_window_size": (traced, traced)}) <= {"1xi32", "2xi32", "i32"}
+
+
 @pytest.mark.usefixtures("no_pure_jax")
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [("tile", "float16"), ("short", "bfloat16"), ("one row, keys split", "bfloat16"), ("rows, keys split", "float32")],
+    ("shape", "dtype", "is_moved"),
+    [
+        ("tile", "float16", False),
+        ("short", "bfloat16", False),
+        ("short", "bfloat16", True),
+        ("one row, keys split", "bfloat16", False),
+        ("rows, keys split", "float32", False),
+    ],
 )
-def test_largest_logits_lower_for_cuda(shape: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside cap and sinks; of query heads that become rows too, and of parts of the keys."""
+def test_largest_logits_lower_for_cuda(shape: str, dtype: str, is_moved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside cap, sinks and an offset; of query heads that become rows too, and of parts of the keys."""
     pretend_gpu(monkeypatch, "9.0")
     types = call_types(named_case(shape, "plain", dtype=dtype))
-    types["sinks"] = jax.ShapeDtypeStruct(types["query"].shape[-2:-1], jnp.float32)
-    run = functools.partial(flash_attention_with_lse, logits_soft_cap=50.0, return_max_logits=True)
+    if is_moved:
+        types["query_offset"] = jax.ShapeDtypeStruct((), jnp.int32)
+    else:
+        types["sinks"] = jax.ShapeDtypeStruct(types["query"].shape[-2:-1], jnp.float32)
+    run = functools.partial(flash_attention_with_lse, logits_soft_cap=50.0, return_max_logits=True, is_causal=is_moved)
     traced = jax.jit(lambda operands: run(**operands)).trace(types)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 

@@ -45,6 +45,7 @@ _SPECS = {
 _ORDERS = {
     "sorted": {"segment_ids": "padding behind", "query_positions": "restarting", "key_value_positions": "restarting"},
     "shuffled": {"segment_ids": "shuffled", "query_offset": (3, -2, 0, 24)},
+    "moved": {"query_offset": (3, -2, 0, 24)},
 }
 _OPTIONS: dict[str, Any] = {"is_causal": True, "logits_soft_cap": 2.0, "dropout_rate": 0.2, "broadcast_dropout": True}
 

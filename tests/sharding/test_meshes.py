@@ -303,15 +303,37 @@ def test_sharded_sequence_under_auto_axes(partitioned: str, transformation: str)
     placed_specs = spec, spec, spec, P(None, None, "model", None)
     placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays(), placed_specs, strict=True)]
     compiled = jax.jit(f, compiler_options=FAST).lower(*placed).compile()
-    assert_close(compiled(*placed), unsharded(transformation))
+    results = compiled(*placed)
+    assert_close(results, unsharded(transformation))
+    if partitioned == "unit":
+        # Key and value travel, and XLA sums the gradient of bias; it would gather what it splits itself.
+        assert set(collective_counts(compiled.as_text())) <= {"collective-permute", "all-reduce"}
+        assert "collective-permute" in collective_counts(compiled.as_text())
+        assert all(x.sharding.spec[:2] == spec[:2] for x in jax.tree.leaves(results)[:3])
 
 
-def test_sharded_sequence_under_explicit_axes():
+@pytest.mark.parametrize("transformation", ["value", "grad"])
+def test_sharded_sequence_under_explicit_axes(transformation: str):
+    """Key and value travel; nothing is gathered, and the result is sharded as query is."""
     mesh = make_mesh("explicit")
-    spec = NamedSharding(mesh, P("data", "model", None, None))
-    placed = [jax.device_put(a, spec) for a in arrays()[:3]]
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"query may be sharded over batch and heads.*reshard"):
-        jax.jit(attention)(*placed)
+    spec = P("data", "model", None, None)
+    placed_specs = spec, spec, spec, P(None, None, "model", None)
+    placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays(), placed_specs, strict=True)]
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(transformed(attention)[transformation], compiler_options=FAST).lower(*placed).compile()
+        results = compiled(*placed)
+        if transformation == "value":
+            assert set(collective_counts(compiled.as_text())) == {"collective-permute"}
+            assert jax.typeof(jax.jit(attention)(*placed)).sharding.spec == spec
+    assert_close(results, unsharded(transformation))
+
+
+def test_keys_that_do_not_divide_over_the_devices_of_the_rows_are_an_error():
+    mesh = make_mesh("explicit")
+    query, key, value = arrays()[:3]
+    query = jax.device_put(query, NamedSharding(mesh, P(None, "model")))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"key and value are sharded.*got \d+ keys: pad them"):
+        jax.jit(flash_attention)(query, key[:, :-1], value[:, :-1])
 
 
 def test_ring_of_parts_inside_shard_map():

@@ -1,13 +1,17 @@
 """`explain`: which kernels a call takes, and why."""
 
+import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
-from jax_native_flash_attn import explain, flash_attention
+from jax_native_flash_attn import context_parallel_attention, explain, flash_attention
+from tests.support.programs import collective_elements
 from tests.support.targets import needs_backend, pretend_gpu
 
 
@@ -77,3 +81,47 @@ def test_what_cannot_be_explained():
 def test_profiles_show_the_scope():
     text = jax.jit(jax.grad(lambda *x: flash_attention(*x).sum())).lower(*types("float32")).compile().as_text()
     assert re.search(r"op_name=\"[^\"]*\bflash_attention\)*/", text or "")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "visits"),
+    [
+        ("ring", {"is_causal": True, "order": "balanced"}, 4),
+        ("ring", {"is_causal": True, "local_window_size": (5, 0)}, 2),
+        ("all_gather", {}, 4),
+        ("all_to_all", {}, 4),
+    ],
+)
+def test_what_devices_send_is_what_the_program_sends(strategy: Any, options: dict[str, Any], visits: int):
+    arrays, devices = types("float32", T=8), 4
+    arrays[1:] = [jax.ShapeDtypeStruct((2, 8, 4, 64), jnp.float32)] * 2
+    found = explain(*arrays, devices=devices, strategy=strategy, platform="cpu", **options)
+    assert found.context is not None
+    assert (found.context.visits, found.context.skipped) == (visits, devices - visits)
+    assert str(found.context) in str(found)
+    mesh = jax.make_mesh((devices,), ("s",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    spec = PartitionSpec(None, "s")
+    attention = functools.partial(context_parallel_attention, axis_name="s", strategy=strategy, **options)
+    over_all = jax.shard_map(attention, mesh=mesh, in_specs=spec, out_specs=spec)
+    whole = [jax.ShapeDtypeStruct((2, 8 * devices, 4, 64), jnp.float32)] * 3
+
+    def gradient(query: jax.Array, key: jax.Array, value: jax.Array, dout: jax.Array) -> Any:
+        out, pullback = jax.vjp(over_all, query, key, value)
+        return out, pullback(dout)
+
+    def sent(program: Any, *arrays: Any) -> int:
+        elements = collective_elements(jax.jit(program).lower(*arrays).compile().as_text())
+        # What is gathered is in part the device's own; what is scattered or exchanged is counted by one part.
+        part = {"all-gather": (devices - 1) / devices, "all-to-all": devices - 1, "reduce-scatter": devices - 1}
+        return round(4 * sum(n * part.get(kind, 1) for kind, n in elements.items()))
+
+    assert sent(over_all, *whole) == found.context.bytes_sent["forward"]
+    both = found.context.bytes_sent["forward"] + found.context.bytes_sent["gradient"]
+    # A ring sends keys and values once more in the gradient, or XLA keeps what arrived the first time.
+    again = found.context.bytes_sent["forward"] if strategy == "ring" else 0
+    assert sent(gradient, *whole, whole[0]) in (both, both - again)
+
+
+def test_compiling_is_for_one_device():
+    with pytest.raises(ValueError, match="compiles=True is for one device, got devices=2"):
+        explain(*types(), platform="cpu", devices=2, compiles=True)

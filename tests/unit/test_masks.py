@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn._semantics import join_masks, masks
+from jax_native_flash_attn._semantics.positions import Order
 
 LENGTHS = [(1, 1), (1, 9), (9, 1), (5, 7), (7, 5), (6, 6)]  # T, S
 SIDES = (None, -8, -6, -1, 0, 2, 7, 9)
@@ -142,7 +143,7 @@ def check_mask(arguments: dict[str, Any], B: int, N: int, T: int, S: int) -> Non
         found = found & np.asarray(mask.allowed)
     live = ~padded & ~dead
     np.testing.assert_array_equal(found[live], expected[live])
-    if band.is_cut:
+    if band.is_complete:
         lengths = arguments["key_value_lengths"][:, None, None]
         start, stop = band.intervals(T, S)
         cut = intervals_as_array(np.minimum(start, lengths), np.minimum(stop, lengths), S)
@@ -169,7 +170,75 @@ def test_kernels_compute_intervals_from_lengths_of_keys_alone(given: dict[str, A
         arguments[name] = None if arguments[name] is None else jnp.ones(2, jnp.int32)
     arguments["allowed"] = None if arguments["allowed"] is None else jnp.ones((1, 1, 5, 7), bool)
     band, _ = join_masks.make_mask(5, 7, is_causal=given.get("is_causal", False), **arguments)
-    assert band.is_cut == expected
+    assert band.is_complete == expected
+
+
+_LARGEST = 2**31 - 1
+
+
+@pytest.mark.parametrize("has_dead_rows", [True, False])
+@pytest.mark.parametrize("lengths", [None, (3, 0)])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("window", [None, (2, 1), (-1, 3), (0, 10**9), (_LARGEST, 0), (_LARGEST, _LARGEST)])
+def test_numbers_say_what_intervals_of_moved_rows_say(
+    window: tuple[int, int] | None, is_causal: bool, lengths: tuple[int, int] | None, has_dead_rows: bool
+) -> None:
+    T, S, rows = 5, 7, np.arange(5)
+    key_lengths = None if lengths is None else jnp.array(lengths)
+    for offset in ((0, 3), (-2, -9), (40, -(2**31)), (_LARGEST, 1 - _LARGEST)):
+        band, mask = join_masks.make_mask(
+            T,
+            S,
+            is_causal=is_causal,
+            static_window=window,
+            traced_window=None,
+            query_lengths=None,
+            key_value_lengths=key_lengths,
+            allowed=None,
+            order=Order(query_offset=jnp.array(offset)),
+            has_dead_rows=has_dead_rows,
+        )
+        has_bounds = is_causal or window is not None
+        is_empty = is_causal and window is not None and window[0] < 0
+        assert (mask.shift is not None) == (has_bounds and not is_empty)
+        if mask.shift is None:
+            continue
+        assert band.is_complete
+        for b in range(2):
+            lower, upper = (None if x is None else int(x) for x in band.moved(mask.shift[b], T, S))
+            start, stop = masks.Band(lower, upper).interval(rows, S if lengths is None else lengths[b])
+            dead = start >= stop
+            if has_dead_rows:
+                assert mask.dead is not None
+                np.testing.assert_array_equal(mask.dead[b, 0], dead)
+                start, stop = np.where(dead, 0, start), np.where(dead, S, stop)
+            else:
+                assert mask.dead is None
+                start, stop = np.where(dead, S, start), np.where(dead, 0, stop)
+            assert mask.key_start is not None
+            assert mask.key_stop is not None
+            np.testing.assert_array_equal(mask.key_start[b, 0], start, f"{offset}")
+            np.testing.assert_array_equal(mask.key_stop[b, 0], stop, f"{offset}")
+
+
+@pytest.mark.parametrize("name", ["query_lengths", "allowed", "traced_window", "static_band", "ids", "positions"])
+def test_other_masks_beside_an_offset_need_intervals(name: str) -> None:
+    ones, order = jnp.ones((1, 5), jnp.int32), Order(query_offset=jnp.array([1]))
+    arguments: dict[str, Any] = {
+        "query_lengths": jnp.array([3]),
+        "allowed": jnp.ones((1, 1, 5, 5), bool),
+        "traced_window": jnp.array([1, 1]),
+        "static_band": masks.Band(None, 2),
+        "ids": order._replace(query_ids=ones, key_ids=ones),
+        "positions": order._replace(key_positions=ones),
+    }
+    given: dict[str, Any] = {"order" if name in ("ids", "positions") else name: arguments[name]}
+    names = "static_window", "traced_window", "query_lengths", "key_value_lengths", "allowed"
+    given = {**dict.fromkeys(names), "order": order, **given}
+    band, mask = join_masks.make_mask(5, 5, is_causal=True, **given)
+    assert mask.shift is None
+    assert not band.is_complete
+    assert mask.key_start is not None
 
 
 @pytest.mark.parametrize("block_kv", [1, 2, 3, 4, 8, 16])

@@ -17,7 +17,7 @@ README = Path(__file__).parents[2] / "README.md"
 def names() -> dict[str, Any]:
     """What the examples define."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) >= 9
+    assert len(blocks) >= 10
     names: dict[str, Any] = {"printed": []}
     for block in blocks:
         exec(block.replace("print(found)", "printed.append(str(found))"), names)
@@ -101,3 +101,11 @@ def test_largest_logits(names: dict[str, Any]):
     assert_close(names["max_logits"], found[0])
     assert isinstance(names["max_logits"], jax.Array)
     assert names["max_logits"].dtype == jnp.float32
+
+
+def test_sequence_over_devices(names: dict[str, Any]):
+    arrays = [names[name] for name in ("query", "key", "value")]
+    expected = dense(*arrays, masked, scale=names["H"] ** -0.5)
+    assert_close(names["out_in_order"], expected[:, names["order"]])
+    assert names["out_in_order"].sharding.spec[1] == "sequence"
+    assert len(names["out_in_order"].addressable_shards) == jax.device_count()

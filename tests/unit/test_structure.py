@@ -16,9 +16,11 @@ FLOORS = (
     "_convert",
     "_arguments",
     "_attention",
+    "_strategies",
     "_merge",
     "_options",
     "_api",
+    "_context_parallel",
     "_explain",
 )
 MAX_LINES, MAX_FUNCTION_LINES = 300, 120

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from .._kernels.protocol import LinearPass, Pass, Target
-from .._semantics.call import Call, Config, Inputs, field_names, sum_to
+from .._semantics.call import Call, Config, Inputs, Ring, field_names, sum_to
 from .._semantics.numerics import accumulation_dtype
 from .._sharding import passes
 from . import rows
@@ -78,6 +78,10 @@ class LinearKernel(Protocol):
 
     def batched(self, residuals: Flags, inputs: Flags) -> "LinearKernel":
         """With one more axis in front, of size 1 where an operand is not batched (flag False)."""
+        ...
+
+    def with_ring(self, ring: Ring) -> "LinearKernel":
+        """The same of rows and keys that the devices of a ring share."""
         ...
 
 
@@ -148,6 +152,9 @@ class FirstDerivative:
         wanted = tuple(slot.with_axis(True) for slot in self.outputs)
         tangents, results = (wanted, given) if self.flipped else (given, wanted)
         return replace(self, tangents=tangents, results=results)
+
+    def with_ring(self, ring: Ring) -> LinearKernel:
+        return replace(self, config=replace(self.config, ring=ring))
 
 
 @dataclass(frozen=True)
@@ -221,6 +228,9 @@ class DirectionalDerivative:
         flags = (True,) * len(self.tangents) if self.flipped else inputs
         tangents = tuple(slot.with_axis(flag) for slot, flag in zip(self.tangents, flags, strict=True))
         return replace(self, inner=inner, tangents=tangents)
+
+    def with_ring(self, ring: Ring) -> LinearKernel:
+        return replace(self, inner=self.inner.with_ring(ring))
 
 
 def operand_shapes(slots: Slots, residuals: Sequence[Any], linear: Sequence[Any]) -> list[Shape]:

@@ -21,7 +21,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad
 
 from .._kernels.protocol import Pass, Target
-from .._semantics.call import OPERANDS, Call, Config, Inputs, field_names
+from .._semantics.call import OPERANDS, Call, Config, Inputs, Ring, field_names
 from .._semantics.numerics import accumulation_dtype
 from .._sharding import lowering, passes, types
 from .linear import DirectionalDerivative, FirstDerivative, Flags, Leaves, LinearKernel, Slot, operand_shapes, pick
@@ -120,6 +120,10 @@ def _forward_layouts(*, config: Config, structure: Any) -> lowering.Layouts:
     return field_names(structure), _result_names(config)
 
 
+def _forward_with_ring(ring: Ring, *, config: Config, structure: Any) -> dict[str, Any]:
+    return {"config": replace(config, ring=ring), "structure": structure}
+
+
 def _result_names(config: Config) -> tuple[str, ...]:
     flags = (True, config.needs_lse, config.needs_max_logits, config.adds_rounded)
     return pick(("out", "lse", "max_logits", "out"), flags)
@@ -203,6 +207,10 @@ def _linear_layouts(*, kernel: LinearKernel) -> lowering.Layouts:
     )
 
 
+def _linear_with_ring(ring: Ring, *, kernel: LinearKernel) -> dict[str, Any]:
+    return {"kernel": kernel.with_ring(ring)}
+
+
 register(
     flash_attention_p,
     _forward,
@@ -211,9 +219,17 @@ register(
     _forward_layouts,
     _forward_jvp,
     _forward_batch,
+    _forward_with_ring,
 )
 register(
-    linear_kernel_p, _linear, _linear_abstract_eval, _linear_is_opaque, _linear_layouts, _linear_jvp, _linear_batch
+    linear_kernel_p,
+    _linear,
+    _linear_abstract_eval,
+    _linear_is_opaque,
+    _linear_layouts,
+    _linear_jvp,
+    _linear_batch,
+    _linear_with_ring,
 )
 ad.primitive_transposes[flash_attention_p] = _forward_transpose
 ad.primitive_transposes[linear_kernel_p] = _linear_transpose

@@ -20,7 +20,14 @@ def batch_operands(args: Sequence[jax.Array], dims: Sequence[int | None]) -> lis
 
 
 def register(
-    primitive: Primitive, function: Any, abstract_eval: Any, is_opaque: Any, layouts: Any, jvp: Any, batch: Any
+    primitive: Primitive,
+    function: Any,
+    abstract_eval: Any,
+    is_opaque: Any,
+    layouts: Any,
+    jvp: Any,
+    batch: Any,
+    with_ring: Any = None,
 ) -> None:
     """The rules of a primitive; `function(*operands, target=..., **params)` is what it computes."""
 
@@ -40,5 +47,5 @@ def register(
         ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batch
     for platform in ("cpu", "cuda", None):
-        rule = lowering.lowering_rule(function, layouts, is_opaque, platform or "accelerator")
+        rule = lowering.lowering_rule(function, layouts, is_opaque, with_ring, platform or "accelerator")
         mlir.register_lowering(primitive, rule, platform=platform)

@@ -1,11 +1,14 @@
 """All masks of a call whose keys are in several blocks, as one for each block."""
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from .call import Arrays, Call, Settings
 from .join_masks import is_query_row, make_mask
 from .masks import Band, MaskOperands, make_band
 from .positions import Order, Reach, of_keys, of_rows, position_bounds, saturated_sum
@@ -30,13 +33,49 @@ def sees_itself(reach: Reach, offset: int, others: Sequence[Any]) -> bool:
     return offset == 0 and all(x is None for x in others) and all(isinstance(x, int) and x >= 0 for x in sides)
 
 
+def visited_distances(
+    settings: Settings, arrays: Arrays, T: int, S: int, size: int, *, is_balanced: bool
+) -> tuple[int, ...]:
+    """How far back the blocks are that hold keys of any row, as far as that is known while the program is made.
+
+    The own one, 0, is always among them, and all are where a row without a key would attend all.
+    """
+    everywhere = tuple(range(size))
+    moving = (arrays.traced_window, arrays.query_offset, arrays.query_positions, arrays.key_value_positions)
+    if any(x is not None for x in moving) or settings.static_band != Band():
+        return everywhere
+    if not (settings.is_causal or settings.static_window):
+        return everywhere
+    offset, unbounded = settings.static_offset, size * (T + S) + abs(settings.static_offset)
+    left, right = settings.static_window or (unbounded, unbounded)
+    right = min(right, 0) if settings.is_causal else right
+    others = (arrays.key_value_lengths, arrays.key_value_segment_ids, arrays.mask)
+    if arrays.sinks is None and not (T == S and sees_itself(Reach(left, right), offset, others)):
+        return everywhere
+
+    def meets(rows: int, keys: int) -> bool:
+        """Whether any row of one block attends a key of another."""
+        row_parts, key_parts = (
+            part_starts(block, size, length, is_balanced=is_balanced) for block, length in ((rows, T), (keys, S))
+        )
+        row_length, key_length = T // len(row_parts), S // len(key_parts)
+        between = [
+            (key - (row + row_length - 1) - offset, key + key_length - 1 - row - offset)
+            for row, key in itertools.product(row_parts, key_parts)
+        ]
+        return any(first <= right and last >= -left for first, last in between)
+
+    pairs = [(rows, keys) for rows in everywhere for keys in everywhere if meets(rows, keys)]
+    return tuple(sorted({0} | {(rows - keys) % size for rows, keys in pairs}))
+
+
 def make_block_masks(
     T: int, S: int, size: int, rank: jax.Array, *, is_balanced: bool, **masks: Any
 ) -> tuple[Band, MaskOperands]:
     """As `make_mask` of these `masks`, of `size` blocks of S keys; the T rows are the block of number `rank`.
 
-    `query_lengths` is of these rows alone; ids and positions of keys, and `allowed`, are of the keys of all blocks.
-    There is no `static_band`.
+    `query_lengths` is of these rows alone; ids and positions of keys, and `allowed`, are of the keys of all blocks, and
+    so is `static_band`.
 
     Returns:
       The band of the block of the same number, if that is all there is; and the operands of all blocks, as
@@ -47,10 +86,12 @@ def make_block_masks(
     allowed, key_value_lengths, query_lengths = masks["allowed"], masks["key_value_lengths"], masks["query_lengths"]
     reach = Reach(*(static_window or (None, None))) if traced_window is None else Reach(*traced_window)
     reach = reach.causal() if masks["is_causal"] else reach
+    static_band: Band = masks["static_band"]
+    band_reach = Reach(None if static_band.lower is None else -static_band.lower, static_band.upper)
     others = (query_lengths, key_value_lengths, allowed, order.query_ids)
-    if reach == Reach(None, None) and all(x is None for x in others):
+    if reach == band_reach == Reach(None, None) and all(x is None for x in others):
         return Band(), MaskOperands()
-    rows = positions_of_block(rank, size, T, is_balanced=is_balanced)[None, :]
+    rows = places = positions_of_block(rank, size, T, is_balanced=is_balanced)[None, :]
     shift = jnp.int32(masks["static_offset"]) if order.query_offset is None else order.query_offset[:, None]
     rows = saturated_sum(rows, shift)
     if order.has_positions:
@@ -68,13 +109,17 @@ def make_block_masks(
             parts = [jnp.clip(reached - start + 1, 0, S // len(starts)) for start in starts]
             return sum(parts[1:], parts[0])[:, None, :]
 
-        first = jnp.zeros((1, 1, T), jnp.int32) if reach.left is None else count(saturated_sum(rows, -reach.left) - 1)
-        return first, jnp.full((1, 1, T), S) if reach.right is None else count(saturated_sum(rows, reach.right))
+        first, stop = jnp.zeros((1, 1, T), jnp.int32), jnp.full((1, 1, T), S, jnp.int32)
+        for at, (left, right) in [(places, band_reach), *([] if order.has_positions else [(rows, reach)])]:
+            first = first if left is None else jnp.maximum(first, count(saturated_sum(at, -left) - 1))
+            stop = stop if right is None else jnp.minimum(stop, count(saturated_sum(at, right)))
+        return first, stop
 
     def of_block(block: jax.Array) -> tuple[jax.Array | None, ...]:
         def keys(x: jax.Array | None) -> jax.Array | None:
             return x if x is None or x.shape[-1] == 1 else jax.lax.dynamic_slice_in_dim(x, block * S, S, -1)
 
+        # What goes by index is in `within`.
         changed: dict[str, Any] = {"is_causal": False, "static_window": None, "traced_window": None}
         own = Order(order.query_ids, keys(order.key_ids))
         if order.has_positions:
@@ -82,9 +127,14 @@ def make_block_masks(
             own = own._replace(query_positions=order.query_positions, key_positions=keys(order.key_positions))
         if key_value_lengths is not None:
             changed["key_value_lengths"] = jnp.clip(key_value_lengths - block * S, 0, S)
-        changed |= {"allowed": keys(allowed), "order": own, "has_dead_rows": False, "static_offset": 0}
-        limits = None if order.has_positions else within(block)
-        mask = make_mask(T, S, within=limits, **masks | changed)[1]
+        changed |= {
+            "allowed": keys(allowed),
+            "static_band": Band(),
+            "order": own,
+            "has_dead_rows": False,
+            "static_offset": 0,
+        }
+        mask = make_mask(T, S, within=within(block), **masks | changed)[1]
         return mask.key_start, mask.key_stop, mask.is_exact
 
     start, stop, is_exact = jax.vmap(of_block)(jnp.arange(size, dtype=jnp.int32))
@@ -93,9 +143,9 @@ def make_block_masks(
     start, stop = jnp.broadcast_arrays(start, stop)
     band, dead = Band(), None
     moving = (key_value_lengths, allowed, *order)
-    if T == S and sees_itself(reach, masks["static_offset"], moving):
+    if T == S and sees_itself(reach, masks["static_offset"], moving) and sees_itself(band_reach, 0, ()):
         if query_lengths is None and not (is_balanced and static_window):
-            band = make_band(T, S, is_causal=masks["is_causal"], window=static_window, also=Band())
+            band = make_band(T, S, is_causal=masks["is_causal"], window=static_window, also=static_band)
     elif masks["has_dead_rows"]:
         is_row = is_query_row(T, query_lengths, order.query_ids)
         dead = ~(start < stop).any(0)
@@ -107,6 +157,30 @@ def make_block_masks(
     if order.has_positions:
         operands = operands._replace(**position_bounds(T, S * size, order, reach, 0))
     return band, operands._replace(is_exact=None if is_exact is None else _joined(is_exact))
+
+
+def split_masks(call: Call, rank: jax.Array) -> Call:
+    """The same call with the masks of blocks, where `Ring.has_whole_masks`; the rows are the block of number `rank`."""
+    (config, inputs), z = call, call.sizes
+    ring, mask = config.ring, inputs.mask
+    if ring is None or not ring.has_whole_masks:
+        return call
+    own, T, S = Band(), z.T, z.S
+    start, stop = mask.key_start, mask.key_stop
+    if start is None and config.band != Band():
+        rows = (rank * T + jnp.arange(T, dtype=jnp.int32)).reshape((1,) * (len(z.batch) + 1) + (T,))
+        start, stop = config.band.interval(rows, ring.size * S, jnp)
+        first, end = config.band.intervals(T, S)
+        own = config.band if T == S and (first < end).all() else own
+    if start is not None and stop is not None:
+        start, stop = jnp.broadcast_arrays(start, stop)
+        blocks = (jnp.arange(ring.size, dtype=jnp.int32) * S).reshape((1,) * (start.ndim - 1) + (-1, 1))
+        start, stop = (jnp.clip(x[..., None, :] - blocks, 0, S) for x in (start, stop))
+        start, stop = (x.reshape(*x.shape[:-2], -1) for x in (start, stop))
+    is_exact = mask.is_exact
+    is_exact = None if is_exact is None else jnp.broadcast_to(is_exact, (*is_exact.shape[:-1], ring.size))
+    mask = mask._replace(key_start=start, key_stop=stop, is_exact=is_exact, shift=None)
+    return Call(replace(config, band=own, ring=replace(ring, has_whole_masks=False)), inputs._replace(mask=mask))
 
 
 def _joined(x: Any) -> jax.Array:

@@ -20,12 +20,14 @@ class Ring:
       axis_name: the mesh axis, or several as one; manual where the call is.
       distances: which blocks a device visits, its own, 0, first: with distance d that of the device d places before it.
       is_balanced: whether rows and keys are in the order of `balanced_order`, which masks then see through.
+      has_whole_masks: whether band and intervals are still those of all keys, of the rows of a device.
     """
 
     axis_name: Any
     size: int
     distances: tuple[int, ...]
     is_balanced: bool = False
+    has_whole_masks: bool = False
 
 
 class Settings(NamedTuple):
@@ -84,6 +86,8 @@ class Config:
     `implementation` is what the caller asked for. `rounds_out` asks for out in query's dtype; derivatives need it
     unrounded, in accumulation dtype, and with `adds_rounded` get it rounded too, behind the other results.
 
+    `has_all_keys`: whether out and lse, as residuals, are of no more keys than the call has.
+
     With a `ring`, key and value are the block of this device, and `band` is the mask of that alone. All other operands
     with a key axis have the keys of all blocks, one after the other; intervals and `is_exact` have one for each block,
     likewise, along T.
@@ -100,6 +104,7 @@ class Config:
     implementation: str | None = None
     rounds_out: bool = False
     adds_rounded: bool = False
+    has_all_keys: bool = True
     ring: Ring | None = None
 
 
@@ -183,6 +188,7 @@ OPERANDS = {
     "allowed": Operand("BNTS"),
     "dead": Operand("BNT"),
     "key_value_length": Operand("B"),
+    "shift": Operand("B"),
     "query_ids": Operand("BNTS"),
     "key_ids": Operand("BNTS"),
     "lowest_position": Operand("BNTS"),

@@ -7,7 +7,7 @@ Hence the mask depends neither on block sizes nor on sharding, nor on whether at
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,15 +55,12 @@ class Dropout:
           (..., t, s) bool.
         """
         lead = (1,) * head_index.ndim
-        rows = rows.astype(jnp.uint32).reshape(*lead, -1)
-        columns = columns.astype(jnp.uint32).reshape(*lead, 1, -1)
-        if self.lengths is not None:
-            rows, columns = rows + key_words[..., 2, None], columns + key_words[..., 3, None, None]
+        words = [key_words[..., i] for i in range(key_words.shape[-1])]
         return self.keep_elements(
-            (key_words[..., 0, None, None], key_words[..., 1, None, None]),
+            [x[..., None] if i == 2 else x[..., None, None] for i, x in enumerate(words)],
             head_index[..., None],
-            rows,
-            columns,
+            rows.astype(jnp.uint32).reshape(*lead, -1),
+            columns.astype(jnp.uint32).reshape(*lead, 1, -1),
             lambda x: x[..., None],
             T,
             S,
@@ -71,7 +68,7 @@ class Dropout:
 
     def keep_elements(
         self,
-        key: tuple[jax.Array, jax.Array],
+        key: Sequence[jax.Array],
         head_index: jax.Array,
         rows: jax.Array,
         columns: jax.Array,
@@ -80,13 +77,15 @@ class Dropout:
         S: int,
     ) -> jax.Array:
         """As `keep_tile`, all uint32 and broadcasting; `spread` brings what varies by row to the shape of `columns`."""
+        if self.lengths is not None:
+            rows, columns = rows + key[2], columns + key[3]
         T, S = self.lengths or (T, S)
         high, low = _multiply_wide(head_index, np.uint32(T))
         high, low = _add_wide(high, low, rows)
         row_high, row_low = _multiply_wide(low, np.uint32(S))
         row_high = row_high + high * np.uint32(S)
         high, low = _add_wide(spread(row_high), spread(row_low), columns)
-        return self._below_keep_probability(*_threefry2x32(key, high, low))
+        return self._below_keep_probability(*_threefry2x32((key[0], key[1]), high, low))
 
     def _below_keep_probability(self, first: jax.Array, second: jax.Array) -> jax.Array:
         """`uniform < 1 - rate` in integers: the uniform is the top bits of the random word(s) times 2**-bits."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .masks import Band, MaskOperands, make_band
-from .positions import Order, Reach, cut, of_keys, of_rows, position_bounds
+from .positions import Order, Reach, cut, moving_band, of_keys, of_rows, position_bounds
 from .visible import Visible, find_visible, rows_with_a_key
 
 _NO_BAND, _NO_ORDER = Band(), Order()
@@ -42,6 +42,8 @@ def make_mask(
     reach = Reach(*(static_window or (None, None))) if traced_window is None else Reach(*traced_window)
     if is_causal:
         reach = reach.causal()
+    if reach.left is None and reach.right is None and not order.has_positions:
+        order = order._replace(query_offset=None)
     moves = order.has_positions or order.query_offset is not None
     is_static = traced_window is None and not moves and within is None
     window = None if moves else static_window
@@ -61,17 +63,21 @@ def make_mask(
     if not traced and allowed is None:
         return band, MaskOperands()
 
+    moving, shift = None, order.query_offset
+    is_plain = padded is None and allowed is None and static_band == Band() and not order.has_positions
+    if is_plain and shift is not None:
+        moving = moving_band(reach)
     has_others = padded is not None or allowed is not None or not is_static or band.lower is not None
     is_cut = key_value_lengths is not None and not has_others and has_dead_rows and bool((stop > 0).all())
     start, stop = (jnp.asarray(x)[None, None, :] for x in (start, stop))
     operands = MaskOperands(allowed=allowed, key_value_length=key_value_lengths)
     if order.has_positions:
         operands = operands._replace(**position_bounds(T, S, order, reach, static_offset))
-    elif within is not None:
-        start, stop = jnp.maximum(start, within[0]), jnp.minimum(stop, within[1])
-    elif not is_static:
+    elif not is_static and within is None:
         rows = jnp.arange(T, dtype=jnp.int32)[None, None, :]
         start, stop = cut(start, stop, rows, reach, order.query_offset, static_offset, T, S)
+    if within is not None:
+        start, stop = jnp.maximum(start, within[0]), jnp.minimum(stop, within[1])
     if key_value_lengths is not None:
         stop = jnp.minimum(stop, key_value_lengths[:, None, None])
     if order.query_ids is not None and order.key_ids is not None:
@@ -93,7 +99,10 @@ def make_mask(
     if has_dead_rows:
         start, stop = jnp.where(dead, 0, start), jnp.where(dead, S, stop)
     dead = dead if has_dead_rows else None
-    return Band(band.lower, band.upper, is_cut), operands._replace(key_start=start, key_stop=stop, dead=dead)
+    operands = operands._replace(key_start=start, key_stop=stop, dead=dead)
+    if moving is not None:
+        return moving, operands._replace(shift=shift)
+    return Band(band.lower, band.upper, is_cut), operands
 
 
 def is_query_row(T: int, query_lengths: jax.Array | None, query_ids: jax.Array | None) -> jax.Array | None:

@@ -3,7 +3,8 @@
 Causal masks, sliding windows and sequence lengths all say that query row t may attend the keys
 `key_start[t] <= s < key_stop[t]`. Static ones (causal, an integer window) are kept as a `Band`, whose
 intervals are NumPy vectors, so that the tile schedule is static as well. Anything traced becomes a pair of
-arrays. A boolean `mask` argument stays as the caller passed it and is only ever read tile by tile. Ids and positions
+arrays. Traced lengths and offsets may need no more than a number for each batch row: a `Band` that is complete says
+the rest. A boolean `mask` argument stays as the caller passed it and is only ever read tile by tile. Ids and positions
 give an interval that holds all keys of a row; where it holds others too, every element of a tile is compared.
 
 Three kinds of rows:
@@ -29,13 +30,17 @@ import numpy as np
 class Band:
     """Static mask: key s is allowed for query t where lower <= s - t <= upper (None: no bound).
 
-    `is_cut` says what the traced part of a mask is: these intervals, cut off at `key_value_length`, and nothing else.
-    Rows are then dead only where that is 0, and a kernel needs no interval of each row.
+    `is_complete` says what the traced part of a mask is: these intervals, of rows moved by `MaskOperands.shift`, cut
+    off at `key_value_length`, and nothing else. A kernel then needs no interval of each row. Without a shift, rows are
+    dead only where that length is 0. With one, the bounds alone do not say which keys a row may attend.
+
+    `rows_per_position`: query heads may be rows, of which so many in a row are at one position.
     """
 
     lower: int | None = None
     upper: int | None = None
-    is_cut: bool = False
+    is_complete: bool = False
+    rows_per_position: int = 1
 
     @property
     def width(self) -> int | None:
@@ -47,6 +52,21 @@ class Band:
         start = xp.zeros_like(rows) if self.lower is None else xp.clip(rows + self.lower, 0, S)
         stop = xp.full_like(rows, S) if self.upper is None else xp.clip(rows + self.upper + 1, 0, S)
         return start, stop
+
+    def moved(self, shift: Any, T: int, S: int) -> tuple[Any, Any]:
+        """`lower` and `upper` for rows moved by a traced int32, cut off where they exclude nothing or all.
+
+        No sum passes an end of int32, whatever the shift.
+        """
+        info = np.iinfo(np.int32)
+
+        def bound(x: int | None) -> Any:
+            if x is None:
+                return None
+            lowest, highest = max(-T - x, int(info.min)), min(S - x, int(info.max))
+            return jnp.minimum(jnp.maximum(shift, lowest), highest) + x
+
+        return bound(self.lower), bound(self.upper)
 
     def intervals(self, T: int, S: int) -> tuple[np.ndarray, np.ndarray]:
         """`key_start` and `key_stop` of all rows, each (T,) int32."""
@@ -62,6 +82,7 @@ class MaskOperands(NamedTuple):
       allowed: (B, N, T, S) bool, the caller's `mask`, or None.
       dead: (B, N, T) bool, True on rows with no key at all, or None where there are none.
       key_value_length: (B,) int32: keys and values from here on are padding and may hold NaN; or None.
+      shift: (B,) int32: what rows are moved by in a `Band` that is complete (the intervals say so too); or None.
       query_ids, key_ids: (B, 1, T, 1) and (B, 1, 1, S) int32: a row attends keys of its own id only; or None.
       lowest_position, highest_position: (B, 1, T, 1) int32, and key_positions: (B, 1, 1, S) int32: a row attends keys
         whose positions are between these, both included; or None.
@@ -74,6 +95,7 @@ class MaskOperands(NamedTuple):
     allowed: jax.Array | None = None
     dead: jax.Array | None = None
     key_value_length: jax.Array | None = None
+    shift: jax.Array | None = None
     query_ids: jax.Array | None = None
     key_ids: jax.Array | None = None
     lowest_position: jax.Array | None = None

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .masks import Band
+
 
 class Reach(NamedTuple):
     """How far a row attends, in positions before and behind its own; None: without end."""
@@ -31,6 +33,16 @@ class Order(NamedTuple):
     @property
     def has_positions(self) -> bool:
         return self.query_positions is not None or self.key_positions is not None
+
+
+def moving_band(reach: Reach) -> Band | None:
+    """The complete band of a reach whose rows an offset moves; None where numbers that int32 holds do not say it."""
+    largest = jnp.iinfo(jnp.int32).max
+    if not all(side is None or (isinstance(side, int) and abs(side) <= largest) for side in reach):
+        return None
+    lower, upper = None if reach.left is None else -reach.left, reach.right
+    is_empty = lower is not None and upper is not None and lower > upper
+    return None if is_empty else Band(lower, upper, is_complete=True)
 
 
 def clip_window_side(side: Any, lowest: int, highest: int) -> jax.Array:

@@ -26,7 +26,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlib.mlir.dialects import sdy
 
-from .._semantics.call import LAYOUTS
+from .._semantics.call import LAYOUTS, Ring
 
 # ---- what XLA splits
 
@@ -75,21 +75,26 @@ class _Unit(NamedTuple):
 
     Attributes:
       kernel: takes and gives arrays of a shard.
+      of_ring: gives the same for a ring of devices that share the sequence, of rows and keys of a device; or None.
       operand_names, result_names: keys of `LAYOUTS`.
       factors: the `Axes` of the operands, then of the results.
       num_kv_heads, group: K and G.
+      num_keys: S.
     """
 
     kernel: Callable
+    of_ring: Callable[[Ring], Callable] | None
     operand_names: tuple[str, ...]
     result_names: tuple[str, ...]
     factors: tuple[Axes, ...]
     num_kv_heads: int
     group: int
+    num_keys: int
 
 
 def as_unit(
     kernel: Callable,
+    of_ring: Callable[[Ring], Callable] | None,
     operand_names: tuple[str, ...],
     result_names: tuple[str, ...],
     operands: Sequence[Any],
@@ -98,10 +103,12 @@ def as_unit(
     """`kernel` as one unit for the partitioner.
 
     Key/value heads follow the query heads' sharding where they divide; otherwise a shard takes those that it needs.
+    Keys follow the query rows' sharding, and travel, where they divide and there is `of_ring`; otherwise rows are
+    gathered.
     """
     factors = _factors((*operand_names, *result_names), [x.shape for x in (*operands, *results)])
     query, key = (operands[operand_names.index(name)].shape for name in ("query", "key"))
-    unit = _Unit(kernel, operand_names, result_names, tuple(factors), key[-2], query[-2] // key[-2])
+    unit = _Unit(kernel, of_ring, operand_names, result_names, tuple(factors), key[-2], query[-2] // key[-2], key[-3])
     rule, fixed = _sharding_rule(factors, len(operands))
     # With *operands: a wrapped kernel needs a signature.
     partitioned = custom_partitioning(lambda *xs: tuple(kernel(*xs)))
@@ -118,12 +125,15 @@ def as_unit(
 def _factors(names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[Axes]:
     """For each array, the factors of its axes; None for those that are not sharded, and for broadcast ones."""
     letters = [f"b{i}" for i in range(len(shapes[0]) - len(LAYOUTS[names[0]]))]
-    axes = [(*letters, *LAYOUTS[name]) for name in names]
+    # Keys are split with those that hold them alone: a row needs all of a mask or a bias.
+    axes = [
+        (*letters, *(LAYOUTS[name] if name in ("key", "value") else LAYOUTS[name].replace("S", "-"))) for name in names
+    ]
     sizes: dict[str, int] = {}
     for labels, shape in zip(axes, shapes, strict=True):
         for label, n in zip(labels, shape, strict=True):
             sizes[label] = max(n, sizes.get(label, 1))
-    shardable = {*letters, "N", "K"}
+    shardable = {*letters, "N", "K", "T", "S"}
     return [
         tuple(
             label if label in shardable and n == sizes[label] and n > 1 else None
@@ -162,6 +172,10 @@ def _partition(unit: _Unit, mesh: Any, args: Sequence[Any], outs: Sequence[Any])
     shared = math.gcd(num_heads, unit.group)
     divides = unit.num_kv_heads % head_shards == 0
     mesh_axes |= {"K": head_axes if divides else ()}
+    kernel = unit.kernel
+    if (row_axes := mesh_axes["T"]) and unit.of_ring is not None:
+        size = _num_shards(mesh, row_axes)
+        kernel = unit.of_ring(Ring(row_axes, size, tuple(range(size)), has_whole_masks=True))
 
     def used(axes: Axes) -> set[str]:
         return {name for factor in axes if factor for name in mesh_axes.get(factor, ())}
@@ -178,7 +192,7 @@ def _partition(unit: _Unit, mesh: Any, args: Sequence[Any], outs: Sequence[Any])
                 for name, x in zip(unit.operand_names, shards, strict=True)
             )
         sums = []
-        results = zip(unit.result_names, unit.factors[len(args) :], unit.kernel(*shards), strict=True)
+        results = zip(unit.result_names, unit.factors[len(args) :], kernel(*shards), strict=True)
         for name, axes, x in results:
             if kv_heads is not None and "K" in LAYOUTS[name]:
                 whole = jnp.zeros((*x.shape[:-2], unit.num_kv_heads, x.shape[-1]), x.dtype)
@@ -199,11 +213,15 @@ def _mesh_axes(unit: _Unit, mesh: Mesh, arrays: Sequence[Any]) -> dict[str, tupl
     mesh_axes: dict[str, tuple[str, ...]] = {}
     for axes, x in zip(unit.factors, arrays, strict=True):
         for factor, n, names in zip(axes, x.shape, _decoded(x.sharding, x.ndim, mesh), strict=True):
-            # K follows N in any case.
-            others = {name for f in mesh_axes.keys() - {factor, "K"} for name in mesh_axes[f]}
+            # K follows N in any case, and S follows T.
+            others = {name for f in mesh_axes.keys() - {factor, "K", "S"} for name in mesh_axes[f]}
             is_free = factor not in mesh_axes and not others & set(names)
             if factor is not None and names and is_free and n % _num_shards(mesh, names) == 0:
                 mesh_axes[factor] = names
+    row_axes = mesh_axes.get("T", ())
+    if unit.of_ring is None or unit.num_keys % _num_shards(mesh, row_axes):
+        row_axes = ()
+    mesh_axes |= {"T": row_axes, "S": row_axes}
     others = {name for f in mesh_axes.keys() - {"N", "K"} for name in mesh_axes[f]}
     head_axes = mesh_axes.get("N") or mesh_axes.get("K", ())
     num_heads = unit.num_kv_heads * unit.group

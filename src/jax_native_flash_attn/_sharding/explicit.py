@@ -7,29 +7,39 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from .._semantics.call import OPERANDS, Arrays, Settings
+from .._semantics.block_masks import visited_distances
+from .._semantics.call import OPERANDS, Arrays, Ring, Settings
 from .types import axis_names
 
 
-def over_explicit_axes(attention: Callable, arrays: Arrays, settings: Settings) -> Any:
-    """Call `attention(arrays)`; in a `shard_map` over the explicit mesh axes that shard query, if any.
+def over_explicit_axes(attention: Callable, settings: Settings, arrays: Arrays) -> Any:
+    """Call `attention(settings, arrays)`; in a `shard_map` over the explicit mesh axes that shard query, if any.
 
-    `attention` returns out (B, T, N, D), and lse (B, T, N) and max_logits (B, N, T), which may be None.
+    Of a query that is sharded along its rows, key and value are sharded likewise along theirs, and travel around a
+    ring. `attention` returns out (B, T, N, D), and lse (B, T, N) and max_logits (B, N, T), which may be None.
 
     Raises:
-      ValueError: query is sharded over another axis than those of batch and heads, or over more devices than divide
-        key's heads.
+      ValueError: query is sharded along its head dimension, or over more devices than divide key's heads or length.
     """
     query_type = jax.typeof(arrays.query)
     mesh, spec = query_type.sharding.mesh, (*query_type.sharding.spec, None, None, None, None)[:4]
     if AxisType.Explicit not in mesh.axis_types:
-        return attention(arrays)
-    if spec[1] is not None or spec[3] is not None:
+        return attention(settings, arrays)
+    if spec[3] is not None:
         raise ValueError(
-            f"query may be sharded over batch and heads, got {query_type.str_short(True)}: gather its other axes with "
-            "jax.sharding.reshard, or shard the sequence with shard_map and merge partial attentions"
+            f"query may be sharded over batch, sequence and heads, got {query_type.str_short(True)}: gather its head "
+            "dimension with jax.sharding.reshard"
         )
-    mesh_axes = {"B": spec[0], "N": spec[2], "K": spec[2]}
+    mesh_axes = {"B": spec[0], "T": spec[1], "N": spec[2], "K": spec[2]}
+    T, S, blocks = arrays.query.shape[1], arrays.key.shape[1], _num_shards(mesh, spec[1])
+    if blocks > 1:
+        if S % blocks:
+            raise ValueError(
+                f"key and value are sharded along the sequence as query is, over {blocks} devices, got {S} keys: pad "
+                "them to a multiple, or gather query's sequence with jax.sharding.reshard"
+            )
+        distances = visited_distances(settings, arrays, T // blocks, S // blocks, blocks, is_balanced=False)
+        settings = settings._replace(ring=Ring(spec[1], blocks, distances))
     num_kv_heads = arrays.key.shape[2]
     head_shards = _num_shards(mesh, spec[2])
     if num_kv_heads % head_shards:
@@ -42,23 +52,29 @@ def over_explicit_axes(attention: Callable, arrays: Arrays, settings: Settings) 
 
     def spec_of(name: str, x: Any) -> PartitionSpec:
         letters = OPERANDS[name].axes[-x.ndim :] if x.ndim else ""
+        if name in ("key", "value"):
+            letters = letters.replace("S", "T")
         return PartitionSpec(*(mesh_axes.get(c) if n > 1 else None for c, n in zip(letters, x.shape, strict=True)))
 
     # An array that a call lacks is None, which has no leaf.
     specs = Arrays(*(None if x is None else spec_of(name, x) for name, x in arrays._asdict().items()))  # pyright: ignore
     placed = Arrays(*(None if x is None else jax.sharding.reshard(x, s) for x, s in zip(arrays, specs, strict=True)))  # pyright: ignore
     out_specs = (
-        PartitionSpec(spec[0], None, spec[2], None),
-        PartitionSpec(spec[0], None, spec[2]) if settings.needs_lse else None,
-        PartitionSpec(spec[0], spec[2], None) if settings.needs_max_logits else None,
+        PartitionSpec(spec[0], spec[1], spec[2], None),
+        PartitionSpec(spec[0], spec[1], spec[2]) if settings.needs_lse else None,
+        PartitionSpec(spec[0], spec[2], spec[1]) if settings.needs_max_logits else None,
     )
-    manual = {*axis_names(spec[0]), *axis_names(spec[2])}
+    manual = {name for axis in spec[:3] for name in axis_names(axis)}
     if not manual:
-        return attention(placed)
+        return attention(settings, placed)
     # By default all axes that no `vmap` maps over: JAX before 0.10 does not like to be left with some explicit ones.
     some_axes: dict[str, Any] = {} if set(mesh.axis_types) == {AxisType.Explicit} else {"axis_names": manual}
     return jax.shard_map(
-        lambda arrays: tuple(attention(arrays)), mesh=mesh, **some_axes, in_specs=(specs,), out_specs=out_specs
+        lambda arrays: tuple(attention(settings, arrays)),
+        mesh=mesh,
+        **some_axes,
+        in_specs=(specs,),
+        out_specs=out_specs,
     )(placed)
 
 

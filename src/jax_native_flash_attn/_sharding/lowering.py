@@ -22,6 +22,7 @@ from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType
 
 from .._kernels.protocol import Target
+from .._semantics.call import Ring
 from .auto import as_unit, gather_sliced_axes, needs_devices, uses_shardy
 from .types import axis_names, explicit_spec
 
@@ -30,7 +31,11 @@ Layouts = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def lowering_rule(
-    function: Callable, layouts: Callable[..., Layouts], is_opaque: Callable[..., bool], platform: str
+    function: Callable,
+    layouts: Callable[..., Layouts],
+    is_opaque: Callable[..., bool],
+    with_ring: Callable[..., dict[str, Any]] | None,
+    platform: str,
 ) -> Callable:
     """Lower a primitive to `function(*operands, target=..., **params)`, on the mesh axes that its operands are on.
 
@@ -38,6 +43,7 @@ def lowering_rule(
       function: takes arrays of one device, or of all of them if `target.is_sharded`.
       layouts: names of operands and results, given `params`.
       is_opaque: whether XLA could not split what `function` gives for (operands' types, target, **params).
+      with_ring: the `params` of the same in a ring, given it and them; None if there is no such thing.
       platform: what the rule is registered for.
     """
 
@@ -62,7 +68,8 @@ def lowering_rule(
         kernel = functools.partial(function, target=target, **params)
         spec = explicit_spec(ctx.avals_in)
         if is_unit:
-            kernel = as_unit(kernel, operand_names, result_names, avals, ctx.avals_out)
+            of_ring = None if with_ring is None else _in_ring(function, target, with_ring, params)
+            kernel = as_unit(kernel, of_ring, operand_names, result_names, avals, ctx.avals_out)
         elif any(spec):
             avals = [ShapedArray(x.shape, x.dtype, sharding=x.sharding) for x in ctx.avals_in]
             kernel = _over_explicit_batch(kernel, avals, ctx.avals_out, spec)
@@ -77,6 +84,12 @@ def lowering_rule(
         return results
 
     return rule
+
+
+def _in_ring(
+    function: Callable, target: Target, with_ring: Callable[..., dict[str, Any]], params: dict[str, Any]
+) -> Callable[[Ring], Callable]:
+    return lambda ring: functools.partial(function, target=target, **with_ring(ring, **params))
 
 
 def partitioning(is_opaque: Callable[..., bool], operands: Sequence[Any], **params: Any) -> Any:

@@ -18,6 +18,7 @@ from jax import lax
 
 from .._kernels import select
 from .._kernels.protocol import Forward, LinearPass, Pass, Target
+from .._semantics.block_masks import split_masks
 from .._semantics.call import Call, Inputs, batch_of, sum_to
 from .._semantics.merging import merge
 from .._semantics.numerics import accumulation_dtype
@@ -27,25 +28,32 @@ from .ring import Visit, go_around
 Shape = jax.ShapeDtypeStruct
 
 
+def types_of_step(call: Call) -> Call:
+    """The call that a kernel gets, of types in place of arrays; in a ring, for a block that is not the device's own."""
+    config, inputs = call
+    if config.ring is None:
+        return call
+
+    def visit(inputs: Inputs) -> Visit:
+        return Visit(0, 0, {"key": inputs.key, "value": inputs.value})
+
+    return Call(
+        visit(inputs).config(call), jax.eval_shape(lambda inputs: visit(inputs).inputs(Call(config, inputs)), inputs)
+    )
+
+
 def is_opaque(call: Call, which: Pass, target: Target) -> bool:
     """See `select.is_opaque`."""
-    config, inputs = call
-    if config.ring is not None:
-
-        def step(inputs: Inputs) -> Visit:
-            return Visit(0, 0, {"key": inputs.key, "value": inputs.value})
-
-        inputs = jax.eval_shape(lambda inputs: step(inputs).inputs(Call(config, inputs)), inputs)
-        config = step(call.inputs).config(call)
-    return select.is_opaque(Call(config, inputs), which, target)
+    return select.is_opaque(types_of_step(call), which, target)
 
 
 def forward(call: Call, target: Target) -> Forward:
     """See `select.forward`."""
-    config, inputs = call
-    ring, dtype = config.ring, inputs.query.dtype
-    if ring is None:
+    if call.config.ring is None:
         return select.forward(call, target)
+    config, inputs = split_masks(call, axis_index(call.config.ring))
+    ring, dtype = config.ring, inputs.query.dtype
+    assert ring is not None
     # Rows without a key in one block, which sinks make of others, are empty there. Sinks themselves come in the end.
     of_blocks = Call(replace(config, needs_lse=True, rounds_out=False, adds_rounded=False), inputs._replace(sinks=None))
 
@@ -91,11 +99,17 @@ class Sums(NamedTuple):
 
 def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
     """See `select.cotangent`."""
-    config, inputs = call
-    ring, dtype, S = config.ring, accumulation_dtype(inputs.query.dtype), call.sizes.S
-    if ring is None:
+    if call.config.ring is None:
         return select.cotangent(call, given, target)
+    config, inputs = call = split_masks(call, axis_index(call.config.ring))
+    ring, dtype, S = config.ring, accumulation_dtype(inputs.query.dtype), call.sizes.S
+    assert ring is not None
     of_blocks = Call(config, inputs._replace(sinks=None))
+    if "bias" in given.wanted and given.wanted["bias"].shape[-1] == 1:
+        raise NotImplementedError(
+            "bias must have a key axis where its gradient is taken inside a logits_soft_cap, in a ring of devices, got "
+            f"shape {given.wanted['bias'].shape}: broadcast it along the keys, or take strategy='all_gather'"
+        )
     # Sums over blocks, unrounded; but for a bias of keys, each block has its own.
     wanted = {name: Shape(x.shape, dtype) for name, x in given.wanted.items() if name != "scale"}
     split = {name for name, x in wanted.items() if name == "bias" and x.shape[-1] > 1}
@@ -147,10 +161,11 @@ def _of_scale(call: Call, given: LinearPass, target: Target) -> jax.Array:
 
 def tangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
     """See `select.tangent`."""
-    config, inputs = call
-    ring, S = config.ring, call.sizes.S
-    if ring is None:
+    if call.config.ring is None:
         return select.tangent(call, given, target)
+    config, inputs = call = split_masks(call, axis_index(call.config.ring))
+    ring, S = config.ring, call.sizes.S
+    assert ring is not None
     of_blocks = Call(config, inputs._replace(sinks=None))
     resting = {name: x for name, x in given.operands.items() if name not in ("key", "value")}
     blocks = {"key": inputs.key, "value": inputs.value}

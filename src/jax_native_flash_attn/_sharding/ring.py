@@ -47,7 +47,8 @@ class Visit(NamedTuple):
         dropout, size = config.dropout, config.ring.size
         if dropout is not None:
             dropout = replace(dropout, lengths=(size * z.T, size * z.S))
-        return replace(config, band=config.band if self.is_own else Band(), dropout=dropout, ring=None)
+        band = config.band if self.is_own else Band()
+        return replace(config, band=band, dropout=dropout, has_all_keys=False, ring=None)
 
     def inputs(self, call: Call) -> Inputs:
         inputs, z, dropout_key = call.inputs, call.sizes, call.inputs.dropout_key

@@ -69,9 +69,10 @@ def plan(
 
 
 def _is_even(inputs: Inputs) -> bool:
-    """Lengths make items uneven. A boolean mask has intervals too, for its rows without keys."""
+    """Lengths make items uneven. A boolean mask has intervals too, for its rows without keys; a band may be moved."""
     mask = inputs.mask
-    return mask.key_value_length is None and (mask.key_start is None or mask.allowed is not None)
+    is_traced = mask.key_start is not None and mask.allowed is None and mask.shift is None
+    return mask.key_value_length is None and not is_traced
 
 
 def _backward(

@@ -24,7 +24,7 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, cores: int) -> Forwa
     if not _packs_groups(config, inputs):
         return forward_kernel(config, inputs, sinks, blocks, cores)
     sinks = _packed_rows(z, sinks, 0)
-    results = forward_kernel(_packed(config), _pack_groups(config, inputs), sinks, blocks, cores)
+    results = forward_kernel(_packed(config, inputs), _pack_groups(config, inputs), sinks, blocks, cores)
 
     def of_heads(x: jax.Array) -> jax.Array:
         return jnp.swapaxes(x.reshape(*z.batch, z.T, z.G, z.K, z.D), -2, -3).reshape(*z.batch, z.T, z.N, z.D)
@@ -43,8 +43,8 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, cores: int) -> Forwa
 def plan(config: Config, inputs: Inputs, chip: Chip) -> Blocks:
     """The block shapes of `forward`; of inputs the types suffice."""
     if _packs_groups(config, inputs):
-        inputs = jax.eval_shape(functools.partial(_pack_groups, config), inputs)
-        config = _packed(config)
+        packed = _packed(config, inputs)
+        inputs, config = jax.eval_shape(functools.partial(_pack_groups, config), inputs), packed
     mask = inputs.mask
     return forward_blocks(
         inputs.sizes,
@@ -63,9 +63,11 @@ def _packs_groups(config: Config, inputs: Inputs) -> bool:
     return z.G > 1 and z.group_rows <= _FEW_ROWS and config.dropout is None
 
 
-def _packed(config: Config) -> Config:
-    """The bands of rows are in the operands then."""
-    return replace(config, band=Band(is_cut=config.band == Band(is_cut=True)))
+def _packed(config: Config, inputs: Inputs) -> Config:
+    """The bands of rows are in the operands then, but for one that is moved."""
+    if inputs.mask.shift is not None:
+        return replace(config, band=replace(config.band, rows_per_position=inputs.sizes.G))
+    return replace(config, band=Band(is_complete=config.band == Band(is_complete=True)))
 
 
 def _pack_groups(config: Config, inputs: Inputs) -> Inputs:

@@ -86,6 +86,8 @@ class Operands:
       value: (batch..., S, K, D); in float32 (batch..., K, D, S).
       scale: (batch...).
       length: (batch...), the `key_value_length`.
+      shift: (batch...), what the rows of the band are moved by, or None; `has_dead_rows`: whether rows that have no key
+        then attend all.
       sinks: of the forward; (batch..., N, 1), or (batch..., N, T) padded to whole blocks.
     """
 
@@ -100,6 +102,8 @@ class Operands:
     length: Any | None
     dropout: Dropout | None
     sinks: Any | None = None
+    shift: Any | None = None
+    has_dead_rows: bool = field(default=False, metadata={"static": True})
 
     @property
     def tiled(self) -> tuple[LogitTerm, ...]:
@@ -119,7 +123,7 @@ class Operands:
 
     @property
     def is_cut(self) -> bool:
-        """Whether kernels compute the rows' intervals: those of the band, cut off at the length of the keys."""
+        """Whether the intervals that kernels compute, those of the band, are cut off at the length of the keys."""
         return self.length is not None and self.intervals is None
 
 

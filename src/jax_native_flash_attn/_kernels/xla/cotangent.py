@@ -81,7 +81,7 @@ def cotangent(
     has_out = "out" in cotangents
     # Where all keys of a row are in one tile, delta can be had from the weights instead of from out.
     has_whole_rows = has_out and "lse" not in cotangents and nest.visits_one_key_tile and tiles.inputs.sinks is None
-    has_whole_rows &= tiles.plan.transposes_weights
+    has_whole_rows &= tiles.plan.transposes_weights and tiles.config.has_all_keys
     # A product is fast on CPU only if its left operand contracts its last axis. For the gradients of key and value,
     # either the weights are transposed, or the row operands and, in the end, the results: (batch..., K, H, S).
     zeros = {name: tiles.zeros_for(name, like) for name, like in results.items()}

@@ -24,6 +24,7 @@ class Forms:
     has_bias_or_dropout: further changes of single scores.
     is_bounded: bounds of the logits are known (`family.py`).
     summed_over_batch: a result of T * S elements is summed over batch rows.
+    has_all_keys: see `Config`.
     """
 
     sizes: Sizes
@@ -35,6 +36,7 @@ class Forms:
     needs_lse: bool
     is_bounded: bool
     summed_over_batch: bool
+    has_all_keys: bool
 
     @property
     def is_elementwise(self) -> bool:
@@ -99,7 +101,8 @@ class Forms:
         XLA makes that softmax in one kernel, which reads the logits once. The log-sum-exp would be two more; if nothing
         reads it, XLA leaves it out.
         """
-        return self.is_active and nest.visits_one_key_tile and (self.is_elementwise or not self.is_large)
+        has_rows = nest.visits_one_key_tile and self.has_all_keys
+        return self.is_active and has_rows and (self.is_elementwise or not self.is_large)
 
     def normalizes(self, nest: Nest) -> bool:
         """Whether weights are divided by their sum before the product with the values: that same softmax."""

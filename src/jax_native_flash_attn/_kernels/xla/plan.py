@@ -131,6 +131,7 @@ def make_plan(
         needs_lse=config.needs_lse,
         is_bounded=is_bounded,
         summed_over_batch=summed_over_batch,
+        has_all_keys=config.has_all_keys,
     )
     is_banded = forms.is_banded(config.band, mask)
     is_masked = is_banded or mask.allowed is not None

@@ -28,7 +28,7 @@ def tangent(
     nest, sizes = tiles.nest, tiles.sizes
     # Where all keys of a row are in one tile, dlse is known before the product with the values. What is rounded for it
     # is then p (dz - dlse), which is small where the dz of a row are much alike, and out is not needed.
-    is_centered = tiles.plan.rounds_operands and nest.visits_one_key_tile
+    is_centered = tiles.plan.rounds_operands and nest.visits_one_key_tile and tiles.config.has_all_keys
 
     def row_tile(at: RowTile, results: dict[str, jax.Array]) -> dict[str, jax.Array]:
         query, row_lse = tiles.query(at), tiles.rows(lse, at)

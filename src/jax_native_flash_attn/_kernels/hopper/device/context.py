@@ -14,6 +14,7 @@ from ..host.plan import KernelPlan
 from ..operands import Operands, TermBuffers
 from ..scheduler import Item, TileScheduler
 from .masks import Intervals
+from .moved_masks import make_intervals
 from .transfers import Terms
 
 
@@ -25,7 +26,7 @@ def shared_fields(plan: KernelPlan, operands: Operands, terms: TermBuffers, **of
         "blocks": plan.blocks,
         "operands": operands,
         "terms": Terms.make(operands, terms),
-        "intervals": Intervals.make(plan.config.band, plan.sizes, plan.blocks.block_kv, operands, **of_intervals),
+        "intervals": make_intervals(plan.config.band, plan.sizes, plan.blocks.block_kv, operands, **of_intervals),
         "wg": lax.axis_index("wg"),
     }
 
@@ -49,7 +50,7 @@ class KernelContext:
 
     @property
     def edges_first(self) -> bool:
-        """As `Item` has it."""
+        """Whether the tiles that need a mask are visited before the others, in a loop of their own."""
         return False
 
     def for_each_item(self, scheduler: TileScheduler, body: Callable[[Any, Item], None]) -> None:
@@ -58,4 +59,6 @@ class KernelContext:
         def ranges_of(head: Any, block: Any) -> ColumnRange:
             return self.intervals.ranges(head, block, self.blocks.rows)
 
-        scheduler.for_each_item(lax.axis_index("worker"), ranges_of, body, edges_first=self.edges_first)
+        # Without tiles that need a mask before the others, these come last anyway.
+        edges_first = self.edges_first and self.intervals.has_left_edge
+        scheduler.for_each_item(lax.axis_index("worker"), ranges_of, body, edges_first=edges_first)

@@ -91,21 +91,30 @@ def _compute_item(context: DQueryContext, k: Any, item: Item) -> None:
 
 def _pipelined(rows: DQueryRows) -> tuple[jax.Array, tuple]:
     context, item, logits, shape = rows.context, rows.item, rows.logits, rows.shape
-    first_key, first_value = rows.key_slot(0), rows.value_slot(0)
-    rows.wait_for_tile(jnp.int32(0), is_first=True)
+    start, acc, moments = 0, None, rows.no_moments
+    if context.edges_first:
+        start, acc = jnp.maximum(item.num_edges - 1, 0), _no_tiles(rows)
+        acc, moments = lax.fori_loop(0, start, functools.partial(_tile_alone, rows, masked=True), (acc, moments))
+    first_key, first_value = rows.key_slot(start), rows.value_slot(start)
+    rows.wait_for_tile(jnp.int32(start), is_first=True)
     products: Any = pl.run_state(lambda state: rows.issue(state[0], state[1], rows.buffer, first_key, first_value))
     s, dp = products((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
-    terms = logits.tile_terms(rows.vectors, item.tile(0), first_value)
-    ds, moments = rows.dlogits(s, dp, terms, 0, rows.has_edges, rows.no_moments)
+    terms = logits.tile_terms(rows.vectors, item.tile(start), first_value)
+    ds, moments = rows.dlogits(s, dp, terms, start, rows.has_edges, moments)
     context.value_ring.release(first_value)
 
-    carry = zeros(context.blocks.block_q, context.sizes.H), ds, moments
-    carry = lax.fori_loop(1, rows.num_tiles, functools.partial(_step, rows), carry)
+    carry = _no_tiles(rows) if acc is None else acc, ds, moments
+    carry = lax.fori_loop(start + 1, rows.num_tiles, functools.partial(_step, rows), carry)
     acc, ds, moments = lax.optimization_barrier(carry)
     last = rows.key_slot(rows.num_tiles - 1)
     acc = pl.run_state(lambda ref: plgpu.wgmma(ref, ds, context.key.tiles.at[last]))(plgpu.ACC.init(acc))
     context.key_ring.release(last)
     return acc, moments
+
+
+def _no_tiles(rows: DQueryRows) -> jax.Array:
+    """The gradient before the first tile."""
+    return zeros(rows.context.blocks.block_q, rows.context.sizes.H)
 
 
 def _step(rows: DQueryRows, i: Any, carry: tuple) -> tuple:
@@ -123,7 +132,8 @@ def _step(rows: DQueryRows, i: Any, carry: tuple) -> tuple:
         s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
         dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
         so_far = tuple(ref[...] for ref in moment_refs)
-        is_edge = context.intervals.has_many_edges(context.blocks.rows) and is_outside(item.ranges, item.tile(i))
+        has_edges = context.intervals.has_many_edges(context.blocks.rows) and not context.edges_first
+        is_edge = has_edges and is_outside(item.ranges, item.tile(i))
         ds_ref[...], so_far = rows.dlogits(s, dp, terms, i, is_edge, so_far)
         for ref, x in zip(moment_refs, so_far, strict=True):
             ref[...] = x
@@ -138,29 +148,35 @@ def _step(rows: DQueryRows, i: Any, carry: tuple) -> tuple:
 
 def _one_by_one(rows: DQueryRows) -> tuple[jax.Array, tuple]:
     """For head dimensions that leave no registers for two tiles at once."""
-    context, item, shape = rows.context, rows.item, rows.shape
 
     def step(i: Any, carry: tuple) -> tuple:
-        acc, moments = carry
-        slot, value_slot = rows.key_slot(i), rows.value_slot(i)
-        rows.wait_for_tile(i, is_first=True)  # or any other
-        # The compiler would keep the descriptors of query and dout, one for each 16 columns, in registers
-        # from step to step, and spill (a third of the instructions; 10% of a gradient).
-        buffer = hide_from_compiler(rows.buffer)
-        products: Any = pl.run_state(lambda state: rows.issue(state[0], state[1], buffer, slot, value_slot))
-        s, dp = products((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
-        masked = rows.has_edges and is_outside(item.ranges, item.tile(i))
-        if not context.terms.tiled:  # those come with the values, and are yet to be read
-            context.value_ring.release(value_slot)
-        terms = rows.logits.tile_terms(rows.vectors, item.tile(i), value_slot)
-        ds, moments = rows.dlogits(s, dp, terms, i, masked, moments)
-        if context.terms.tiled:
-            context.value_ring.release(value_slot)
-        acc, ds = lax.optimization_barrier((acc, ds))
-        key = context.key.tiles.at[slot]
-        acc = pl.run_state(lambda ref: plgpu.wgmma(ref, ds, key))(plgpu.ACC.init(acc))
-        context.key_ring.release(slot)
-        return acc, moments
+        return _tile_alone(rows, i, carry, masked=None)
 
-    carry = zeros(context.blocks.block_q, context.sizes.H), rows.no_moments
+    carry = _no_tiles(rows), rows.no_moments
     return lax.fori_loop(0, rows.num_tiles, step, carry)
+
+
+def _tile_alone(rows: DQueryRows, i: Any, carry: tuple, *, masked: bool | None) -> tuple:
+    """All of tile i; whether it is `masked` is found out for None."""
+    context, item, shape = rows.context, rows.item, rows.shape
+    acc, moments = carry
+    slot, value_slot = rows.key_slot(i), rows.value_slot(i)
+    rows.wait_for_tile(i, is_first=True)  # or any other
+    # The compiler would keep the descriptors of query and dout, one for each 16 columns, in registers
+    # from step to step, and spill (a third of the instructions; 10% of a gradient).
+    buffer = hide_from_compiler(rows.buffer)
+    products: Any = pl.run_state(lambda state: rows.issue(state[0], state[1], buffer, slot, value_slot))
+    s, dp = products((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
+    if masked is None:
+        masked = rows.has_edges and is_outside(item.ranges, item.tile(i))
+    if not context.terms.tiled:  # those come with the values, and are yet to be read
+        context.value_ring.release(value_slot)
+    terms = rows.logits.tile_terms(rows.vectors, item.tile(i), value_slot)
+    ds, moments = rows.dlogits(s, dp, terms, i, masked, moments)
+    if context.terms.tiled:
+        context.value_ring.release(value_slot)
+    acc, ds = lax.optimization_barrier((acc, ds))
+    key = context.key.tiles.at[slot]
+    acc = pl.run_state(lambda ref: plgpu.wgmma(ref, ds, key))(plgpu.ACC.init(acc))
+    context.key_ring.release(slot)
+    return acc, moments

@@ -54,6 +54,11 @@ class DQueryContext(BackwardContext):
             value_ring=Ring(plan.value_stages, buffers.value_ready, buffers.value_free),
         )
 
+    @property
+    def edges_first(self) -> bool:
+        """As in the forward, but not of intervals that are read."""
+        return self.intervals.is_moved
+
 
 class DQueryRows:
     """The rows of the k-th item that one warpgroup computes."""

@@ -56,7 +56,7 @@ class ForwardContext(KernelContext):
     @property
     def edges_first(self) -> bool:
         """Where each tile may need a mask, a branch in the pipeline's loop takes longer than these tiles alone."""
-        return self.intervals.is_traced
+        return self.intervals.is_traced or self.intervals.is_moved
 
 
 class Rows:

@@ -26,7 +26,7 @@ _LOWEST = lowest(jnp.float32)
 def compute_item(context: ForwardContext, item: Item, scale: Any) -> None:
     """Compute one item, and start writing its results; `scale` if it was read before."""
     rows = Rows(context, item, scale)
-    if not context.intervals.is_cut:
+    if not context.intervals.is_cut or context.intervals.is_moved:
         attend(rows)
         return
     is_dead = context.intervals.is_dead(item.head)
@@ -97,6 +97,8 @@ def _no_tiles(rows: Rows) -> tuple:
 def _first_is_edge(rows: Rows) -> Any:
     """Whether the first tile of the pipeline needs a mask."""
     intervals, ranges = rows.context.intervals, rows.item.ranges
+    if intervals.is_moved:
+        return True
     if rows.context.edges_first:
         return rows.item.num_edges > 0
     if intervals.is_cut:

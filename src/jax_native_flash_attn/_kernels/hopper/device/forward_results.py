@@ -5,8 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ...._semantics.numerics import LN2, LOG2E, lowest
-from ..operands import DEAD
-from ..pallas import ROW, columns_of
+from ..pallas import columns_of
 from .forward_context import Rows
 from .logits import TileLogits
 from .units import NO_KEY, from_base_2
@@ -31,8 +30,8 @@ def write(rows: Rows, acc: Any, top: Any, total: Any) -> None:
     sign, no_key = (total, 0.0) if context.plan.has_fixed_top else (top, NO_KEY * logits.unit.ceiling)
     if context.blocks.splits > 1:
         lse = jnp.where((sign > no_key) & jnp.logical_not(rows.item.is_empty), lse, _LOWEST)
-    elif context.intervals.is_traced:
-        # Rows past the query's length have no key: their weights are those of masked logits.
+    elif context.intervals.has_empty_rows:
+        # Their weights are those of masked logits.
         out = jnp.where(columns_of(sign, acc.shape) > no_key, out, 0.0)
         lse = jnp.where(sign > no_key, lse, 0.0 if sink is None else sink)
     rows.write(out, lse, _largest(rows, top) if context.plan.needs_max_logits else None)
@@ -53,6 +52,6 @@ def _largest(rows: Rows, top: Any) -> Any:
     has_key = top > NO_KEY * logits.unit.ceiling
     if rows.context.blocks.splits > 1:
         has_key = has_key & jnp.logical_not(rows.item.is_empty)
-    if (pair := intervals.rows(rows.item.head, rows.row, rows.shape[0], ROW)) is not None:
-        has_key = has_key & (pair[0] != DEAD)
+    if (rows_with_key := intervals.have_keys(rows.item.head, rows.row, rows.shape[0])) is not None:
+        has_key = has_key & rows_with_key
     return jnp.where(has_key, _top_logit(logits, top), -jnp.inf)

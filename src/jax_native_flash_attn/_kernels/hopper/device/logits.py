@@ -207,7 +207,7 @@ class TileLogits:
                 x, factor, outside = x * self._apart(factor), None, lowest(jnp.float32)
             pair = rows.pair()
             allowed = self.intervals.allowed(pair, self.head, rows.row, tile * self.block_kv, self.shape, self.q_axis)
-            dead = self.intervals.dead(pair, self.head, self.shape, self.q_axis)
+            dead = self.intervals.dead(pair, self.head, rows.row, self.shape, self.q_axis)
             elements = [] if in_mask is None else [in_mask == 0 if self.adds_mask else in_mask != 0]
             if compares:
                 layouts = self.kv_layout, self.q_layout
@@ -257,12 +257,12 @@ class TileLogits:
 
         Masked ones have no weight, and so are zero but for NaN in padding (0 * NaN).
         """
-        if not (self.intervals.is_traced or self.intervals.is_cut):
+        if not self.intervals.has_constant_logits:
             return x
 
         def edge(x: jax.Array) -> jax.Array:
             pair = rows.pair()
-            dead = self.intervals.dead(pair, self.head, self.shape, self.q_axis)
+            dead = self.intervals.dead(pair, self.head, rows.row, self.shape, self.q_axis)
             if self.intervals.has_length:
                 column = tile * self.block_kv
                 allowed = self.intervals.allowed(pair, self.head, rows.row, column, self.shape, self.q_axis)
@@ -284,14 +284,11 @@ class TileLogits:
         at = broadcast_index(self.head[:-1], key.shape[:-1])
         rows = plgpu.broadcasted_iota(jnp.int32, (self.block_q,), 0, layout=self.q_layout) + row
         positions = iota(self.shape, 1 - self.q_axis) + tile * self.block_kv
-        rows, positions = rows.astype(jnp.uint32), positions.astype(jnp.uint32)
-        if dropout.lengths is not None:
-            rows, positions = rows + key[(*at, 2)], positions + key[(*at, 3)]
         keep = dropout.keep_elements(
-            (key[(*at, 0)], key[(*at, 1)]),
+            [key[(*at, i)] for i in range(key.shape[-1])],
             head[broadcast_index(self.head, head.shape)],
-            rows,
-            positions,
+            rows.astype(jnp.uint32),
+            positions.astype(jnp.uint32),
             self.of_rows,
             self.context.sizes.T,
             self.context.sizes.S,

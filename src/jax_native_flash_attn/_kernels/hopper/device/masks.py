@@ -1,12 +1,13 @@
 """Masks inside a kernel: which key/value tiles a block of query rows visits, and the mask of one tile.
 
 A static `Band` is computed from positions, and so is one that is cut off at the length of the keys: only tiles at the
-right edge then need a mask, as without lengths. Other traced intervals are read: see `host/intervals.py`.
+right edge then need a mask, as without lengths. One whose rows are moved by a number is in `moved_masks.py`. Other
+traced intervals are read: see `host/intervals.py`.
 """
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from ...._semantics.masks import Band, ColumnRange
 from ...._semantics.sizes import Sizes
 from ..host.intervals import Bounds, tile_ranges
 from ..operands import DEAD, Elements, Operands, QueryTiles, RowIntervals
-from ..pallas import broadcast_index, iota, load, pl, spread
+from ..pallas import ROW, broadcast_index, iota, load, pl, spread
 
 
 def is_outside(ranges: ColumnRange, tile: Any) -> Any:
@@ -60,7 +61,9 @@ class Intervals:
         *,
         query_tiles: QueryTiles | None = None,
         skips_dead_rows: bool = False,
-    ) -> "Intervals":
+        **others: Any,
+    ) -> Self:
+        """`others` are fields of a subclass."""
         traced, length, is_cut = operands.intervals, operands.length, operands.is_cut
         elements = operands.elements
         return cls(
@@ -75,6 +78,7 @@ class Intervals:
             elements=elements,
             decides_elements=False if elements is None else elements.is_exact[0] == 0,
             skips_dead_rows=skips_dead_rows,
+            **others,
         )
 
     @property
@@ -96,6 +100,25 @@ class Intervals:
         if not self.is_cut:
             return self.S
         return jnp.minimum(self.length(head), self.S)
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether rows are moved by a number."""
+        return False
+
+    @property
+    def has_empty_rows(self) -> bool:
+        """Whether rows may attend no key: padded ones, and beside sinks those that masks leave none."""
+        return self.is_traced
+
+    @property
+    def has_constant_logits(self) -> bool:
+        """Whether a masked logit may have a cotangent all the same: of dead rows, or NaN from padding."""
+        return self.is_traced or self.is_cut
+
+    def bounds(self, head: tuple) -> tuple[Any, Any]:
+        """`lower` and `upper` of the band for the rows of a head."""
+        return self.band.lower, self.band.upper
 
     def right_tiles(self, block_rows: int) -> int:
         """The most tiles that a block of rows can have behind the full ones; all of them if masks are traced."""
@@ -135,14 +158,19 @@ class Intervals:
             index = broadcast_index(head, ref.shape[:-2])
             return ColumnRange(*(ref[(*index, block, c)] for c in range(4)))
         row = jnp.int32(block * block_rows)
-        last = jnp.minimum(row + (block_rows - 1), self.T - 1)
-        end, (lower, upper) = jnp.int32(self.end(head)), (self.band.lower, self.band.upper)
-        clip = lambda x: jnp.minimum(jnp.maximum(x, 0), end)  # noqa: E731
-        starts = (jnp.int32(0),) * 2 if lower is None else (clip(row + lower), clip(last + lower))
-        stops = (end,) * 2 if upper is None else (clip(row + upper + 1), clip(last + upper + 1))
+        bounds = self.bounds_between(head, row, jnp.minimum(row + (block_rows - 1), self.T - 1))
         if self.is_cut and not self.skips_dead_rows:
-            stops = tuple(jnp.where(self.is_dead(head), self.S, stop) for stop in stops)
-        return tile_ranges(Bounds(*starts, *stops), self.block_kv, self.S)
+            stops = (jnp.where(self.is_dead(head), self.S, stop) for stop in (bounds.least_stop, bounds.largest_stop))
+            bounds = Bounds(bounds.least_start, bounds.largest_start, *stops)
+        return tile_ranges(bounds, self.block_kv, self.S)
+
+    def bounds_between(self, head: tuple, first: Any, last: Any) -> Bounds:
+        """Of what the band leaves to the rows between two positions, both included."""
+        end, (lower, upper) = jnp.int32(self.end(head)), self.bounds(head)
+        clip = lambda x: jnp.minimum(jnp.maximum(x, 0), end)  # noqa: E731
+        starts = (jnp.int32(0),) * 2 if lower is None else (clip(first + lower), clip(last + lower))
+        stops = (end,) * 2 if upper is None else (clip(first + upper + 1), clip(last + upper + 1))
+        return Bounds(*starts, *stops)
 
     def query_tiles_of(self, batch: Any, block: Any, block_q: int, block_keys: int) -> tuple[Any, Any]:
         """First and end of the query tiles with a row that attends a block of keys."""
@@ -151,14 +179,8 @@ class Intervals:
             ref = tiles.ranges
             index = broadcast_index(batch, ref.shape[:-2])
             return ref[(*index, block, 0)], ref[(*index, block, 1)]
-        key, count = jnp.int32(block * block_keys), -(-self.T // block_q)
-        last = jnp.minimum(key + block_keys, self.S) - 1
-        first, stop = jnp.int32(0), jnp.int32(count)
-        if self.band.upper is not None:
-            first = lax.div(jnp.maximum(key - self.band.upper, 0), jnp.int32(block_q))
-        if self.band.lower is not None:
-            end = jnp.maximum(last - self.band.lower, -1) + block_q
-            stop = jnp.minimum(lax.div(end, jnp.int32(block_q)), stop)
+        key = jnp.int32(block * block_keys)
+        first, stop = self.query_tiles_between(batch, key, jnp.minimum(key + block_keys, self.S) - 1, block_q)
         if self.is_cut:
             assert tiles.longest is not None
             longest = tiles.longest[broadcast_index(batch, tiles.longest.shape)]
@@ -166,9 +188,21 @@ class Intervals:
             stop = jnp.where((longest > 0) & (longest <= key), 0, stop)
         return first, stop
 
+    def query_tiles_between(self, batch: Any, key: Any, last: Any, block_q: int) -> tuple[Any, Any]:
+        """Of what the band leaves to the keys between two, both included."""
+        lower, upper = self.bounds((*batch, 0))
+        count = -(-self.T // block_q)
+        first, stop = jnp.int32(0), jnp.int32(count)
+        if upper is not None:
+            first = lax.div(jnp.maximum(key - upper, 0), jnp.int32(block_q))
+        if lower is not None:
+            end = jnp.maximum(last - lower, -1) + block_q
+            stop = jnp.minimum(lax.div(end, jnp.int32(block_q)), stop)
+        return first, stop
+
     def is_query_edge(self, head: tuple, row: Any, block: Any, block_q: int, block_keys: int) -> Any:
         """Whether a tile needs a mask; keys and rows past the ends do not, as nothing that comes of them is kept."""
-        key, edge = jnp.int32(block * block_keys), False
+        key, edge, (lower, upper) = jnp.int32(block * block_keys), False, self.bounds(head)
         if self.query_tiles is not None and self.query_tiles.bounds is not None:
             ref = self.query_tiles.bounds
             tile = (*broadcast_index(head, ref.shape[:-2]), lax.div(row, jnp.int32(block_q)))
@@ -176,10 +210,10 @@ class Intervals:
             return (ref[(*tile, 0)] > key) | (ref[(*tile, 1)] < last)
         if self.is_cut:
             edge = self.is_dead(head) | (self.end(head) < jnp.minimum(key + block_keys, self.S))
-        if self.band.upper is not None:
-            edge = edge | (row + self.band.upper < key + (block_keys - 1))
-        if self.band.lower is not None:
-            edge = edge | (row + (block_q - 1) + self.band.lower > key)
+        if upper is not None:
+            edge = edge | (row + upper < key + (block_keys - 1))
+        if lower is not None:
+            edge = edge | (row + (block_q - 1) + lower > key)
         return edge
 
     def rows(self, head: tuple, row: Any, count: int, layout: Any) -> tuple[jax.Array, jax.Array] | None:
@@ -211,8 +245,13 @@ class Intervals:
         if self.S % self.block_kv or self.is_cut or not terms:
             terms.append(column < self.end(head))
         result = functools.reduce(jnp.logical_and, terms)
-        dead = self.dead(None, head, shape, q_axis)
+        dead = self.dead(None, head, row, shape, q_axis)
         return result if dead is None else result | dead
+
+    def have_keys(self, head: tuple, row: Any, count: int) -> jax.Array | None:
+        """Which rows from one on have a key, as a vector; None if all that `allowed` and `dead` do not tell of have."""
+        pair = self.rows(head, row, count, ROW)
+        return None if pair is None else pair[0] != DEAD
 
     def matches(self, head: tuple, row: Any, column: Any, shape: Any, q_axis: int, layouts: tuple[Any, Any]) -> Any:
         """What ids and positions say of the tile from (row, column) on; `layouts` of vectors along rows and keys."""
@@ -234,8 +273,10 @@ class Intervals:
             terms.append(keys(elements.key_positions) <= rows(elements.highest_position))
         return functools.reduce(jnp.logical_and, terms)
 
-    def dead(self, rows: tuple[jax.Array, jax.Array] | None, head: tuple, shape: Any, q_axis: int) -> jax.Array | None:
-        """Which rows have no key at all."""
+    def dead(
+        self, rows: tuple[jax.Array, jax.Array] | None, head: tuple, row: Any, shape: Any, q_axis: int
+    ) -> jax.Array | None:
+        """Which rows of a tile, from `row` on, have no key at all, and so attend all."""
         if self.is_cut:
             return iota(shape, q_axis) < jnp.where(self.is_dead(head), jnp.int32(shape[q_axis]), 0)
         return None if rows is None else spread(rows[0], shape, q_axis) == DEAD

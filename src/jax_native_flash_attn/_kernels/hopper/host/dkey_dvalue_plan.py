@@ -82,7 +82,7 @@ class KeyPlan(KernelPlan):
         group = heads_per_group(math.prod(kv_heads), 2 * z.T * (z.H + z.D) * num_members)
         num_blocks = -(-z.S // (blocks.warpgroups * blocks.block_kv))
         scheduler = schedule(kv_heads, num_blocks, group, cores if blocks.persistent else None, call.config.band)
-        scale_is_summed = any(n > 1 and m > 1 for n, m in zip(call.inputs.scale.shape, summed, strict=True))
+        scale_is_summed = _differs_along(summed, call.inputs.scale)
         return cls(call.config, z, dtype, blocks, scheduler, wanted, batch, summed, scale_is_summed)
 
     @property
@@ -121,11 +121,21 @@ class KeyPlan(KernelPlan):
     def operands(self, call: Backward) -> BackwardOperands:
         z, block_q = self.sizes, self.blocks.block_q
         # Vectors of masks are read tile by tile: to a whole number of tiles.
-        tma, value_tma = self.tma, self.value_tma
-        forward = prepare(call.config, call.inputs, block_q, self.block_keys, tma, value_tma, transposes_mask=True)
+        tma, value_tma, mask = self.tma, self.value_tma, call.inputs.mask
+        moved = [] if mask.shift is None else [mask.shift, mask.key_value_length]
+        forward = prepare(
+            call.config,
+            call.inputs,
+            block_q,
+            self.block_keys,
+            tma,
+            value_tma,
+            transposes_mask=True,
+            reads_intervals=any(_differs_along(self.summed, x) for x in moved if x is not None),
+        )
         rows = call.row_operands(block_q, value_tma)
-        mask = call.inputs.mask
-        tiles = query_tiles(mask, z.T, z.S, block_q, self.block_keys, self.summed, is_cut=forward.is_cut)
+        is_computed = forward.intervals is None
+        tiles = query_tiles(mask, z.T, z.S, block_q, self.block_keys, self.summed, is_computed=is_computed)
         return BackwardOperands(forward.without_tile_ranges(), rows, tiles)
 
     def out_types(self) -> KeyGradients:
@@ -159,3 +169,8 @@ class KeyPlan(KernelPlan):
             keys_free=plgpu.Barrier(num_barriers=key_buffers),
             rows_free=plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
         )
+
+
+def _differs_along(summed: tuple[int, ...], x: jax.Array) -> bool:
+    """Whether an array (batch...) may have several values for what one block of keys sums over."""
+    return any(n > 1 and m > 1 for n, m in zip(x.shape, summed, strict=True))

@@ -100,8 +100,10 @@ class ForwardPlan(KernelPlan):
         z, dtype, bias = inputs.sizes, inputs.query.dtype, operands.bias
         heads = (*z.batch, z.N)
         # The kernel cannot know how many tiles traced intervals leave to an item. A boolean mask leaves all.
-        is_even = (operands.intervals is None or operands.mask is not None) and is_even_band(
-            config.band, z.T, z.S, blocks.rows
+        # Rows of a window that moves have as many keys, but for those at either end.
+        is_even = operands.shift is not None or (
+            (operands.intervals is None or operands.mask is not None)
+            and is_even_band(config.band, z.T, z.S, blocks.rows)
         )
         scheduler = schedule(
             heads,

@@ -2,7 +2,8 @@
 
 The rules are those of `_semantics/masks.py`: row t may attend the keys in `[key_start[t], key_stop[t])`. The intervals
 come as two int32 vectors, and XLA reduces them to four tile numbers for each block of rows (O(T) work), so that a
-kernel knows its trip counts from four scalars. A band is computed in the kernel: see `device/masks.py`.
+kernel knows its trip counts from four scalars. Those of a complete band are computed in the kernel: see
+`device/masks.py`.
 """
 
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ def row_intervals(mask: MaskOperands, T: int, S: int, block_rows: int, block_kv:
 
 
 def query_tiles(
-    mask: MaskOperands, T: int, S: int, block_q: int, block_keys: int, summed: tuple[int, ...], *, is_cut: bool
+    mask: MaskOperands, T: int, S: int, block_q: int, block_keys: int, summed: tuple[int, ...], *, is_computed: bool
 ) -> QueryTiles | None:
     """For every block of keys, the query tiles that touch it, and for every query tile the keys all its rows may see.
 
@@ -56,12 +57,15 @@ def query_tiles(
     anywhere along a batch axis that is not of size 1 in `summed`; `bounds`, (batch..., N or 1, query tiles, 2), has the
     keys that all rows of a tile attend.
 
-    Of a band that is cut off, only `longest` (batch...), the key_value_length of the longest batch row of those along
-    the `summed` axes; 0 if one of them is. None if no mask is traced.
+    Of intervals that the kernel computes, only `longest` (batch...), the key_value_length of the longest batch row of
+    those along the `summed` axes; 0 if one of them is. None if no mask is traced, and of a kernel that computes
+    intervals of rows that are moved: all along those axes then have the same numbers.
     """
     axes = tuple(i for i, n in enumerate(summed) if n > 1)
-    if is_cut and mask.key_value_length is not None:
+    if is_computed:
         length = mask.key_value_length
+        if length is None or mask.shift is not None:
+            return None
         any_dead = (length <= 0).any(axes, keepdims=True)
         return QueryTiles(
             longest=jnp.where(any_dead, 0, length.max(axes, keepdims=True)) if axes else length,

@@ -26,10 +26,12 @@ def prepare(
     value_tma: TmaLoad,
     *,
     transposes_mask: bool = False,
+    reads_intervals: bool = False,
 ) -> Operands:
     """For `tma` of query and key, and of value unless it is float32.
 
     `transposes_mask`: the mask's tiles are read transposed, which cannot be done with bytes: it is copied so.
+    `reads_intervals`: those of rows that are moved, even if kernels could compute them.
     """
     z, mask = inputs.sizes, inputs.mask
     is_float32 = inputs.query.dtype == jnp.float32
@@ -41,9 +43,10 @@ def prepare(
         value = pad_axis(inputs.value, -1, round_up(z.S, 64))
     else:
         value = pad_axis(inputs.value, -3, round_up(z.S, value_tma.multiple))
-    # Kernels compute a band that is cut off from `key_value_length`. But a bias would count in dead rows.
-    is_cut = config.band.is_cut and inputs.bias is None and mask.allowed is None
-    intervals = None if is_cut else row_intervals(mask, z.T, z.S, block_rows, block_kv)
+    # Kernels compute those of a complete band. But a bias would count in the rows of a batch row of length 0.
+    shift = None if reads_intervals else mask.shift
+    is_computed = config.band.is_complete and (inputs.bias is None if mask.shift is None else shift is not None)
+    intervals = None if is_computed else row_intervals(mask, z.T, z.S, block_rows, block_kv)
     bias, allowed = inputs.bias, mask.allowed
     bias_term = mask_term = None
     if bias is not None:
@@ -68,6 +71,8 @@ def prepare(
         mask=mask_term,
         length=mask.key_value_length,
         dropout=dropout,
+        shift=shift,
+        has_dead_rows=shift is not None and mask.dead is not None,
     )
 
 
