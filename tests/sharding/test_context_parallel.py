@@ -197,7 +197,9 @@ FEATURES: dict[str, Case] = {
 }
 CASES = MASKS | BALANCED | FEATURES
 # How a ring goes around: up to four devices each have their own text in the program, more are in a loop.
-GRID = [(name, *x) for name, x in itertools.product(CASES, [*((strategy, 4) for strategy in STRATEGIES), ("ring", 8)])]
+_PLACES = (*((strategy, 4) for strategy in STRATEGIES), ("ring", 8))
+GRID = [(name, *place) for name, place in itertools.product(CASES, _PLACES)]
+_EVERYTHING = GRID[-len(_PLACES) :]  # of all features at once
 
 
 # ---- numbers
@@ -404,7 +406,7 @@ def run(f: Callable[..., Any], *arguments: Any) -> Any:
 # ---- the matrix
 
 
-@pytest.mark.parametrize(("name", "strategy", "devices"), thinned(GRID, 13))
+@pytest.mark.parametrize(("name", "strategy", "devices"), thinned(GRID, 13, 8))
 def test_value_and_largest_logits(name: str, strategy: str, devices: int) -> None:
     case, x = CASES[name], numbers(CASES[name])
     attention = functools.partial(Split(case, strategy, make_mesh((devices,))), results="all")
@@ -413,7 +415,7 @@ def test_value_and_largest_logits(name: str, strategy: str, devices: int) -> Non
     np.testing.assert_allclose(largest, largest_logits(case, x.floats, devices), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "strategy", "devices"), thinned(GRID, 11))
+@pytest.mark.parametrize(("name", "strategy", "devices"), [*thinned(GRID[: -len(_EVERYTHING)], 9, 1), *_EVERYTHING])
 def test_derivatives(name: str, strategy: str, devices: int) -> None:
     case = CASES[name]
     actual = run(derivatives(Split(case, strategy, make_mesh((devices,)))), numbers(case), others(case))
