@@ -100,7 +100,7 @@ def test_collectives(strategy: str, others: str) -> None:
 def test_blocks_that_no_row_attends_are_not_sent(options: dict[str, Any], steps: int) -> None:
     f = attention(**options)
     assert collective_counts(compiled(f, *arrays()).as_text()).get("collective-permute", 0) == steps
-    # There, blocks travel once more, but for those that XLA has kept, and gradients of key and value behind them, and home.
+    # Blocks travel again, but for those that XLA has kept, and gradients of key and value behind them, and home.
     found = collective_counts(compiled(gradient(f), *arrays()).as_text())
     assert 2 * steps <= found.get("collective-permute", 0) <= 3 * steps
 

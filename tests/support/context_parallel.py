@@ -169,7 +169,7 @@ FEATURES: dict[str, Case] = {
     "cross, causal": Case(CAUSAL, keys=S),
     "cross, window": Case({"local_window_size": (2, 3)}, keys=S),
     "cross, ids": Case({}, CROSS_IDS, keys=S),
-    "cross, dropout": Case(DROPOUT | TILES, {"key_value_seq_lengths": integers(16, 5)}, keys=S),
+    "cross, dropout": Case(DROPOUT, {"key_value_seq_lengths": integers(16, 5)}, keys=S),
     "cross, bias": Case({}, {"bias": (1, N, T, S)}, {"bias": BY_KEYS}, keys=S),
     "everything": Case(
         CAUSAL | TILES | SHARED_DROPOUT | {"local_window_size": (13, 2), "logits_soft_cap": 3.0},
