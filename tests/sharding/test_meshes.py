@@ -516,15 +516,15 @@ print("agrees")
 """
 
 
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
-def test_two_processes_agree_with_one(kind: str):
+def assert_two_processes_agree(worker: str, argument: str) -> None:
+    """Runs the program `worker` on two devices in each of two processes, with its number, an address and `argument`."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(i), address, kind],
+            [sys.executable, "-c", worker, str(i), address, argument],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -533,9 +533,14 @@ def test_two_processes_agree_with_one(kind: str):
         for i in range(2)
     ]
     try:
-        outputs = [worker.communicate(timeout=180) for worker in workers]
+        outputs = [process.communicate(timeout=180) for process in workers]
     finally:
-        for worker in workers:
-            worker.kill()
+        for process in workers:
+            process.kill()
     for stdout, stderr in outputs:
         assert "agrees" in stdout, stderr[-3000:]
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_two_processes_agree_with_one(kind: str):
+    assert_two_processes_agree(WORKER, kind)

@@ -30,3 +30,10 @@ def test_derivatives(name: str) -> None:
     if "lengths" in names:
         case = dataclasses.replace(case, query_seq_lengths=(9, 13), key_value_seq_lengths=(17, 6))
     check_transformation(name.partition(",")[0], case)
+
+
+@pytest.mark.parametrize("axes", ["rows", "keys", "rows and keys"])
+def test_ids_differ_under_vmap_and_a_boolean_mask_does_not(axes: str) -> None:
+    mask = (False, False, "rows" in axes, "keys" in axes)
+    case = Case(_SHAPE, mask=mask, is_causal=True, block_q=8, block_kv=8, **features("segments", "vmap"))
+    check_transformation("gradient of all", in_float64(case))

@@ -43,8 +43,12 @@ def _abstract_eval(*leaves: Any, structure: Any, T: int, S: int, **unused: Any) 
 
 
 def _batch(args: Any, dims: Any, *, structure: Any, T: int, S: int, **unused: Any) -> tuple:
+    """Of a result that is alike for all elements, as none of what it is made of is batched, there is one."""
+    size = next(x.shape[dim] for x, dim in zip(args, dims, strict=True) if dim is not None)
     results = _apply(batch_operands(args, dims), structure, T, S)
-    return results, [0] * len(results)
+    is_batched = [x.shape[0] == size for x in results]
+    results = [x if batched else x[0] for x, batched in zip(results, is_batched, strict=True)]
+    return results, [0 if batched else None for batched in is_batched]
 
 
 def _layouts(*, structure: Any, T: int, S: int) -> lowering.Layouts:
