@@ -144,7 +144,7 @@ def flash_attention(
     """
     arguments = {name: x for name, x in locals().items() if name not in ("implementation", "return_residual")}
     return_residual = as_static_bool(return_residual, "return_residual")
-    if implementation == "cudnn":
+    if isinstance(implementation, str) and implementation == "cudnn":
         return _by_cudnn(arguments, return_residual)
     checked = check(**arguments, needs_lse=return_residual, implementation=own_implementation(implementation))
     out, lse, _ = attention(*checked, jnp.asarray(query).shape)

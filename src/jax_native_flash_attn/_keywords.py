@@ -36,7 +36,7 @@ def unexpected_keyword(function: str, given: Iterable[str], accepted: Iterable[s
     """For the first keyword that is not accepted: in Python's words, and what to do."""
     accepted = tuple(accepted)
     name = next(name for name in given if name not in accepted)
-    advice = _FOREIGN.get(name)
+    advice = FOREIGN.get(name)
     if advice is None:
         similar = difflib.get_close_matches(name, accepted, n=1)
         advice = f"did you mean {similar[0]!r}?" if similar else f"it takes {', '.join(accepted)}"
@@ -45,13 +45,13 @@ def unexpected_keyword(function: str, given: Iterable[str], accepted: Iterable[s
 
 
 # What other libraries call it, and what to do here. Looked up only for what a function does not take.
-_FOREIGN = {
+FOREIGN = {
     name: advice
     for names, advice in (
         ("q queries query_states", "pass query"),
         ("k key_ keys key_states", "pass key"),
         ("v values value_states", "pass value"),
-        ("layout qkv_layout input_layout", "arrays are (B, T, N, H); transpose (B, N, T, H) with x.swapaxes(1, 2)"),
+        ("layout qkv_layout input_layout", "query is (B, T, N, H); transpose (B, N, T, H) with x.swapaxes(1, 2)"),
         # masks
         (
             "attn_mask",

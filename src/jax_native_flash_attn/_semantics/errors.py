@@ -13,6 +13,8 @@ def describe(x: Any) -> str:
     if isinstance(x, np.ndarray | jax.Array):
         kind = "a traced array" if isinstance(x, Tracer) else "an array"
         return f"{kind} of dtype {x.dtype} and shape {x.shape}"
+    if isinstance(x, tuple | list) and any(isinstance(part, np.ndarray | jax.Array) for part in x):
+        return f"a {type(x).__name__} of {len(x)}"
     is_plain = x is None or isinstance(x, bool | int | float | complex | str | list | tuple | dict)
     return reprlib.repr(x) if is_plain else f"a value of type {type(x).__name__}"
 
