@@ -17,13 +17,13 @@ LARGEST = int(np.iinfo(np.int32).max)
 
 
 def as_bias(bias: Any, axes: Axes) -> jax.Array:
-    given = bias
-    bias = as_4d(bias, "bias")
+    given = jnp.asarray(bias)
+    bias = as_4d(given, "bias")
     if jnp.issubdtype(bias.dtype, jnp.complexfloating):
         raise TypeError(f"bias must be real, got {bias.dtype}")
     if bias.dtype == jnp.bool_:
         raise ValueError("bias must hold numbers, which are added, got dtype bool: pass what may be attended as mask=")
-    check_broadcastable(bias, "bias", axes, np.shape(given))
+    check_broadcastable(bias, "bias", axes, given.shape)
     return bias
 
 
@@ -31,14 +31,15 @@ def as_mask(mask: Any, axes: Axes, *, is_staged: bool) -> Any:
     """A NumPy array if the mask is known while a program is recorded, of which it would be a constant."""
     is_known = isinstance(mask, np.ndarray | jax.Array) and not isinstance(mask, Tracer)
     is_known = is_known and (isinstance(mask, np.ndarray) or mask.is_fully_addressable)
-    given = mask
-    mask = as_4d(mask, "mask", np.asarray if is_staged and is_known else jnp.asarray)
+    asarray = np.asarray if is_staged and is_known else jnp.asarray
+    given = asarray(mask)
+    mask = as_4d(given, "mask", asarray)
     if mask.dtype != jnp.bool_:
         raise ValueError(
-            f"mask must have dtype bool, got {mask.dtype}: "
-            "an additive mask is a bias; of 0 and 1 pass mask.astype(bool)"
+            f"mask must have dtype bool, got {mask.dtype}: an additive mask is a bias; "
+            "of 0 and 1 pass mask.astype(bool)"
         )
-    check_broadcastable(mask, "mask", axes, np.shape(given))
+    check_broadcastable(mask, "mask", axes, given.shape)
     return mask
 
 

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 class Axes(NamedTuple):
@@ -49,15 +48,16 @@ def as_query_key_value(
     query: Any, key: Any, value: Any, *, blocks: int = 1
 ) -> tuple[jax.Array, jax.Array, jax.Array, Axes]:
     """Of rank 4. Key and value are one block of `blocks`; `Axes.S` is the length of all."""
-    arrays = {"query": query, "key": key, "value": value}
+    arrays: dict[str, Any] = {"query": query, "key": key, "value": value}
+    arrays = {name: None if x is None else jnp.asarray(x) for name, x in arrays.items()}
     query, key, value = (as_4d(x, name) for name, x in arrays.items())
     _check_dtypes(query, key, value)
-    is_unbatched = all(np.ndim(x) == 3 for x in arrays.values())
+    is_unbatched = all(x.ndim == 3 for x in arrays.values())
     (B, T, N, H), (_, S, K, _) = query.shape, key.shape
     axes = Axes(B, T, N, H, S, K, is_unbatched)
 
     def given(name: str) -> str:
-        return as_given(np.shape(arrays[name]), is_unbatched)
+        return as_given(arrays[name].shape, is_unbatched)
 
     batch = "" if is_unbatched else "batch size, "
     if key.shape != (B, S, K, H):
