@@ -10,7 +10,10 @@ from jax.typing import ArrayLike
 
 from ._arguments import check
 from ._attention import attention
+from ._convert import as_static_bool
+from ._keywords import explains_keywords
 from ._options import EXTENSIONS, Options
+from ._semantics.errors import describe
 
 Implementation = Literal["xla", "pure_jax", "mosaic_gpu", "cudnn"]
 _IMPLEMENTATIONS = (None, "xla", "pure_jax", "mosaic_gpu", "cudnn")
@@ -44,6 +47,7 @@ def flash_attention(
     return_residual: Literal[True],
     **options: Unpack[Options],
 ) -> tuple[jax.Array, jax.Array]: ...
+@explains_keywords
 def flash_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -133,12 +137,14 @@ def flash_attention(
 
     Raises:
       ValueError: wrong rank, shape or dtype, unknown `implementation`, a rate outside [0, 1], a missing `dropout_rng`.
-      TypeError: bias or mask not broadcastable; arguments that must be static but are not.
+      TypeError: bias or mask not broadcastable; arguments that must be static but are not; a `dropout_rng` that is no
+        key; an unknown keyword.
       NotImplementedError: an extension together with implementation='cudnn'; implementation='mosaic_gpu' where it
         cannot run (when the call is compiled).
     """
     arguments = {name: x for name, x in locals().items() if name not in ("implementation", "return_residual")}
-    if implementation == "cudnn":
+    return_residual = as_static_bool(return_residual, "return_residual")
+    if isinstance(implementation, str) and implementation == "cudnn":
         return _by_cudnn(arguments, return_residual)
     checked = check(**arguments, needs_lse=return_residual, implementation=own_implementation(implementation))
     out, lse, _ = attention(*checked, jnp.asarray(query).shape)
@@ -152,8 +158,8 @@ def own_implementation(implementation: Any) -> str | None:
       ValueError: there is no such implementation.
       NotImplementedError: for 'cudnn'.
     """
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {_IMPLEMENTATIONS}, got {implementation!r}")
+    if not isinstance(implementation, str | None) or implementation not in _IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {_IMPLEMENTATIONS}, got {describe(implementation)}")
     if implementation == "cudnn":
         raise NotImplementedError("implementation='cudnn' passes a call to jax.nn, which does not take this one")
     return None if implementation == "xla" else implementation
@@ -169,7 +175,11 @@ def _by_cudnn(arguments: dict[str, Any], return_residual: bool) -> Any:
             raise NotImplementedError(f"{name} is not supported by implementation='cudnn', which is jax.nn's")
     del arguments["dropout_rng"]
     residual = {"return_residual": True} if return_residual else {}
-    return _jax_attention(**arguments, implementation="cudnn", **residual)
+    try:
+        return _jax_attention(**arguments, implementation="cudnn", **residual)
+    except Exception as error:
+        error.add_note("This error is jax.nn.dot_product_attention's: implementation='cudnn' passes the call to it.")
+        raise
 
 
 flash_attention.replaces = _jax_attention  # pyright: ignore[reportFunctionMemberAccess]
@@ -197,6 +207,7 @@ def flash_attention_with_lse(
     return_max_logits: Literal[True],
     **options: Unpack[Options],
 ) -> tuple[jax.Array, jax.Array, jax.Array]: ...
+@explains_keywords
 def flash_attention_with_lse(
     query: ArrayLike,
     key: ArrayLike,
@@ -244,7 +255,8 @@ def flash_attention_with_lse(
     Raises: as `flash_attention`.
     """
     arguments = {name: x for name, x in locals().items() if name != "return_max_logits"}
-    checked = check(**arguments, needs_lse=True, needs_max_logits=return_max_logits)
+    needs_max_logits = as_static_bool(return_max_logits, "return_max_logits")
+    checked = check(**arguments, needs_lse=True, needs_max_logits=needs_max_logits)
     out, lse, max_logits = attention(*checked, jnp.asarray(query).shape)
     assert lse is not None
     return (out, lse) if max_logits is None else (out, lse, max_logits)

@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ._api import flash_attention_with_lse, own_implementation
+from ._keywords import unexpected_keyword
 from ._options import Options
 from ._strategies import SequenceOrder, Strategy, context_parallel
 
@@ -115,9 +116,8 @@ def context_parallel_attention_with_lse(
 
 
 def _arguments(function: str, arrays: tuple, options: Options) -> dict[str, Any]:
-    unknown = [name for name in options if name not in _DEFAULTS]
-    if unknown:
-        raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
+    if not _DEFAULTS.keys() >= options.keys():
+        raise unexpected_keyword(function, options, _DEFAULTS)
     return _DEFAULTS | dict(zip(("query", "key", "value", "bias", "mask"), arrays, strict=True)) | options
 
 

@@ -1,7 +1,6 @@
 """Conversions of single arguments; each error names the argument, what was given and what is accepted."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,52 +9,42 @@ import numpy as np
 from jax.core import Tracer
 
 from ._semantics.constant_masks import hidden
+from ._semantics.errors import describe, refuse_traced
 from ._semantics.positions import clip_window_side
+from ._shapes import Axes, as_4d, check_broadcastable
 
 LARGEST = int(np.iinfo(np.int32).max)
 
 
-def as_4d(x: Any, name: str, asarray: Callable[[Any], Any] = jnp.asarray) -> Any:
-    """An array of rank 4, with axes of size 1 put in front as `jax.nn` does."""
-    if x is None:
-        raise ValueError(f"{name} must be an array, got None")
-    x = asarray(x)
-    if x.ndim > 4:
-        raise ValueError(f"{name} must have at most 4 dimensions, got shape {x.shape}")
-    return x.reshape((1,) * (4 - x.ndim) + x.shape)
-
-
-def check_broadcastable(x: jax.Array, name: str, shape: tuple[int, int, int, int]) -> None:
-    """Bias and mask: each axis 1 or full. A wrong head axis is a ValueError (the reference asserts)."""
-    for axis, letter in enumerate("BNTS"):
-        if x.shape[axis] not in (1, shape[axis]):
-            error = ValueError if letter == "N" else TypeError
-            raise error(f"{name} must be broadcastable to (B, N, T, S) = {shape}, got {x.shape} (axis {letter})")
-
-
-def as_bias(bias: Any, shape: tuple[int, int, int, int]) -> jax.Array:
-    bias = as_4d(bias, "bias")
+def as_bias(bias: Any, axes: Axes) -> jax.Array:
+    given = jnp.asarray(bias)
+    bias = as_4d(given, "bias")
     if jnp.issubdtype(bias.dtype, jnp.complexfloating):
         raise TypeError(f"bias must be real, got {bias.dtype}")
     if bias.dtype == jnp.bool_:
         raise ValueError("bias must hold numbers, which are added, got dtype bool: pass what may be attended as mask=")
-    check_broadcastable(bias, "bias", shape)
+    check_broadcastable(bias, "bias", axes, given.shape)
     return bias
 
 
-def as_mask(mask: Any, shape: tuple[int, int, int, int], *, is_staged: bool) -> Any:
+def as_mask(mask: Any, axes: Axes, *, is_staged: bool) -> Any:
     """A NumPy array if the mask is known while a program is recorded, of which it would be a constant."""
     is_known = isinstance(mask, np.ndarray | jax.Array) and not isinstance(mask, Tracer)
     is_known = is_known and (isinstance(mask, np.ndarray) or mask.is_fully_addressable)
-    mask = as_4d(mask, "mask", np.asarray if is_staged and is_known else jnp.asarray)
+    asarray = np.asarray if is_staged and is_known else jnp.asarray
+    given = asarray(mask)
+    mask = as_4d(given, "mask", asarray)
     if mask.dtype != jnp.bool_:
-        raise ValueError(f"mask must have dtype bool, got {mask.dtype} (an additive mask is a bias)")
-    check_broadcastable(mask, "mask", shape)
+        raise ValueError(
+            f"mask must have dtype bool, got {mask.dtype}: an additive mask is a bias; "
+            "of 0 and 1 pass mask.astype(bool)"
+        )
+    check_broadcastable(mask, "mask", axes, given.shape)
     return mask
 
 
-def as_integers(x: Any, name: str, *, hides: bool = False, **shape: int) -> jax.Array | None:
-    """int32 of that shape, from any integers; what is outside of int32 becomes its nearest number.
+def as_integers(x: Any, name: str, axes: Axes, letters: str, *, hides: bool = False) -> jax.Array | None:
+    """int32 of the axes with those letters, from any integers; what is outside of int32 becomes its nearest number.
 
     `hides` a constant from XLA, which would compute what follows from it while it compiles.
     """
@@ -63,14 +52,20 @@ def as_integers(x: Any, name: str, *, hides: bool = False, **shape: int) -> jax.
         return None
     is_known = not isinstance(x, Tracer)
     x = jnp.asarray(x)
-    if x.ndim == 1 < len(shape) and shape["B"] == 1:
+    given = x.shape
+    if x.ndim == 1 < len(letters) and axes.B == 1:
         x = x[None]
-    if x.shape != tuple(shape.values()):
-        letters, sizes = ", ".join(shape), ", ".join(map(str, shape.values()))
-        trailing = "," if len(shape) == 1 else ""
-        raise ValueError(f"{name} must have shape ({letters}{trailing}) = ({sizes}{trailing}), got {x.shape}")
+    if x.shape != axes.sizes(letters):
+        without_batch = axes.is_unbatched and len(letters) > 1
+        expected = letters[1:] if without_batch else letters
+        trailing = "," if len(expected) == 1 else ""
+        sizes = axes.sizes(expected)
+        hint = f": for the same in all batch rows pass jnp.full({sizes}, ...)" if given == () else ""
+        if x.shape == axes.if_transposed().sizes(letters):
+            hint = axes.layout_hint()
+        raise ValueError(f"{name} must have shape ({', '.join(expected)}{trailing}) = {sizes}, got {given}{hint}")
     if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"{name} must hold integers, got dtype {x.dtype}")
+        raise ValueError(f"{name} must hold integers, got dtype {x.dtype}: cast it with x.astype(jnp.int32)")
     x = as_int32(x)
     return hidden(x) if hides and is_known else x
 
@@ -84,7 +79,7 @@ def as_offset(offset: Any, batch: int) -> tuple[int, jax.Array | None]:
     if isinstance(offset, int | np.integer) and not isinstance(offset, bool):
         return min(max(int(offset), -LARGEST), LARGEST), None
     if not isinstance(offset, np.ndarray | jax.Array) or not jnp.issubdtype(offset.dtype, jnp.integer):
-        raise TypeError(f"query_offset must be an integer or an array (B,) of integers, got {offset!r}")
+        raise TypeError(f"query_offset must be an integer or an array (B,) of integers, got {describe(offset)}")
     if offset.shape not in ((), (batch,)):
         raise ValueError(f"query_offset must be a scalar or have shape (B,) = ({batch},), got {offset.shape}")
     return 0, as_int32(jnp.asarray(offset).reshape(-1))
@@ -93,8 +88,9 @@ def as_offset(offset: Any, batch: int) -> tuple[int, jax.Array | None]:
 def as_soft_cap(cap: Any) -> float | None:
     if cap is None:
         return None
+    refuse_traced(cap, "logits_soft_cap")
     if isinstance(cap, bool) or not isinstance(cap, int | float | np.integer | np.floating):
-        raise TypeError(f"logits_soft_cap must be a Python number (static) or None, got {cap!r}")
+        raise TypeError(f"logits_soft_cap must be a Python number (static) or None, got {describe(cap)}")
     if not 0 < cap < np.inf:
         raise ValueError(f"logits_soft_cap must be positive and finite, got {cap}: None is for no cap")
     return float(cap)
@@ -118,12 +114,14 @@ def as_window(window: Any) -> tuple[Any, Any] | None:
     if _is_scalar_integer(window):
         window = (window, window)
     if not isinstance(window, tuple | list | np.ndarray | jax.Array):
-        raise TypeError(f"local_window_size must be an integer or a pair of integers, got {window!r}")
+        raise TypeError(f"local_window_size must be an integer or a pair of integers, got {describe(window)}")
     if len(window) != 2:
-        raise ValueError(f"local_window_size must be an integer or a pair (left, right), got {window!r}")
+        raise ValueError(f"local_window_size must be an integer or a pair (left, right), got {describe(window)}")
     for side in window:
         if not _is_scalar_integer(side):
-            raise TypeError(f"local_window_size must hold integers, got {window!r}")
+            raise TypeError(
+                f"local_window_size must hold integers, got {describe(window)}: a side without a limit is S"
+            )
     return tuple(int(side) if isinstance(side, int | np.integer) else side for side in window)  # pyright: ignore[reportReturnType]
 
 
@@ -138,10 +136,10 @@ def as_scale(scale: Any, head_dim: int) -> jax.Array:
     if scale is None:
         return jnp.asarray(1 / np.sqrt(max(head_dim, 1)))
     if isinstance(scale, str) or np.iscomplexobj(scale):
-        raise ValueError(f"scale must be a real number, got {scale!r}")
+        raise ValueError(f"scale must be a real number, or None for 1 / sqrt(H), got {describe(scale)}")
     scale = jnp.asarray(scale)
     if scale.size != 1:
-        raise ValueError(f"scale must be a scalar, got shape {scale.shape}")
+        raise ValueError(f"scale must be a scalar, got shape {scale.shape}: multiply query by one that varies")
     return scale.reshape(())
 
 
@@ -168,23 +166,20 @@ def _canonical_precision(precision: Any) -> Any:
 
 def as_static_bool(x: Any, name: str) -> bool:
     """Also of None, integers and arrays with one of these, as `jax.nn` asks only whether they are true."""
-    if isinstance(x, Tracer):
-        raise TypeError(
-            f"{name} must be static, got a traced value: name it in static_argnames of jax.jit, "
-            f"or bind it beforehand with functools.partial(..., {name}=True)"
-        )
+    refuse_traced(x, name)
     if isinstance(x, np.ndarray | jax.Array) and x.ndim == 0 and x.dtype.kind in "bi":
         x = x.item()
     if not (x is None or isinstance(x, int | np.integer | np.bool_)):
-        raise TypeError(f"{name} must be a bool, got {x!r}")
+        raise TypeError(f"{name} must be a bool, got {describe(x)}")
     return bool(x)
 
 
 def as_block(block: Any, name: str) -> int | None:
     if block is None:
         return None
+    refuse_traced(block, name)
     if not isinstance(block, int | np.integer) or isinstance(block, bool):
-        raise TypeError(f"{name} must be an int or None, got {block!r}")
+        raise TypeError(f"{name} must be an int or None, got {describe(block)}")
     if block < 1:
         raise ValueError(f"{name} must be at least 1, got {block}")
     return int(block)

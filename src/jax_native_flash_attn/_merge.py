@@ -1,9 +1,13 @@
 """Attention over parts of the keys, merged: for split decoding, and for parts that users make themselves."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from ._semantics.errors import describe
 from ._semantics.merging import merge
 
 
@@ -25,14 +29,44 @@ def merge_attention(outs: Sequence[jax.Array], lses: Sequence[jax.Array]) -> tup
 
     Raises:
       ValueError: no parts, unequal numbers of them, or shapes that do not belong together.
+      TypeError: no lists of real arrays.
     """
+    for name, parts in (("outs", outs), ("lses", lses)):
+        _check_parts(name, parts)
     if not outs or len(outs) != len(lses):
         raise ValueError(f"outs and lses must be equally many and at least one, got {len(outs)} and {len(lses)}")
     for out, lse in zip(outs, lses, strict=True):
         if out.shape != outs[0].shape or lse.shape != out.shape[:-1]:
             raise ValueError(
-                f"outs must have one shape and lses that shape without the last axis, got {out.shape} and {lse.shape} "
-                f"beside {outs[0].shape}"
+                f"outs must have one shape, (..., T, N, H), and lses that shape without the last axis, got "
+                f"{[x.shape for x in outs]} and {[x.shape for x in lses]}{_order_hint(outs, lses)}"
             )
     out, lse = merge(outs, lses)
     return out.astype(outs[0].dtype), lse
+
+
+def _check_parts(name: str, parts: Any) -> None:
+    if not isinstance(parts, Sequence) or isinstance(parts, str):
+        raise TypeError(
+            f"{name} must be a list of arrays, one for each part, got {describe(parts)}: of one part "
+            f"pass [{name[:-1]}], of a stack of parts list({name})"
+        )
+    for part in parts:
+        if not isinstance(part, np.ndarray | jax.Array):
+            raise TypeError(
+                f"{name} must hold arrays, got {describe(part)}: pass merge_attention([out, ...], [lse, ...]), "
+                "of pairs merge_attention(*zip(*pairs))"
+            )
+        if not jnp.issubdtype(part.dtype, jnp.floating):
+            raise TypeError(f"{name} must hold real numbers, got {describe(part)}")
+
+
+def _order_hint(outs: Sequence[jax.Array], lses: Sequence[jax.Array]) -> str:
+    if outs[0].shape == lses[0].shape[:-1]:
+        return ": outs come first"
+    if len(outs) == 2 and outs[1].shape == outs[0].shape[:-1]:
+        return ": pass merge_attention([out, ...], [lse, ...]), of pairs merge_attention(*zip(*pairs))"
+    lse = lses[0].shape
+    if (*lse[:-2], *lse[:-3:-1]) == outs[0].shape[:-1]:
+        return ": transpose lse, from (..., N, T), with lse.swapaxes(-2, -1)"
+    return ""

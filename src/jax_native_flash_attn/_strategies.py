@@ -16,10 +16,10 @@ from jax import lax
 
 from ._arguments import check
 from ._attention import Results, attention, rows_of_length
-from ._convert import as_4d
 from ._semantics.block_masks import positions_of_block, visited_distances
 from ._semantics.call import Arrays, Ring, Settings
 from ._semantics.positions import saturated_sum
+from ._shapes import as_4d
 
 Strategy = Literal["ring", "all_to_all", "all_gather"]
 SequenceOrder = Literal["balanced"]

@@ -13,6 +13,8 @@ FLOORS = (
     "_kernels",
     "_sharding",
     "_autodiff",
+    "_keywords",
+    "_shapes",
     "_convert",
     "_arguments",
     "_attention",

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .errors import describe, refuse_traced
+
 _WORD = np.uint32(0xFFFF)
 
 
@@ -133,15 +135,31 @@ def _multiply_wide(a: jax.Array, b: np.uint32) -> tuple[jax.Array, jax.Array]:
     )
 
 
-def threefry_words(dropout_rng: jax.Array) -> jax.Array:
-    """(2,) uint32 words of a threefry key; a key of another implementation seeds one."""
+def threefry_words(dropout_rng: Any) -> jax.Array:
+    """(2,) uint32 words of a threefry key; a key of another implementation seeds one.
+
+    Raises:
+      TypeError: no key, typed or as old-style uint32 words.
+      ValueError: several keys.
+    """
+    if not isinstance(dropout_rng, np.ndarray | jax.Array):
+        raise _no_key(dropout_rng)
     if not jnp.issubdtype(dropout_rng.dtype, jax.dtypes.prng_key):
-        dropout_rng = jax.random.wrap_key_data(dropout_rng)
+        try:
+            dropout_rng = jax.random.wrap_key_data(jnp.asarray(dropout_rng))
+        except (TypeError, ValueError):
+            raise _no_key(dropout_rng) from None
     if dropout_rng.shape != ():
-        raise ValueError(f"dropout_rng must be a single key, got keys of shape {dropout_rng.shape}")
+        raise ValueError(
+            f"dropout_rng must be a single key, got keys of shape {dropout_rng.shape}: take one, or jax.vmap over them"
+        )
     if str(jax.random.key_impl(dropout_rng)) == "threefry2x32":
         return jax.random.key_data(dropout_rng)
     return jax.random.bits(dropout_rng, (2,), jnp.uint32)
+
+
+def _no_key(given: Any) -> TypeError:
+    return TypeError(f"dropout_rng must be a PRNG key, such as jax.random.key(0), got {describe(given)}")
 
 
 def make_dropout(dropout_rate: float) -> Dropout:
@@ -170,13 +188,13 @@ def dropout_keep_mask(dropout_rng: jax.Array, dropout_rate: float, shape: tuple[
 
     Raises:
       ValueError: for a rate outside [0, 1], a batch of keys, or a shape that is not 4-D.
-      TypeError: for a rate that is not a number.
+      TypeError: for a rate that is not a number, or what is no key.
     """
     check_dropout(dropout_rate, dropout_rng)
     if len(shape) != 4:
         raise ValueError(f"shape must be (B, N, T, S), got {shape}")
     B, N, T, S = shape
-    words = threefry_words(jnp.asarray(dropout_rng))[None, None]
+    words = threefry_words(dropout_rng)[None, None]
     return make_dropout(dropout_rate).keep_tile(
         words,
         head_indices(B, N),
@@ -188,9 +206,13 @@ def dropout_keep_mask(dropout_rng: jax.Array, dropout_rate: float, shape: tuple[
 
 
 def check_dropout(dropout_rate: Any, dropout_rng: Any) -> None:
+    refuse_traced(dropout_rate, "dropout_rate")
     if not isinstance(dropout_rate, int | float | np.floating):
-        raise TypeError(f"dropout_rate must be a Python number (static), got {type(dropout_rate).__name__}")
+        raise TypeError(f"dropout_rate must be a Python number (static), such as 0.1, got {describe(dropout_rate)}")
     if not 0 <= dropout_rate <= 1:
-        raise ValueError(f"dropout_rate must be in [0, 1], got {dropout_rate}")
+        raise ValueError(f"dropout_rate must be a probability, in [0, 1], got {dropout_rate}")
     if dropout_rate > 0 and dropout_rng is None:
-        raise ValueError(f"dropout_rng must be a PRNG key when dropout_rate > 0 (got {dropout_rate}), got None")
+        raise ValueError(
+            f"dropout_rng must be a PRNG key, such as jax.random.key(0), when dropout_rate > 0 (got {dropout_rate}), "
+            "got None: deterministic=True is for none"
+        )
