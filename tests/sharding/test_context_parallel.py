@@ -55,7 +55,7 @@ _EVERYTHING = GRID[-len(_PLACES) :]  # of all features at once
 # ---- the matrix
 
 
-@pytest.mark.parametrize(("name", "strategy", "devices"), thinned(GRID, 13, 8))
+@pytest.mark.parametrize(("name", "strategy", "devices"), thinned(GRID, 19, 8))
 def test_value_and_largest_logits(name: str, strategy: str, devices: int) -> None:
     case, x = CASES[name], numbers(CASES[name])
     attention = functools.partial(Split(case, strategy, make_mesh((devices,))), results="all")
@@ -64,7 +64,9 @@ def test_value_and_largest_logits(name: str, strategy: str, devices: int) -> Non
     np.testing.assert_allclose(largest, largest_logits(case, x.floats, devices), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "strategy", "devices"), [*thinned(GRID[: -len(_EVERYTHING)], 9, 1), *_EVERYTHING])
+@pytest.mark.parametrize(
+    ("name", "strategy", "devices"), [*thinned(GRID[: -len(_EVERYTHING)], 19, 1), *thinned(_EVERYTHING, 2)]
+)
 def test_derivatives(name: str, strategy: str, devices: int) -> None:
     case = CASES[name]
     actual = run(derivatives(Split(case, strategy, make_mesh((devices,)))), numbers(case), others(case))
@@ -97,7 +99,7 @@ _ROUNDED = itertools.product(ROUNDED, STRATEGIES, ("float32", "bfloat16", "float
 
 
 @pytest.mark.full_optimization
-@pytest.mark.parametrize(("name", "strategy", "dtype"), thinned(_ROUNDED, 16))
+@pytest.mark.parametrize(("name", "strategy", "dtype"), thinned(_ROUNDED, 29))
 def test_rounding(name: str, strategy: str, dtype: str) -> None:
     """The error is at most twice that of dense attention in the same dtype."""
     case = CASES[name]
@@ -209,7 +211,7 @@ _ON_MESHES: dict[str, Case] = {
 
 @pytest.mark.parametrize(
     ("check_vma", "case", "mesh", "strategy"),
-    thinned(itertools.product((True, False), _ON_MESHES, _MESHES, STRATEGIES), 7),
+    thinned(itertools.product((True, False), _ON_MESHES, _MESHES, STRATEGIES), 11),
 )
 def test_meshes(check_vma: bool, case: str, mesh: str, strategy: str) -> None:
     options = dict(_MESHES[mesh])

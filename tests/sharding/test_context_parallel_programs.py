@@ -132,7 +132,6 @@ def test_more_devices_take_no_more_text() -> None:
         return [len(jax.jit(g).lower(*x).as_text().splitlines()) for g in (f, gradient(f))]
 
     np.testing.assert_allclose(operations(5), operations(8), atol=3)  # older JAX shares a function or two less
-    assert operations(5)[1] < operations(4)[1]
 
 
 def test_a_policy_that_saves_results_does_not_go_around_again() -> None:
