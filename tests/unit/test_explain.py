@@ -117,9 +117,9 @@ def test_what_devices_send_is_what_the_program_sends(strategy: Any, options: dic
 
     assert sent(over_all, *whole) == found.context.bytes_sent["forward"]
     both = found.context.bytes_sent["forward"] + found.context.bytes_sent["gradient"]
-    # A ring sends keys and values once more in the gradient, or XLA keeps what arrived the first time.
+    # A ring sends keys and values once more in the gradient, unless XLA keeps what arrived the first time.
     again = found.context.bytes_sent["forward"] if strategy == "ring" else 0
-    assert sent(gradient, *whole, whole[0]) in (both, both - again)
+    assert both - again <= sent(gradient, *whole, whole[0]) <= both
 
 
 def test_compiling_is_for_one_device():
