@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse, merge_attention
 from tests.support.environment import DEVICE_COUNT, fast_compilation
+from tests.support.grids import thinned
 from tests.support.programs import collective_counts
 from tests.support.targets import pretend_gpu, pretend_whole_kernels
 
@@ -541,6 +542,6 @@ def assert_two_processes_agree(worker: str, argument: str) -> None:
         assert "agrees" in stdout, stderr[-3000:]
 
 
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize("kind", thinned(["auto", "explicit"], 2))
 def test_two_processes_agree_with_one(kind: str):
     assert_two_processes_agree(WORKER, kind)
