@@ -57,9 +57,10 @@ class Case(NamedTuple):
         order = ", as tokens come" if self.is_causal and not self.is_balanced else ""
         return f"1x{self.length}x{heads}x{self.head_dim} {mask}, {self.strategy}{order}"
 
-    def goal(self, mode: str) -> float:
+    def goal(self, mode: str) -> str:
+        goals = GOALS.get((self.length, self.is_causal))
         slack = 0.05 if self.window or self.heads != self.kv_heads else 0.0
-        return GOALS.get((self.length, self.is_causal), (0.0, 0.0))[mode != FORWARD] - slack
+        return "-" if goals is None else f"{goals[mode != FORWARD] - slack:g}"
 
 
 def cases(lengths: Sequence[int]) -> Iterator[Case]:
@@ -154,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 continue
             found = [str(ratio(samples[name] / devices, samples["all"])) for name in ("one", "each")]
             times = (milliseconds(float(np.median(samples[name]))) for name in ("one", "each", "all"))
-            table.add(case.name, mode, *times, *found, *([f"{case.goal(mode):g}"] if options.goals else []))
+            table.add(case.name, mode, *times, *found, *([case.goal(mode)] if options.goals else []))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ._api import flash_attention_with_lse, own_implementation
+from ._convert import as_static_bool
 from ._keywords import unexpected_keyword
 from ._options import Options
 from ._strategies import SequenceOrder, Strategy, context_parallel
@@ -35,8 +36,8 @@ def context_parallel_attention(
     """`flash_attention` of a sequence that is split over devices (context parallelism), inside `jax.shard_map`.
 
     Each of the n devices of the mesh axis has T rows of query and S of key and value, in the order of the axis, and
-    gets what `flash_attention` of all n * T rows and n * S keys gives for its own. Everything is kept: each argument,
-    each derivative, `vmap`, dropout masks.
+    gets what `flash_attention` of all n * T rows and n * S keys gives for its own: with each argument and derivative
+    (but for one, see "Raises"), `vmap`, and the same dropout mask.
 
         order = balanced_order(length, devices)         # once, where the data is loaded
         spec = jax.P(None, "sequence")
@@ -54,7 +55,7 @@ def context_parallel_attention(
         and batch alone are split, this is `flash_attention`.
       strategy: who sends what.
         'ring': key and value travel from device to device, each time while the ones before are attended (Ring
-        Attention, Liu et al. 2023, arXiv:2310.01889). Memory is O(T + S), in gradients too.
+        Attention, Liu et al. 2023, arXiv:2310.01889). Memory of floats is O(T + S), in gradients too.
         'all_to_all': heads are exchanged for the sequence, and back (DeepSpeed Ulysses, Jacobs et al. 2023,
         arXiv:2309.14509). n divides N, and divides K or is a multiple of it.
         'all_gather': key and value of all devices are gathered.
@@ -111,7 +112,8 @@ def context_parallel_attention_with_lse(
     """
     arguments = _arguments("context_parallel_attention_with_lse", (query, key, value, bias, mask), options)
     split: dict[str, Any] = {"axis_name": axis_name, "strategy": strategy, "order": order}
-    results = context_parallel(arguments, **split, needs_lse=True, needs_max_logits=return_max_logits)
+    largest = as_static_bool(return_max_logits, "return_max_logits")
+    results = context_parallel(arguments, **split, needs_lse=True, needs_max_logits=largest)
     return tuple(x for x in results if x is not None)
 
 

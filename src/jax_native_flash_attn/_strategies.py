@@ -17,7 +17,7 @@ from jax import lax
 from ._arguments import check
 from ._attention import Results, attention, rows_of_length
 from ._semantics.block_masks import positions_of_block, visited_distances
-from ._semantics.call import Arrays, Ring, Settings
+from ._semantics.call import Arrays, Ring, Settings, mesh_order
 from ._semantics.positions import saturated_sum
 from ._shapes import as_4d
 
@@ -57,15 +57,17 @@ def context_parallel(
     """The results for arguments of `context_parallel_attention`; `asked`: of `check`."""
     if not (order is None or (isinstance(order, str) and order == "balanced")):
         raise ValueError(f"order must be None or 'balanced', which is that of balanced_order, got {order!r}")
-    if strategy is not None and strategy not in _STRATEGIES:
+    if strategy is not None and not (isinstance(strategy, str) and strategy in _STRATEGIES):
         raise ValueError(f"strategy must be one of {(None, *_STRATEGIES)}, got {strategy!r}")
+    axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     try:
         size = lax.axis_size(axis_name)
     except NameError:
         raise ValueError(
             f"axis_name must be a mesh axis of the jax.shard_map around this call, got {axis_name!r}"
         ) from None
-    shape = jnp.asarray(arguments["query"]).shape
+    as_4d(arguments["query"], "query")  # or an error that names it
+    shape = jnp.shape(arguments["query"])
     if size == 1:
         return attention(*check(**arguments, **asked), shape)
     devices = Devices(axis_name, size, lax.axis_index(axis_name), order)
@@ -133,7 +135,8 @@ def _ring(settings: Settings, arrays: Arrays, devices: Devices, shape: tuple[int
     T, S, size = arrays.query.shape[1], arrays.key.shape[1], devices.size
     is_balanced = devices.order is not None
     distances = visited_distances(settings, arrays, T, S, size, is_balanced=is_balanced)
-    ring = Ring(devices.axis_name, size, distances, is_balanced)
+    in_mesh = mesh_order(devices.axis_name, dict(jax.sharding.get_abstract_mesh().shape))
+    ring = Ring(devices.axis_name, size, distances, in_mesh, is_balanced)
     return _over_devices(attention(settings._replace(ring=ring), arrays, shape), devices)
 
 

@@ -19,7 +19,13 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_native_flash_attn import flash_attention, flash_attention_with_lse, merge_attention
+from jax_native_flash_attn import (
+    balanced_order,
+    context_parallel_attention,
+    flash_attention,
+    flash_attention_with_lse,
+    merge_attention,
+)
 from tests.support.environment import DEVICE_COUNT, fast_compilation
 from tests.support.grids import thinned
 from tests.support.programs import collective_counts
@@ -329,6 +335,29 @@ def test_sharded_sequence_under_explicit_axes(transformation: str):
     assert_close(results, unsharded(transformation))
 
 
+@pytest.mark.parametrize("kind", ["auto", "unit", "explicit", "shard_map"])
+@pytest.mark.parametrize("axes", [("data", "model"), ("model", "data")])
+def test_sequence_over_two_axes_in_either_order(kind: str, axes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
+    """`lax.ppermute` counts in the order of the mesh, shardings in that of the tuple."""
+    if kind == "unit":
+        pretend_whole_kernels(monkeypatch)
+    axis_type = AxisType.Explicit if kind == "explicit" else AxisType.Auto
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(axis_type,) * 2, devices=jax.devices()[:4])
+    spec = P(None, axes)
+    f = functools.partial(flash_attention, is_causal=True, **BLOCKS)
+
+    def gradient(attention: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.grad(lambda *x: jnp.sin(attention(*x)).sum(), (0, 1, 2))
+
+    ring = functools.partial(context_parallel_attention, is_causal=True, axis_name=axes, **BLOCKS)
+    split = jax.shard_map(ring, mesh=mesh, in_specs=spec, out_specs=spec) if kind == "shard_map" else f
+    inputs = arrays()[:3]
+    placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a in inputs]
+    with jax.set_mesh(mesh):
+        results = jax.jit(gradient(split), compiler_options=FAST)(*placed)
+    assert_close(results, jax.jit(gradient(f), compiler_options=FAST)(*inputs))
+
+
 def test_keys_that_do_not_divide_over_the_devices_of_the_rows_are_an_error():
     mesh = make_mesh("explicit")
     query, key, value = arrays()[:3]
@@ -545,3 +574,35 @@ def assert_two_processes_agree(worker: str, argument: str) -> None:
 @pytest.mark.parametrize("kind", thinned(["auto", "explicit"], 2))
 def test_two_processes_agree_with_one(kind: str):
     assert_two_processes_agree(WORKER, kind)
+
+
+@pytest.mark.parametrize(
+    ("window", "options"),
+    [((sys.maxsize, 5), {}), ((sys.maxsize, 0), {"order": "balanced"}), ((2**31 - 1, 5), {"query_offset": -2})],
+)
+def test_windows_without_end_of_a_split_sequence(window: tuple[int, int], options: dict[str, Any]):
+    mesh = jax.make_mesh((2,), ("s",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    inputs = arrays()[:3]
+    ring = functools.partial(context_parallel_attention, local_window_size=window, axis_name="s", **options)
+    results = jax.shard_map(ring, mesh=mesh, in_specs=P(None, "s"), out_specs=P(None, "s"))(*inputs)
+    options = dict(options)
+    if options.pop("order", None):
+        positions = np.tile(balanced_order(inputs[0].shape[1], 2), (len(inputs[0]), 1))
+        options = {"query_positions": positions, "key_value_positions": positions}
+    assert_close(results, flash_attention(*inputs, local_window_size=window, **options))
+
+
+def test_a_constant_band_beside_a_traced_window_over_explicit_axes():
+    mesh = make_mesh("explicit")
+    inputs = arrays()[:3]
+    T, S = (x.shape[1] for x in inputs[:2])
+    band = np.tril(np.ones((1, 1, T, S), bool))
+
+    def attention(window: Any, *x: Any) -> jax.Array:
+        return flash_attention(*x, mask=band, local_window_size=window)
+
+    window = np.array([5, 3], np.int32)
+    expected = jax.jit(attention)(window, *inputs)
+    placed = [jax.device_put(a, NamedSharding(mesh, P(None, "model"))) for a in inputs]
+    with jax.set_mesh(mesh):
+        assert_close(jax.jit(attention)(window, *placed), expected)

@@ -5,6 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+for module in ("flax", "optax", "tqdm"):
+    pytest.importorskip(module)
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

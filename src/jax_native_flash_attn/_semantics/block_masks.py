@@ -89,7 +89,7 @@ def make_block_masks(
     static_band: Band = masks["static_band"]
     band_reach = Reach(None if static_band.lower is None else -static_band.lower, static_band.upper)
     others = (query_lengths, key_value_lengths, allowed, order.query_ids)
-    if reach == band_reach == Reach(None, None) and all(x is None for x in others):
+    if all(x is None for x in (*reach, *band_reach, *others)):
         return Band(), MaskOperands()
     rows = places = positions_of_block(rank, size, T, is_balanced=is_balanced)[None, :]
     shift = jnp.int32(masks["static_offset"]) if order.query_offset is None else order.query_offset[:, None]
@@ -111,7 +111,7 @@ def make_block_masks(
 
         first, stop = jnp.zeros((1, 1, T), jnp.int32), jnp.full((1, 1, T), S, jnp.int32)
         for at, (left, right) in [(places, band_reach), *([] if order.has_positions else [(rows, reach)])]:
-            first = first if left is None else jnp.maximum(first, count(saturated_sum(at, -left) - 1))
+            first = first if left is None else jnp.maximum(first, count(jnp.maximum(saturated_sum(at, -left), 0) - 1))
             stop = stop if right is None else jnp.minimum(stop, count(saturated_sum(at, right)))
         return first, stop
 

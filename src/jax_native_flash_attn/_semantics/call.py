@@ -1,11 +1,13 @@
 """A call: as its arguments were checked, and as kernels get it; and what is known of each array by its name."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .dropout import Dropout
 from .masks import Band, MaskOperands
@@ -19,6 +21,7 @@ class Ring:
     Attributes:
       axis_name: the mesh axis, or several as one; manual where the call is.
       distances: which blocks a device visits, its own, 0, first: with distance d that of the device d places before it.
+      mesh_order: the same axes in the order of the mesh, and its numbers of the places of the ring; see `mesh_order`.
       is_balanced: whether rows and keys are in the order of `balanced_order`, which masks then see through.
       has_whole_masks: whether band and intervals are still those of all keys, of the rows of a device.
     """
@@ -26,8 +29,27 @@ class Ring:
     axis_name: Any
     size: int
     distances: tuple[int, ...]
+    mesh_order: tuple[Any, tuple[int, ...]] | None = None
     is_balanced: bool = False
     has_whole_masks: bool = False
+
+
+def mesh_order(axis_name: Any, mesh_axes: Mapping[Any, int]) -> tuple[Any, tuple[int, ...]] | None:
+    """Axes in the order of the mesh, which `lax.ppermute` needs, and the number there of each place in their own order.
+
+    Args:
+      axis_name: a mesh axis, or a tuple of several, outermost first, as `lax.axis_index` and shardings count.
+      mesh_axes: sizes of all axes, in the order of the mesh.
+
+    Returns:
+      None where the two orders are one.
+    """
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    ordered = tuple(name for name in mesh_axes if name in names)
+    if names == ordered or set(names) != set(ordered):
+        return None
+    numbers = np.arange(math.prod(mesh_axes[name] for name in names)).reshape([mesh_axes[name] for name in ordered])
+    return ordered, tuple(int(x) for x in numbers.transpose([ordered.index(name) for name in names]).reshape(-1))
 
 
 class Settings(NamedTuple):
@@ -157,7 +179,7 @@ class Operand(NamedTuple):
 
     Attributes:
       axes: a letter for each; B is the axis of the batch, or of a kernel several (an axis for each enclosing `vmap`).
-        B, N and K may be sharded.
+        B, N and K may be sharded, and T and S together, around a ring.
       is_differentiable: whether it has a gradient.
     """
 

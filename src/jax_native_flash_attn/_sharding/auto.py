@@ -26,7 +26,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlib.mlir.dialects import sdy
 
-from .._semantics.call import LAYOUTS, Ring
+from .._semantics.call import LAYOUTS, Ring, mesh_order
 
 # ---- what XLA splits
 
@@ -175,7 +175,8 @@ def _partition(unit: _Unit, mesh: Any, args: Sequence[Any], outs: Sequence[Any])
     kernel = unit.kernel
     if (row_axes := mesh_axes["T"]) and unit.of_ring is not None:
         size = _num_shards(mesh, row_axes)
-        kernel = unit.of_ring(Ring(row_axes, size, tuple(range(size)), has_whole_masks=True))
+        in_mesh = mesh_order(row_axes, mesh.shape)
+        kernel = unit.of_ring(Ring(row_axes, size, tuple(range(size)), in_mesh, has_whole_masks=True))
 
     def used(axes: Axes) -> set[str]:
         return {name for factor in axes if factor for name in mesh_axes.get(factor, ())}

@@ -32,8 +32,9 @@ def shift(tree: Tree, ring: Ring, hop: int) -> Tree:
     hop %= ring.size
     if hop == 0 or not arrays:
         return tree
+    axis_name, places = ring.mesh_order or (ring.axis_name, tuple(range(ring.size)))
     joined = jnp.concatenate([x.reshape(-1) for x in arrays]) if len(arrays) > 1 else arrays[0]
-    arrived = _shift_p.bind(joined, axis_name=ring.axis_name, size=ring.size, hop=hop)
+    arrived = _shift_p.bind(joined, axis_name=axis_name, places=places, hop=hop)
     parts = jnp.split(arrived, np.cumsum([x.size for x in arrays])[:-1]) if len(arrays) > 1 else [arrived]
     return jax.tree.unflatten(structure, [part.reshape(x.shape) for part, x in zip(parts, arrays, strict=True)])
 
@@ -44,12 +45,12 @@ _index_p.def_abstract_eval(lambda axis_name: ShapedArray((), jnp.dtype(jnp.int32
 mlir.register_lowering(_index_p, mlir.lower_fun(lambda axis_name: lax.axis_index(axis_name), multiple_results=False))
 
 
-def _shift(x: jax.Array, *, axis_name: Any, size: int, hop: int) -> jax.Array:
-    return lax.ppermute(x, axis_name, [(i, (i + hop) % size) for i in range(size)])
+def _shift(x: jax.Array, *, axis_name: Any, places: tuple[int, ...], hop: int) -> jax.Array:
+    return lax.ppermute(x, axis_name, list(zip(places, places[hop:] + places[:hop], strict=True)))
 
 
-def _transpose(cotangent: Any, x: Any, *, axis_name: Any, size: int, hop: int) -> list[Any]:
-    return [_shift_p.bind(cotangent, axis_name=axis_name, size=size, hop=size - hop)]
+def _transpose(cotangent: Any, x: Any, *, axis_name: Any, places: tuple[int, ...], hop: int) -> list[Any]:
+    return [_shift_p.bind(cotangent, axis_name=axis_name, places=places, hop=len(places) - hop)]
 
 
 _shift_p = Primitive("flash_attention_shift")

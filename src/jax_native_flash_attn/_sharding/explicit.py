@@ -8,7 +8,7 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 from .._semantics.block_masks import visited_distances
-from .._semantics.call import OPERANDS, Arrays, Ring, Settings
+from .._semantics.call import OPERANDS, Arrays, Ring, Settings, mesh_order
 from .types import axis_names
 
 
@@ -33,13 +33,19 @@ def over_explicit_axes(attention: Callable, settings: Settings, arrays: Arrays) 
     mesh_axes = {"B": spec[0], "T": spec[1], "N": spec[2], "K": spec[2]}
     T, S, blocks = arrays.query.shape[1], arrays.key.shape[1], _num_shards(mesh, spec[1])
     if blocks > 1:
+        if settings.ring is not None or (settings.dropout is not None and settings.dropout.lengths is not None):
+            raise ValueError(
+                "query may not be sharded along the sequence over explicit axes inside context_parallel_attention, got "
+                f"{query_type.str_short(True)}: name all axes of the sequence in axis_name"
+            )
         if S % blocks:
             raise ValueError(
                 f"key and value are sharded along the sequence as query is, over {blocks} devices, got {S} keys: pad "
                 "them to a multiple, or gather query's sequence with jax.sharding.reshard"
             )
         distances = visited_distances(settings, arrays, T // blocks, S // blocks, blocks, is_balanced=False)
-        settings = settings._replace(ring=Ring(spec[1], blocks, distances))
+        ring = Ring(spec[1], blocks, distances, mesh_order(spec[1], mesh.shape))
+        settings = settings._replace(ring=ring)
     num_kv_heads = arrays.key.shape[2]
     head_shards = _num_shards(mesh, spec[2])
     if num_kv_heads % head_shards:

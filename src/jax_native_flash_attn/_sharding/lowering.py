@@ -1,4 +1,4 @@
-"""Sharding over batch and heads: every kernel runs on each device's shard, without gathering.
+"""Sharding over batch, heads and sequence: every kernel runs on each device's shard, without gathering.
 
 How a kernel gets its shard depends on the kind of the mesh axes:
 
@@ -7,8 +7,8 @@ How a kernel gets its shard depends on the kind of the mesh axes:
 - manual axes (inside `shard_map`): a kernel already sees its shard; only the types must say over which axes it varies
   (`types.py`).
 
-Batch axes and heads shard. A result that lacks such an axis (the gradient of
-a bias shared by the batch, say) is summed over its mesh axes; nothing else is ever communicated.
+Batch axes and heads shard, and query rows and keys together, around a ring (`passes.py`). A result that lacks such an
+axis (the gradient of a bias shared by the batch, say) is summed over its mesh axes; nothing else is ever communicated.
 """
 
 import contextlib
