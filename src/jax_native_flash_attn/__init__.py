@@ -2,11 +2,12 @@
 
 from ._api import flash_attention, flash_attention_with_lse
 from ._context_parallel import balanced_order, context_parallel_attention, context_parallel_attention_with_lse
-from ._explain import Explanation, PassExplanation, explain
+from ._explain import ContextExplanation, Explanation, PassExplanation, explain
 from ._merge import merge_attention
 from ._semantics.dropout import dropout_keep_mask
 
 __all__ = [
+    "ContextExplanation",
     "Explanation",
     "PassExplanation",
     "balanced_order",
