@@ -67,7 +67,7 @@ CASES: dict[str, Case] = {
 }
 
 
-@by_family(CASES)
+@by_family(CASES, every=2)
 def test_calls(case: Case, family: str) -> None:
     check_family(case, family)
 
@@ -236,7 +236,8 @@ _INTEGERS = {
         )
         for i, (name, changes) in enumerate((_ORDERS | _INTEGERS).items())
         for is_traced in ((True, False) if name in ("offset -9", "offset (7, -20)") else (i % 3 > 0,))
-    }
+    },
+    every=2,
 )
 def test_orders_of_tokens(case: Case, family: str) -> None:
     """Which tiles are skipped is decided by ids and positions: pure JAX has several here."""

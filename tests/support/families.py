@@ -18,11 +18,19 @@ EVERYWHERE = FAMILIES[-1]  # supports every call, on every platform
 _MOST_SCORES, _MOST_KEYS = 1 << 17, 1 << 12
 
 
-def by_family(cases: Mapping[str, Case]) -> pytest.MarkDecorator:
-    """Parametrises a test by `case` and `family`: each case with each family."""
+def by_family(cases: Mapping[str, Case], every: int = 1) -> pytest.MarkDecorator:
+    """Parametrises a test by `case` and `family`: each case with each family.
+
+    Of those that need no GPU, one of `every` is always run; see `grids.py`.
+    """
     parameters = [
-        pytest.param(case, family, id=f"{name}, {family}", marks=marks(case, family))
-        for name, case in cases.items()
+        pytest.param(
+            case,
+            family,
+            id=f"{name}, {family}",
+            marks=(*marks(case, family), *([pytest.mark.whole_grid] if i % every and family == EVERYWHERE else [])),
+        )
+        for i, (name, case) in enumerate(cases.items())
         for family in FAMILIES
     ]
     return pytest.mark.parametrize(("case", "family"), parameters)

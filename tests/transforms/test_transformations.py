@@ -309,14 +309,17 @@ def test_third_order(transformation: str, mask: str, names: tuple[str, ...]):
 
 @pytest.mark.parametrize(
     ("transformation", "mask", "names"),
-    [
-        ("jacfwd", "everything", ARGUMENTS),
-        ("jacrev", "everything", ARGUMENTS),
-        ("hessian", "boolean", ("query", "scale")),
-        ("hessian", "dropout", ("key", "value")),
-        ("hessian", "causal", ("bias",)),
-        ("jacrev of jacfwd", "none", ("query",)),
-    ],
+    thinned(
+        [
+            ("jacfwd", "everything", ARGUMENTS),
+            ("jacrev", "everything", ARGUMENTS),
+            ("hessian", "boolean", ("query", "scale")),
+            ("hessian", "dropout", ("key", "value")),
+            ("hessian", "causal", ("bias",)),
+            ("jacrev of jacfwd", "none", ("query",)),
+        ],
+        2,
+    ),
 )
 def test_jacobians_and_hessians(transformation: str, mask: str, names: tuple[str, ...]):
     check(transformation, mask, names)

@@ -19,6 +19,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
+@pytest.mark.whole_grid
 def test_a_sequence_over_devices_trains_as_on_one() -> None:
     found = run("long_context.py", "--steps", "4", "--context", "64", "--layers", "1")
     assert found.returncode == 0, found.stdout + found.stderr
