@@ -40,12 +40,13 @@ def context_parallel_attention(
     (but for one, see "Raises"), `vmap`, and the same dropout mask.
 
         order = balanced_order(length, devices)         # once, where the data is loaded
-        spec = jax.P(None, "sequence")
+        spec = jax.sharding.PartitionSpec(None, "sequence")
         attention = jax.shard_map(
             lambda q, k, v: context_parallel_attention(q, k, v, is_causal=True, axis_name="sequence", order="balanced"),
             mesh=mesh, in_specs=spec, out_specs=spec,
         )
-        out = attention(query[:, order], key[:, order], value[:, order])
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        out = attention(*(jax.device_put(x[:, order], sharding) for x in (query, key, value)))
 
     Args:
       query, key, value: as of `flash_attention`, of this device.

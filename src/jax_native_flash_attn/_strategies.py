@@ -18,6 +18,7 @@ from ._arguments import check
 from ._attention import Results, attention, rows_of_length
 from ._semantics.block_masks import positions_of_block, visited_distances
 from ._semantics.call import Arrays, Ring, Settings, mesh_order
+from ._semantics.dropout import with_place
 from ._semantics.positions import saturated_sum
 from ._shapes import as_4d
 
@@ -66,12 +67,11 @@ def context_parallel(
         raise ValueError(
             f"axis_name must be a mesh axis of the jax.shard_map around this call, got {axis_name!r}"
         ) from None
-    as_4d(arguments["query"], "query")  # or an error that names it
+    T, S = (as_4d(arguments[name], name).shape[1] for name in ("query", "key"))
     shape = jnp.shape(arguments["query"])
     if size == 1:
         return attention(*check(**arguments, **asked), shape)
     devices = Devices(axis_name, size, lax.axis_index(axis_name), order)
-    T, S = (as_4d(arguments[name], name).shape[1] for name in ("query", "key"))
     if order is not None:
         _check_order(arguments, T, S)
     for name in ("bias", "mask"):
@@ -151,8 +151,7 @@ def _all_gather(settings: Settings, arrays: Arrays, devices: Devices, shape: tup
     dropout, dropout_key = settings.dropout, arrays.dropout_key
     if dropout is not None and dropout_key is not None:
         settings = settings._replace(dropout=replace(dropout, lengths=(devices.size * T, S)))
-        place = jnp.stack([first_row, jnp.zeros_like(first_row)]).astype(jnp.uint32)
-        dropout_key = jnp.concatenate([dropout_key, place])
+        dropout_key = with_place(dropout_key, first_row, jnp.zeros_like(first_row))
     arrays = arrays._replace(
         key=devices.gather(arrays.key, 1),
         value=devices.gather(arrays.value, 1),

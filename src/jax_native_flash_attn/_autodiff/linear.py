@@ -80,10 +80,6 @@ class LinearKernel(Protocol):
         """With one more axis in front, of size 1 where an operand is not batched (flag False)."""
         ...
 
-    def with_ring(self, ring: Ring) -> "LinearKernel":
-        """The same of rows and keys that the devices of a ring share."""
-        ...
-
 
 @dataclass(frozen=True)
 class FirstDerivative:
@@ -153,7 +149,8 @@ class FirstDerivative:
         tangents, results = (wanted, given) if self.flipped else (given, wanted)
         return replace(self, tangents=tangents, results=results)
 
-    def with_ring(self, ring: Ring) -> LinearKernel:
+    def with_ring(self, ring: Ring) -> "FirstDerivative":
+        """The same of rows and keys that the devices of a ring share."""
         return replace(self, config=replace(self.config, ring=ring))
 
 
@@ -228,9 +225,6 @@ class DirectionalDerivative:
         flags = (True,) * len(self.tangents) if self.flipped else inputs
         tangents = tuple(slot.with_axis(flag) for slot, flag in zip(self.tangents, flags, strict=True))
         return replace(self, inner=inner, tangents=tangents)
-
-    def with_ring(self, ring: Ring) -> LinearKernel:
-        return replace(self, inner=self.inner.with_ring(ring))
 
 
 def operand_shapes(slots: Slots, residuals: Sequence[Any], linear: Sequence[Any]) -> list[Shape]:

@@ -208,6 +208,7 @@ def _linear_layouts(*, kernel: LinearKernel) -> lowering.Layouts:
 
 
 def _linear_with_ring(ring: Ring, *, kernel: LinearKernel) -> dict[str, Any]:
+    assert isinstance(kernel, FirstDerivative)  # no other is opaque
     return {"kernel": kernel.with_ring(ring)}
 
 

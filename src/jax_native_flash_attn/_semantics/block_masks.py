@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from .call import Arrays, Call, Settings
 from .join_masks import is_query_row, make_mask
 from .masks import Band, MaskOperands, make_band
-from .positions import Order, Reach, of_keys, of_rows, position_bounds, saturated_sum
+from .positions import Order, Reach, of_keys, of_rows, position_bounds, reach_of, saturated_sum
 
 
 def part_starts(block: Any, size: int, length: int, *, is_balanced: bool) -> list[Any]:
@@ -84,8 +84,7 @@ def make_block_masks(
     order: Order = masks["order"]
     static_window, traced_window = masks["static_window"], masks["traced_window"]
     allowed, key_value_lengths, query_lengths = masks["allowed"], masks["key_value_lengths"], masks["query_lengths"]
-    reach = Reach(*(static_window or (None, None))) if traced_window is None else Reach(*traced_window)
-    reach = reach.causal() if masks["is_causal"] else reach
+    reach = reach_of(is_causal=masks["is_causal"], static_window=static_window, traced_window=traced_window)
     static_band: Band = masks["static_band"]
     band_reach = Reach(None if static_band.lower is None else -static_band.lower, static_band.upper)
     others = (query_lengths, key_value_lengths, allowed, order.query_ids)

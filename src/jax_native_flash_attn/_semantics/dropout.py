@@ -166,6 +166,12 @@ def make_dropout(dropout_rate: float) -> Dropout:
     return Dropout(float(dropout_rate), 52 if jax.config.jax_enable_x64 else 23)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def with_place(key_words: jax.Array, first_row: Any, first_key: Any) -> jax.Array:
+    """Words of a key, (..., 2), and what `Dropout.lengths` needs beside them, (..., 4)."""
+    place = jnp.stack([jnp.asarray(first_row), jnp.asarray(first_key)]).astype(jnp.uint32)
+    return jnp.concatenate([key_words, jnp.broadcast_to(place, key_words.shape)], -1)
+
+
 def head_indices(B: int, N: int) -> jax.Array:
     """(B, N) uint32: b * N + n."""
     return jnp.arange(B * N, dtype=jnp.uint32).reshape(B, N)

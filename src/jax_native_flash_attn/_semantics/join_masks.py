@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .masks import Band, MaskOperands, make_band
-from .positions import Order, Reach, cut, moving_band, of_keys, of_rows, position_bounds
+from .positions import Order, cut, moving_band, of_keys, of_rows, position_bounds, reach_of
 from .visible import Visible, find_visible, rows_with_a_key
 
 _NO_BAND, _NO_ORDER = Band(), Order()
@@ -39,9 +39,7 @@ def make_mask(
       has_dead_rows: whether rows without a key attend all; otherwise they attend none, as padded ones.
       within: the interval of keys of each row, start and stop, (B, N, T), that another mask leaves.
     """
-    reach = Reach(*(static_window or (None, None))) if traced_window is None else Reach(*traced_window)
-    if is_causal:
-        reach = reach.causal()
+    reach = reach_of(is_causal=is_causal, static_window=static_window, traced_window=traced_window)
     if reach.left is None and reach.right is None and not order.has_positions:
         order = order._replace(query_offset=None)
     moves = order.has_positions or order.query_offset is not None

@@ -21,6 +21,12 @@ class Reach(NamedTuple):
         return Reach(self.left, jnp.minimum(self.right, 0))
 
 
+def reach_of(*, is_causal: bool, static_window: tuple[int, int] | None, traced_window: Any | None) -> Reach:
+    """What a window, if there is one, and causality leave."""
+    reach = Reach(*(static_window or (None, None))) if traced_window is None else Reach(*traced_window)
+    return reach.causal() if is_causal else reach
+
+
 class Order(NamedTuple):
     """What ids and positions say: arrays (B, T) and (B, S) int32, or None, and a shift (B,) of the rows' positions."""
 

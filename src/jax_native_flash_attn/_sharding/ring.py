@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._semantics.call import Call, Config, Inputs, Ring
+from .._semantics.dropout import with_place
 from .._semantics.masks import Band, MaskOperands
 from .._semantics.sizes import Sizes
 from .collectives import axis_index, shift
@@ -53,9 +54,7 @@ class Visit(NamedTuple):
     def inputs(self, call: Call) -> Inputs:
         inputs, z, dropout_key = call.inputs, call.sizes, call.inputs.dropout_key
         if dropout_key is not None:
-            place = jnp.stack([self.rank * z.T, self.source * z.S]).astype(jnp.uint32)
-            place = jnp.broadcast_to(place, dropout_key.shape)
-            dropout_key = jnp.concatenate([dropout_key, place], -1)
+            dropout_key = with_place(dropout_key, self.rank * z.T, self.source * z.S)
         return inputs._replace(
             key=self.blocks["key"],
             value=self.blocks["value"],
