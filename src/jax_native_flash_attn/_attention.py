@@ -113,7 +113,7 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
         "has_dead_rows": arrays.sinks is None,
     }
     ring = settings.ring
-    if ring is None:
+    if ring is None or ring.window is not None:
         band, mask = make_mask(T, S, **masks)
     else:
         band, mask = make_block_masks(

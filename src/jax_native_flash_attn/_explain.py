@@ -181,10 +181,15 @@ def _explain_context(call: Call, strategy: str, devices: int) -> ContextExplanat
 
     keys = size(inputs.key, inputs.value)
     if ring is not None:
-        gradients = size(inputs.key, inputs.value, itemsize=accumulation_dtype(inputs.query.dtype).itemsize)
+        # Of each block but the own, the part of its keys that travels.
+        length = call.sizes.S
+        meetings = [ring.meeting(distance, length) for distance in ring.distances[1:]]
+        lengths = [length if meeting is None else meeting.length for meeting in meetings]
+        arriving = keys // length * sum(lengths)
+        unrounded = size(inputs.key, inputs.value, itemsize=accumulation_dtype(inputs.query.dtype).itemsize)
         # Gradients are rounded on the last way.
-        gradient = (visits - 1) * keys + max(0, visits - 2) * gradients + (keys if visits > 1 else 0)
-        sent: dict[str, int] = {"forward": (visits - 1) * keys, "gradient": gradient}
+        gradients = (max(0, visits - 2) * unrounded + keys) // length * max(lengths, default=0)
+        sent: dict[str, int] = {"forward": arriving, "gradient": arriving + gradients}
     elif strategy == "all_gather":
         sent = dict.fromkeys(("forward", "gradient"), keys * (devices - 1) // devices)
     else:

@@ -16,8 +16,8 @@ from jax import lax
 
 from ._arguments import check
 from ._attention import Results, attention, rows_of_length
-from ._semantics.block_masks import positions_of_block, visited_distances
-from ._semantics.call import Arrays, Ring, Settings, mesh_order
+from ._semantics.block_masks import make_ring, positions_of_block
+from ._semantics.call import Arrays, Settings
 from ._semantics.dropout import with_place
 from ._semantics.positions import saturated_sum
 from ._shapes import as_4d
@@ -134,9 +134,8 @@ def _rows_of_device(name: str, x: jax.Array, T: int, S: int, devices: Devices) -
 def _ring(settings: Settings, arrays: Arrays, devices: Devices, shape: tuple[int, ...]) -> Results:
     T, S, size = arrays.query.shape[1], arrays.key.shape[1], devices.size
     is_balanced = devices.order is not None
-    distances = visited_distances(settings, arrays, T, S, size, is_balanced=is_balanced)
-    in_mesh = mesh_order(devices.axis_name, dict(jax.sharding.get_abstract_mesh().shape))
-    ring = Ring(devices.axis_name, size, distances, in_mesh, is_balanced)
+    mesh_axes = dict(jax.sharding.get_abstract_mesh().shape)
+    ring = make_ring(settings, arrays, (T, S), devices.axis_name, mesh_axes, size, is_balanced=is_balanced)
     return _over_devices(attention(settings._replace(ring=ring), arrays, shape), devices)
 
 

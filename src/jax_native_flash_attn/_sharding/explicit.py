@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from .._semantics.block_masks import visited_distances
-from .._semantics.call import OPERANDS, Arrays, Ring, Settings, mesh_order
+from .._semantics.block_masks import make_ring
+from .._semantics.call import OPERANDS, Arrays, Settings
 from .types import axis_names
 
 
@@ -43,8 +43,7 @@ def over_explicit_axes(attention: Callable, settings: Settings, arrays: Arrays) 
                 f"key and value are sharded along the sequence as query is, over {blocks} devices, got {S} keys: pad "
                 "them to a multiple, or gather query's sequence with jax.sharding.reshard"
             )
-        distances = visited_distances(settings, arrays, T // blocks, S // blocks, blocks, is_balanced=False)
-        ring = Ring(spec[1], blocks, distances, mesh_order(spec[1], mesh.shape))
+        ring = make_ring(settings, arrays, (T // blocks, S // blocks), spec[1], mesh.shape, blocks)
         settings = settings._replace(ring=ring)
     num_kv_heads = arrays.key.shape[2]
     head_shards = _num_shards(mesh, spec[2])
