@@ -153,6 +153,7 @@ FEATURES: dict[str, Case] = {
     "bias of keys": Case({}, {"bias": (1, N, 1, T)}, {"bias": BY_KEYS}),
     "bias of keys, whole": Case({}, {"bias": (B, 1, 1, T)}, {"bias": P()}),
     "bias of rows": Case(CAUSAL, {"bias": (B, 1, T, 1), "sinks": (N,)}, {"bias": BY_ROWS}),
+    "bias of rows, cap": Case(CAUSAL | TILES | {"logits_soft_cap": 1.5}, {"bias": (B, 1, T, 1)}, {"bias": BY_ROWS}),
     "bias of rows, whole": Case({}, {"bias": (1, N, T, 1)}, {"bias": P()}),
     "bias of one": Case({}, {"bias": (B, N, 1, 1)}, {"bias": P()}),
     "bias, whole": Case({}, {"bias": (B, N, T, T)}, {"bias": P()}),

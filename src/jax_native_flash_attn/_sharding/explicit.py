@@ -9,7 +9,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from .._semantics.block_masks import make_ring
 from .._semantics.call import OPERANDS, Arrays, Settings
-from .types import axis_names
+from .types import axis_names, reshard
 
 
 def over_explicit_axes(attention: Callable, settings: Settings, arrays: Arrays) -> Any:
@@ -63,7 +63,9 @@ def over_explicit_axes(attention: Callable, settings: Settings, arrays: Arrays) 
 
     # An array that a call lacks is None, which has no leaf.
     specs = Arrays(*(None if x is None else spec_of(name, x) for name, x in arrays._asdict().items()))  # pyright: ignore
-    placed = Arrays(*(None if x is None else jax.sharding.reshard(x, s) for x, s in zip(arrays, specs, strict=True)))  # pyright: ignore
+    placed = Arrays(  # pyright: ignore
+        *(None if x is None else reshard(x, mesh, spec) for x, spec in zip(arrays, specs, strict=True))
+    )
     out_specs = (
         PartitionSpec(spec[0], spec[1], spec[2], None),
         PartitionSpec(spec[0], spec[1], spec[2]) if settings.needs_lse else None,

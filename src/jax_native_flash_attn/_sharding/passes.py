@@ -118,11 +118,6 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
     ring, dtype, S = config.ring, accumulation_dtype(inputs.query.dtype), call.sizes.S
     assert ring is not None
     of_blocks = Call(config, inputs._replace(sinks=None))
-    if "bias" in given.wanted and given.wanted["bias"].shape[-1] == 1:
-        raise NotImplementedError(
-            "bias must have a key axis where its gradient is taken inside a logits_soft_cap, in a ring of devices, got "
-            f"shape {given.wanted['bias'].shape}: broadcast it along the keys, or take strategy='all_gather'"
-        )
     # Sums over blocks, unrounded; but for a bias of keys, each block has its own.
     wanted = {name: Shape(x.shape, dtype) for name, x in given.wanted.items() if name != "scale"}
     split = {name for name, x in wanted.items() if name == "bias" and x.shape[-1] > 1}
