@@ -369,7 +369,7 @@ def test_explicit_axes_without_a_mesh_in_force(spec: P):
     for f in (attention, jax.jit(attention), jax.jit(gradient)):
         results, expected = (jax.tree.leaves((f if f is attention else jax.jit(f))(*x)) for x in (placed, arrays))
         for a, e in zip(results, expected, strict=True):
-            assert a.sharding.spec[: len(spec)] == spec
+            assert tuple(a.sharding.spec)[: len(spec)] == tuple(spec)
             np.testing.assert_allclose(a, e, rtol=0, atol=1e-5)
 
 

@@ -63,9 +63,8 @@ def over_explicit_axes(attention: Callable, settings: Settings, arrays: Arrays) 
 
     # An array that a call lacks is None, which has no leaf.
     specs = Arrays(*(None if x is None else spec_of(name, x) for name, x in arrays._asdict().items()))  # pyright: ignore
-    placed = Arrays(  # pyright: ignore
-        *(None if x is None else reshard(x, mesh, spec) for x, spec in zip(arrays, specs, strict=True))
-    )
+    pairs = zip(arrays, specs, strict=True)
+    placed = Arrays(*(None if x is None else reshard(x, mesh, spec) for x, spec in pairs))  # pyright: ignore
     out_specs = (
         PartitionSpec(spec[0], spec[1], spec[2], None),
         PartitionSpec(spec[0], spec[1], spec[2]) if settings.needs_lse else None,

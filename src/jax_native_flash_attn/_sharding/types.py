@@ -60,7 +60,7 @@ def shard_alike(operands: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def reshard(x: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:
-    """As `jax.sharding.reshard`, also without `jax.set_mesh`: an array of no mesh that is not to be sharded stays so."""
+    """As `jax.sharding.reshard`, without `jax.set_mesh` too: an array of no mesh that is not to be sharded stays so."""
     is_needed = any(spec) or not jax.typeof(x).sharding.mesh.empty
     return jax.sharding.reshard(x, NamedSharding(mesh, spec)) if is_needed else x
 
