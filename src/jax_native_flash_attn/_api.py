@@ -1,18 +1,21 @@
 """The public functions: their signatures and their mathematics."""
 
+from __future__ import annotations
+
 from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.lax import PrecisionLike
 from jax.typing import ArrayLike
 
 from ._arguments import check
 from ._attention import attention
 from ._convert import as_static_bool
 from ._keywords import explains_keywords
-from ._options import EXTENSIONS, Options
+from ._options import EXTENSIONS, Options, WindowLike
 from ._semantics.errors import describe
 
 Implementation = Literal["xla", "pure_jax", "mosaic_gpu", "cudnn"]
@@ -59,7 +62,7 @@ def flash_attention(
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: Any = None,
+    local_window_size: WindowLike | None = None,
     implementation: Implementation | None = None,
     return_residual: bool = False,
     dropout_rate: float = 0.0,
@@ -67,7 +70,7 @@ def flash_attention(
     deterministic: bool = False,
     block_q: int | None = None,
     block_kv: int | None = None,
-    precision: Any = None,
+    precision: PrecisionLike = None,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
     query_positions: ArrayLike | None = None,
@@ -219,13 +222,13 @@ def flash_attention_with_lse(
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: Any = None,
+    local_window_size: WindowLike | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
     deterministic: bool = False,
     block_q: int | None = None,
     block_kv: int | None = None,
-    precision: Any = None,
+    precision: PrecisionLike = None,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
     query_positions: ArrayLike | None = None,

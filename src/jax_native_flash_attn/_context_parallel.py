@@ -1,5 +1,7 @@
 """The public functions for sequences that are split over devices."""
 
+from __future__ import annotations
+
 import inspect
 from typing import Any, Unpack
 

@@ -1,5 +1,7 @@
 """Which kernels a call takes, and why: for people, and for tests."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +20,7 @@ from ._kernels.protocol import Pass, Target
 from ._semantics.call import Call
 from ._semantics.numerics import accumulation_dtype
 from ._sharding.passes import types_of_step
-from ._strategies import DEFAULT_STRATEGY
+from ._strategies import DEFAULT_STRATEGY, SequenceOrder, Strategy
 
 _AXIS = "devices"
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -100,8 +102,8 @@ def explain(
     platform: str | None = None,
     compiles: bool = False,
     devices: int = 1,
-    strategy: Any = None,
-    order: Any = None,
+    strategy: Strategy | None = None,
+    order: SequenceOrder | None = None,
     **kwargs: Any,
 ) -> Explanation:
     """Say which kernels `flash_attention(*args, **kwargs)` takes, and why not the others.

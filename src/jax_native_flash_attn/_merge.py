@@ -1,5 +1,7 @@
 """Attention over parts of the keys, merged: for split decoding, and for parts that users make themselves."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,9 +1,16 @@
 """Types of the optional arguments, and the defaults of those that `jax.nn` lacks."""
 
-from typing import Any, TypedDict
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias, TypedDict
 
 import jax
+from jax.lax import PrecisionLike
 from jax.typing import ArrayLike
+
+# (left, right), or one integer for both.
+WindowLike: TypeAlias = ArrayLike | Sequence[ArrayLike]
 
 
 class Options(TypedDict, total=False):
@@ -13,13 +20,13 @@ class Options(TypedDict, total=False):
     is_causal: bool
     query_seq_lengths: ArrayLike | None
     key_value_seq_lengths: ArrayLike | None
-    local_window_size: Any
+    local_window_size: WindowLike | None
     dropout_rate: float
     dropout_rng: jax.Array | None
     deterministic: bool
     block_q: int | None
     block_kv: int | None
-    precision: Any
+    precision: PrecisionLike
     query_segment_ids: ArrayLike | None
     key_value_segment_ids: ArrayLike | None
     query_positions: ArrayLike | None

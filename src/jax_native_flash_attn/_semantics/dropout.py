@@ -6,6 +6,8 @@ Threefry-2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"
 Hence the mask depends neither on block sizes nor on sharding, nor on whether attention is flash or dense.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
