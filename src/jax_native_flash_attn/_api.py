@@ -80,13 +80,12 @@ def flash_attention(
     sinks: ArrayLike | None = None,
     broadcast_dropout: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    r"""Scaled dot product attention in memory linear in T and S; a drop-in for `jax.nn.dot_product_attention`.
+    """Scaled dot product attention in memory linear in T and S; a drop-in for `jax.nn.dot_product_attention`.
 
-    For each query row :math:`t` and head, over the keys :math:`s` that the masks allow,
+    For each query row t and head, over the keys s that the masks allow,
 
-    .. math::
-        z_{ts} = \mathrm{scale} \; q_t \cdot k_s + \mathrm{bias}_{ts}, \qquad
-        \mathrm{out}_t = \sum_s \frac{e^{z_{ts}}}{\sum_{s'} e^{z_{ts'}}} \, v_s
+        logits[t, s] = scale * dot(query[t], key[s]) + bias[t, s]
+        out[t] = sum_s exp(logits[t, s]) * value[s] / sum_s exp(logits[t, s])
 
     by the algorithm of FlashAttention-2 (Dao 2023, arXiv:2307.08691): tile by tile, with an online softmax, and
     probabilities recomputed in the derivatives. Axes: B batch, T query length, S key/value length, N query heads,
@@ -144,6 +143,14 @@ def flash_attention(
         key; an unknown keyword.
       NotImplementedError: an extension together with implementation='cudnn'; implementation='mosaic_gpu' where it
         cannot run (when the call is compiled).
+
+    Examples:
+      >>> import jax
+      >>> from jax_native_flash_attn import flash_attention
+      >>> query = jax.random.normal(jax.random.key(0), (2, 64, 8, 32))
+      >>> key, value = jax.random.normal(jax.random.key(1), (2, 2, 64, 4, 32))
+      >>> flash_attention(query, key, value, is_causal=True).shape
+      (2, 64, 8, 32)
     """
     arguments = {name: x for name, x in locals().items() if name not in ("implementation", "return_residual")}
     return_residual = as_static_bool(return_residual, "return_residual")
@@ -243,9 +250,9 @@ def flash_attention_with_lse(
 
     (`flash_attention(..., return_residual=True)` follows `jax.nn`: its log-sum-exp has key's dtype and no gradient.)
 
-    Args: as `flash_attention`, and
+    Args:
       return_max_logits: also return the largest logit of each head, as clipping of queries and keys needs it (QK-clip,
-        Kimi K2, arXiv:2507.20534, section 2.1).
+        Kimi K2, arXiv:2507.20534, section 2.1). All other arguments are as of `flash_attention`.
 
     Returns:
       out, of query's shape but for its last axis, value's, and its dtype; and lse, (B, T, N) or (T, N), float32
@@ -255,7 +262,16 @@ def flash_attention_with_lse(
       scale, bias and cap, without sinks; -inf if there is none. It has no gradient. Inside a `shard_map` it is that of
       the shard: take `jax.lax.pmax`.
 
-    Raises: as `flash_attention`.
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `flash_attention`.
+
+    Examples:
+      >>> import jax
+      >>> from jax_native_flash_attn import flash_attention_with_lse
+      >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 64, 8, 32))
+      >>> out, lse = flash_attention_with_lse(query, key, value)
+      >>> out.shape, lse.shape
+      ((2, 64, 8, 32), (2, 64, 8))
     """
     arguments = {name: x for name, x in locals().items() if name != "return_max_logits"}
     needs_max_logits = as_static_bool(return_max_logits, "return_max_logits")

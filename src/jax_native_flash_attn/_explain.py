@@ -34,6 +34,13 @@ class PassExplanation:
       family: its kernels, as `implementation` names them.
       reasons: for each family that is not taken, why.
       plan: tile or block shapes, dtypes and form: a frozen value of the family's own, which prints its fields.
+
+    Examples:
+      >>> import jax
+      >>> from jax_native_flash_attn import explain
+      >>> x = jax.ShapeDtypeStruct((2, 1024, 8, 64), "bfloat16")
+      >>> print(explain(x, x, x, platform="cpu").gradient.reasons["mosaic_gpu"])
+      the call is compiled for cpu, not for an NVIDIA GPU alone
     """
 
     family: str
@@ -49,6 +56,14 @@ class ContextExplanation:
       strategy, devices: of the call.
       visits, skipped: how many blocks of keys a device attends, its own among them, and how many it never gets.
       bytes_sent: by pass, of key, value and their like, what a device sends. The gradient is without the forward pass.
+
+    Examples:
+      >>> import jax
+      >>> from jax_native_flash_attn import explain
+      >>> x = jax.ShapeDtypeStruct((2, 1024, 8, 64), "bfloat16")
+      >>> context = explain(x, x, x, is_causal=True, local_window_size=1023, platform="cpu", devices=4).context
+      >>> context.strategy, context.visits, context.skipped
+      ('ring', 2, 2)
     """
 
     strategy: str
@@ -75,6 +90,14 @@ class Explanation:
         devices, those of one block of keys.
       temporary_bytes: by pass, what XLA allocates beside arguments and results on one device; None if not asked for.
       context: how the sequence is split; None if it is not.
+
+    Examples:
+      >>> import jax
+      >>> from jax_native_flash_attn import explain
+      >>> x = jax.ShapeDtypeStruct((2, 1024, 8, 64), "bfloat16")
+      >>> found = explain(x, x, x, platform="cpu")
+      >>> found.platform, found.gradient.family, found.context
+      ('cpu', 'pure_jax', None)
     """
 
     platform: str
@@ -110,10 +133,6 @@ def explain(
 
     With `devices`, what `context_parallel_attention` does.
 
-    Example:
-      >>> x = jax.ShapeDtypeStruct((2, 1024, 8, 64), jnp.bfloat16)
-      >>> print(explain(x, x, x, is_causal=True))
-
     Args:
       *args, **kwargs: as of `flash_attention`; arrays, or `jax.ShapeDtypeStruct`s in place of arrays that a program
         gets. (An array is a constant of the program, as a mask may be.) No attention is computed.
@@ -130,6 +149,18 @@ def explain(
     Raises:
       ValueError, TypeError, NotImplementedError: as `flash_attention`; `compiles` for another platform, or with several
         `devices`; an axis of size 0; implementation='cudnn'.
+
+    Examples:
+      >>> import jax
+      >>> from jax_native_flash_attn import explain
+      >>> x = jax.ShapeDtypeStruct((2, 1024, 8, 64), "bfloat16")
+      >>> found = explain(x, x, x, is_causal=True, platform="cpu")
+      >>> print(found.forward.family)
+      pure_jax
+      >>> print(found)  # doctest: +ELLIPSIS
+      flash_attention on cpu
+      forward: pure_jax
+        plan: ...
     """
     here = _platform_here()
     platform = here if platform is None else platform
