@@ -5,6 +5,7 @@ Sources are written for readers of the repository: README links to `docs/design.
 
 import base64
 import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
@@ -24,15 +25,15 @@ OUTSIDE = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTIN
 # What comes first in a folder; all else follows by name.
 FIRST = {
     "guides": "first_steps which_path packed_sequences decoding models dropout derivatives biases long_context "
-    "exporting quantisation warnings flax keras equinox haiku arguments".split(),
-    "notebooks": "first_steps masks memory_and_speed".split(),
+    "exporting quantisation warnings flax keras equinox haiku arguments coming_from_jax_nn",
+    "notebooks": "first_steps masks memory_and_speed",
 }
 # The tabs, with pages or folders of each.
 TABS = {
     "Home": ["index.md"],
     "Guides": ["guides"],
     "Notebooks": ["notebooks"],
-    "API": ["api.md"],
+    "Reference": ["api.md", "transformations.md"],
     "Benchmarks": ["benchmarks.md", "benchmarks_gpu.md", "measurements"],
     "Design": ["design.md", "context_parallel.md"],
     "Limits": ["limits.md"],
@@ -60,7 +61,7 @@ def navigation(pages: list[str]) -> list[Any]:
 
 def below(place: str, pages: Iterable[str]) -> list[str]:
     """A page, or those of a folder: its index, then in the order of FIRST."""
-    order = ["README", "index", *FIRST.get(place, ())]
+    order = ["README", "index", *FIRST.get(place, "").split()]
 
     def rank(page: str) -> tuple[int, str]:
         stem = PurePosixPath(page).stem
@@ -70,7 +71,12 @@ def below(place: str, pages: Iterable[str]) -> list[str]:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links between places of the repository become links between pages, or into the repository on the web."""
+    """Links between places of the repository become links between pages, or into the repository on the web.
+
+    And a page that has a tab for itself has no list of pages beside it.
+    """
+    if page.parent is None:
+        page.meta["hide"] = ["navigation"]
     sources = {page: source for source, page in OUTSIDE.items()}
     here = page.file.src_uri
     folder = PurePosixPath(sources.get(here, f"docs/{here}")).parent
@@ -104,7 +110,10 @@ def execute(path: Path) -> dict[str, Any]:
         if cell.cell_type == "markdown":
             parts.append(cell.source)
             continue
-        parts.append(f"```python\n{cell.source.strip()}\n```")
+        code = f"```python\n{cell.source.strip()}\n```"
+        if "hide-input" in cell.metadata.get("tags", ()):
+            code = f'??? note "The code of this cell"\n\n{textwrap.indent(code, "    ")}'
+        parts.append(code)
         for output in cell.outputs:
             data = output.get("data", {})
             if output.get("name") == "stderr":

@@ -7,6 +7,7 @@
 # %%
 import jax
 import jax.numpy as jnp
+
 from jax_native_flash_attn import dropout_keep_mask, explain, flash_attention
 
 B, T, N, K, H = 2, 256, 8, 2, 64  # batch, length, query heads, key/value heads, head dimension
@@ -14,13 +15,13 @@ query = jax.random.normal(jax.random.key(0), (B, T, N, H))
 key, value = jax.random.normal(jax.random.key(1), (2, B, T, K, H))
 
 out = flash_attention(query, key, value, is_causal=True)
-out.shape, out.dtype
+print(out.shape, out.dtype)
 
 # %% [markdown]
 # ## The same as `jax.nn`
 #
-# Only the order of the sums differs, so results agree to rounding. `K` may be smaller than `N`: each key/value head then
-# serves `N // K` query heads.
+# Only the order of the sums differs, so results agree to rounding. `K` may be smaller than `N`: each key/value head
+# then serves `N // K` query heads.
 
 
 # %%

@@ -2,14 +2,15 @@
 # # Memory and speed over length
 #
 # Value and gradient of causal attention, compiled for this machine's CPU, with `jax.nn` beside it. Memory is what XLA
-# says that it allocates besides arguments and results. Nothing has to run for that. Times are the better of two runs on
-# the machine that built this page: look at how they grow, not at the milliseconds.
+# says that it allocates besides arguments and results. Nothing has to run for that. Times are the better of two runs
+# on the machine that built this page: look at how they grow, not at the milliseconds.
 
 # %%
 import time
 
 import jax
 import matplotlib.pyplot as plt
+
 from jax_native_flash_attn import flash_attention
 
 N, H = 4, 64
@@ -32,8 +33,8 @@ programs = {(name, length): compiled(f, length) for name, f in NAMES.items() for
 # %% [markdown]
 # ## Memory
 #
-# `jax.nn` keeps arrays of length x length: twice the length takes four times the memory. Here there are tiles, whose size
-# has a limit, and a few arrays of the size of the arguments.
+# `jax.nn` keeps arrays of length x length: twice the length takes four times the memory. Here there are tiles, whose
+# size has a limit, and a few arrays of the size of the arguments.
 
 # %%
 memory = {at: program.memory_analysis().temp_size_in_bytes / 2**20 for at, program in programs.items()}
