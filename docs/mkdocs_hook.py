@@ -104,7 +104,7 @@ def execute(path: Path) -> dict[str, Any]:
     """
     notebook = jupytext.read(path)
     settings = Config(KernelManager={"transport": "ipc"})  # a kernel warns of TCP
-    NotebookClient(notebook, timeout=300, kernel_name="python3", config=settings).execute()
+    NotebookClient(notebook, timeout=300, kernel_name="python3", coalesce_streams=True, config=settings).execute()
     parts, pictures = [], {}
     for cell in notebook.cells:
         if cell.cell_type == "markdown":

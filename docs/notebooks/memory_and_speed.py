@@ -1,16 +1,16 @@
 # %% [markdown]
 # # Memory and speed over length
 #
-# Value and gradient of causal attention, compiled for this machine's CPU, with `jax.nn` beside it. Memory is what XLA
-# says that it allocates besides arguments and results. Nothing has to run for that. Times are the better of two runs
-# on the machine that built this page: look at how they grow, not at the milliseconds.
+# Value and gradient of causal attention, compiled for this machine's CPU, with `jax.nn`
+# beside it. Memory is what XLA says that it allocates besides arguments and results.
+# Nothing has to run for that. Times are the better of two runs on the machine that
+# built this page: look at how they grow, not at the milliseconds.
 
 # %%
 import time
 
 import jax
 import matplotlib.pyplot as plt
-
 from jax_native_flash_attn import flash_attention
 
 N, H = 4, 64
@@ -28,19 +28,28 @@ def compiled(attention, length):
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(x, x, x).compile()
 
 
-programs = {(name, length): compiled(f, length) for name, f in NAMES.items() for length in LENGTHS}
+programs = {
+    (name, length): compiled(f, length)
+    for name, f in NAMES.items()
+    for length in LENGTHS
+}
 
 # %% [markdown]
 # ## Memory
 #
-# `jax.nn` keeps arrays of length x length: twice the length takes four times the memory. Here there are tiles, whose
-# size has a limit, and a few arrays of the size of the arguments.
+# `jax.nn` keeps arrays of length x length: twice the length takes four times the
+# memory. Here there are tiles, whose size has a limit, and a few arrays of the size of
+# the arguments.
 
 # %%
-memory = {at: program.memory_analysis().temp_size_in_bytes / 2**20 for at, program in programs.items()}
+memory = {
+    at: program.memory_analysis().temp_size_in_bytes / 2**20
+    for at, program in programs.items()
+}
 print("length    flash_attention        jax.nn")
 for length in LENGTHS:
-    print(f"{length:6} {memory['flash_attention', length]:14.1f} MiB {memory['jax.nn', length]:9.1f} MiB")
+    ours, theirs = (memory[name, length] for name in NAMES)
+    print(f"{length:6} {ours:14.1f} MiB {theirs:9.1f} MiB")
 
 # %% [markdown]
 # ## Time
@@ -61,9 +70,16 @@ def milliseconds(program, length):
 times = {at: milliseconds(program, at[1]) for at, program in programs.items()}
 
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-for ax, found, label in zip(axes, (memory, times), ("temporary memory, MiB", "time, ms"), strict=True):
+for ax, found, label in zip(
+    axes, (memory, times), ("temporary memory, MiB", "time, ms"), strict=True
+):
     for name, marker in zip(NAMES, "os", strict=True):
-        ax.plot(LENGTHS, [found[name, length] for length in LENGTHS], marker=marker, label=name)
+        ax.plot(
+            LENGTHS,
+            [found[name, length] for length in LENGTHS],
+            marker=marker,
+            label=name,
+        )
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
     ax.set_xticks(LENGTHS, [str(length) for length in LENGTHS])

@@ -1,7 +1,9 @@
-"""Every public name has an example in its docstring, and it does what it says; signatures read short."""
+"""Every public name has an example, which does what it says, and a place in the reference; signatures read short."""
 
 import doctest
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +26,9 @@ def test_examples(name: str):
 def test_signatures_name_types(name: str):
     """`help` prints the names of types, not the unions they stand for."""
     assert not any(text in str(inspect.signature(getattr(jax_native_flash_attn, name))) for text in ("Union", "_src"))
+
+
+def test_reference_has_every_name():
+    page = (Path(__file__).parents[2] / "docs/api.md").read_text()
+    named = re.findall(r"^::: jax_native_flash_attn\.(\w+)$", page, re.MULTILINE)
+    assert sorted(named) == sorted(jax_native_flash_attn.__all__)
