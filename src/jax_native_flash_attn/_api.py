@@ -15,8 +15,8 @@ from ._keywords import explains_keywords
 from ._options import EXTENSIONS, Options
 from ._semantics.errors import describe
 
-Implementation = Literal["xla", "pure_jax", "mosaic_gpu", "cudnn"]
-_IMPLEMENTATIONS = (None, "xla", "pure_jax", "mosaic_gpu", "cudnn")
+Implementation = Literal["xla", "pure_jax", "mosaic_gpu", "dense", "cudnn"]
+_IMPLEMENTATIONS = (None, "xla", "pure_jax", "mosaic_gpu", "dense", "cudnn")
 
 # jax.nn's own function, for implementation='cudnn': by the time of a call a user may have put ours in its place. Ours
 # carries it, should this module be imported once more by then.
@@ -104,7 +104,8 @@ def flash_attention(
         May be traced.
       implementation: None, or 'xla', which callers of `jax.nn` say for "not cuDNN", for the fastest of our own kernels
         that support the call where it is compiled for. 'pure_jax' for those in pure JAX, 'mosaic_gpu' for those for
-        Hopper GPUs, which is an error where they cannot run; 'cudnn' passes the call to `jax.nn`.
+        Hopper GPUs, which is an error where they cannot run; 'cudnn' passes the call to `jax.nn`. 'dense' is for
+        quantisers and converters: JAX's own functions in the open, with arrays of T x S elements.
       return_residual: also return the log-sum-exp of the logits, with its gradient stopped.
       dropout_rate: (extension) probability, in [0, 1], of dropping an attention weight; kept ones are divided by
         `1 - dropout_rate`. A static Python number.
@@ -193,6 +194,7 @@ def flash_attention_with_lse(
     bias: ArrayLike | None = ...,
     mask: ArrayLike | None = ...,
     *,
+    implementation: Implementation | None = ...,
     return_max_logits: Literal[False] = ...,
     **options: Unpack[Options],
 ) -> tuple[jax.Array, jax.Array]: ...
@@ -204,6 +206,7 @@ def flash_attention_with_lse(
     bias: ArrayLike | None = ...,
     mask: ArrayLike | None = ...,
     *,
+    implementation: Implementation | None = ...,
     return_max_logits: Literal[True],
     **options: Unpack[Options],
 ) -> tuple[jax.Array, jax.Array, jax.Array]: ...
@@ -220,6 +223,7 @@ def flash_attention_with_lse(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: Any = None,
+    implementation: Implementation | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
     deterministic: bool = False,
@@ -240,7 +244,7 @@ def flash_attention_with_lse(
 
     (`flash_attention(..., return_residual=True)` follows `jax.nn`: its log-sum-exp has key's dtype and no gradient.)
 
-    Args: as `flash_attention`, and
+    Args: as `flash_attention` (`implementation` but for 'cudnn'), and
       return_max_logits: also return the largest logit of each head, as clipping of queries and keys needs it (QK-clip,
         Kimi K2, arXiv:2507.20534, section 2.1).
 
@@ -254,9 +258,10 @@ def flash_attention_with_lse(
 
     Raises: as `flash_attention`.
     """
-    arguments = {name: x for name, x in locals().items() if name != "return_max_logits"}
+    arguments = {name: x for name, x in locals().items() if name not in ("implementation", "return_max_logits")}
     needs_max_logits = as_static_bool(return_max_logits, "return_max_logits")
-    checked = check(**arguments, needs_lse=True, needs_max_logits=needs_max_logits)
+    asked: dict[str, Any] = {"implementation": own_implementation(implementation), "needs_lse": True}
+    checked = check(**arguments, **asked, needs_max_logits=needs_max_logits)
     out, lse, max_logits = attention(*checked, jnp.asarray(query).shape)
     assert lse is not None
     return (out, lse) if max_logits is None else (out, lse, max_logits)

@@ -25,6 +25,7 @@ from ._convert import (
 )
 from ._semantics.call import Arrays, Settings
 from ._semantics.constant_masks import hide_constant_mask
+from ._semantics.dense import NAME as DENSE
 from ._semantics.dropout import check_dropout, head_indices, make_dropout, threefry_words
 from ._semantics.masks import Band
 from ._semantics.positions import clip_window_side
@@ -78,6 +79,7 @@ def check(
     scalar_scale = as_scale(scale, H)
     # A number becomes a tracer where what follows is recorded for a compiler. Elsewhere nothing is analysed.
     is_staged = isinstance(scalar_scale if scale is None else jnp.asarray(0.0), Tracer)
+    is_staged &= implementation != DENSE  # of whose program nothing is hidden
     query_ids = as_integers(query_segment_ids, "query_segment_ids", axes, "BT", hides=is_staged)
     key_ids = as_integers(key_value_segment_ids, "key_value_segment_ids", axes, "BS", hides=is_staged)
     if (query_ids is None) != (key_ids is None):

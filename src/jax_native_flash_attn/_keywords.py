@@ -136,11 +136,6 @@ FOREIGN = {
             "backend impl flash_attention use_flash use_flash_attention",
             "pass implementation, None for the fastest that supports the call",
         ),
-        (
-            "implementation",
-            "leave it out: the fastest of our own kernels are taken; flash_attention and context_parallel_attention "
-            "take it",
-        ),
         ("dtype", "results have query's dtype, and softmax is at least float32: cast query, key and value"),
         # packed sequences and lengths
         (
