@@ -66,6 +66,11 @@ def check(
     """The one place that knows the public names; see `flash_attention`. Key and value are one block of `blocks`."""
     is_causal = as_static_bool(is_causal, "is_causal")
     block_q, block_kv = as_block(block_q, "block_q"), as_block(block_kv, "block_kv")
+    if implementation == DENSE and (block_q or block_kv):
+        raise ValueError(
+            f"implementation='dense' has no tiles, got block_q={block_q} and block_kv={block_kv}: leave them out, or "
+            "take another implementation"
+        )
     if as_static_bool(deterministic, "deterministic"):
         dropout_rate = 0.0
     check_dropout(dropout_rate, dropout_rng)

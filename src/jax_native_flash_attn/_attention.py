@@ -63,8 +63,8 @@ def _attend(settings: Settings, arrays: Arrays) -> Results:
     if settings.implementation == DENSE:
         if settings.ring is not None:
             raise NotImplementedError(
-                f"implementation='dense' has no ring, got a sequence that is split over {settings.ring.axis_name!r}: take "
-                "strategy='all_gather', or gather what explicit axes split with jax.sharding.reshard"
+                f"implementation='dense' has no ring, got a sequence that is split over {settings.ring.axis_name!r}: "
+                "take strategy='all_gather', or gather what explicit axes split with jax.sharding.reshard"
             )
         out, lse, max_logits = dense_attention(settings, arrays)
         return Results(out, lse if settings.needs_lse else None, max_logits if settings.needs_max_logits else None)

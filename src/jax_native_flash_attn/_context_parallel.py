@@ -79,7 +79,8 @@ def context_parallel_attention(
       ValueError: as `flash_attention`; no such mesh axis; heads or lengths that do not divide; an unknown strategy or
         order; positions beside an order; a bias or mask with both axes split.
       TypeError: as `flash_attention`.
-      NotImplementedError: implementation='cudnn'; in a ring, implementation='dense', and the gradient of a bias without a key axis inside a cap.
+      NotImplementedError: implementation='cudnn'; in a ring, implementation='dense', and the gradient of a bias without
+        a key axis inside a cap.
     """
     arguments = _arguments("context_parallel_attention", (query, key, value, bias, mask), options)
     split: dict[str, Any] = {"axis_name": axis_name, "strategy": strategy, "order": order}

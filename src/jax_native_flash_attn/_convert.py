@@ -175,11 +175,14 @@ def as_static_bool(x: Any, name: str) -> bool:
 
 
 def as_block(block: Any, name: str) -> int | None:
-    if block is None:
-        return None
-    refuse_traced(block, name)
-    if not isinstance(block, int | np.integer) or isinstance(block, bool):
-        raise TypeError(f"{name} must be an int or None, got {describe(block)}")
-    if block < 1:
-        raise ValueError(f"{name} must be at least 1, got {block}")
-    return int(block)
+    return None if block is None else as_count(block, name, "an int or None")
+
+
+def as_count(x: Any, name: str, accepted: str = "an int", one: str = "") -> int:
+    """`one` says what 1 means."""
+    refuse_traced(x, name)
+    if not isinstance(x, int | np.integer) or isinstance(x, bool):
+        raise TypeError(f"{name} must be {accepted}, got {describe(x)}{one}")
+    if x < 1:
+        raise ValueError(f"{name} must be at least 1, got {x}{one}")
+    return int(x)

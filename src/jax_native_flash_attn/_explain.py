@@ -1,5 +1,6 @@
 """Which kernels a call takes, and why: for people, and for tests."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +14,17 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from ._api import flash_attention
 from ._autodiff.primitives import flash_attention_p
 from ._context_parallel import context_parallel_attention
+from ._convert import as_count
 from ._kernels import select
 from ._kernels.protocol import Pass, Target
+from ._keywords import FOREIGN
 from ._semantics.call import Call
+from ._semantics.dense import NAME as DENSE
+from ._semantics.dense import DensePlan
+from ._semantics.errors import did_you_mean
 from ._semantics.numerics import accumulation_dtype
 from ._sharding.passes import types_of_step
-from ._strategies import DEFAULT_STRATEGY
+from ._strategies import DEFAULT_STRATEGY, check_split
 
 _AXIS = "devices"
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -29,7 +35,7 @@ class PassExplanation:
     """How one pass of a call runs.
 
     Attributes:
-      family: its kernels, as `implementation` names them.
+      family: its kernels, as `implementation` names them, or 'dense'.
       reasons: for each family that is not taken, why.
       plan: tile or block shapes, dtypes and form: a frozen value of the family's own, which prints its fields.
     """
@@ -127,8 +133,11 @@ def explain(
 
     Raises:
       ValueError, TypeError, NotImplementedError: as `flash_attention`; `compiles` for another platform, or with several
-        `devices`; an axis of size 0; implementation='cudnn'.
+        `devices`; `devices` that is no positive number; an axis of size 0; implementation='cudnn'.
     """
+    devices = as_count(devices, "devices", one=": 1 is for a sequence that is not split")
+    check_split(strategy, order)
+    _check_keywords(kwargs)
     here = _platform_here()
     platform = here if platform is None else platform
     if platform not in _PLATFORMS:
@@ -139,36 +148,52 @@ def explain(
         raise NotImplementedError("explain knows our own kernels; implementation='cudnn' is jax.nn's, got 'cudnn'")
     if compiles and devices > 1:
         raise ValueError(f"compiles=True is for one device, got devices={devices}: compile the jax.shard_map yourself")
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    types = [x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)]
-
-    def attention(*arrays: Any) -> Any:
-        remaining = iter(arrays)
-        filled = [next(remaining) if isinstance(x, jax.ShapeDtypeStruct) else x for x in leaves]
-        args, kwargs = jax.tree.unflatten(structure, filled)
-        if devices > 1:
-            split = {"axis_name": _AXIS, "strategy": strategy, "order": order}
-            return context_parallel_attention(*args, **kwargs, **split)
-        return flash_attention(*args, **kwargs)
-
-    traced = attention
-    if devices > 1:
-        mesh = AbstractMesh((devices,), (_AXIS,))
-        specs: dict[str, Any] = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec(_AXIS)}
-        traced = jax.shard_map(attention, mesh=mesh, **specs, check_vma=False)
-    call = next(_calls_of(jax.make_jaxpr(traced)(*types).jaxpr), None)
+    split = {"axis_name": _AXIS, "strategy": strategy, "order": order} if devices > 1 else {}
+    attention, types = _program(args, kwargs | split, devices)
+    program, is_dense = jax.make_jaxpr(attention)(*types), kwargs.get("implementation") == DENSE
+    if is_dense:
+        # There is no call in it. That of other kernels has the same sizes.
+        kernels, types_of_kernels = _program(args, kwargs | split | {"implementation": None}, devices)
+        program = jax.make_jaxpr(kernels)(*types_of_kernels)
+    call = next(_calls_of(program.jaxpr), None)
     if call is None:
         raise ValueError("explain needs a batch, queries, keys and heads: an axis has size 0, so that no kernel runs")
     target = Target(platform if platform in ("cpu", "cuda") else "accelerator")
     # Derivatives need the log-sum-exp, and out unrounded.
     derivative = call._replace(config=replace(call.config, needs_lse=True, rounds_out=False))
-    forward = _explain(call, Pass.FORWARD, target)
-    gradient, tangent = (_explain(derivative, which, target) for which in (Pass.COTANGENT, Pass.TANGENT))
+    passes = (call, Pass.FORWARD), (derivative, Pass.COTANGENT), (derivative, Pass.TANGENT)
+    explained = [_explain_dense(call)] * 3 if is_dense else [_explain(x, which, target) for x, which in passes]
     temporary_bytes = _temporary_bytes(attention, types) if compiles else None
     context = None
     if devices > 1:
         context = _explain_context(call, strategy or DEFAULT_STRATEGY, devices)
-    return Explanation(platform, forward, gradient, tangent, temporary_bytes, context)
+    return Explanation(platform, *explained, temporary_bytes, context)
+
+
+def _check_keywords(given: dict[str, Any]) -> None:
+    """Of a slip in one of `explain`'s own; `flash_attention` says the rest."""
+    own = ("platform", "compiles", "devices", "strategy", "order")
+    for name in given.keys() - inspect.signature(flash_attention).parameters.keys() - FOREIGN.keys():
+        if advice := did_you_mean(name, own):
+            raise TypeError(f"explain() got an unexpected keyword argument {name!r}{advice}")
+
+
+def _program(args: Any, kwargs: dict[str, Any], devices: int) -> tuple[Callable, list[jax.ShapeDtypeStruct]]:
+    """The call as a function of the arrays that a program gets, and their types."""
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    function = context_parallel_attention if devices > 1 else flash_attention
+
+    def attention(*arrays: Any) -> Any:
+        remaining = iter(arrays)
+        filled = [next(remaining) if isinstance(x, jax.ShapeDtypeStruct) else x for x in leaves]
+        args, kwargs = jax.tree.unflatten(structure, filled)
+        return function(*args, **kwargs)
+
+    if devices > 1:
+        mesh = AbstractMesh((devices,), (_AXIS,))
+        specs: dict[str, Any] = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec(_AXIS)}
+        attention = jax.shard_map(attention, mesh=mesh, **specs, check_vma=False)
+    return attention, [x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)]
 
 
 def _explain_context(call: Call, strategy: str, devices: int) -> ContextExplanation:
@@ -207,6 +232,13 @@ def _explain(call: Call, which: Pass, target: Target) -> PassExplanation:
     later = [f.name for f in select.families() if f.name != family.name and f.name not in reasons]
     reasons |= {name: f"{family.name} comes first and supports the call" for name in later}
     return PassExplanation(family.name, reasons, family.plan(call, which, target))
+
+
+def _explain_dense(call: Call) -> PassExplanation:
+    z = call.sizes
+    plan = DensePlan((*z.batch, z.N, z.T, z.S), str(accumulation_dtype(call.inputs.query.dtype)))
+    reasons = {family.name: f"implementation={DENSE!r} was asked for" for family in select.families()}
+    return PassExplanation(DENSE, reasons, plan)
 
 
 def _calls_of(jaxpr: Any) -> Iterator[Call]:

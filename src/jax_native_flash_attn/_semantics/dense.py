@@ -32,7 +32,9 @@ class DensePlan:
 
     def __str__(self) -> str:
         size = math.prod(self.shape) * jnp.dtype(self.dtype).itemsize / 2**20
-        return f"all scores in memory, {' x '.join(map(str, self.shape))} in {self.dtype}: {size:.1f} MiB for each array"
+        return (
+            f"all scores in memory, {' x '.join(map(str, self.shape))} in {self.dtype}: {size:.1f} MiB for each array"
+        )
 
 
 def dense_attention(settings: Settings, arrays: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
