@@ -5,8 +5,10 @@ from ._context_parallel import balanced_order, context_parallel_attention, conte
 from ._explain import ContextExplanation, Explanation, PassExplanation, explain
 from ._merge import merge_attention
 from ._semantics.dropout import dropout_keep_mask
+from ._warnings import AttentionWarning
 
 __all__ = [
+    "AttentionWarning",
     "ContextExplanation",
     "Explanation",
     "PassExplanation",

@@ -72,7 +72,7 @@ def flash_attention(
     key_value_segment_ids: ArrayLike | None = None,
     query_positions: ArrayLike | None = None,
     key_value_positions: ArrayLike | None = None,
-    query_offset: ArrayLike = 0,
+    query_offset: ArrayLike | None = None,
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     broadcast_dropout: bool = False,
@@ -122,6 +122,7 @@ def flash_attention(
         skipped.
       query_offset: (extension) an integer or (B,), may be traced: query t has position t + query_offset, for
         `is_causal` and `local_window_size`. For chunks of a prompt, and for decoding, against a cache of keys.
+        None is 0.
       logits_soft_cap: (extension) c > 0, static: logits, with scale and bias, become c * tanh(logits / c); masks come
         behind.
       sinks: (extension) (N,) real: one more logit for each head, in the denominator of the softmax alone. It is neither
@@ -142,6 +143,10 @@ def flash_attention(
         key; an unknown keyword.
       NotImplementedError: an extension together with implementation='cudnn'; implementation='mosaic_gpu' where it
         cannot run (when the call is compiled).
+
+    Warns:
+      AttentionWarning: legal, but hardly meant: `is_causal` with T < S and no offset or positions, a window without
+        keys, a mask (N, T, S) with B = N.
     """
     arguments = {name: x for name, x in locals().items() if name not in ("implementation", "return_residual")}
     return_residual = as_static_bool(return_residual, "return_residual")
@@ -169,10 +174,10 @@ def own_implementation(implementation: Any) -> str | None:
 def _by_cudnn(arguments: dict[str, Any], return_residual: bool) -> Any:
     if arguments.pop("deterministic"):
         arguments["dropout_rate"] = 0.0
-    for name, default in EXTENSIONS.items():
+    for name, neutral in EXTENSIONS.items():
         given = arguments.pop(name)
         is_number = isinstance(given, bool | int | float | np.number | np.bool_)
-        if given is not default and not (is_number and given == default):
+        if not any(given is x or (is_number and given == x) for x in neutral):
             raise NotImplementedError(f"{name} is not supported by implementation='cudnn', which is jax.nn's")
     del arguments["dropout_rng"]
     residual = {"return_residual": True} if return_residual else {}
@@ -234,7 +239,7 @@ def flash_attention_with_lse(
     key_value_segment_ids: ArrayLike | None = None,
     query_positions: ArrayLike | None = None,
     key_value_positions: ArrayLike | None = None,
-    query_offset: ArrayLike = 0,
+    query_offset: ArrayLike | None = None,
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     broadcast_dropout: bool = False,

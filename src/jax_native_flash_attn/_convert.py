@@ -76,6 +76,8 @@ def as_int32(x: jax.Array) -> jax.Array:
 
 def as_offset(offset: Any, batch: int) -> tuple[int, jax.Array | None]:
     """A Python number, or an array (B,) or, for all batch rows, (1,)."""
+    if offset is None:
+        return 0, None
     if isinstance(offset, int | np.integer) and not isinstance(offset, bool):
         return min(max(int(offset), -LARGEST), LARGEST), None
     if not isinstance(offset, np.ndarray | jax.Array) or not jnp.issubdtype(offset.dtype, jnp.integer):
@@ -123,6 +125,16 @@ def as_window(window: Any) -> tuple[Any, Any] | None:
                 f"local_window_size must hold integers, got {describe(window)}: a side without a limit is S"
             )
     return tuple(int(side) if isinstance(side, int | np.integer) else side for side in window)  # pyright: ignore[reportReturnType]
+
+
+def static_or_traced(
+    window: tuple[Any, Any] | None, T: int, S: int, *, moves: bool
+) -> tuple[tuple[int, int] | None, jax.Array | None]:
+    """A window as one that is static, or as one that is traced, (2,) int32; `moves`: whether rows or keys do."""
+    if window is None or all(isinstance(side, int) for side in window):
+        return window, None
+    limits = ((-LARGEST, LARGEST),) * 2 if moves else ((-S, T), (-T, S))
+    return None, jnp.stack([clip_window_side(side, *ends) for side, ends in zip(window, limits, strict=True)])
 
 
 def _is_scalar_integer(x: Any) -> bool:

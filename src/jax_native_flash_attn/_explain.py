@@ -162,12 +162,14 @@ def explain(
     # Derivatives need the log-sum-exp, and out unrounded.
     derivative = call._replace(config=replace(call.config, needs_lse=True, rounds_out=False))
     passes = (call, Pass.FORWARD), (derivative, Pass.COTANGENT), (derivative, Pass.TANGENT)
-    explained = [_explain_dense(call)] * 3 if is_dense else [_explain(x, which, target) for x, which in passes]
+    forward, gradient, tangent = (
+        [_explain_dense(call)] * 3 if is_dense else [_explain(x, which, target) for x, which in passes]
+    )
     temporary_bytes = _temporary_bytes(attention, types) if compiles else None
     context = None
     if devices > 1:
         context = _explain_context(call, strategy or DEFAULT_STRATEGY, devices)
-    return Explanation(platform, *explained, temporary_bytes, context)
+    return Explanation(platform, forward, gradient, tangent, temporary_bytes, context)
 
 
 def _check_keywords(given: dict[str, Any]) -> None:

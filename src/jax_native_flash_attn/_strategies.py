@@ -22,6 +22,7 @@ from ._semantics.dropout import with_place
 from ._semantics.errors import describe, did_you_mean
 from ._semantics.positions import saturated_sum
 from ._shapes import as_4d
+from ._warnings import warn_of_mask
 
 Strategy = Literal["ring", "all_to_all", "all_gather"]
 SequenceOrder = Literal["balanced"]
@@ -69,6 +70,9 @@ def context_parallel(
     shape = jnp.shape(arguments["query"])
     if size == 1:
         return attention(*check(**arguments, **asked), shape)
+    if arguments["mask"] is not None:  # before it gets rank 4
+        B, _, N, _ = as_4d(arguments["query"], "query").shape
+        warn_of_mask(jnp.shape(arguments["mask"]), B, N)
     devices = Devices(axis_name, size, lax.axis_index(axis_name), order)
     if order is not None:
         _check_order(arguments, T, S)

@@ -17,7 +17,8 @@ from tests.support.environment import enable_x64
 from tests.support.oracle import float64_oracle
 from tests.support.programs import collective_elements
 
-dense: Any = functools.partial(flash_attention_with_lse, implementation="dense")
+with_lse: Any = flash_attention_with_lse
+dense = functools.partial(with_lse, implementation="dense")
 
 # Each argument, and rows without a key, in few compilations.
 SHAPE = (2, 13, 19, 2, 2, 8)
@@ -54,7 +55,9 @@ CASES = {
     ),
     "float64": Case(SHAPE, "float64", segment_ids="shuffled", logits_soft_cap=0.8, bias=(True, True, True, True)),
     "bfloat16": Case(SHAPE, "bfloat16", local_window_size=(2, -1), query_offset=-3, with_lse=True),
-    "float16": Case(SHAPE, "float16", dropout_rate=0.3, broadcast_dropout=True, vmapped=True, mask=(True,) * 4),
+    "float16": Case(
+        SHAPE, "float16", dropout_rate=0.3, broadcast_dropout=True, vmapped=True, mask=(True, True, True, True)
+    ),
 }
 
 B, T, N, K, H = 2, 8, 4, 2, 8
@@ -69,7 +72,7 @@ def run(function: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_value_lse_and_gradients(case: Case):
-    function = flash_attention_with_lse if case.with_lse else flash_attention
+    function = with_lse if case.with_lse else flash_attention
     check_case(case, functools.partial(function, implementation="dense"), FAST_COMPILATION)
 
 

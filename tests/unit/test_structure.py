@@ -15,6 +15,7 @@ FLOORS = (
     "_autodiff",
     "_keywords",
     "_shapes",
+    "_warnings",
     "_convert",
     "_arguments",
     "_attention",
