@@ -81,7 +81,7 @@ def as_offset(offset: Any, batch: int) -> tuple[int, jax.Array | None]:
     if isinstance(offset, int | np.integer) and not isinstance(offset, bool):
         return min(max(int(offset), -LARGEST), LARGEST), None
     if not isinstance(offset, np.ndarray | jax.Array) or not jnp.issubdtype(offset.dtype, jnp.integer):
-        raise TypeError(f"query_offset must be an integer or an array (B,) of integers, got {describe(offset)}")
+        raise TypeError(f"query_offset must be an integer, an array (B,) of integers or None, got {describe(offset)}")
     if offset.shape not in ((), (batch,)):
         raise ValueError(f"query_offset must be a scalar or have shape (B,) = ({batch},), got {offset.shape}")
     return 0, as_int32(jnp.asarray(offset).reshape(-1))
