@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from ._api import flash_attention_with_lse, own_implementation
+from ._api import Implementation, flash_attention_with_lse, own_implementation
 from ._convert import as_static_bool
 from ._keywords import unexpected_keyword
 from ._options import Options
@@ -18,7 +18,7 @@ from ._strategies import SequenceOrder, Strategy, context_parallel
 _DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(flash_attention_with_lse).parameters.items()
-    if name != "return_max_logits"
+    if name not in ("implementation", "return_max_logits")
 }
 
 
@@ -32,7 +32,7 @@ def context_parallel_attention(
     axis_name: Any,
     strategy: Strategy | None = None,
     order: SequenceOrder | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     **options: Unpack[Options],
 ) -> jax.Array:
     """`flash_attention` of a sequence that is split over devices (context parallelism), inside `jax.shard_map`.
@@ -59,7 +59,7 @@ def context_parallel_attention(
         `local_window_size` and `query_offset` then go by where tokens stood before; all else goes by where they stand.
         It needs even T and S, and no lengths: padding has a negative segment id. It is for 'ring': the others compare
         every element.
-      implementation: as of `flash_attention`, but for 'cudnn'.
+      implementation: as of `flash_attention`, but for 'cudnn'; 'dense' has no ring.
       options: all others of `flash_attention`. `query_segment_ids` and `query_positions` (B, T) and
         `key_value_segment_ids` and `key_value_positions` (B, S) are of this device. `query_seq_lengths`,
         `key_value_seq_lengths` and `query_offset` are of the whole sequence; so are the weights that dropout keeps,
@@ -72,7 +72,8 @@ def context_parallel_attention(
       ValueError: as `flash_attention`; no such mesh axis; heads or lengths that do not divide; an unknown strategy or
         order; positions beside an order; a bias or mask with both axes split.
       TypeError: as `flash_attention`.
-      NotImplementedError: implementation='cudnn'; in a ring, the gradient of a bias without a key axis inside a cap.
+      NotImplementedError: implementation='cudnn'; in a ring, implementation='dense', and the gradient of a bias without
+        a key axis inside a cap.
 
     Examples:
       >>> import jax
@@ -106,6 +107,7 @@ def context_parallel_attention_with_lse(
     axis_name: Any,
     strategy: Strategy | None = None,
     order: SequenceOrder | None = None,
+    implementation: Implementation | None = None,
     return_max_logits: bool = False,
     **options: Unpack[Options],
 ) -> tuple[jax.Array, ...]:
@@ -139,7 +141,8 @@ def context_parallel_attention_with_lse(
     arguments = _arguments("context_parallel_attention_with_lse", (query, key, value, bias, mask), options)
     split: dict[str, Any] = {"axis_name": axis_name, "strategy": strategy, "order": order}
     largest = as_static_bool(return_max_logits, "return_max_logits")
-    results = context_parallel(arguments, **split, needs_lse=True, needs_max_logits=largest)
+    own = own_implementation(implementation)
+    results = context_parallel(arguments, **split, needs_lse=True, needs_max_logits=largest, implementation=own)
     return tuple(x for x in results if x is not None)
 
 

@@ -1,4 +1,4 @@
-"""Types of the optional arguments, and the defaults of those that `jax.nn` lacks."""
+"""Types of the optional arguments, and the neutral values of those that `jax.nn` lacks."""
 
 from __future__ import annotations
 
@@ -31,23 +31,24 @@ class Options(TypedDict, total=False):
     key_value_segment_ids: ArrayLike | None
     query_positions: ArrayLike | None
     key_value_positions: ArrayLike | None
-    query_offset: ArrayLike
+    query_offset: ArrayLike | None
     logits_soft_cap: float | None
     sinks: ArrayLike | None
     broadcast_dropout: bool
 
 
-EXTENSIONS: dict[str, Any] = {
-    "dropout_rate": 0.0,
-    "block_q": None,
-    "block_kv": None,
-    "precision": None,
-    "query_segment_ids": None,
-    "key_value_segment_ids": None,
-    "query_positions": None,
-    "key_value_positions": None,
-    "query_offset": 0,
-    "logits_soft_cap": None,
-    "sinks": None,
-    "broadcast_dropout": False,
+# With the values that ask for nothing.
+EXTENSIONS: dict[str, tuple[Any, ...]] = {
+    "dropout_rate": (0.0,),
+    "block_q": (None,),
+    "block_kv": (None,),
+    "precision": (None,),
+    "query_segment_ids": (None,),
+    "key_value_segment_ids": (None,),
+    "query_positions": (None,),
+    "key_value_positions": (None,),
+    "query_offset": (None, 0),
+    "logits_soft_cap": (None,),
+    "sinks": (None,),
+    "broadcast_dropout": (False,),
 }
