@@ -1,9 +1,16 @@
 """What comparisons with another library's layers share."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+
+from tests.support.environment import fast_compilation
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    return jax.jit(function, compiler_options=fast_compilation())
 
 
 def assert_close(actual: Any, expected: Any, atol: float = 1e-6) -> None:

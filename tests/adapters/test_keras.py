@@ -18,7 +18,7 @@ import keras
 
 import jax_native_flash_attn.adapters.keras as adapter
 from jax_native_flash_attn.adapters.keras import GroupedQueryAttention, MultiHeadAttention, use_flash_attention
-from tests.adapters.comparison import assert_close
+from tests.adapters.comparison import assert_close, compiled
 from tests.support.environment import lenient_promotion
 
 B, T, S, FEATURES = 2, 9, 7, 12
@@ -72,7 +72,7 @@ def results(layer: Any, **call: Any) -> Any:
         return (out**2).sum(), out
 
     weights = [x.value for x in layer.trainable_variables]
-    gradients, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(weights, QUERY, VALUE)
+    gradients, out = compiled(jax.grad(loss, (0, 1, 2), has_aux=True))(weights, QUERY, VALUE)
     return out, gradients
 
 
