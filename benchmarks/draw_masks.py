@@ -48,7 +48,7 @@ def draw(cell: Any, kinds: np.ndarray, title: str, first_row: int = 0) -> None:
 
 def draw_causal_alignment(plt: Any) -> Any:
     """The same four queries against eight keys, with and without an offset."""
-    figure, axes = plt.subplots(1, 4, figsize=(10, 2.9), layout="constrained", width_ratios=(1, 1, 1, 1))
+    figure, axes = plt.subplots(1, 4, figsize=(10, 2.9), layout="constrained")
     for cell, rows, offset, title in (
         (axes[0], 8, 0, "T = S = 8\nis_causal=True"),
         (axes[1], 4, 0, "T = 4, S = 8: top left\nis_causal=True"),
@@ -66,18 +66,13 @@ def draw_causal_alignment(plt: Any) -> Any:
 
 def draw_windows(plt: Any) -> Any:
     figure, axes = plt.subplots(1, 4, figsize=(10, 2.9), layout="constrained")
-    for cell, rows, options, title in (
-        (axes[0], 8, {"local_window_size": 2}, "local_window_size=2\nor (2, 2)"),
-        (axes[1], 8, {"local_window_size": (2, 0)}, "local_window_size=(2, 0)\nthree keys: two and its own"),
-        (axes[2], 8, {"local_window_size": (8, 1)}, "local_window_size=(S, 1)\nno limit on the left"),
-        (
-            axes[3],
-            4,
-            {"local_window_size": (2, 0), "query_offset": 4},
-            "local_window_size=(2, 0),\nquery_offset=4",
-        ),
+    for cell, rows, window, offset, title in (
+        (axes[0], 8, 2, 0, "local_window_size=2\nor (2, 2)"),
+        (axes[1], 8, (2, 0), 0, "local_window_size=(2, 0)\nthree keys: two and its own"),
+        (axes[2], 8, (8, 1), 0, "local_window_size=(S, 1)\nno limit on the left"),
+        (axes[3], 4, (2, 0), 4, "local_window_size=(2, 0),\nquery_offset=4"),
     ):
-        draw(cell, attended(rows, 8, **options).astype(int), title, options.get("query_offset", 0))
+        draw(cell, attended(rows, 8, local_window_size=window, query_offset=offset).astype(int), title, offset)
         cell.set_xlabel("position of the key", fontsize=8)
     axes[0].set_ylabel("position of the query", fontsize=8)
     return figure
