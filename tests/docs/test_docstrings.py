@@ -1,7 +1,8 @@
-"""Every public name has an example, which does what it says, and a place in the reference; signatures read short."""
+"""Every public name has an example, which does what it says, and a place in the reference; help reads short."""
 
 import doctest
 import inspect
+import pydoc
 import re
 from pathlib import Path
 
@@ -23,9 +24,10 @@ def test_examples(name: str):
 
 
 @pytest.mark.parametrize("name", jax_native_flash_attn.__all__)
-def test_signatures_name_types(name: str):
-    """`help` prints the names of types, not the unions they stand for."""
-    assert not any(text in str(inspect.signature(getattr(jax_native_flash_attn, name))) for text in ("Union", "_src"))
+def test_help_names_types(name: str):
+    """And not the unions that they stand for."""
+    text = pydoc.plain(pydoc.render_doc(getattr(jax_native_flash_attn, name)))
+    assert not any(part in text for part in ("Union[", "jax._src"))
 
 
 def test_reference_has_every_name():
