@@ -15,6 +15,7 @@ import flax.linen as linen
 from flax import nnx
 
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse
+from tests.adapters.comparison import assert_close
 from tests.support.environment import lenient_promotion
 
 B, T, FEATURES, HEADS = 2, 19, 24, 4
@@ -29,43 +30,6 @@ def flax_promotion():
 
 def inputs() -> jax.Array:
     return jax.random.normal(jax.random.key(0), (B, T, FEATURES))
-
-
-def assert_close(actual: Any, expected: Any) -> None:
-    """Equal to float32 rounding, in units of the largest magnitude anywhere.
-
-    (Not leaf by leaf: the gradient of the bias of the keys is 0 but for rounding.)
-    """
-    actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
-    atol = 1e-6 * max(np.abs(x).max() for x in expected)
-    for ours, theirs in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
-
-
-def adapter(query, key, value, bias=None, mask=None, **options):
-    """An attention_fn for Flax: its arguments by the names that flash_attention has for them."""
-    dropping = options.get("dropout_rate", 0.0) > 0 and not options.get("deterministic", False)
-    return flash_attention(
-        query,
-        key,
-        value,
-        bias,
-        None if mask is None else mask.astype(bool),
-        is_causal=options.get("is_causal", False),
-        dropout_rate=options["dropout_rate"] if dropping else 0.0,
-        dropout_rng=options.get("dropout_rng") if dropping else None,
-        broadcast_dropout=options.get("broadcast_dropout", True),
-    )
-
-
-def linen_adapter(
-    query, key, value, bias=None, mask=None, dropout_rng=None, dropout_rate=0.0, deterministic=False,
-    broadcast_dropout=True,
-):  # linen passes what the signature names  # fmt: skip
-    return adapter(
-        query, key, value, bias, mask, dropout_rng=dropout_rng, dropout_rate=dropout_rate,
-        deterministic=deterministic, broadcast_dropout=broadcast_dropout,
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -88,12 +52,11 @@ def nnx_layer(**options: Any) -> nnx.MultiHeadAttention:
     return nnx.MultiHeadAttention(HEADS, FEATURES, decode=False, rngs=nnx.Rngs(0), **options)
 
 
-def nnx_results(layer: nnx.MultiHeadAttention, call: dict[str, Any], dropout_seed: int | None = None) -> Any:
+def nnx_results(layer: nnx.MultiHeadAttention, call: dict[str, Any]) -> Any:
     """Output and parameter gradients."""
 
     def loss(layer):
-        rngs = {} if dropout_seed is None else {"rngs": nnx.Rngs(dropout=dropout_seed)}
-        out = layer(inputs(), **rngs, **call)
+        out = layer(inputs(), **call)
         return (out**2).sum(), out
 
     gradients, out = nnx.grad(loss, has_aux=True)(layer)
@@ -149,44 +112,6 @@ def test_nnx_extra_batch_dimensions(patched):
     expected = nnx.dot_product_attention(query, key, value)
     patched()
     assert_close(nnx.dot_product_attention(query, key, value), expected)
-
-
-@pytest.mark.parametrize(
-    ("rate", "broadcast_dropout", "causal"), [(0.0, True, True), (0.3, False, False), (0.3, True, True)]
-)
-def test_nnx_attention_fn_with_dropout(rate: float, broadcast_dropout: bool, causal: bool):
-    call = {"mask": jnp.asarray(CAUSAL_MASK)} if causal else {}
-
-    def results(**options):
-        layer = nnx_layer(dropout_rate=rate, broadcast_dropout=broadcast_dropout, deterministic=False, **options)
-        return nnx_results(layer, call, dropout_seed=5)
-
-    expected, actual = results(), results(attention_fn=adapter)
-    assert_close(actual, expected)
-    if rate:
-        without = nnx_results(nnx_layer(dropout_rate=rate, deterministic=True), call)
-        assert np.abs(np.asarray(actual[0] - without[0])).max() > 1e-3
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.3])
-@pytest.mark.parametrize("causal", [False, True])
-def test_linen_attention_fn(rate: float, causal: bool):
-    mask = linen.make_causal_mask(jnp.ones((B, T))) if causal else None
-
-    def results(**options):
-        layer = linen.MultiHeadDotProductAttention(
-            num_heads=HEADS, dropout_rate=rate, broadcast_dropout=False, **options
-        )
-        parameters = layer.init(jax.random.key(0), inputs(), mask=mask, deterministic=True)
-
-        def loss(parameters):
-            out = layer.apply(parameters, inputs(), mask=mask, deterministic=False, rngs={"dropout": jax.random.key(3)})
-            return jnp.square(out).sum(), out  # pyright: ignore[reportArgumentType]
-
-        gradients, out = jax.grad(loss, has_aux=True)(parameters)
-        return out, gradients
-
-    assert_close(results(attention_fn=linen_adapter), results())
 
 
 @pytest.mark.parametrize(("rate", "broadcast_dropout"), [(0.0, True), (0.3, False), (0.3, True)])

@@ -15,6 +15,7 @@ FLOORS = (
     "_autodiff",
     "_keywords",
     "_shapes",
+    "_warnings",
     "_convert",
     "_arguments",
     "_attention",
@@ -23,6 +24,7 @@ FLOORS = (
     "_options",
     "_api",
     "_context_parallel",
+    "_explanation",
     "_explain",
 )
 MAX_LINES, MAX_FUNCTION_LINES = 300, 120
