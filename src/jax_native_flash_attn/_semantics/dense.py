@@ -58,10 +58,8 @@ def dense_attention(settings: Settings, arrays: Arrays) -> tuple[jax.Array, jax.
     if allowed is not None:
         logits = jnp.where(allowed, logits, lowest(dtype))
     largest = max_logits = lax.stop_gradient(logits).max(-1, keepdims=True)
-    is_dead = None if has_key is None or arrays.sinks is not None else ~has_key
-    if is_dead is not None:
-        logits, largest = jnp.where(is_dead, 0, logits), jnp.where(is_dead, 0, largest)
 
+    # A row without keys weighs all alike, as its logits are the same, unless there is a sink.
     sinks = None if arrays.sinks is None else arrays.sinks.astype(dtype)[None, :, None, None]
     largest = largest if sinks is None else jnp.maximum(largest, lax.stop_gradient(sinks))
     weights = jnp.exp(logits - largest)
@@ -70,9 +68,8 @@ def dense_attention(settings: Settings, arrays: Arrays) -> tuple[jax.Array, jax.
     weights = _dropped(weights / total, settings, arrays).astype(value.dtype)
     out = product("bkgts,bskd->btkgd", weights.reshape(B, K, N // K, T, S), value).reshape(B, T, N, D)
     lse = largest + jnp.log(total)
-    if is_dead is not None:
-        lse = jnp.where(is_dead, DEAD_ROW_LSE, lse)
     if has_key is not None:
+        lse = lse if sinks is not None else jnp.where(has_key, lse, DEAD_ROW_LSE)
         max_logits = jnp.where(has_key, max_logits, -jnp.inf)
     is_row = is_query_row(T, arrays.query_lengths, arrays.query_segment_ids)
     if is_row is not None:
