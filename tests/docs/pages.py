@@ -22,7 +22,7 @@ PAGES = {
     for path in [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
 }
 # A page about a library that is not installed is skipped; any other import must succeed.
-OPTIONAL = frozenset("equinox flax haiku jax2onnx keras matplotlib onnxruntime optax qwix sklearn tokamax torch".split())
+OPTIONAL = {"equinox", "flax", "haiku", "jax2onnx", "keras", "matplotlib", "onnxruntime", "optax", "qwix", "sklearn"}
 
 
 def parse(page: str) -> Document:
@@ -62,7 +62,7 @@ def run(document: Document) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _undone() -> Iterator[None]:
-    """Restore what a page may change: JAX's options, its attention function, the environment and the seen modules' path."""
+    """Restore what a page may change: JAX's options and attention function, the environment and the module path."""
     options = dict(jax.config.values)
     with (
         lenient_promotion(),

@@ -70,9 +70,7 @@ def check_sinks(names: Names) -> None:
 
 
 def check_soft_cap(names: Names) -> None:
-    assert_close(
-        names["gemma"], dense(*arrays(names), lambda z: masked(50 * np.tanh(z / 50)), scale=256**-0.5)
-    )
+    assert_close(names["gemma"], dense(*arrays(names), lambda z: masked(50 * np.tanh(z / 50)), scale=256**-0.5))
 
 
 def check_value_dimension(names: Names) -> None:
