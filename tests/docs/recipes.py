@@ -59,7 +59,7 @@ def check_packed_documents(names: Names) -> None:
 
 def check_chunks(names: Names) -> None:
     assert_close(names["prefilled"], dense(*arrays(names), masked, scale=names["H"] ** -0.5))
-    assert names["attend_to_cache"]._cache_size() == 1
+    assert names["attend_to_cache"]._cache_size() <= 2  # compiled once for chunks of a prompt, and for single tokens
 
 
 def check_sinks(names: Names) -> None:

@@ -65,6 +65,11 @@ def test_lines():
     assert not long
 
 
+def test_readme_names_every_example():
+    named = set(re.findall(r"uv run (examples/\w+\.py)", (ROOT / "README.md").read_text()))
+    assert named == {f"examples/{path.name}" for path in ROOT.glob("examples/[a-z]*.py")}
+
+
 def test_readme_on_a_package_index():
     """Its relative links become links to the repository's files, by the substitutions of pyproject.toml."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
