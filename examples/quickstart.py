@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["jax-native-flash-attn", "tqdm>=4.66"]
+# dependencies = ["jax-native-flash-attn", "psutil; sys_platform == 'win32'", "tqdm>=4.66"]
 # [tool.uv.sources]
 # jax-native-flash-attn = { path = "..", editable = true }
 # ///
