@@ -1,3 +1,9 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["jax-native-flash-attn", "psutil; sys_platform == 'win32'", "tqdm>=4.66"]
+# [tool.uv.sources]
+# jax-native-flash-attn = { path = "..", editable = true }
+# ///
 """Exact attention over a long sequence in little memory: `uv run examples/quickstart.py`.
 
 Computes causal attention and its gradients with respect to query, key and value, prints times and
