@@ -124,7 +124,7 @@ class Decoder(nnx.Module):
 
 
 class Measured(NamedTuple):
-    """Tokens per second of each turn, and the largest difference of any logit, relative to the largest logit."""
+    """Tokens per second in each turn, and the largest difference of any logit, relative to the largest logit."""
 
     read: list[float]
     written: list[float]
@@ -160,17 +160,23 @@ def converse(
         texts.append(text)
         found.append(logits)
         bar.update(text.shape[1])
-        return following
+        return jax.block_until_ready(following)
+
+    def median_speed(tokens: int, times: list[float]) -> float:
+        return tokens / float(np.median(times))
 
     for prompt in prompts:
-        started = time.perf_counter()
+        read_times, write_times = [], []
         for chunk in jnp.split(jnp.asarray(prompt, jnp.int32)[None], args.prompt // args.chunk, axis=1):
-            following = jax.block_until_ready(follow(read, chunk))
-        speeds[0].append(args.prompt / (time.perf_counter() - started))
-        started = time.perf_counter()
+            started = time.perf_counter()
+            following = follow(read, chunk)
+            read_times.append(time.perf_counter() - started)
         for _ in range(args.reply):
-            following = jax.block_until_ready(follow(write, following))
-        speeds[1].append(args.reply / (time.perf_counter() - started))
+            started = time.perf_counter()
+            following = follow(write, following)
+            write_times.append(time.perf_counter() - started)
+        speeds[0].append(median_speed(args.chunk, read_times))
+        speeds[1].append(median_speed(1, write_times))
 
     whole = nnx.jit(functools.partial(Decoder.__call__, attention=read_by))
     expected, _ = whole(model, jnp.concatenate(texts, axis=1))
@@ -187,11 +193,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--turns", type=int, default=8, help="prompts and replies; the cache holds all of them")
-    parser.add_argument("--prompt", type=int, default=1008, help="bytes of each prompt")
-    parser.add_argument("--reply", type=int, default=16, help="bytes of each reply")
-    parser.add_argument("--chunk", type=int, default=252, help="bytes of a prompt that are read at once")
+    parser.add_argument("--prompt", type=int, default=992, help="bytes of each prompt")
+    parser.add_argument("--reply", type=int, default=32, help="bytes of each reply")
+    parser.add_argument("--chunk", type=int, default=248, help="bytes of a prompt that are read at once")
     parser.add_argument("--window", type=int, default=512, help="tokens that the attention with a window sees")
-    parser.add_argument("--layers", type=int, default=4, help="transformer blocks")
+    parser.add_argument("--layers", type=int, default=2, help="transformer blocks")
     parser.add_argument("--width", type=int, default=256, help="features of a token")
     parser.add_argument("--heads", type=int, default=16, help="attention heads of query")
     parser.add_argument("--cached-heads", type=int, default=4, help="attention heads of key and value")
@@ -226,13 +232,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             bar.set_description(kind)
             measured[kind] = converse(model, prompts, args, attention, read_by, bar)
 
-    print("tokens in  tokens per second")
+    print("tokens in  tokens per second, median")
     print(
         "the cache   reading" + "".join(f"{f'writing: {kind}' if i == 0 else kind:>17}" for i, kind in enumerate(kinds))
     )
     reading = measured["flash"].read
     for turn in range(args.turns):
-        writing = "".join(f"{found.written[turn]:17,.0f}" for found in measured.values())
+        writing = "".join(f"{found.written[turn]:20,.0f}" for found in measured.values())
         print(f"{(turn + 1) * (args.prompt + args.reply):9,}{reading[turn]:10,.0f}{writing}")
     print("\nLargest difference of a logit from one forward without a cache, relative to the largest logit:")
     for kind, found in measured.items():

@@ -144,7 +144,8 @@ def draw(path: Path, model: Solution, side: int = 64) -> None:
     points = grid(side)
     found, expected = (np.asarray(u(points)).reshape(side, side).T for u in (model, exact))
     figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), layout="constrained")
-    for axis, (name, u) in zip(axes, {"network": found, "exact": expected, "difference": found - expected}.items()):
+    drawn = {"network": found, "exact": expected, "difference": found - expected}
+    for axis, (name, u) in zip(axes, drawn.items(), strict=True):
         limit = np.abs(u).max()
         image = axis.imshow(u, origin="lower", extent=(0, 1, 0, 1), cmap="RdBu_r", vmin=-limit, vmax=limit)
         axis.set(title=name, xlabel="x", ylabel="y", xticks=[0, 1], yticks=[0, 1])

@@ -160,12 +160,11 @@ def draw(path: Path, model: VisionTransformer, test: Digits, count: int = 8) -> 
     shown = np.concatenate([right[: count - len(wrong)], wrong])
     weights = nnx.jit(VisionTransformer.class_weights)(model, test.images[shown])
     figure, axes = plt.subplots(2, count, figsize=(1.3 * count, 3), layout="constrained", squeeze=False)
-    for i, (above, below) in zip(shown, axes.T, strict=True):
+    for above, below, i, weight in zip(*axes, shown, weights, strict=True):
         is_right = predictions[i] == test.labels[i]
         title = f"{predictions[i]}" if is_right else f"{predictions[i]}, is {test.labels[i]}"
         above.set_title(title, color="black" if is_right else "tab:red")
         above.imshow(test.images[i], cmap="gray_r")
-    for below, weight in zip(axes[1], weights, strict=True):
         below.imshow(weight, cmap="viridis", vmin=0)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
