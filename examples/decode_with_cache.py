@@ -4,9 +4,9 @@
 
 A conversation of several turns with a transformer of random weights. In each turn a prompt is read by chunks, and a
 reply is written byte by byte. Keys and values of all that was read or written stay in a cache of fixed size.
-`query_offset` tells attention where in the cache its queries stand. It is traced: there are two programs, one for a
-chunk and one for a byte, compiled before the first turn. At the end one forward over the whole conversation, without
-a cache, must give the same logits; otherwise the exit code is 1.
+`query_offset` tells attention where in the cache its queries stand. It is traced: there are two programs, one for
+chunks and one for single bytes, compiled before the first turn. One forward over the whole conversation, without a
+cache, must give the same logits; otherwise the exit code is 1.
 
 The table compares three kinds of attention. `flash` visits what is filled of the cache. `window` is flash attention to
 the last tokens alone (`local_window_size`), and visits those. `dense` is jax.nn's under a mask, and visits the whole
@@ -123,65 +123,76 @@ class Decoder(nnx.Module):
 # ------------------------------------------------------------------------------------- decoding
 
 
-class Measured(NamedTuple):
-    """Tokens per second in each turn, and the largest difference of any logit, relative to the largest logit."""
+Program = Callable[[jax.Array, list[Cache], int], tuple[jax.Array, list[Cache], jax.Array]]
 
+
+def make_compiler(model: Decoder, caches: list[Cache]) -> Callable[[int, Attention], Program]:
+    """What compiles a program (text, caches, offset) -> logits, caches, following byte for texts of a length."""
+    graph, weights = nnx.split(model)
+
+    def program(weights: nnx.State, text: jax.Array, caches: list[Cache], offset: jax.Array, attention: Attention):
+        logits, updated = nnx.merge(graph, weights)(text, caches, offset, attention=attention)
+        return logits, updated, logits[:, -1:].argmax(-1).astype(jnp.int32)
+
+    # Donated, the caches are updated in place.
+    jitted = jax.jit(program, donate_argnames="caches", static_argnames="attention")
+
+    @functools.cache
+    def compile_for(length: int, attention: Attention) -> Program:
+        # Compiled ahead it would refuse any other shape, so that nothing is compiled again.
+        text = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        compiled = jitted.lower(weights, text, caches, jnp.int32(0), attention=attention).compile()
+        return lambda text, caches, offset: compiled(weights, text, caches, jnp.int32(offset))
+
+    return compile_for
+
+
+@functools.partial(nnx.jit, static_argnames="attention")
+def forward(model: Decoder, text: jax.Array, attention: Attention) -> jax.Array:
+    """All logits at once."""
+    return model(text, attention=attention)[0]
+
+
+class Conversation(NamedTuple):
+    """What was read and written, (1, bytes), its logits, and the tokens per second of each turn: medians."""
+
+    text: jax.Array
+    logits: jax.Array
     read: list[float]
     written: list[float]
-    difference: float
 
 
 def converse(
-    model: Decoder, prompts: np.ndarray, args: argparse.Namespace, attention: Attention, read_by: Attention, bar: tqdm
-) -> Measured:
-    """Reads each of the prompts (turns, bytes) and writes a reply to each."""
-    total = args.turns * (args.prompt + args.reply)
-    shape = (1, total, args.cached_heads, args.head_dim)
-    caches = [Cache(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(args.layers)]
-    graph, weights = nnx.split(model)
-
-    def compile_for(length: int, attention: Attention) -> Callable:
-        def program(weights: nnx.State, text: jax.Array, caches: list[Cache], offset: jax.Array):
-            logits, caches = nnx.merge(graph, weights)(text, caches, offset, attention=attention)
-            return logits, caches, logits[:, -1:].argmax(-1).astype(jnp.int32)
-
-        # Donated, the caches are updated in place. What is compiled here would refuse any other shape.
-        text = jnp.zeros((1, length), jnp.int32)
-        return jax.jit(program, donate_argnums=2).lower(weights, text, caches, jnp.int32(0)).compile()
-
-    read, write = compile_for(args.chunk, read_by), compile_for(1, attention)
-    texts, found, speeds = [], [], ([], [])
+    prompts: np.ndarray, chunk: int, reply: int, read: Program, write: Program, caches: list[Cache], bar: tqdm
+) -> Conversation:
+    """Reads each of the prompts (turns, bytes) by chunks and writes a reply to each, the likeliest bytes."""
+    texts, found, read_speeds, write_speeds = [], [], [], []
     offset = 0
 
-    def follow(program: Callable, text: jax.Array) -> jax.Array:
+    def follow(program: Program, text: jax.Array) -> tuple[jax.Array, float]:
+        """The following byte, and the tokens per second."""
         nonlocal caches, offset
-        logits, caches, following = program(weights, text, caches, jnp.int32(offset))
+        started = time.perf_counter()
+        logits, caches, following = jax.block_until_ready(program(text, caches, offset))
+        seconds = time.perf_counter() - started
         offset += text.shape[1]
         texts.append(text)
         found.append(logits)
         bar.update(text.shape[1])
-        return jax.block_until_ready(following)
-
-    def median_speed(tokens: int, times: list[float]) -> float:
-        return tokens / float(np.median(times))
+        return following, text.shape[1] / seconds
 
     for prompt in prompts:
-        read_times, write_times = [], []
-        for chunk in jnp.split(jnp.asarray(prompt, jnp.int32)[None], args.prompt // args.chunk, axis=1):
-            started = time.perf_counter()
-            following = follow(read, chunk)
-            read_times.append(time.perf_counter() - started)
-        for _ in range(args.reply):
-            started = time.perf_counter()
-            following = follow(write, following)
-            write_times.append(time.perf_counter() - started)
-        speeds[0].append(median_speed(args.chunk, read_times))
-        speeds[1].append(median_speed(1, write_times))
-
-    whole = nnx.jit(functools.partial(Decoder.__call__, attention=read_by))
-    expected, _ = whole(model, jnp.concatenate(texts, axis=1))
-    difference = jnp.abs(jnp.concatenate(found, axis=1) - expected).max() / jnp.abs(expected).max()
-    return Measured(*speeds, float(difference))
+        following, speeds = jnp.zeros((1, 1), jnp.int32), []
+        for text in prompt.reshape(-1, 1, chunk):
+            following, speed = follow(read, jnp.asarray(text, jnp.int32))
+            speeds.append(speed)
+        read_speeds.append(float(np.median(speeds)))
+        speeds = []
+        for _ in range(reply):
+            following, speed = follow(write, following)
+            speeds.append(speed)
+        write_speeds.append(float(np.median(speeds)))
+    return Conversation(jnp.concatenate(texts, 1), jnp.concatenate(found, 1), read_speeds, write_speeds)
 
 
 # ----------------------------------------------------------------------------------- the command
@@ -223,30 +234,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"a cache of {total:,} tokens, {cached_mib:.0f} MiB; prompts are read by chunks of {args.chunk}\n")
     text, _ = standard_library()
     prompts = text[: args.turns * args.prompt].reshape(args.turns, args.prompt)
-    # The whole prompt by dense attention would take minutes, so there too flash attention reads it.
     window = functools.partial(flash, window=args.window)
-    kinds = {"flash": (flash, flash), f"window {args.window}": (window, window), "dense": (dense, flash)}
-    measured: dict[str, Measured] = {}
+    kinds: dict[str, Attention] = {"flash": flash, f"window {args.window}": window, "dense": dense}
+    found: dict[str, Conversation] = {}
+    differences: dict[str, float] = {}
+    shape = (1, total, args.cached_heads, args.head_dim)
+
+    def empty_caches() -> list[Cache]:
+        return [Cache(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(args.layers)]
+
+    compile_for = make_compiler(model, empty_caches())
     with tqdm(total=len(kinds) * total, unit="token", disable=None) as bar:
-        for kind, (attention, read_by) in kinds.items():
+        for kind, attention in kinds.items():
             bar.set_description(kind)
-            measured[kind] = converse(model, prompts, args, attention, read_by, bar)
+            # Chunks by dense attention would take minutes, and so would a whole forward: flash attention does them.
+            without_cache = flash if attention is dense else attention
+            read, write = compile_for(args.chunk, without_cache), compile_for(1, attention)
+            found[kind] = converse(prompts, args.chunk, args.reply, read, write, empty_caches(), bar)
+            expected = forward(model, found[kind].text, without_cache)
+            largest = jnp.abs(expected).max()
+            differences[kind] = float(jnp.abs(found[kind].logits - expected).max() / largest)
 
     print("tokens in  tokens per second, median")
     print(
         "the cache   reading" + "".join(f"{f'writing: {kind}' if i == 0 else kind:>17}" for i, kind in enumerate(kinds))
     )
-    reading = measured["flash"].read
     for turn in range(args.turns):
-        writing = "".join(f"{found.written[turn]:20,.0f}" for found in measured.values())
-        print(f"{(turn + 1) * (args.prompt + args.reply):9,}{reading[turn]:10,.0f}{writing}")
+        writing = "".join(f"{of_kind.written[turn]:20,.0f}" for of_kind in found.values())
+        print(f"{(turn + 1) * (args.prompt + args.reply):9,}{found['flash'].read[turn]:10,.0f}{writing}")
     print("\nLargest difference of a logit from one forward without a cache, relative to the largest logit:")
-    for kind, found in measured.items():
-        print(f"  {kind:<14}{found.difference:8.1e}  {'ok' if found.difference <= TOLERANCE else 'FAILED'}")
+    for kind, difference in differences.items():
+        print(f"  {kind:<14}{difference:8.1e}  {'ok' if difference <= TOLERANCE else 'FAILED'}")
     print(f"\ntime           {time.perf_counter() - started:.0f} s")
     print(f"peak memory    {peak_memory_gib():.2f} GiB")
     # Written this way round so that a NaN fails too.
-    return 0 if all(found.difference <= TOLERANCE for found in measured.values()) else 1
+    return 0 if all(difference <= TOLERANCE for difference in differences.values()) else 1
 
 
 if __name__ == "__main__":

@@ -104,9 +104,9 @@ class VisionTransformer(nnx.Module):
     def class_weights(self, images: jax.Array) -> jax.Array:
         """How much the class token attends each patch in the last block, mean of the heads: (B, 8/p, 8/p)."""
         x = self.tokens(images)
-        *blocks, last = self.blocks
-        for block in blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
+        last = self.blocks[-1]
         weights = last.attention.class_weights(last.attention_norm(x))[..., 1:].mean(1)
         return weights.reshape(len(images), SIDE // self.patch_size, -1)
 
@@ -123,9 +123,10 @@ class Digits(NamedTuple):
 
 def load(seed: int) -> tuple[Digits, Digits]:
     """1437 images to learn from, and 360 for the test."""
-    images, labels = load_digits(return_X_y=True)
+    pixels, labels = load_digits(return_X_y=True)
+    images = np.asarray(pixels).reshape(-1, SIDE, SIDE) / 16
     parts = train_test_split(images, labels, test_size=0.2, random_state=seed, stratify=labels)
-    train_images, test_images = (jnp.asarray(x.reshape(-1, SIDE, SIDE) / 16, jnp.float32) for x in parts[:2])
+    train_images, test_images = (jnp.asarray(x, jnp.float32) for x in parts[:2])
     train_labels, test_labels = (jnp.asarray(x, jnp.int32) for x in parts[2:])
     return Digits(train_images, train_labels), Digits(test_images, test_labels)
 

@@ -50,48 +50,54 @@ def test_a_length_that_devices_do_not_divide_is_an_error() -> None:
     assert "pad the sequence" in found.stderr
 
 
-def losses_of(example: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[float]:
-    """Of the table that the example prints: the second number of each row."""
-    with lenient_promotion(), jax.default_matmul_precision("highest"):
-        assert example.main(arguments) == 0
-    rows = re.findall(r"^ *\d+ +(\S+) +\S+$", capsys.readouterr().out, re.MULTILINE)
-    return [float(loss) for loss in rows]
-
-
-def test_a_vision_transformer_trains_alike_on_flash_and_dense(
-    load: Load, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    for module in ("sklearn", "matplotlib"):
-        pytest.importorskip(module)
-    example, picture = load("vision_transformer"), tmp_path / "digits.png"
-    small = "--epochs 2 --batch-size 256 --layers 1 --width 16 --heads 2".split()
-    flash = losses_of(example, capsys, *small, "--plot", str(picture))
-    dense = losses_of(example, capsys, *small, "--attention", "dense")
-    assert len(flash) == 2
-    assert flash[1] < flash[0]
-    np.testing.assert_allclose(flash, dense, rtol=1e-5)
-    assert picture.stat().st_size > 0
-
-
 def test_a_cache_gives_the_logits_of_one_forward(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
-    small = "--turns 2 --prompt 9 --chunk 3 --reply 2 --window 5 --layers 2 --width 16 --heads 4 --cached-heads 2"
+    small = "--turns 2 --prompt 6 --chunk 3 --reply 2 --window 5 --layers 1 --width 16 --heads 4 --cached-heads 2"
     with lenient_promotion(), jax.default_matmul_precision("highest"):
         assert load("decode_with_cache").main(small.split()) == 0
     assert capsys.readouterr().out.count("  ok\n") == 3
 
 
-def test_a_network_is_differentiated_twice_alike_on_flash_and_dense(
-    load: Load, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    pytest.importorskip("matplotlib")
-    example, picture = load("physics_informed"), tmp_path / "solution.png"
+def test_second_derivatives_of_a_network_are_those_on_dense_attention(load: Load) -> None:
+    from flax import nnx
+
+    example = load("physics_informed")
     points = jnp.linspace(0.1, 0.9, 14).reshape(7, 2)
-    np.testing.assert_allclose(example.laplacian(example.exact, points), example.source(points), rtol=1e-4, atol=1e-4)
-    small = "--steps 3 --points 17 --tokens 5 --layers 1 --width 8".split()
-    flash = losses_of(example, capsys, *small, "--plot", str(picture))
-    dense = losses_of(example, capsys, *small, "--attention", "dense")
-    assert len(flash) == 3
-    np.testing.assert_allclose(flash, dense, rtol=1e-3)  # as many digits as are printed
+    model = example.Solution(1, 8, 2, 5, example.flash_attention, nnx.Rngs(0))
+
+    def laplacian_of(solution: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        with lenient_promotion(), jax.default_matmul_precision("highest"):
+            return jax.jit(lambda points: example.laplacian(solution, points))(points)
+
+    np.testing.assert_allclose(laplacian_of(example.exact), example.source(points), rtol=1e-4, atol=1e-4)
+    found = laplacian_of(model)
+    model.blocks[0].attention.attention = jax.nn.dot_product_attention
+    expected = laplacian_of(model)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.whole_grid
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("vision_transformer", "--epochs 2 --batch-size 256 --layers 1 --width 16 --heads 2"),
+        ("physics_informed", "--steps 3 --points 17 --tokens 5 --layers 1 --width 8"),
+    ],
+    ids=["vision_transformer", "physics_informed"],
+)
+def test_flash_trains_as_dense(
+    load: Load, capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, arguments: str
+) -> None:
+    for module in ("sklearn", "matplotlib"):
+        pytest.importorskip(module)
+    picture, losses = tmp_path / "picture.png", {}
+    for attention, further in {"flash": ("--plot", str(picture)), "dense": ()}.items():
+        with lenient_promotion(), jax.default_matmul_precision("highest"):
+            assert load(name).main([*arguments.split(), "--attention", attention, *further]) == 0
+        # The second number of each row of the table.
+        rows = re.findall(r"^ *\d+ +(\S+) +\S+$", capsys.readouterr().out, re.MULTILINE)
+        losses[attention] = [float(loss) for loss in rows]
+    assert losses["flash"][-1] < losses["flash"][0]
+    np.testing.assert_allclose(losses["flash"], losses["dense"], rtol=1e-3)
     assert picture.stat().st_size > 0
 
 
