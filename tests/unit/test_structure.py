@@ -24,6 +24,7 @@ FLOORS = (
     "_api",
     "_context_parallel",
     "_explain",
+    "adapters",
 )
 MAX_LINES, MAX_FUNCTION_LINES = 300, 120
 
