@@ -79,12 +79,11 @@ def results(layer: Any, **call: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "options", "call"),
     [
-        ("MultiHeadAttention", {}, PADDING),
         ("GroupQueryAttention", WINDOW, ALL),
         ("MultiHeadAttention", {"dropout": 0.4, "value_dim": 3}, {**PADDING, "training": False}),
         ("GroupQueryAttention", {"dropout": 0.4}, {**ALL, "training": True}),
     ],
-    ids=["padding", "all masks", "evaluation", "dropout"],
+    ids=["all masks", "evaluation", "dropout"],
 )
 def test_same_as_own(name: str, options: dict[str, Any], call: dict[str, Any]):
     theirs, ours = layers(name, seed=5, **options)

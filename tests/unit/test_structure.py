@@ -26,6 +26,7 @@ FLOORS = (
     "_context_parallel",
     "_explanation",
     "_explain",
+    "adapters",
 )
 MAX_LINES, MAX_FUNCTION_LINES = 300, 120
 

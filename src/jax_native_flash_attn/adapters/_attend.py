@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from .._api import flash_attention
 
@@ -29,7 +30,7 @@ def as_bool(mask: Any) -> Any:
 
     A constant of a program stays one: `flash_attention` looks whether it is causal or a window.
     """
-    if mask is None or isinstance(mask, jax.core.Tracer):
+    if mask is None or isinstance(mask, Tracer):
         return None if mask is None else mask.astype(bool)
     with jax.ensure_compile_time_eval():
         return jnp.asarray(mask).astype(bool)

@@ -1,5 +1,8 @@
 """For Equinox: `MultiheadAttention` with the parameters of Equinox's own."""
 
+# Pyright takes this file for the library where that is not installed.
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +35,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
         sizes = ("num_heads", "query_size", "key_size", "value_size", "output_size", "qk_size", "vo_size")
         biases = ("use_query_bias", "use_key_bias", "use_value_bias", "use_output_bias")
         given = {name: getattr(layer, name) for name in (*sizes, *biases)}
-        like = eqx.filter_eval_shape(lambda key: cls(**given, key=key), jax.random.key(0))
+        like: Any = eqx.filter_eval_shape(cls, **given, key=jax.random.key(0))
         return eqx.tree_at(_parts, like, _parts(layer))
 
     def __call__(
@@ -86,12 +89,10 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
         if inference or (isinstance(self.dropout.p, int | float) and self.dropout.p == 0):
             out = flash_attention(*heads, mask=mask, **options)
         else:
-            out = self._dropped(*heads, mask, key, options)
+            out = self._dropped(heads, mask, key, options)
         return jax.vmap(self.output_proj)(out.reshape(out.shape[0], -1))
 
-    def _dropped(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: Any, rng: jax.Array | None, options: Any
-    ) -> jax.Array:
+    def _dropped(self, heads: list[jax.Array], mask: Any, rng: jax.Array | None, options: Any) -> jax.Array:
         """Each head with a key of its own, as Equinox splits them."""
         if rng is None:
             raise ValueError("key must be a PRNG key if weights are dropped, got None: or pass inference=True")
@@ -102,14 +103,13 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
                 "flash_attention in a layer of your own"
             )
 
-        def head(query: jax.Array, key: jax.Array, value: jax.Array, mask: Any, rng: jax.Array) -> jax.Array:
-            query, key, value = (x[:, None] for x in (query, key, value))
+        def head(heads: list[jax.Array], mask: Any, rng: jax.Array) -> jax.Array:
+            query, key, value = (x[:, None] for x in heads)
             out = flash_attention(query, key, value, mask=mask, dropout_rate=self.dropout.p, dropout_rng=rng, **options)
             return out[:, 0]
 
         mask_axis = 0 if mask is not None and mask.ndim == 3 else None
-        rngs = jax.random.split(rng, self.num_heads)
-        return jax.vmap(head, (1, 1, 1, mask_axis, 0), 1)(query, key, value, mask, rngs)
+        return jax.vmap(head, (1, mask_axis, 0), 1)(heads, mask, jax.random.split(rng, self.num_heads))
 
 
 def _parts(layer: eqx.nn.MultiheadAttention) -> Any:

@@ -127,5 +127,6 @@ def _with_weights(module: Any, is_causal: bool, force_fp32_for_softmax: bool, **
 
     if isinstance(module, linen.Module):
         return linen.dot_product_attention(**call, module=module, force_fp32_for_softmax=force_fp32_for_softmax)
-    # Flax before 0.12 does not know is_causal.
-    return nnx.dot_product_attention(**call, module=module, **({"is_causal": True} if is_causal else {}))
+    if is_causal:  # Flax before 0.12 does not know it.
+        call["is_causal"] = True
+    return nnx.dot_product_attention(**call, module=module)

@@ -1,5 +1,8 @@
 """For Haiku: `MultiHeadAttention` with the parameters of Haiku's own."""
 
+# Pyright takes this file for the library where that is not installed.
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
 from typing import Any
 
 import haiku as hk

@@ -1,5 +1,8 @@
 """For Keras with its JAX backend: attention layers, and a context manager for those that a model has."""
 
+# Pyright takes this file for the library where that is not installed.
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
