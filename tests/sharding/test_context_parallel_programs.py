@@ -104,7 +104,7 @@ def test_keys_that_no_row_attends_are_not_sent(options: dict[str, Any], steps: i
     text = compiled(f, *arrays()).as_text()
     assert collective_counts(text).get("collective-permute", 0) == steps
     assert collective_elements(text).get("collective-permute", 0) == keys * 2 * K * H
-    # Blocks travel again, but for those that XLA has kept, as on CPUs, and gradients behind them, and home.
+    # Blocks travel again, but for those that XLA has kept, and gradients of key and value behind them, and home.
     found = collective_counts(compiled(gradient(f), *arrays()).as_text())
     assert 2 * steps <= found.get("collective-permute", 0) <= 3 * steps
 

@@ -145,10 +145,7 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
     results: dict[str, jax.Array] = {}
     if wanted:
         blocks = {"key": inputs.key, "value": inputs.value}
-        # Blocks leave when the cotangents are there. XLA would otherwise keep all that came in the forward pass, as it
-        # does on CPUs.
-        leaving, _ = lax.optimization_barrier((blocks, dict(given.operands)))
-        sums = go_around(ring, leaving, Sums({}, {}), visit)
+        sums = go_around(ring, blocks, Sums({}, {}), visit)
         # Rounded, as the results are, but only on this way: rounding what others still add to would err more.
         rounded = {name: x.astype(given.wanted[name].dtype) for name, x in sums.moving.items()}
         home = shift(rounded, ring, -ring.distances[-1])
