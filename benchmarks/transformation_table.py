@@ -1,4 +1,4 @@
-"""Print the table "transformation | jax.nn | cudnn | tokamax | ours" of the README, every cell from a run.
+"""Print the table "transformation | jax.nn | cudnn | tokamax | ours" of docs/transformations.md, all from runs.
 
 uv run python benchmarks/transformation_table.py
 uv run python benchmarks/transformation_table.py --columns ours --dtype bfloat16 --head-dim 64 --x64   # on a GPU

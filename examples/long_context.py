@@ -117,7 +117,7 @@ def train(args: argparse.Namespace, mesh: Mesh | None, name: str) -> list[float]
     text, _ = standard_library()
     batches = np.random.default_rng(args.seed)
     losses: list[float] = []
-    with tqdm(total=args.steps, desc=f"{name}: compiling", unit="step") as bar:
+    with tqdm(total=args.steps, desc=f"{name}: compiling", unit="step", disable=None) as bar:
         for step in range(args.steps):
             starts = batches.integers(len(text) - args.context, size=args.batch_size)
             batch = windows(text, starts, args.context)

@@ -1,3 +1,9 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["jax-native-flash-attn", "psutil; sys_platform == 'win32'", "tqdm>=4.66"]
+# [tool.uv.sources]
+# jax-native-flash-attn = { path = "..", editable = true }
+# ///
 """Exact attention over a long sequence in little memory: `uv run examples/quickstart.py`.
 
 Computes causal attention and its gradients with respect to query, key and value, prints times and
@@ -6,7 +12,6 @@ memory, and compares a sample of the rows with `jax.nn.dot_product_attention`.
 
 import argparse
 import contextlib
-import resource
 import sys
 import threading
 import time
@@ -15,6 +20,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _memory import peak_memory_gib
 from tqdm import tqdm
 
 from jax_native_flash_attn import flash_attention
@@ -56,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             gradients = jax.block_until_ready(gradient_compiled(query, key, value))
         with step(bar, "dense check"):
             errors = compare_with_dense(query, key, value, out_gradient, out, gradients)
-        peak = peak_memory_gb()
+        peak = peak_memory_gib()
 
-    print(f"\nPeak memory of this process {peak:8.2f} GB")
-    print(f"Gradient of jax.nn's dense  {dense_memory_gb(shape):8.2f} GB (as XLA plans it)")
+    print(f"\nPeak memory of this process {peak:8.2f} GiB")
+    print(f"Gradient of jax.nn's dense  {dense_memory_gib(shape):8.2f} GiB (as XLA plans it)")
     print("\nLargest difference from jax.nn, relative to the largest element:")
     for name, error in errors.items():
         print(f"  {name:<18}{error:8.1e}  {'ok' if error <= TOLERANCE else 'FAILED'}")
@@ -137,14 +143,8 @@ def step(bar: tqdm, name: str) -> Iterator[None]:
     print(f"  {name:<12}{time.perf_counter() - start:8.2f} s", flush=True)
 
 
-def peak_memory_gb() -> float:
-    """The most memory that this process has had resident, in GB of 1e9 bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def dense_memory_gb(shape: tuple[int, ...]) -> float:
-    """The temporary memory of jax.nn's value and gradient: compiled to ask XLA, never run."""
+def dense_memory_gib(shape: tuple[int, ...]) -> float:
+    """The temporary memory of jax.nn's value and gradient, in GiB: compiled to ask XLA, never run."""
 
     def loss(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(query, key, value, is_causal=True).sum()
@@ -152,7 +152,7 @@ def dense_memory_gb(shape: tuple[int, ...]) -> float:
     array = jax.ShapeDtypeStruct(shape, jnp.float32)
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(array, array, array).compile()
     analysis = gradient.memory_analysis()
-    return float("nan") if analysis is None else analysis.temp_size_in_bytes / 1e9
+    return float("nan") if analysis is None else analysis.temp_size_in_bytes / 2**30
 
 
 if __name__ == "__main__":

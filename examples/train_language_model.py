@@ -24,7 +24,6 @@ bits of the dropout, one for each query and key; `--dropout 0` is several times 
 
 import argparse
 import json
-import resource
 import sys
 import sysconfig
 import time
@@ -36,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _memory import limit_memory, peak_memory_gib
 from flax import nnx
 from tqdm import tqdm
 
@@ -220,7 +220,7 @@ def sample(model: LanguageModel, prompt: bytes, count: int, window_size: int, se
     """Continues `prompt`, each byte computed from all of the last `window_size` anew."""
     text = bytearray(prompt)
     rngs = jax.random.split(jax.random.key(seed), count)
-    for rng in tqdm(rngs, desc="sampling", unit="byte", leave=False):
+    for rng in tqdm(rngs, desc="sampling", unit="byte", leave=False, disable=None):
         tail = text[-window_size:]
         window = np.zeros(window_size, np.int32)
         window[: len(tail)] = tail
@@ -268,8 +268,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.memory_limit_gib is not None:
-        limit = int(args.memory_limit_gib * 2**30)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        limit_memory(args.memory_limit_gib)
 
     training_text, validation_text = standard_library()
     model = LanguageModel(
@@ -288,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     batches = np.random.default_rng(args.seed)
     dropout_rng = jax.random.key(args.seed)
     losses: list[float] = []
-    with tqdm(total=args.steps, desc="compiling", unit="step") as bar:
+    with tqdm(total=args.steps, desc="compiling", unit="step", disable=None) as bar:
         started = time.perf_counter()
         for step in range(args.steps):
             starts = batches.integers(len(training_text) - args.context, size=args.batch_size)
@@ -315,12 +314,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{' sample ':-^80}\n{text}\n{'':-^80}")
     print(f"peak memory      {peak_memory_gib():.2f} GiB")
     return 0
-
-
-def peak_memory_gib() -> float:
-    """The most memory that this process has had resident."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
 if __name__ == "__main__":

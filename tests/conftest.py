@@ -1,5 +1,6 @@
 """Configuration of the test run; tests/support/environment.py has what run_generated.py needs as well."""
 
+import collections
 import os
 from collections.abc import Iterator
 
@@ -28,6 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("CI"):  # elsewhere a library's new deprecation fails no test
+        config.addinivalue_line("filterwarnings", "error")
     if config.getoption("--x64"):
         environment.use_x64_everywhere()
 
@@ -49,6 +52,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         marker = item.get_closest_marker("gpu")
         if marker and not marker.kwargs.get("says_why"):
             item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say why tests were skipped, each reason once; `-rs` says it of each test."""
+    skipped = terminalreporter.stats.get("skipped", ())
+    reasons = collections.Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason}")
 
 
 @pytest.fixture(autouse=True)

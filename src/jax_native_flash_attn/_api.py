@@ -1,22 +1,25 @@
 """The public functions: their signatures and their mathematics."""
 
+from __future__ import annotations
+
 from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.lax import PrecisionLike
 from jax.typing import ArrayLike
 
 from ._arguments import check
 from ._attention import attention
 from ._convert import as_static_bool
 from ._keywords import explains_keywords
-from ._options import EXTENSIONS, Options
+from ._options import EXTENSIONS, Options, WindowLike
 from ._semantics.errors import describe
 
-Implementation = Literal["xla", "pure_jax", "mosaic_gpu", "cudnn"]
-_IMPLEMENTATIONS = (None, "xla", "pure_jax", "mosaic_gpu", "cudnn")
+Implementation = Literal["xla", "pure_jax", "mosaic_gpu", "dense", "cudnn"]
+_IMPLEMENTATIONS = (None, "xla", "pure_jax", "mosaic_gpu", "dense", "cudnn")
 
 # jax.nn's own function, for implementation='cudnn': by the time of a call a user may have put ours in its place. Ours
 # carries it, should this module be imported once more by then.
@@ -59,7 +62,7 @@ def flash_attention(
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: Any = None,
+    local_window_size: WindowLike | None = None,
     implementation: Implementation | None = None,
     return_residual: bool = False,
     dropout_rate: float = 0.0,
@@ -67,23 +70,22 @@ def flash_attention(
     deterministic: bool = False,
     block_q: int | None = None,
     block_kv: int | None = None,
-    precision: Any = None,
+    precision: PrecisionLike = None,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
     query_positions: ArrayLike | None = None,
     key_value_positions: ArrayLike | None = None,
-    query_offset: ArrayLike = 0,
+    query_offset: ArrayLike | None = None,
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     broadcast_dropout: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    r"""Scaled dot product attention in memory linear in T and S; a drop-in for `jax.nn.dot_product_attention`.
+    """Scaled dot product attention in memory linear in T and S; a drop-in for `jax.nn.dot_product_attention`.
 
-    For each query row :math:`t` and head, over the keys :math:`s` that the masks allow,
+    For each query row t and head, over the keys s that the masks allow,
 
-    .. math::
-        z_{ts} = \mathrm{scale} \; q_t \cdot k_s + \mathrm{bias}_{ts}, \qquad
-        \mathrm{out}_t = \sum_s \frac{e^{z_{ts}}}{\sum_{s'} e^{z_{ts'}}} \, v_s
+        logits[t, s] = scale * dot(query[t], key[s]) + bias[t, s]
+        out[t] = sum_s exp(logits[t, s]) * value[s] / sum_s exp(logits[t, s])
 
     by the algorithm of FlashAttention-2 (Dao 2023, arXiv:2307.08691): tile by tile, with an online softmax, and
     probabilities recomputed in the derivatives. Axes: B batch, T query length, S key/value length, N query heads,
@@ -104,7 +106,8 @@ def flash_attention(
         May be traced.
       implementation: None, or 'xla', which callers of `jax.nn` say for "not cuDNN", for the fastest of our own kernels
         that support the call where it is compiled for. 'pure_jax' for those in pure JAX, 'mosaic_gpu' for those for
-        Hopper GPUs, which is an error where they cannot run; 'cudnn' passes the call to `jax.nn`.
+        Hopper GPUs, which is an error where they cannot run; 'cudnn' passes the call to `jax.nn`. 'dense' is for
+        quantisers and converters: JAX's own functions in the open, with arrays of T x S elements.
       return_residual: also return the log-sum-exp of the logits, with its gradient stopped.
       dropout_rate: (extension) probability, in [0, 1], of dropping an attention weight; kept ones are divided by
         `1 - dropout_rate`. A static Python number.
@@ -121,6 +124,7 @@ def flash_attention(
         skipped.
       query_offset: (extension) an integer or (B,), may be traced: query t has position t + query_offset, for
         `is_causal` and `local_window_size`. For chunks of a prompt, and for decoding, against a cache of keys.
+        None is 0.
       logits_soft_cap: (extension) c > 0, static: logits, with scale and bias, become c * tanh(logits / c); masks come
         behind.
       sinks: (extension) (N,) real: one more logit for each head, in the denominator of the softmax alone. It is neither
@@ -141,6 +145,18 @@ def flash_attention(
         key; an unknown keyword.
       NotImplementedError: an extension together with implementation='cudnn'; implementation='mosaic_gpu' where it
         cannot run (when the call is compiled).
+
+    Warns:
+      AttentionWarning: legal, but hardly meant: `is_causal` with T < S and no offset or positions, a window without
+        keys, a mask (N, T, S) with B = N.
+
+    Examples:
+      >>> import jax
+      >>> from jax_native_flash_attn import flash_attention
+      >>> query = jax.random.normal(jax.random.key(0), (2, 64, 8, 32))
+      >>> key, value = jax.random.normal(jax.random.key(1), (2, 2, 64, 4, 32))
+      >>> flash_attention(query, key, value, is_causal=True).shape
+      (2, 64, 8, 32)
     """
     arguments = {name: x for name, x in locals().items() if name not in ("implementation", "return_residual")}
     return_residual = as_static_bool(return_residual, "return_residual")
@@ -168,10 +184,10 @@ def own_implementation(implementation: Any) -> str | None:
 def _by_cudnn(arguments: dict[str, Any], return_residual: bool) -> Any:
     if arguments.pop("deterministic"):
         arguments["dropout_rate"] = 0.0
-    for name, default in EXTENSIONS.items():
+    for name, neutral in EXTENSIONS.items():
         given = arguments.pop(name)
         is_number = isinstance(given, bool | int | float | np.number | np.bool_)
-        if given is not default and not (is_number and given == default):
+        if not any(given is x or (is_number and given == x) for x in neutral):
             raise NotImplementedError(f"{name} is not supported by implementation='cudnn', which is jax.nn's")
     del arguments["dropout_rng"]
     residual = {"return_residual": True} if return_residual else {}
@@ -193,6 +209,7 @@ def flash_attention_with_lse(
     bias: ArrayLike | None = ...,
     mask: ArrayLike | None = ...,
     *,
+    implementation: Implementation | None = ...,
     return_max_logits: Literal[False] = ...,
     **options: Unpack[Options],
 ) -> tuple[jax.Array, jax.Array]: ...
@@ -204,6 +221,7 @@ def flash_attention_with_lse(
     bias: ArrayLike | None = ...,
     mask: ArrayLike | None = ...,
     *,
+    implementation: Implementation | None = ...,
     return_max_logits: Literal[True],
     **options: Unpack[Options],
 ) -> tuple[jax.Array, jax.Array, jax.Array]: ...
@@ -219,18 +237,19 @@ def flash_attention_with_lse(
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: Any = None,
+    local_window_size: WindowLike | None = None,
+    implementation: Implementation | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
     deterministic: bool = False,
     block_q: int | None = None,
     block_kv: int | None = None,
-    precision: Any = None,
+    precision: PrecisionLike = None,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
     query_positions: ArrayLike | None = None,
     key_value_positions: ArrayLike | None = None,
-    query_offset: ArrayLike = 0,
+    query_offset: ArrayLike | None = None,
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     broadcast_dropout: bool = False,
@@ -240,9 +259,10 @@ def flash_attention_with_lse(
 
     (`flash_attention(..., return_residual=True)` follows `jax.nn`: its log-sum-exp has key's dtype and no gradient.)
 
-    Args: as `flash_attention`, and
+    Args:
       return_max_logits: also return the largest logit of each head, as clipping of queries and keys needs it (QK-clip,
-        Kimi K2, arXiv:2507.20534, section 2.1).
+        Kimi K2, arXiv:2507.20534, section 2.1). All other arguments are as of `flash_attention`, but
+        `implementation` is not 'cudnn'.
 
     Returns:
       out, of query's shape but for its last axis, value's, and its dtype; and lse, (B, T, N) or (T, N), float32
@@ -252,11 +272,21 @@ def flash_attention_with_lse(
       scale, bias and cap, without sinks; -inf if there is none. It has no gradient. Inside a `shard_map` it is that of
       the shard: take `jax.lax.pmax`.
 
-    Raises: as `flash_attention`.
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `flash_attention`.
+
+    Examples:
+      >>> import jax
+      >>> from jax_native_flash_attn import flash_attention_with_lse
+      >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 64, 8, 32))
+      >>> out, lse = flash_attention_with_lse(query, key, value)
+      >>> out.shape, lse.shape
+      ((2, 64, 8, 32), (2, 64, 8))
     """
-    arguments = {name: x for name, x in locals().items() if name != "return_max_logits"}
+    arguments = {name: x for name, x in locals().items() if name not in ("implementation", "return_max_logits")}
     needs_max_logits = as_static_bool(return_max_logits, "return_max_logits")
-    checked = check(**arguments, needs_lse=True, needs_max_logits=needs_max_logits)
+    asked: dict[str, Any] = {"implementation": own_implementation(implementation), "needs_lse": True}
+    checked = check(**arguments, **asked, needs_max_logits=needs_max_logits)
     out, lse, max_logits = attention(*checked, jnp.asarray(query).shape)
     assert lse is not None
     return (out, lse) if max_logits is None else (out, lse, max_logits)

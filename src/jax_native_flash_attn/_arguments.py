@@ -10,7 +10,6 @@ import numpy as np
 from jax.core import Tracer
 
 from ._convert import (
-    LARGEST,
     as_bias,
     as_block,
     as_integers,
@@ -22,13 +21,15 @@ from ._convert import (
     as_soft_cap,
     as_static_bool,
     as_window,
+    static_or_traced,
 )
 from ._semantics.call import Arrays, Settings
 from ._semantics.constant_masks import hide_constant_mask
+from ._semantics.dense import NAME as DENSE
 from ._semantics.dropout import check_dropout, head_indices, make_dropout, threefry_words
 from ._semantics.masks import Band
-from ._semantics.positions import clip_window_side
 from ._shapes import as_query_key_value
+from ._warnings import warn_of_causal, warn_of_mask, warn_of_window
 
 
 def check(
@@ -65,6 +66,11 @@ def check(
     """The one place that knows the public names; see `flash_attention`. Key and value are one block of `blocks`."""
     is_causal = as_static_bool(is_causal, "is_causal")
     block_q, block_kv = as_block(block_q, "block_q"), as_block(block_kv, "block_kv")
+    if implementation == DENSE and (block_q or block_kv):
+        raise ValueError(
+            f"implementation='dense' has no tiles, got block_q={block_q} and block_kv={block_kv}: leave them out, or "
+            "take another implementation"
+        )
     if as_static_bool(deterministic, "deterministic"):
         dropout_rate = 0.0
     check_dropout(dropout_rate, dropout_rng)
@@ -78,6 +84,7 @@ def check(
     scalar_scale = as_scale(scale, H)
     # A number becomes a tracer where what follows is recorded for a compiler. Elsewhere nothing is analysed.
     is_staged = isinstance(scalar_scale if scale is None else jnp.asarray(0.0), Tracer)
+    is_staged &= implementation != DENSE  # of whose program nothing is hidden
     query_ids = as_integers(query_segment_ids, "query_segment_ids", axes, "BT", hides=is_staged)
     key_ids = as_integers(key_value_segment_ids, "key_value_segment_ids", axes, "BS", hides=is_staged)
     if (query_ids is None) != (key_ids is None):
@@ -93,6 +100,7 @@ def check(
         raise ValueError("query_offset moves rows without query_positions, got both: add it to query_positions")
     soft_cap = as_soft_cap(logits_soft_cap)
     sinks = as_sinks(sinks, N)
+    mask_shape = getattr(mask, "shape", ())
     shares_dropout = as_static_bool(broadcast_dropout, "broadcast_dropout")
     mask = None if mask is None else as_mask(mask, axes, is_staged=is_staged)
     band = Band()
@@ -102,16 +110,13 @@ def check(
     if dropout_rate > 0:
         dropout, dropout_key = make_dropout(dropout_rate), threefry_words(dropout_rng)
         head_index = head_indices(1, 1) if shares_dropout else head_indices(B, N)
-    static_window, traced_window = window, None
-    if window is not None and not all(isinstance(side, int) for side in window):
-        moves = (
-            any(x is not None for x in (query_positions, key_positions, traced_offset))
-            or static_offset != 0
-            or blocks > 1
-        )
-        limits = ((-LARGEST, LARGEST),) * 2 if moves else ((-S, T), (-T, S))
-        left, right = (clip_window_side(side, *ends) for side, ends in zip(window, limits, strict=True))
-        static_window, traced_window = None, jnp.stack([left, right])
+    moves = any(x is not None for x in (query_positions, key_positions, traced_offset))
+    moves = moves or static_offset != 0 or blocks > 1
+    static_window, traced_window = static_or_traced(window, T, S, moves=moves)
+    if is_causal and all(x is None for x in (query_offset, query_positions, key_positions)):
+        warn_of_causal(blocks * T, S)
+    warn_of_window(window, is_causal=is_causal)
+    warn_of_mask(mask_shape, B, N)
     settings = Settings(
         is_causal=is_causal,
         static_window=static_window,

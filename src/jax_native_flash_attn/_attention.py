@@ -10,6 +10,8 @@ from ._autodiff.primitives import flash_attention_core, flash_attention_p, linea
 from ._autodiff.visible import find_visible
 from ._semantics.block_masks import make_block_masks
 from ._semantics.call import OPERANDS, Arrays, Call, Config, Inputs, Settings
+from ._semantics.dense import NAME as DENSE
+from ._semantics.dense import dense_attention
 from ._semantics.join_masks import is_query_row, make_mask
 from ._semantics.numerics import DEAD_ROW_LSE, accumulation_dtype
 from ._semantics.positions import Order
@@ -58,6 +60,14 @@ def _attend(settings: Settings, arrays: Arrays) -> Results:
             lse if settings.needs_lse else None,
             max_logits if settings.needs_max_logits else None,
         )
+    if settings.implementation == DENSE:
+        if settings.ring is not None:
+            raise NotImplementedError(
+                f"implementation='dense' has no ring, got a sequence that is split over {settings.ring.axis_name!r}: "
+                "take strategy='all_gather', or gather what explicit axes split with jax.sharding.reshard"
+            )
+        out, lse, max_logits = dense_attention(settings, arrays)
+        return Results(out, lse if settings.needs_lse else None, max_logits if settings.needs_max_logits else None)
     if settings.ring is not None:
         rank = jax.lax.axis_index(settings.ring.axis_name)
         arrays = arrays._replace(query_lengths=rows_of_length(arrays.query_lengths, rank, T))
@@ -113,7 +123,7 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
         "has_dead_rows": arrays.sinks is None,
     }
     ring = settings.ring
-    if ring is None:
+    if ring is None or ring.window is not None:
         band, mask = make_mask(T, S, **masks)
     else:
         band, mask = make_block_masks(

@@ -1,5 +1,7 @@
 """The public functions for sequences that are split over devices."""
 
+from __future__ import annotations
+
 import inspect
 from typing import Any, Unpack
 
@@ -7,7 +9,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from ._api import flash_attention_with_lse, own_implementation
+from ._api import Implementation, flash_attention_with_lse, own_implementation
 from ._convert import as_static_bool
 from ._keywords import unexpected_keyword
 from ._options import Options
@@ -16,7 +18,7 @@ from ._strategies import SequenceOrder, Strategy, context_parallel
 _DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(flash_attention_with_lse).parameters.items()
-    if name != "return_max_logits"
+    if name not in ("implementation", "return_max_logits")
 }
 
 
@@ -30,7 +32,7 @@ def context_parallel_attention(
     axis_name: Any,
     strategy: Strategy | None = None,
     order: SequenceOrder | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     **options: Unpack[Options],
 ) -> jax.Array:
     """`flash_attention` of a sequence that is split over devices (context parallelism), inside `jax.shard_map`.
@@ -38,15 +40,6 @@ def context_parallel_attention(
     Each of the n devices of the mesh axis has T rows of query and S of key and value, in the order of the axis, and
     gets what `flash_attention` of all n * T rows and n * S keys gives for its own: with each argument and derivative
     (but for one, see "Raises"), `vmap`, and the same dropout mask.
-
-        order = balanced_order(length, devices)         # once, where the data is loaded
-        spec = jax.sharding.PartitionSpec(None, "sequence")
-        attention = jax.shard_map(
-            lambda q, k, v: context_parallel_attention(q, k, v, is_causal=True, axis_name="sequence", order="balanced"),
-            mesh=mesh, in_specs=spec, out_specs=spec,
-        )
-        sharding = jax.sharding.NamedSharding(mesh, spec)
-        out = attention(*(jax.device_put(x[:, order], sharding) for x in (query, key, value)))
 
     Args:
       query, key, value: as of `flash_attention`, of this device.
@@ -66,7 +59,7 @@ def context_parallel_attention(
         `local_window_size` and `query_offset` then go by where tokens stood before; all else goes by where they stand.
         It needs even T and S, and no lengths: padding has a negative segment id. It is for 'ring': the others compare
         every element.
-      implementation: as of `flash_attention`, but for 'cudnn'.
+      implementation: as of `flash_attention`, but for 'cudnn'; 'dense' has no ring.
       options: all others of `flash_attention`. `query_segment_ids` and `query_positions` (B, T) and
         `key_value_segment_ids` and `key_value_positions` (B, S) are of this device. `query_seq_lengths`,
         `key_value_seq_lengths` and `query_offset` are of the whole sequence; so are the weights that dropout keeps,
@@ -79,7 +72,24 @@ def context_parallel_attention(
       ValueError: as `flash_attention`; no such mesh axis; heads or lengths that do not divide; an unknown strategy or
         order; positions beside an order; a bias or mask with both axes split.
       TypeError: as `flash_attention`.
-      NotImplementedError: implementation='cudnn'; in a ring, the gradient of a bias without a key axis inside a cap.
+      NotImplementedError: implementation='cudnn'; in a ring, implementation='dense', and the gradient of a bias without
+        a key axis inside a cap.
+
+    Examples:
+      >>> import jax
+      >>> from jax_native_flash_attn import balanced_order, context_parallel_attention
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("sequence",))
+      >>> spec = jax.sharding.PartitionSpec(None, "sequence")
+      >>> def attend(query, key, value):  # of the tokens of one device
+      ...     return context_parallel_attention(
+      ...         query, key, value, is_causal=True, axis_name="sequence", order="balanced"
+      ...     )
+      >>> attention = jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec))
+      >>> order = balanced_order(64, mesh.size)  # once, where the data is loaded
+      >>> arrays = jax.random.normal(jax.random.key(0), (3, 2, 64, 8, 32))[:, :, order]
+      >>> sharding = jax.sharding.NamedSharding(mesh, spec)
+      >>> attention(*(jax.device_put(x, sharding) for x in arrays)).shape
+      (2, 64, 8, 32)
     """
     arguments = _arguments("context_parallel_attention", (query, key, value, bias, mask), options)
     split: dict[str, Any] = {"axis_name": axis_name, "strategy": strategy, "order": order}
@@ -97,24 +107,42 @@ def context_parallel_attention_with_lse(
     axis_name: Any,
     strategy: Strategy | None = None,
     order: SequenceOrder | None = None,
+    implementation: Implementation | None = None,
     return_max_logits: bool = False,
     **options: Unpack[Options],
 ) -> tuple[jax.Array, ...]:
     """As `context_parallel_attention`, and the log-sum-exp of the logits, both differentiable in every mode.
 
-    Args: as `context_parallel_attention`, and
-      return_max_logits: also return the largest logit of each head, over all devices of the axis.
+    Args:
+      return_max_logits: also return the largest logit of each head, over all devices of the axis. All other arguments
+        are as of `context_parallel_attention`.
 
     Returns:
       out and lse, as `flash_attention_with_lse` gives them, of the rows of this device; and, with
       `return_max_logits`, (N,) float32, alike on all of them.
 
-    Raises: as `context_parallel_attention`.
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `context_parallel_attention`.
+
+    Examples:
+      >>> import jax
+      >>> from jax_native_flash_attn import context_parallel_attention_with_lse
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("sequence",))
+      >>> spec = jax.sharding.PartitionSpec(None, "sequence")
+      >>> def attend(query, key, value):
+      ...     return context_parallel_attention_with_lse(query, key, value, axis_name="sequence")
+      >>> attention = jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec))
+      >>> sharding = jax.sharding.NamedSharding(mesh, spec)
+      >>> arrays = jax.random.normal(jax.random.key(0), (3, 2, 64, 8, 32))
+      >>> out, lse = attention(*(jax.device_put(x, sharding) for x in arrays))
+      >>> out.shape, lse.shape
+      ((2, 64, 8, 32), (2, 64, 8))
     """
     arguments = _arguments("context_parallel_attention_with_lse", (query, key, value, bias, mask), options)
     split: dict[str, Any] = {"axis_name": axis_name, "strategy": strategy, "order": order}
     largest = as_static_bool(return_max_logits, "return_max_logits")
-    results = context_parallel(arguments, **split, needs_lse=True, needs_max_logits=largest)
+    own = own_implementation(implementation)
+    results = context_parallel(arguments, **split, needs_lse=True, needs_max_logits=largest, implementation=own)
     return tuple(x for x in results if x is not None)
 
 
@@ -129,11 +157,7 @@ def balanced_order(length: int, devices: int, *, inverse: bool = False) -> np.nd
 
     Of `2 * devices` equal parts of a sequence, device i gets part i and part `2 * devices - 1 - i`. Permute the tokens
     once, where they are loaded, and say `order='balanced'` to `context_parallel_attention`. What else goes by position,
-    such as rotary embeddings, takes them from here:
-
-        order = balanced_order(T, devices)
-        tokens, labels = tokens[:, order], labels[:, order]
-        positions = jnp.broadcast_to(order, tokens.shape)
+    such as rotary embeddings, takes them from here: `jnp.broadcast_to(order, tokens.shape)`.
 
     Args:
       length: of the sequence, a multiple of `2 * devices`.
@@ -145,6 +169,14 @@ def balanced_order(length: int, devices: int, *, inverse: bool = False) -> np.nd
 
     Raises:
       ValueError: for a length that does not divide into equal parts.
+
+    Examples:
+      >>> from jax_native_flash_attn import balanced_order
+      >>> order = balanced_order(8, 2)
+      >>> print(order)
+      [0 1 6 7 2 3 4 5]
+      >>> print(order[balanced_order(8, 2, inverse=True)])
+      [0 1 2 3 4 5 6 7]
     """
     if devices < 1 or length % (2 * devices) != 0:
         raise ValueError(f"length must be a multiple of 2 * devices = {2 * devices}, got {length}: pad the sequence")

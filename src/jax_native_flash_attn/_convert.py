@@ -76,10 +76,12 @@ def as_int32(x: jax.Array) -> jax.Array:
 
 def as_offset(offset: Any, batch: int) -> tuple[int, jax.Array | None]:
     """A Python number, or an array (B,) or, for all batch rows, (1,)."""
+    if offset is None:
+        return 0, None
     if isinstance(offset, int | np.integer) and not isinstance(offset, bool):
         return min(max(int(offset), -LARGEST), LARGEST), None
     if not isinstance(offset, np.ndarray | jax.Array) or not jnp.issubdtype(offset.dtype, jnp.integer):
-        raise TypeError(f"query_offset must be an integer or an array (B,) of integers, got {describe(offset)}")
+        raise TypeError(f"query_offset must be an integer, an array (B,) of integers or None, got {describe(offset)}")
     if offset.shape not in ((), (batch,)):
         raise ValueError(f"query_offset must be a scalar or have shape (B,) = ({batch},), got {offset.shape}")
     return 0, as_int32(jnp.asarray(offset).reshape(-1))
@@ -123,6 +125,16 @@ def as_window(window: Any) -> tuple[Any, Any] | None:
                 f"local_window_size must hold integers, got {describe(window)}: a side without a limit is S"
             )
     return tuple(int(side) if isinstance(side, int | np.integer) else side for side in window)  # pyright: ignore[reportReturnType]
+
+
+def static_or_traced(
+    window: tuple[Any, Any] | None, T: int, S: int, *, moves: bool
+) -> tuple[tuple[int, int] | None, jax.Array | None]:
+    """A window as one that is static, or as one that is traced, (2,) int32; `moves`: whether rows or keys do."""
+    if window is None or all(isinstance(side, int) for side in window):
+        return window, None
+    limits = ((-LARGEST, LARGEST),) * 2 if moves else ((-S, T), (-T, S))
+    return None, jnp.stack([clip_window_side(side, *ends) for side, ends in zip(window, limits, strict=True)])
 
 
 def _is_scalar_integer(x: Any) -> bool:
@@ -175,11 +187,14 @@ def as_static_bool(x: Any, name: str) -> bool:
 
 
 def as_block(block: Any, name: str) -> int | None:
-    if block is None:
-        return None
-    refuse_traced(block, name)
-    if not isinstance(block, int | np.integer) or isinstance(block, bool):
-        raise TypeError(f"{name} must be an int or None, got {describe(block)}")
-    if block < 1:
-        raise ValueError(f"{name} must be at least 1, got {block}")
-    return int(block)
+    return None if block is None else as_count(block, name, "an int or None")
+
+
+def as_count(x: Any, name: str, accepted: str = "an int", one: str = "") -> int:
+    """`one` says what 1 means."""
+    refuse_traced(x, name)
+    if not isinstance(x, int | np.integer) or isinstance(x, bool):
+        raise TypeError(f"{name} must be {accepted}, got {describe(x)}{one}")
+    if x < 1:
+        raise ValueError(f"{name} must be at least 1, got {x}{one}")
+    return int(x)

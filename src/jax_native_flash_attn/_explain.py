@@ -1,8 +1,11 @@
 """Which kernels a call takes, and why: for people, and for tests."""
 
+from __future__ import annotations
+
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,86 +16,21 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from ._api import flash_attention
 from ._autodiff.primitives import flash_attention_p
 from ._context_parallel import context_parallel_attention
+from ._convert import as_count
+from ._explanation import ContextExplanation, Explanation, PassExplanation
 from ._kernels import select
 from ._kernels.protocol import Pass, Target
+from ._keywords import FOREIGN
 from ._semantics.call import Call
+from ._semantics.dense import NAME as DENSE
+from ._semantics.dense import DensePlan
+from ._semantics.errors import did_you_mean
 from ._semantics.numerics import accumulation_dtype
 from ._sharding.passes import types_of_step
-from ._strategies import DEFAULT_STRATEGY
+from ._strategies import DEFAULT_STRATEGY, SequenceOrder, Strategy, check_split
 
 _AXIS = "devices"
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-
-
-@dataclass(frozen=True)
-class PassExplanation:
-    """How one pass of a call runs.
-
-    Attributes:
-      family: its kernels, as `implementation` names them.
-      reasons: for each family that is not taken, why.
-      plan: tile or block shapes, dtypes and form: a frozen value of the family's own, which prints its fields.
-    """
-
-    family: str
-    reasons: dict[str, str]
-    plan: Any
-
-
-@dataclass(frozen=True)
-class ContextExplanation:
-    """How a sequence is split over devices.
-
-    Attributes:
-      strategy, devices: of the call.
-      visits, skipped: how many blocks of keys a device attends, its own among them, and how many it never gets.
-      bytes_sent: by pass, of key, value and their like, what a device sends. The gradient is without the forward pass.
-    """
-
-    strategy: str
-    devices: int
-    visits: int
-    skipped: int
-    bytes_sent: dict[str, int]
-
-    def __str__(self) -> str:
-        sent = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in self.bytes_sent.items())
-        return (
-            f"{self.strategy} over {self.devices} devices: {self.visits} blocks of keys, {self.skipped} skipped; "
-            f"each device sends {sent}"
-        )
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What `explain` found.
-
-    Attributes:
-      platform: what the call was taken to be compiled for.
-      forward, gradient, tangent: the pass that computes attention, and those of `jax.grad` and `jax.jvp`. In a ring of
-        devices, those of one block of keys.
-      temporary_bytes: by pass, what XLA allocates beside arguments and results on one device; None if not asked for.
-      context: how the sequence is split; None if it is not.
-    """
-
-    platform: str
-    forward: PassExplanation
-    gradient: PassExplanation
-    tangent: PassExplanation
-    temporary_bytes: dict[str, int] | None = None
-    context: ContextExplanation | None = None
-
-    def __str__(self) -> str:
-        lines = [f"flash_attention on {self.platform}"]
-        lines += [] if self.context is None else [str(self.context)]
-        for name in ("forward", "gradient", "tangent"):
-            taken: PassExplanation = getattr(self, name)
-            lines.append(f"{name}: {taken.family}")
-            if self.temporary_bytes is not None:
-                lines.append(f"  temporary memory: {self.temporary_bytes[name] / 2**20:.1f} MiB")
-            lines.append(f"  plan: {taken.plan}")
-            lines += [f"  not {family}: {reason}" for family, reason in taken.reasons.items()]
-        return "\n".join(lines)
 
 
 def explain(
@@ -100,17 +38,13 @@ def explain(
     platform: str | None = None,
     compiles: bool = False,
     devices: int = 1,
-    strategy: Any = None,
-    order: Any = None,
+    strategy: Strategy | None = None,
+    order: SequenceOrder | None = None,
     **kwargs: Any,
 ) -> Explanation:
     """Say which kernels `flash_attention(*args, **kwargs)` takes, and why not the others.
 
     With `devices`, what `context_parallel_attention` does.
-
-    Example:
-      >>> x = jax.ShapeDtypeStruct((2, 1024, 8, 64), jnp.bfloat16)
-      >>> print(explain(x, x, x, is_causal=True))
 
     Args:
       *args, **kwargs: as of `flash_attention`; arrays, or `jax.ShapeDtypeStruct`s in place of arrays that a program
@@ -127,8 +61,23 @@ def explain(
 
     Raises:
       ValueError, TypeError, NotImplementedError: as `flash_attention`; `compiles` for another platform, or with several
-        `devices`; an axis of size 0; implementation='cudnn'.
+        `devices`; `devices` that is no positive number; an axis of size 0; implementation='cudnn'.
+
+    Examples:
+      >>> import jax
+      >>> from jax_native_flash_attn import explain
+      >>> x = jax.ShapeDtypeStruct((2, 1024, 8, 64), "bfloat16")
+      >>> found = explain(x, x, x, is_causal=True, platform="cpu")
+      >>> print(found.forward.family)
+      pure_jax
+      >>> print(found)  # doctest: +ELLIPSIS
+      flash_attention on cpu
+      forward: pure_jax
+        plan: ...
     """
+    devices = as_count(devices, "devices", one=": 1 is for a sequence that is not split")
+    check_split(strategy, order)
+    _check_keywords(kwargs)
     here = _platform_here()
     platform = here if platform is None else platform
     if platform not in _PLATFORMS:
@@ -139,36 +88,54 @@ def explain(
         raise NotImplementedError("explain knows our own kernels; implementation='cudnn' is jax.nn's, got 'cudnn'")
     if compiles and devices > 1:
         raise ValueError(f"compiles=True is for one device, got devices={devices}: compile the jax.shard_map yourself")
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    types = [x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)]
-
-    def attention(*arrays: Any) -> Any:
-        remaining = iter(arrays)
-        filled = [next(remaining) if isinstance(x, jax.ShapeDtypeStruct) else x for x in leaves]
-        args, kwargs = jax.tree.unflatten(structure, filled)
-        if devices > 1:
-            split = {"axis_name": _AXIS, "strategy": strategy, "order": order}
-            return context_parallel_attention(*args, **kwargs, **split)
-        return flash_attention(*args, **kwargs)
-
-    traced = attention
-    if devices > 1:
-        mesh = AbstractMesh((devices,), (_AXIS,))
-        specs: dict[str, Any] = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec(_AXIS)}
-        traced = jax.shard_map(attention, mesh=mesh, **specs, check_vma=False)
-    call = next(_calls_of(jax.make_jaxpr(traced)(*types).jaxpr), None)
+    split = {"axis_name": _AXIS, "strategy": strategy, "order": order} if devices > 1 else {}
+    attention, types = _program(args, kwargs | split, devices)
+    program, is_dense = jax.make_jaxpr(attention)(*types), kwargs.get("implementation") == DENSE
+    if is_dense:
+        # There is no call in it. That of other kernels has the same sizes.
+        kernels, types_of_kernels = _program(args, kwargs | split | {"implementation": None}, devices)
+        program = jax.make_jaxpr(kernels)(*types_of_kernels)
+    call = next(_calls_of(program.jaxpr), None)
     if call is None:
         raise ValueError("explain needs a batch, queries, keys and heads: an axis has size 0, so that no kernel runs")
     target = Target(platform if platform in ("cpu", "cuda") else "accelerator")
     # Derivatives need the log-sum-exp, and out unrounded.
     derivative = call._replace(config=replace(call.config, needs_lse=True, rounds_out=False))
-    forward = _explain(call, Pass.FORWARD, target)
-    gradient, tangent = (_explain(derivative, which, target) for which in (Pass.COTANGENT, Pass.TANGENT))
+    passes = (call, Pass.FORWARD), (derivative, Pass.COTANGENT), (derivative, Pass.TANGENT)
+    forward, gradient, tangent = (
+        [_explain_dense(call)] * 3 if is_dense else [_explain(x, which, target) for x, which in passes]
+    )
     temporary_bytes = _temporary_bytes(attention, types) if compiles else None
     context = None
     if devices > 1:
         context = _explain_context(call, strategy or DEFAULT_STRATEGY, devices)
     return Explanation(platform, forward, gradient, tangent, temporary_bytes, context)
+
+
+def _check_keywords(given: dict[str, Any]) -> None:
+    """Of a slip in one of `explain`'s own; `flash_attention` says the rest."""
+    own = ("platform", "compiles", "devices", "strategy", "order")
+    for name in given.keys() - inspect.signature(flash_attention).parameters.keys() - FOREIGN.keys():
+        if advice := did_you_mean(name, own):
+            raise TypeError(f"explain() got an unexpected keyword argument {name!r}{advice}")
+
+
+def _program(args: Any, kwargs: dict[str, Any], devices: int) -> tuple[Callable, list[jax.ShapeDtypeStruct]]:
+    """The call as a function of the arrays that a program gets, and their types."""
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    function = context_parallel_attention if devices > 1 else flash_attention
+
+    def attention(*arrays: Any) -> Any:
+        remaining = iter(arrays)
+        filled = [next(remaining) if isinstance(x, jax.ShapeDtypeStruct) else x for x in leaves]
+        args, kwargs = jax.tree.unflatten(structure, filled)
+        return function(*args, **kwargs)
+
+    if devices > 1:
+        mesh = AbstractMesh((devices,), (_AXIS,))
+        specs: dict[str, Any] = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec(_AXIS)}
+        attention = jax.shard_map(attention, mesh=mesh, **specs, check_vma=False)
+    return attention, [x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)]
 
 
 def _explain_context(call: Call, strategy: str, devices: int) -> ContextExplanation:
@@ -181,10 +148,15 @@ def _explain_context(call: Call, strategy: str, devices: int) -> ContextExplanat
 
     keys = size(inputs.key, inputs.value)
     if ring is not None:
-        gradients = size(inputs.key, inputs.value, itemsize=accumulation_dtype(inputs.query.dtype).itemsize)
+        # Of each block but the own, the part of its keys that travels.
+        length = call.sizes.S
+        meetings = [ring.meeting(distance, length) for distance in ring.distances[1:]]
+        lengths = [length if meeting is None else meeting.length for meeting in meetings]
+        arriving = keys // length * sum(lengths)
+        unrounded = size(inputs.key, inputs.value, itemsize=accumulation_dtype(inputs.query.dtype).itemsize)
         # Gradients are rounded on the last way.
-        gradient = (visits - 1) * keys + max(0, visits - 2) * gradients + (keys if visits > 1 else 0)
-        sent: dict[str, int] = {"forward": (visits - 1) * keys, "gradient": gradient}
+        gradients = (max(0, visits - 2) * unrounded + keys) // length * max(lengths, default=0)
+        sent: dict[str, int] = {"forward": arriving, "gradient": arriving + gradients}
     elif strategy == "all_gather":
         sent = dict.fromkeys(("forward", "gradient"), keys * (devices - 1) // devices)
     else:
@@ -207,6 +179,13 @@ def _explain(call: Call, which: Pass, target: Target) -> PassExplanation:
     later = [f.name for f in select.families() if f.name != family.name and f.name not in reasons]
     reasons |= {name: f"{family.name} comes first and supports the call" for name in later}
     return PassExplanation(family.name, reasons, family.plan(call, which, target))
+
+
+def _explain_dense(call: Call) -> PassExplanation:
+    z = call.sizes
+    plan = DensePlan((*z.batch, z.N, z.T, z.S), str(accumulation_dtype(call.inputs.query.dtype)))
+    reasons = {family.name: f"implementation={DENSE!r} was asked for" for family in select.families()}
+    return PassExplanation(DENSE, reasons, plan)
 
 
 def _calls_of(jaxpr: Any) -> Iterator[Call]:

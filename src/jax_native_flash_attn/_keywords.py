@@ -1,10 +1,11 @@
 """Keywords that other libraries have: an error that says what to pass here."""
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
+
+from ._semantics.errors import did_you_mean
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -36,12 +37,11 @@ def unexpected_keyword(function: str, given: Iterable[str], accepted: Iterable[s
     """For the first keyword that is not accepted: in Python's words, and what to do."""
     accepted = tuple(accepted)
     name = next(name for name in given if name not in accepted)
-    advice = FOREIGN.get(name)
-    if advice is None:
-        similar = difflib.get_close_matches(name, accepted, n=1)
-        advice = f"did you mean {similar[0]!r}?" if similar else f"it takes {', '.join(accepted)}"
-    advice = advice.format(with_lse=function.removesuffix("_with_lse") + "_with_lse")
-    return TypeError(f"{function}() got an unexpected keyword argument {name!r}: {advice}")
+    if name in FOREIGN:
+        advice = ": " + FOREIGN[name].format(with_lse=function.removesuffix("_with_lse") + "_with_lse")
+    else:
+        advice = did_you_mean(name, accepted) or f": it takes {', '.join(accepted)}"
+    return TypeError(f"{function}() got an unexpected keyword argument {name!r}{advice}")
 
 
 # What other libraries call it, and what to do here. Looked up only for what a function does not take.
@@ -135,11 +135,6 @@ FOREIGN = {
         (
             "backend impl flash_attention use_flash use_flash_attention",
             "pass implementation, None for the fastest that supports the call",
-        ),
-        (
-            "implementation",
-            "leave it out: the fastest of our own kernels are taken; flash_attention and context_parallel_attention "
-            "take it",
         ),
         ("dtype", "results have query's dtype, and softmax is at least float32: cast query, key and value"),
         # packed sequences and lengths

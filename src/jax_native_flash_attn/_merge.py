@@ -1,5 +1,7 @@
 """Attention over parts of the keys, merged: for split decoding, and for parts that users make themselves."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +32,16 @@ def merge_attention(outs: Sequence[jax.Array], lses: Sequence[jax.Array]) -> tup
     Raises:
       ValueError: no parts, unequal numbers of them, or shapes that do not belong together.
       TypeError: no lists of real arrays.
+
+    Examples:
+      >>> import jax
+      >>> from jax_native_flash_attn import flash_attention_with_lse, merge_attention
+      >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 64, 8, 32))
+      >>> halves = slice(0, 32), slice(32, 64)
+      >>> parts = [flash_attention_with_lse(query, key[:, half], value[:, half]) for half in halves]
+      >>> out, lse = merge_attention(*zip(*parts))  # as of all 64 keys
+      >>> out.shape, lse.shape
+      ((2, 64, 8, 32), (2, 64, 8))
     """
     for name, parts in (("outs", outs), ("lses", lses)):
         _check_parts(name, parts)

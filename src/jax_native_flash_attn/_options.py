@@ -1,9 +1,16 @@
-"""Types of the optional arguments, and the defaults of those that `jax.nn` lacks."""
+"""Types of the optional arguments, and the neutral values of those that `jax.nn` lacks."""
 
-from typing import Any, TypedDict
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias, TypedDict
 
 import jax
+from jax.lax import PrecisionLike
 from jax.typing import ArrayLike
+
+# (left, right), or one integer for both.
+WindowLike: TypeAlias = ArrayLike | Sequence[ArrayLike]
 
 
 class Options(TypedDict, total=False):
@@ -13,34 +20,35 @@ class Options(TypedDict, total=False):
     is_causal: bool
     query_seq_lengths: ArrayLike | None
     key_value_seq_lengths: ArrayLike | None
-    local_window_size: Any
+    local_window_size: WindowLike | None
     dropout_rate: float
     dropout_rng: jax.Array | None
     deterministic: bool
     block_q: int | None
     block_kv: int | None
-    precision: Any
+    precision: PrecisionLike
     query_segment_ids: ArrayLike | None
     key_value_segment_ids: ArrayLike | None
     query_positions: ArrayLike | None
     key_value_positions: ArrayLike | None
-    query_offset: ArrayLike
+    query_offset: ArrayLike | None
     logits_soft_cap: float | None
     sinks: ArrayLike | None
     broadcast_dropout: bool
 
 
-EXTENSIONS: dict[str, Any] = {
-    "dropout_rate": 0.0,
-    "block_q": None,
-    "block_kv": None,
-    "precision": None,
-    "query_segment_ids": None,
-    "key_value_segment_ids": None,
-    "query_positions": None,
-    "key_value_positions": None,
-    "query_offset": 0,
-    "logits_soft_cap": None,
-    "sinks": None,
-    "broadcast_dropout": False,
+# With the values that ask for nothing.
+EXTENSIONS: dict[str, tuple[Any, ...]] = {
+    "dropout_rate": (0.0,),
+    "block_q": (None,),
+    "block_kv": (None,),
+    "precision": (None,),
+    "query_segment_ids": (None,),
+    "key_value_segment_ids": (None,),
+    "query_positions": (None,),
+    "key_value_positions": (None,),
+    "query_offset": (None, 0),
+    "logits_soft_cap": (None,),
+    "sinks": (None,),
+    "broadcast_dropout": (False,),
 }

@@ -16,11 +16,13 @@ from jax import lax
 
 from ._arguments import check
 from ._attention import Results, attention, rows_of_length
-from ._semantics.block_masks import positions_of_block, visited_distances
-from ._semantics.call import Arrays, Ring, Settings, mesh_order
+from ._semantics.block_masks import make_ring, positions_of_block
+from ._semantics.call import Arrays, Settings
 from ._semantics.dropout import with_place
+from ._semantics.errors import describe, did_you_mean
 from ._semantics.positions import saturated_sum
 from ._shapes import as_4d
+from ._warnings import warn_of_mask
 
 Strategy = Literal["ring", "all_to_all", "all_gather"]
 SequenceOrder = Literal["balanced"]
@@ -56,10 +58,7 @@ def context_parallel(
     **asked: Any,
 ) -> Results:
     """The results for arguments of `context_parallel_attention`; `asked`: of `check`."""
-    if not (order is None or (isinstance(order, str) and order == "balanced")):
-        raise ValueError(f"order must be None or 'balanced', which is that of balanced_order, got {order!r}")
-    if strategy is not None and not (isinstance(strategy, str) and strategy in _STRATEGIES):
-        raise ValueError(f"strategy must be one of {(None, *_STRATEGIES)}, got {strategy!r}")
+    check_split(strategy, order)
     axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     try:
         size = lax.axis_size(axis_name)
@@ -71,6 +70,9 @@ def context_parallel(
     shape = jnp.shape(arguments["query"])
     if size == 1:
         return attention(*check(**arguments, **asked), shape)
+    if arguments["mask"] is not None:  # before it gets rank 4
+        B, _, N, _ = as_4d(arguments["query"], "query").shape
+        warn_of_mask(jnp.shape(arguments["mask"]), B, N)
     devices = Devices(axis_name, size, lax.axis_index(axis_name), order)
     if order is not None:
         _check_order(arguments, T, S)
@@ -85,6 +87,17 @@ def context_parallel(
     if order is not None and strategy != "ring":
         arrays = _with_positions(settings, arrays, devices)
     return _STRATEGIES[strategy](settings, arrays, devices, shape)
+
+
+def check_split(strategy: Any, order: Any) -> None:
+    if not (order is None or (isinstance(order, str) and order == "balanced")):
+        raise ValueError(
+            f"order must be None or 'balanced', which is that of balanced_order, got {describe(order)}: of any other "
+            "order pass query_positions and key_value_positions"
+        )
+    if strategy is not None and not (isinstance(strategy, str) and strategy in _STRATEGIES):
+        advice = did_you_mean(strategy, _STRATEGIES)
+        raise ValueError(f"strategy must be one of {(None, *_STRATEGIES)}, got {describe(strategy)}{advice}")
 
 
 def _check_order(arguments: dict[str, Any], T: int, S: int) -> None:
@@ -134,9 +147,8 @@ def _rows_of_device(name: str, x: jax.Array, T: int, S: int, devices: Devices) -
 def _ring(settings: Settings, arrays: Arrays, devices: Devices, shape: tuple[int, ...]) -> Results:
     T, S, size = arrays.query.shape[1], arrays.key.shape[1], devices.size
     is_balanced = devices.order is not None
-    distances = visited_distances(settings, arrays, T, S, size, is_balanced=is_balanced)
-    in_mesh = mesh_order(devices.axis_name, dict(jax.sharding.get_abstract_mesh().shape))
-    ring = Ring(devices.axis_name, size, distances, in_mesh, is_balanced)
+    mesh_axes = dict(jax.sharding.get_abstract_mesh().shape)
+    ring = make_ring(settings, arrays, (T, S), devices.axis_name, mesh_axes, size, is_balanced=is_balanced)
     return _over_devices(attention(settings._replace(ring=ring), arrays, shape), devices)
 
 

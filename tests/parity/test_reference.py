@@ -36,7 +36,7 @@ EXTENSIONS = {
     "key_value_segment_ids": None,
     "query_positions": None,
     "key_value_positions": None,
-    "query_offset": 0,
+    "query_offset": None,
     "logits_soft_cap": None,
     "sinks": None,
     "broadcast_dropout": False,

@@ -16,7 +16,7 @@ from jax_native_flash_attn import balanced_order, context_parallel_attention, co
 from tests.sharding.test_meshes import assert_two_processes_agree
 from tests.support.environment import DEVICE_COUNT, fast_compilation
 from tests.support.grids import thinned
-from tests.support.programs import collective_counts, largest_in_text, primitives
+from tests.support.programs import collective_counts, collective_elements, largest_in_text, primitives
 
 pytestmark = pytest.mark.skipif(jax.device_count() < DEVICE_COUNT, reason="needs eight devices")
 
@@ -83,24 +83,28 @@ def test_collectives(strategy: str, others: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "steps"),
+    ("options", "steps", "keys"),
     [
-        ({}, 3),
-        ({"is_causal": True}, 3),
-        ({"is_causal": True, "local_window_size": (0, 0)}, 0),
-        ({"is_causal": True, "local_window_size": (1, 0)}, 1),
-        ({"is_causal": True, "local_window_size": (8, 0)}, 1),
-        ({"is_causal": True, "local_window_size": (9, 0)}, 2),
-        ({"is_causal": True, "local_window_size": (17, 0)}, 3),
-        ({"local_window_size": (1, 1)}, 2),  # the next device's keys, which are those of three places before
-        ({"local_window_size": (1, 1), "order": "balanced"}, 2),
+        ({}, 3, 24),
+        ({"is_causal": True}, 3, 24),
+        ({"is_causal": True, "local_window_size": (0, 0)}, 0, 0),
+        ({"is_causal": True, "local_window_size": (1, 0)}, 1, 1),
+        ({"is_causal": True, "local_window_size": (8, 0)}, 1, 8),
+        ({"is_causal": True, "local_window_size": (9, 0)}, 2, 9),
+        ({"is_causal": True, "local_window_size": (17, 0)}, 3, 17),
+        ({"is_causal": True, "local_window_size": (24, 0)}, 3, 24),
+        # The next device's keys, which are those of three places before.
+        ({"local_window_size": (1, 1)}, 2, 16),
+        ({"local_window_size": (1, 1), "order": "balanced"}, 2, 16),
     ],
     ids=str,
 )
-def test_blocks_that_no_row_attends_are_not_sent(options: dict[str, Any], steps: int) -> None:
+def test_keys_that_no_row_attends_are_not_sent(options: dict[str, Any], steps: int, keys: int) -> None:
     f = attention(**options)
-    assert collective_counts(compiled(f, *arrays()).as_text()).get("collective-permute", 0) == steps
-    # Blocks travel again, but for those that XLA has kept, and gradients of key and value behind them, and home.
+    text = compiled(f, *arrays()).as_text()
+    assert collective_counts(text).get("collective-permute", 0) == steps
+    assert collective_elements(text).get("collective-permute", 0) == keys * 2 * K * H
+    # Blocks travel again, but for those that XLA has kept, as on CPUs, and gradients behind them, and home.
     found = collective_counts(compiled(gradient(f), *arrays()).as_text())
     assert 2 * steps <= found.get("collective-permute", 0) <= 3 * steps
 

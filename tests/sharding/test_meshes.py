@@ -358,6 +358,21 @@ def test_sequence_over_two_axes_in_either_order(kind: str, axes: tuple[str, ...]
     assert_close(results, jax.jit(gradient(f), compiler_options=FAST)(*inputs))
 
 
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P(None, None, "x")], ids=str)
+def test_explicit_axes_without_a_mesh_in_force(spec: P):
+    """The types say it all."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    arrays = [jax.random.normal(jax.random.key(i), (2, 8, 2, 4)) for i in range(3)]
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in arrays]
+    attention = functools.partial(flash_attention, is_causal=True)
+    gradient = jax.grad(lambda *x: jnp.sin(attention(*x)).sum(), (0, 1, 2))
+    for f in (attention, jax.jit(attention), jax.jit(gradient)):
+        results, expected = (jax.tree.leaves((f if f is attention else jax.jit(f))(*x)) for x in (placed, arrays))
+        for a, e in zip(results, expected, strict=True):
+            assert tuple(a.sharding.spec)[: len(spec)] == tuple(spec)
+            np.testing.assert_allclose(a, e, rtol=0, atol=1e-5)
+
+
 def test_keys_that_do_not_divide_over_the_devices_of_the_rows_are_an_error():
     mesh = make_mesh("explicit")
     query, key, value = arrays()[:3]

@@ -15,6 +15,9 @@ def configure() -> None:
     if flag not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}={DEVICE_COUNT}".strip()
 
+    # Of calls that are legal; tests/unit/test_warnings.py is about them.
+    os.environ["JAX_NATIVE_FLASH_ATTN_WARNINGS"] = "0"
+
     import jax
 
     jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -58,7 +58,7 @@ def _collectives(text: str | None) -> Iterator[_Collective]:
     for line in text.splitlines():
         if header := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
             computation = header[1]
-        if match := re.search(rf"= \(?\w+\[([\d,]*)\].* ({_COLLECTIVES})(?:-start)?\(", line):
+        if match := re.search(rf"= \(*\w+\[([\d,]*)\].* ({_COLLECTIVES})(?:-start)?\(", line):
             elements = int(np.prod([int(n) for n in match[1].split(",") if n]))
             yield _Collective(match[2], elements, computation in bodies)
 

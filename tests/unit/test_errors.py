@@ -115,7 +115,6 @@ CALLS: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("query_offset", ValueError, {"query_offset": ones(B + 1, dtype=np.int32)}),
     ("query_offset", TypeError, {"query_offset": 1.5}),
     ("query_offset", TypeError, {"query_offset": ones(B)}),
-    ("query_offset", TypeError, {"query_offset": None}),
     ("query_offset", ValueError, {"query_offset": 1, "query_positions": ones(B, T, dtype=np.int32)}),
     ("logits_soft_cap", ValueError, {"logits_soft_cap": 0.0}),
     ("logits_soft_cap", ValueError, {"logits_soft_cap": -30.0}),

@@ -88,6 +88,7 @@ def test_profiles_show_the_scope():
     [
         ("ring", {"is_causal": True, "order": "balanced"}, 4),
         ("ring", {"is_causal": True, "local_window_size": (5, 0)}, 2),
+        ("ring", {"is_causal": True, "local_window_size": (11, 0)}, 3),
         ("all_gather", {}, 4),
         ("all_to_all", {}, 4),
     ],

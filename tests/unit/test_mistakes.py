@@ -29,6 +29,7 @@ from jax_native_flash_attn._keywords import FOREIGN
 
 B, T, S, N, K, H = 2, 128, 128, 8, 2, 64
 Q, KV, FEW = jnp.ones((B, T, N, H)), jnp.ones((B, S, N, H)), jnp.ones((B, S, K, H))
+SMALL = jnp.ones((2, 1, 4, 2, 8))
 RNG = jax.random.key(1)
 STATIC = r"must be static, got a traced value: name it in static_argnames of jax.jit, .*functools.partial"
 LAYOUT = r"If query, key and value are \(B, N, T, H\), as in PyTorch, transpose each with x.swapaxes\(-3, -2\)"
@@ -138,8 +139,8 @@ MISTAKES: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         unknown("causal", "pass is_causal", "flash_attention_with_lse")),
     ("with_lse: residual", lambda: with_lse(Q, KV, KV, return_residual=True), TypeError,
         unknown("return_residual", "flash_attention_with_lse returns out and lse", "flash_attention_with_lse")),
-    ("with_lse: implementation", lambda: with_lse(Q, KV, KV, implementation="cudnn"), TypeError,
-        unknown("implementation", "flash_attention and .* take it", "flash_attention_with_lse")),
+    ("with_lse: implementation", lambda: with_lse(Q, KV, KV, implementation="cudnn"), NotImplementedError,
+        "implementation='cudnn' passes a call to jax.nn, which does not take this one"),
     ("context parallel", lambda: parallel(Q, KV, KV, axis_name="x", causal=True), TypeError,
         unknown("causal", "pass is_causal", "context_parallel_attention")),
     ("context parallel: lse", lambda: parallel(Q, KV, KV, axis_name="x", return_lse=True), TypeError,
@@ -214,10 +215,10 @@ MISTAKES: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("59 precision", lambda: f(Q, KV, KV, precision="bf16"), ValueError,
         "(?s)precision must be what JAX takes as such, got 'bf16'.*'bfloat16'"),
     ("an array that nobody would read", lambda: f(Q, KV, KV, query_offset=numbers(B)), TypeError,
-        r"query_offset must be an integer or .*, got an array of dtype float32 and shape \(2,\)"),
+        r"query_offset must be an integer, .*, got an array of dtype float32 and shape \(2,\)"),
     # implementation
     *((f"{number} implementation", functools.partial(f, Q, KV, KV, implementation=name), ValueError,
-        rf"implementation must be one of \(None, 'xla', 'pure_jax', 'mosaic_gpu', 'cudnn'\), got '{name}'")
+        rf"implementation must be one of \(None, 'xla', 'pure_jax', 'mosaic_gpu', 'dense', 'cudnn'\), got '{name}'")
         for number, name in ((29, "flash"), (30, "triton"))),
     ("implementation, an array", lambda: f(Q, KV, KV, implementation=numbers(2)), ValueError,
         r"implementation must be one of .*, got an array of dtype float32 and shape \(2,\)"),
@@ -230,6 +231,26 @@ MISTAKES: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         "query must have a dtype of bfloat16, float16, float32, float64, got int32: cast it"),
     ("36", lambda: f(*(x.astype(jnp.float8_e4m3fn) for x in (Q, KV, KV))), ValueError,
         "query must have a dtype of .*, got float8_e4m3fn: cast it"),
+    ("implementation='dense', tiles", lambda: f(Q, KV, KV, implementation="dense", block_q=16), ValueError,
+        "implementation='dense' has no tiles, got block_q=16 and block_kv=None: leave them out, or take another"),
+    # several devices
+    ("explain: no devices", lambda: explain(Q, KV, KV, devices=0), ValueError,
+        "devices must be at least 1, got 0: 1 is for a sequence that is not split"),
+    ("explain: devices, text", lambda: explain(Q, KV, KV, devices="2"), TypeError,  # pyright: ignore[reportArgumentType]
+        "devices must be an int, got '2': 1 is for a sequence that is not split"),
+    ("explain: devices, a float", lambda: explain(Q, KV, KV, devices=2.0), TypeError,  # pyright: ignore[reportArgumentType]
+        "devices must be an int, got 2.0"),
+    *((f"explain: strategy, {n} devices", functools.partial(explain, Q, KV, KV, devices=n, strategy="rnig"), ValueError,
+        r"strategy must be one of \(None, 'ring', 'all_to_all', 'all_gather'\), got 'rnig': did you mean 'ring'\?")
+        for n in (1, 2)),
+    ("explain: order", lambda: explain(Q, KV, KV, order="zigzag"), ValueError,
+        "order must be None or 'balanced', .*, got 'zigzag': of any other order pass query_positions"),
+    ("explain: a slip", lambda: explain(Q, KV, KV, stratgy="ring"), TypeError,
+        unknown("stratgy", r"did you mean 'strategy'\?", "explain")),
+    ("an axis of vmap", lambda: jax.vmap(lambda x: parallel(x, x, x, axis_name="i"), axis_name="i")(SMALL), ValueError,
+        "axis_name must be a mesh axis of the jax.shard_map .*, got 'i', an axis of jax.vmap: .*strategy='all_gather'"),
+    ("no axis at all", lambda: parallel(Q, KV, KV, axis_name="i"), ValueError,
+        "axis_name must be a mesh axis of the jax.shard_map around this call, got 'i'"),
     # merge_attention
     ("merge: pairs", lambda: merge([(Q, Q[..., 0])]), TypeError, "merge_attention.* missing 1 .*'lses'"),
     ("merge: one pair by another", lambda: merge((Q, Q[..., 0]), (Q, Q[..., 0])), ValueError,

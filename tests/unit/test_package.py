@@ -1,13 +1,16 @@
 """What importing the package brings in, and what it offers."""
 
 import importlib.metadata
+import inspect
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax_native_flash_attn
 
+ROOT = Path(__file__).parents[2]
 IMPORTS = """
 import importlib, sys
 before = set(sys.modules)
@@ -71,4 +74,14 @@ def test_public_names():
 
 
 def test_version():
-    assert re.fullmatch(r"\d+\.\d+\.\d+.*", jax_native_flash_attn.__version__)
+    version = jax_native_flash_attn.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_changelog_names_everything_public():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert not [name for name in jax_native_flash_attn.__all__ if f"`{name}`" not in changelog]
+    options = inspect.signature(jax_native_flash_attn.flash_attention).parameters
+    assert not [name for name in options if f"`{name}`" not in changelog]

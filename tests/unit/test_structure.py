@@ -14,6 +14,7 @@ FLOORS = (
     "_sharding",
     "_autodiff",
     "_keywords",
+    "_warnings",
     "_shapes",
     "_convert",
     "_arguments",
@@ -23,6 +24,7 @@ FLOORS = (
     "_options",
     "_api",
     "_context_parallel",
+    "_explanation",
     "_explain",
     "adapters",
 )

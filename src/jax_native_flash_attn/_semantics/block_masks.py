@@ -1,14 +1,14 @@
 """All masks of a call whose keys are in several blocks, as one for each block."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .call import Arrays, Call, Settings
+from .call import MOST_UNROLLED, Arrays, Call, Ring, Settings, mesh_order
 from .join_masks import is_query_row, make_mask
 from .masks import Band, MaskOperands, make_band
 from .positions import Order, Reach, of_keys, of_rows, position_bounds, reach_of, saturated_sum
@@ -31,6 +31,36 @@ def sees_itself(reach: Reach, offset: int, others: Sequence[Any]) -> bool:
     """Whether each row is known to attend the key of its own index: `others` are what else there is of a mask."""
     sides = [side for side in reach if side is not None]
     return offset == 0 and all(x is None for x in others) and all(isinstance(x, int) and x >= 0 for x in sides)
+
+
+def make_ring(
+    settings: Settings,
+    arrays: Arrays,
+    lengths: tuple[int, int],
+    axis_name: Any,
+    mesh_axes: Mapping[Any, int],
+    size: int,
+    *,
+    is_balanced: bool = False,
+) -> Ring:
+    """The ring of a call whose devices have so many rows and keys each, over a mesh with these axes."""
+    distances = visited_distances(settings, arrays, *lengths, size, is_balanced=is_balanced)
+    window = None if is_balanced or len(distances) == 1 else _only_window(settings, arrays, lengths)
+    if window is not None and (len(distances) > MOST_UNROLLED or window >= (size - 1) * lengths[1]):
+        window = None  # most of the blocks are attended as a whole: on devices that have none before them, by nobody
+    return Ring(axis_name, size, distances, mesh_order(axis_name, mesh_axes), is_balanced, window=window)
+
+
+def _only_window(settings: Settings, arrays: Arrays, lengths: tuple[int, int]) -> int | None:
+    """See `Ring.window`."""
+    masks = ("mask", "query_lengths", "key_value_lengths", "query_segment_ids", "key_value_segment_ids")
+    moving = ("traced_window", "query_positions", "key_value_positions", "query_offset")
+    if any(getattr(arrays, name) is not None for name in masks + moving) or settings.static_band != Band():
+        return None
+    reach = reach_of(is_causal=settings.is_causal, static_window=settings.static_window, traced_window=None)
+    if lengths[0] != lengths[1] or not sees_itself(reach, settings.static_offset, ()):
+        return None
+    return reach.left if reach.right == 0 else None
 
 
 def visited_distances(

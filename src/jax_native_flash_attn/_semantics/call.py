@@ -13,6 +13,8 @@ from .dropout import Dropout
 from .masks import Band, MaskOperands
 from .sizes import Sizes
 
+MOST_UNROLLED = 4  # visits of a ring: up to so many, each has its own text in the program
+
 
 @dataclass(frozen=True)
 class Ring:
@@ -24,6 +26,8 @@ class Ring:
       mesh_order: the same axes in the order of the mesh, and its numbers of the places of the ring; see `mesh_order`.
       is_balanced: whether rows and keys are in the order of `balanced_order`, which masks then see through.
       has_whole_masks: whether band and intervals are still those of all keys, of the rows of a device.
+      window: how many keys before its own a row attends, where that and causality are all that masks say, and tokens
+        stand in order: `meeting` then knows what is attended of a block. Otherwise intervals say so.
     """
 
     axis_name: Any
@@ -32,6 +36,22 @@ class Ring:
     mesh_order: tuple[Any, tuple[int, ...]] | None = None
     is_balanced: bool = False
     has_whole_masks: bool = False
+    window: int | None = None
+
+    def meeting(self, distance: int, length: int) -> "Meeting | None":
+        """Of the rows of a device and the keys `distance` places before it, `length` each; None if that is all."""
+        if self.window is None or distance == 0:
+            return None
+        met = min(length, self.window - (distance - 1) * length)
+        lower = distance * length - self.window - (length - met)
+        return Meeting(met, Band(lower) if lower > 1 - met else Band())
+
+
+class Meeting(NamedTuple):
+    """The first `length` rows of a device and as many last keys of a block, which `band` leaves to each other."""
+
+    length: int
+    band: Band
 
 
 def mesh_order(axis_name: Any, mesh_axes: Mapping[Any, int]) -> tuple[Any, tuple[int, ...]] | None:
@@ -112,7 +132,7 @@ class Config:
 
     With a `ring`, key and value are the block of this device, and `band` is the mask of that alone. All other operands
     with a key axis have the keys of all blocks, one after the other; intervals and `is_exact` have one for each block,
-    likewise, along T.
+    likewise, along T, unless `Ring.window` says it all.
     """
 
     band: Band

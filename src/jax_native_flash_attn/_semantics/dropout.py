@@ -6,6 +6,8 @@ Threefry-2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"
 Hence the mask depends neither on block sizes nor on sharding, nor on whether attention is flash or dense.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -195,6 +197,13 @@ def dropout_keep_mask(dropout_rng: jax.Array, dropout_rate: float, shape: tuple[
     Raises:
       ValueError: for a rate outside [0, 1], a batch of keys, or a shape that is not 4-D.
       TypeError: for a rate that is not a number, or what is no key.
+
+    Examples:
+      >>> import jax
+      >>> from jax_native_flash_attn import dropout_keep_mask
+      >>> keep = dropout_keep_mask(jax.random.key(0), 0.1, (1, 2, 16, 16))
+      >>> bool((keep == jax.random.bernoulli(jax.random.key(0), 0.9, (1, 2, 16, 16))).all())
+      True
     """
     check_dropout(dropout_rate, dropout_rng)
     if len(shape) != 4:

@@ -1,6 +1,8 @@
 """What errors say of an argument."""
 
+import difflib
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -17,6 +19,12 @@ def describe(x: Any) -> str:
         return f"a {type(x).__name__} of {len(x)}"
     is_plain = x is None or isinstance(x, bool | int | float | complex | str | list | tuple | dict)
     return reprlib.repr(x) if is_plain else f"a value of type {type(x).__name__}"
+
+
+def did_you_mean(given: Any, accepted: Iterable[str]) -> str:
+    """The end of an error, if what was given is nearly one of these."""
+    similar = difflib.get_close_matches(given, accepted, n=1) if isinstance(given, str) else []
+    return f": did you mean {similar[0]!r}?" if similar else ""
 
 
 def refuse_traced(x: Any, name: str) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from .._semantics.block_masks import visited_distances
-from .._semantics.call import OPERANDS, Arrays, Ring, Settings, mesh_order
-from .types import axis_names
+from .._semantics.block_masks import make_ring
+from .._semantics.call import OPERANDS, Arrays, Settings
+from .types import axis_names, reshard
 
 
 def over_explicit_axes(attention: Callable, settings: Settings, arrays: Arrays) -> Any:
@@ -43,8 +43,7 @@ def over_explicit_axes(attention: Callable, settings: Settings, arrays: Arrays) 
                 f"key and value are sharded along the sequence as query is, over {blocks} devices, got {S} keys: pad "
                 "them to a multiple, or gather query's sequence with jax.sharding.reshard"
             )
-        distances = visited_distances(settings, arrays, T // blocks, S // blocks, blocks, is_balanced=False)
-        ring = Ring(spec[1], blocks, distances, mesh_order(spec[1], mesh.shape))
+        ring = make_ring(settings, arrays, (T // blocks, S // blocks), spec[1], mesh.shape, blocks)
         settings = settings._replace(ring=ring)
     num_kv_heads = arrays.key.shape[2]
     head_shards = _num_shards(mesh, spec[2])
@@ -64,7 +63,8 @@ def over_explicit_axes(attention: Callable, settings: Settings, arrays: Arrays) 
 
     # An array that a call lacks is None, which has no leaf.
     specs = Arrays(*(None if x is None else spec_of(name, x) for name, x in arrays._asdict().items()))  # pyright: ignore
-    placed = Arrays(*(None if x is None else jax.sharding.reshard(x, s) for x, s in zip(arrays, specs, strict=True)))  # pyright: ignore
+    pairs = zip(arrays, specs, strict=True)
+    placed = Arrays(*(None if x is None else reshard(x, mesh, spec) for x, spec in pairs))  # pyright: ignore
     out_specs = (
         PartitionSpec(spec[0], spec[1], spec[2], None),
         PartitionSpec(spec[0], spec[1], spec[2]) if settings.needs_lse else None,

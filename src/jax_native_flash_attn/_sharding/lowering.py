@@ -13,6 +13,7 @@ axis (the gradient of a bias shared by the batch, say) is summed over its mesh a
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,12 +79,26 @@ def lowering_rule(
         # Nor with explicit axes in the types of what it makes of nothing, where no operand is sharded over them.
         is_outside = AxisType.Explicit in kinds and not any(spec)
         with jax.sharding.use_abstract_mesh(AbstractMesh((), ())) if is_outside else contextlib.nullcontext():
-            results = mlir.lower_fun(kernel, multiple_results=True)(ctx.replace(avals_in=avals), *values)
+            results = _lower(kernel, ctx.replace(avals_in=avals), values)
         if target.is_sharded:
             results = gather_sliced_axes(results, result_names, [x.shape for x in ctx.avals_out])
         return results
 
     return rule
+
+
+def _lower(kernel: Callable, ctx: Any, values: Sequence[Any]) -> Any:
+    try:
+        return mlir.lower_fun(kernel, multiple_results=True)(ctx, *values)
+    except NameError as error:
+        # An axis of `jax.vmap` has a size while a ring is traced, but is nothing in its program.
+        unbound = re.search(r"unbound axis name: (\w+)", str(error))
+        if unbound is None:
+            raise
+        raise ValueError(
+            f"axis_name must be a mesh axis of the jax.shard_map around this call, got {unbound[1]!r}, an axis of "
+            "jax.vmap: split the sequence with jax.shard_map, or take strategy='all_gather'"
+        ) from None
 
 
 def _in_ring(

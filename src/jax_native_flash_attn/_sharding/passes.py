@@ -23,7 +23,7 @@ from .._semantics.call import Call, Inputs, batch_of, sum_to
 from .._semantics.merging import merge
 from .._semantics.numerics import accumulation_dtype
 from .collectives import axis_index, shift
-from .ring import Visit, go_around
+from .ring import Visit, add_to_last_keys, go_around
 
 Shape = jax.ShapeDtypeStruct
 
@@ -64,7 +64,7 @@ def forward(call: Call, target: Target) -> Forward:
         if lse is not None and mask.key_start is not None and mask.key_stop is not None:
             lse = jnp.where(mask.key_start < mask.key_stop, lse, -jnp.inf)
         found = found._replace(lse=lse)
-        return found if merged is None else _merged(merged, found)
+        return found if merged is None else _joined(merged, found, at)
 
     merged = go_around(ring, {"key": inputs.key, "value": inputs.value}, None, visit)
     assert merged is not None
@@ -80,6 +80,19 @@ def forward(call: Call, target: Target) -> Forward:
         max_logits,
         out.astype(dtype) if config.adds_rounded else None,
     )
+
+
+_NO_KEYS = {"out": 0.0, "lse": -jnp.inf, "max_logits": -jnp.inf}  # results by name, of rows without any
+
+
+def _joined(merged: Forward, found: Forward, at: Visit) -> Forward:
+    """Results with what one more visit found, of the rows that it is of."""
+    whole, more = (
+        {name: x for name in _NO_KEYS if (x := getattr(forward, name)) is not None} for forward in (merged, found)
+    )
+    rows = Forward(**{name: at.rows(name, x) for name, x in whole.items()})
+    both = _merged(rows, Forward(**{name: at.known(x, _NO_KEYS[name]) for name, x in more.items()}))
+    return Forward(**{name: at.with_rows(name, x, getattr(both, name)) for name, x in whole.items()})
 
 
 def _merged(a: Forward, b: Forward) -> Forward:
@@ -105,11 +118,6 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
     ring, dtype, S = config.ring, accumulation_dtype(inputs.query.dtype), call.sizes.S
     assert ring is not None
     of_blocks = Call(config, inputs._replace(sinks=None))
-    if "bias" in given.wanted and given.wanted["bias"].shape[-1] == 1:
-        raise NotImplementedError(
-            "bias must have a key axis where its gradient is taken inside a logits_soft_cap, in a ring of devices, got "
-            f"shape {given.wanted['bias'].shape}: broadcast it along the keys, or take strategy='all_gather'"
-        )
     # Sums over blocks, unrounded; but for a bias of keys, each block has its own.
     wanted = {name: Shape(x.shape, dtype) for name, x in given.wanted.items() if name != "scale"}
     split = {name for name, x in wanted.items() if name == "bias" and x.shape[-1] > 1}
@@ -119,24 +127,28 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
     late = {name: wanted[name] for name in travelling if is_opaque(call, Pass.COTANGENT, target)}
 
     def visit(sums: Sums, at: Visit) -> Sums:
-        asked = {name: x for name, x in of_block.items() if not (at.is_own and name in late)}
-        found = select.cotangent(at.call(of_blocks), given._replace(wanted=asked), target) if asked else {}
+        asked = {name: at.type(name, x) for name, x in of_block.items() if not (at.is_own and name in late)}
+        found = select.cotangent(at.call(of_blocks), _of_visit(given, at, asked), target) if asked else {}
+        found = {name: at.known(x) for name, x in found.items()}
         for name in split:
             whole = sums.resting[name] if name in sums.resting else jnp.zeros(wanted[name].shape, dtype)
-            found[name] = lax.dynamic_update_slice_in_dim(whole, found[name], at.source * S, -1)
+            found[name] = lax.dynamic_update_slice_in_dim(whole, found[name], at.first_key(S), -1)
         if at.is_own:
             return Sums(found, {})
         moving = {name: found.pop(name) for name in travelling}
         if sums.moving:
             arrived = shift(sums.moving, ring, at.hop)
-            moving = {name: x + arrived[name] for name, x in moving.items()}
-        added = {name: x if name in split else x + sums.resting[name] for name, x in found.items()}
+            moving = {name: add_to_last_keys(arrived[name], x) for name, x in moving.items()}
+        added = {name: x if name in split else at.add_rows(name, sums.resting[name], x) for name, x in found.items()}
         return Sums(sums.resting | added, moving)
 
     results: dict[str, jax.Array] = {}
     if wanted:
         blocks = {"key": inputs.key, "value": inputs.value}
-        sums = go_around(ring, blocks, Sums({}, {}), visit)
+        # Blocks leave when the cotangents are there. XLA would otherwise keep all that came in the forward pass, as it
+        # does on CPUs.
+        leaving, _ = lax.optimization_barrier((blocks, dict(given.operands)))
+        sums = go_around(ring, leaving, Sums({}, {}), visit)
         # Rounded, as the results are, but only on this way: rounding what others still add to would err more.
         rounded = {name: x.astype(given.wanted[name].dtype) for name, x in sums.moving.items()}
         home = shift(rounded, ring, -ring.distances[-1])
@@ -144,10 +156,16 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
         if late:
             own = Visit(axis_index(ring), axis_index(ring), blocks, is_own=True).call(of_blocks)
             results |= select.cotangent(own, given._replace(wanted=late), target)
-        results |= {name: results[name] + x.astype(dtype) for name, x in home.items()}
+        results |= {name: add_to_last_keys(results[name], x.astype(dtype)) for name, x in home.items()}
     if "scale" in given.wanted:
         results["scale"] = _of_scale(call, given, target)
     return {name: results[name].astype(like.dtype) for name, like in given.wanted.items()}
+
+
+def _of_visit(given: LinearPass, at: Visit, wanted: dict[str, Shape]) -> LinearPass:
+    """What is asked of a visit, in its rows; bias and blocks are those of its keys already."""
+    operands = {name: at.rows(name, x) for name, x in given.operands.items()}
+    return LinearPass(at.rows("out", given.out), at.rows("lse", given.lse), operands, wanted)
 
 
 def _of_scale(call: Call, given: LinearPass, target: Target) -> jax.Array:
@@ -176,8 +194,9 @@ def tangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Arra
     def visit(sums: dict[str, jax.Array], at: Visit) -> dict[str, jax.Array]:
         operands = {name: at.keys(x, S) if name == "bias" else x for name, x in resting.items()}
         operands |= {name: at.blocks[f"d{name}"] for name in ("key", "value") if f"d{name}" in at.blocks}
-        found = select.tangent(at.call(of_blocks), given._replace(operands=operands, wanted=wanted), target)
-        return {name: x + sums[name] if sums else x for name, x in found.items()}
+        asked = {name: at.type(name, x) for name, x in wanted.items()}
+        found = select.tangent(at.call(of_blocks), _of_visit(given._replace(operands=operands), at, asked), target)
+        return {name: at.add_rows(name, sums[name], at.known(x)) if sums else x for name, x in found.items()}
 
     sums = go_around(ring, blocks, {}, visit)
     return {name: sums[name].astype(like.dtype) for name, like in given.wanted.items()}

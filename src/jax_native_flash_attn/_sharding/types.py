@@ -55,7 +55,14 @@ def shard_alike(operands: Sequence[jax.Array]) -> list[jax.Array]:
     if not any(wanted):
         return list(operands)
     specs = [[axis if n != 1 else None for axis, n in zip(wanted, x.shape, strict=False)] for x in operands]
-    return [jax.sharding.reshard(x, PartitionSpec(*spec)) for x, spec in zip(operands, specs, strict=True)]
+    mesh = next(jax.typeof(x).sharding.mesh for x in operands if any(jax.typeof(x).sharding.spec))
+    return [reshard(x, mesh, PartitionSpec(*spec)) for x, spec in zip(operands, specs, strict=True)]
+
+
+def reshard(x: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:
+    """As `jax.sharding.reshard`, without `jax.set_mesh` too: an array of no mesh that is not to be sharded stays so."""
+    is_needed = any(spec) or not jax.typeof(x).sharding.mesh.empty
+    return jax.sharding.reshard(x, NamedSharding(mesh, spec)) if is_needed else x
 
 
 def axis_names(mesh_axis: Any) -> tuple[str, ...]:

@@ -75,7 +75,8 @@ def cotangent(
     """
     nest, sizes = tiles.nest, tiles.sizes
     needs_logits = any(name in results for name in ("query", "key", "scale", "bias"))
-    row_sums = ["bias"] if "bias" in results and results["bias"].shape[-1] == 1 else []
+    has_row_bias = "bias" in results and results["bias"].shape[-1] == 1 and tiles.config.has_all_keys
+    row_sums = ["bias"] if has_row_bias else []
     row_sums += ["scale"] if "scale" in results and tiles.plan.rounds_operands else []
     needs_query = "query" in results or ("scale" in results and "scale" not in row_sums)
     has_out = "out" in cotangents

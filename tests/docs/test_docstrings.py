@@ -1,0 +1,37 @@
+"""Every public name has an example, which does what it says, and a place in the reference; help reads short."""
+
+import doctest
+import inspect
+import pydoc
+import re
+from pathlib import Path
+
+import pytest
+
+import jax_native_flash_attn
+
+
+@pytest.mark.parametrize("name", jax_native_flash_attn.__all__)
+def test_examples(name: str, monkeypatch: pytest.MonkeyPatch):
+    """In an empty namespace, as they are pasted, with warnings as users have them."""
+    monkeypatch.delenv("JAX_NATIVE_FLASH_ATTN_WARNINGS", raising=False)
+    docstring = inspect.getdoc(getattr(jax_native_flash_attn, name)) or ""
+    assert "\nExamples:\n" in docstring
+    example = doctest.DocTestParser().get_doctest(docstring, {}, name, None, None)
+    assert any(x.want for x in example.examples)
+    report: list[str] = []
+    found = doctest.DocTestRunner().run(example, out=report.append)
+    assert found.failed == 0, "".join(report)
+
+
+@pytest.mark.parametrize("name", jax_native_flash_attn.__all__)
+def test_help_names_types(name: str):
+    """And not the unions that they stand for."""
+    text = pydoc.plain(pydoc.render_doc(getattr(jax_native_flash_attn, name)))
+    assert not any(part in text for part in ("Union[", "jax._src"))
+
+
+def test_reference_has_every_name():
+    page = (Path(__file__).parents[2] / "docs/api.md").read_text()
+    named = re.findall(r"^::: jax_native_flash_attn\.(\w+)$", page, re.MULTILINE)
+    assert sorted(named) == sorted(jax_native_flash_attn.__all__)
