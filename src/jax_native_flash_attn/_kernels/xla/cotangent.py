@@ -114,7 +114,7 @@ def cotangent(
 
         key_operands = {"key": scaled(query), "value": dout}
         if not tiles.plan.transposes_weights:
-            key_operands = {name: jnp.swapaxes(x, -1, -2) for name, x in key_operands.items()}
+            key_operands = {name: jnp.swapaxes(lax.optimization_barrier(x), -1, -2) for name, x in key_operands.items()}
         key_operands = {name: x.astype(tiles.plan.transposed_product) for name, x in key_operands.items()}
 
         def key_tile(columns: ColumnTile, mask: TileMask | None, state: CotangentState) -> CotangentState:
@@ -190,7 +190,7 @@ def _write_rows(
     """The results of some rows; `sums` by name, of each row."""
     nest, results = tiles.nest, dict(results)
     if dquery is not None and "query" in results:
-        results["query"] = nest.write_query(results["query"], dquery * tiles.scale(at), at, add=True)
+        results["query"] = nest.write_query(results["query"], dquery * tiles.scale(at), at, add=nest.sizes.T % nest.tile.block_q != 0)
     if "bias" in sums:
         results["bias"] = nest.write_row(results["bias"][..., 0], sums["bias"][..., 0], at, add=True)[..., None]
     if "scale" in results:

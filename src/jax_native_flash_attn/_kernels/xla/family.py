@@ -114,18 +114,17 @@ def _forward(call: Call, target: Target, limits: Limits) -> tuple[jax.Array, ...
         return by_documents(tiles)
     bounded = Tiles(call, make_plan(call, target, limits, is_bounded=True))
     bounds = _bounds(call, bounded.plan)
-    is_bounded = (bounds <= _LARGEST_BOUND).all()
+    is_bounded = bounds.max() <= _LARGEST_BOUND
     return lax.cond(is_bounded, lambda: by_documents(bounded, bounds), lambda: by_documents(tiles))
 
 
 def _bounds(call: Call, plan: Plan) -> jax.Array:
-    """Of the absolute logits of each row, (batch..., N, T), in accumulation dtype; not finite if the inputs are not."""
+    """Of the absolute logits of each row, (batch..., T, N, 1), in accumulation dtype; not finite if inputs are not."""
     z, dtype, inputs = plan.sizes, plan.accumulate, call.inputs
-    query, key = (jnp.square(x.astype(dtype)).sum(-1) for x in (inputs.query, inputs.key))
+    query, key = (jnp.square(x.astype(dtype)).sum(-1, keepdims=True) for x in (inputs.query, inputs.key))
     if inputs.mask.key_value_length is not None:
-        positions = jnp.arange(z.S, dtype=jnp.int32).reshape((1,) * (key.ndim - 2) + (-1, 1))
-        key = jnp.where(positions < inputs.mask.key_value_length[..., None, None], key, 0)
-    query, key = jnp.moveaxis(query, -1, -2), key.max(-2)[..., None]  # (batch..., N, T), (batch..., K, 1)
-    key = jnp.repeat(key, z.G, -2)
-    scale = jnp.abs(inputs.scale)[..., None, None]
-    return jnp.broadcast_to(jnp.sqrt(query * key) * scale * _ROUNDING, (*z.batch, z.N, z.T))
+        positions = jnp.arange(z.S, dtype=jnp.int32).reshape((1,) * (key.ndim - 3) + (-1, 1, 1))
+        key = jnp.where(positions < inputs.mask.key_value_length[..., None, None, None], key, 0)
+    key = jnp.repeat(key.max(-3, keepdims=True), z.G, -2)  # (batch..., 1, N, 1)
+    scale = jnp.abs(inputs.scale)[..., None, None, None]
+    return jnp.broadcast_to(jnp.sqrt(query * key) * scale * _ROUNDING, (*z.batch, z.T, z.N, 1))

@@ -47,7 +47,7 @@ def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, .
             tiles.zeros(*rows, 1),
             jnp.full((*rows, 1), lowest(tiles.plan.accumulate), tiles.plan.accumulate)
             if bounds is None
-            else tiles.rows(bounds, at),
+            else nest.query_slice(bounds, at),
         )
 
         def key_tile(columns: ColumnTile, mask: TileMask | None, state: OnlineSoftmax | None) -> OnlineSoftmax:
