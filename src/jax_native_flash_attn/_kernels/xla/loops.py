@@ -106,9 +106,9 @@ class Nest(TileAccess):
         if self.tile.follows_band:
             start = jnp.clip(at.row + (self.band.lower or 0), 0, self.sizes.S - self.tile.block_kv)
             columns = ColumnTile(start, start)
-            return body(columns, self._tile_mask(at, columns), carry)
+            return body(columns, self.tile_mask(at, columns), carry)
         if self.visits_one_key_tile and self.mask.key_start is not None:
-            return body(ColumnTile(0, 0), self._tile_mask(at, ColumnTile(0, 0)), carry)
+            return body(ColumnTile(0, 0), self.tile_mask(at, ColumnTile(0, 0)), carry)
         ranges, has_edges, has_full = self._column_ranges(at)
         block = self.tile.block_kv
 
@@ -120,7 +120,7 @@ class Nest(TileAccess):
 
         def masked(owned: Index, carry: Carry) -> Carry:
             columns = column_tile(owned)
-            return body(columns, self._tile_mask(at, columns), carry)
+            return body(columns, self.tile_mask(at, columns), carry)
 
         if self.visits_one_key_tile:
             return masked(0, carry) if has_edges else full(0, carry)
@@ -240,8 +240,8 @@ class Nest(TileAccess):
         start, stop = self.band.interval(rows, S, jnp)
         return start, stop
 
-    def _tile_mask(self, at: RowTile, columns: ColumnTile) -> TileMask:
-        """Which elements of a tile count: two comparisons per element, whatever the masks behind them."""
+    def tile_mask(self, at: RowTile, columns: ColumnTile) -> TileMask:
+        """Of a masked tile: which elements of a tile count: two comparisons per element, whatever the masks behind them."""
         mask = self.mask
         start, stop = (x[..., None] for x in self._intervals(at))
         start = jnp.maximum(start, columns.owned)
