@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ..._semantics.sizes import Sizes
@@ -221,5 +222,6 @@ def _write(result: jax.Array, x: jax.Array, starts: tuple[Index, ...], add: bool
     return lax.dynamic_update_slice(result, x, first, allow_negative_indices=False)
 
 
-def _starts(x: jax.Array, starts: tuple[Index, ...]) -> list[jax.Array]:
-    return [jnp.int32(0 if n == 1 else start) for n, start in zip(x.shape, starts, strict=True)]
+def _starts(x: jax.Array, starts: tuple[Index, ...]) -> list[Index]:
+    starts = tuple(0 if n == 1 else start for n, start in zip(x.shape, starts, strict=True))
+    return [np.int32(start) if isinstance(start, int) else start for start in starts]

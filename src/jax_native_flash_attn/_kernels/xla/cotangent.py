@@ -114,7 +114,7 @@ def cotangent(
 
         key_operands = {"key": scaled(query), "value": dout}
         if not tiles.plan.transposes_weights:
-            key_operands = {name: jnp.swapaxes(lax.optimization_barrier(x), -1, -2) for name, x in key_operands.items()}
+            key_operands = {name: jnp.swapaxes(x, -1, -2) for name, x in key_operands.items()}
         key_operands = {name: x.astype(tiles.plan.transposed_product) for name, x in key_operands.items()}
 
         def key_tile(columns: ColumnTile, mask: TileMask | None, state: CotangentState) -> CotangentState:

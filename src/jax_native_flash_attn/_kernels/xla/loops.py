@@ -182,25 +182,27 @@ class Nest(TileAccess):
     def _static_ranges(self, at: RowTile) -> tuple[ColumnRange, bool, bool]:
         """`_column_ranges` where the band says it all."""
         block, count = self.tile.block_kv, self.num_key_tiles
-        start, stop = self.band.intervals(self.sizes.T, self.sizes.S)
-        owned = [i * self.tile.block_q for i in range(self.num_query_tiles)]
-        firsts = [_clamped(i, self.tile.block_q, self.sizes.T) for i in owned]
-        slices = [np.s_[i : i + self.tile.block_q] for i in firsts]
-        ranges = ColumnRange(*np.array([column_range(start[s], stop[s], block, count) for s in slices]).T)
-        has_edges = bool((ranges.stop - ranges.first > ranges.full_stop - ranges.full_first).any())
-        has_full = bool((ranges.full_stop > ranges.full_first).any())
-
+        table = self._range_table
+        has_edges = bool((table.stop - table.first > table.full_stop - table.full_first).any())
+        has_full = bool((table.full_stop > table.full_first).any())
+        if isinstance(at.owned, int):
+            number = at.owned // self.tile.block_q
+            return ColumnRange(*(int(x[number]) * block for x in table)), has_edges, has_full
         # Both ends of an interval grow with the row.
-        first, last = (self.band.interval(jnp.int32(at.row + i), self.sizes.S, jnp) for i in (0, self.tile.block_q - 1))
+        first, last = (self.band.interval(at.row + i, self.sizes.S, jnp) for i in (0, self.tile.block_q - 1))
         traced = bounded_range(*zip(first, last, strict=True), block, count, jnp)
+        pairs = zip(table, traced, strict=True)
+        known = ColumnRange(*(block * (int(x[0]) if (x == x[0]).all() else value) for x, value in pairs))
+        return known, has_edges, has_full
 
-        def static_if_known(table: np.ndarray, value: Index) -> Index:
-            if isinstance(at.owned, int):
-                return int(table[at.owned // self.tile.block_q])
-            return int(table[0]) if (table == table[0]).all() else value
-
-        known = (static_if_known(*pair) for pair in zip(ranges, traced, strict=True))
-        return ColumnRange(*(x * block for x in known)), has_edges, has_full
+    @functools.cached_property
+    def _range_table(self) -> ColumnRange:
+        """Of every query tile, where the band says it all, in tiles."""
+        start, stop = self.band.intervals(self.sizes.T, self.sizes.S)
+        firsts = [_clamped(i * self.tile.block_q, self.tile.block_q, self.sizes.T) for i in range(self.num_query_tiles)]
+        rows = [np.s_[i : i + self.tile.block_q] for i in firsts]
+        ranges = [column_range(start[i], stop[i], self.tile.block_kv, self.num_key_tiles) for i in rows]
+        return ColumnRange(*np.array(ranges).T)
 
     @functools.cached_property
     def _occupied(self) -> jax.Array:

@@ -250,8 +250,7 @@ class Tiles:
 
     def rows(self, x: jax.Array, at: RowTile) -> jax.Array:
         """(batch..., N, T), broadcast in no axis but the batch's -> (lead..., rows, 1)"""
-        x = self.nest.row_slice(x, at)
-        return x.reshape(*x.shape, 1)
+        return self.nest.row_slice(x, at)[..., None]
 
     def keep(self, at: RowTile, columns: ColumnTile) -> jax.Array | None:
         """Which weights of the tile, (lead..., rows, block_kv), dropout keeps; None without dropout."""
