@@ -5,7 +5,6 @@ A block that does not divide its length leaves a last tile that overlaps the one
 """
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -190,7 +189,8 @@ class Nest(TileAccess):
             return ColumnRange(*(int(x[number]) * block for x in table)), has_edges, has_full
         # Both ends of an interval grow with the row.
         first, last = (self.band.interval(at.row + i, self.sizes.S, jnp) for i in (0, self.tile.block_q - 1))
-        traced = bounded_range(*zip(first, last, strict=True), block, count, jnp)
+        starts, stops = zip(first, last, strict=True)
+        traced = bounded_range(starts, stops, block, count, jnp)
         pairs = zip(table, traced, strict=True)
         known = ColumnRange(*(block * (int(x[0]) if (x == x[0]).all() else value) for x, value in pairs))
         return known, has_edges, has_full
@@ -224,7 +224,9 @@ class Nest(TileAccess):
     def _occupied_tiles(self, at: RowTile, ranges: ColumnRange) -> jax.Array:
         """Which key/value tiles inside `ranges` the boolean mask leaves something of: all of them, if a row is dead."""
         sizes = (1, self.num_key_tiles, *self.tile.batch, self.tile.heads * self.sizes.G)
-        occupied = self.slice(self._occupied, (at.owned // self.tile.block_q, 0, *at.batch, at.head * self.sizes.G), sizes)
+        occupied = self.slice(
+            self._occupied, (at.owned // self.tile.block_q, 0, *at.batch, at.head * self.sizes.G), sizes
+        )
         occupied = occupied.any(tuple(axis for axis in range(occupied.ndim) if axis != 1))
         if self.mask.dead is not None:
             occupied |= self.row_slice(self.mask.dead, at).any()
@@ -243,7 +245,7 @@ class Nest(TileAccess):
         return start, stop
 
     def tile_mask(self, at: RowTile, columns: ColumnTile) -> TileMask:
-        """Of a masked tile: which elements of a tile count: two comparisons per element, whatever the masks behind them."""
+        """Which elements of a tile count: two comparisons per element, whatever the masks behind them."""
         mask = self.mask
         start, stop = (x[..., None] for x in self._intervals(at))
         start = jnp.maximum(start, columns.owned)
