@@ -1,14 +1,10 @@
-"""The tables of figures in docs/guides: decoding, packed sequences, memory of a bias, the first call.
+"""The tables of figures in docs/guides: decoding, packed sequences, memory of a bias.
 
     python benchmarks/benchmark_guides.py
 
 Times are the least of several calls, taken in turn. CPU times count all threads of the process.
 """
 
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -106,40 +102,9 @@ def bias_memory() -> None:
             table.add(str(shape), size, temporary(lambda *x: flash_attention(*x, is_causal=True), x, x, x, bias))
 
 
-FIRST_CALL = """
-import sys, time, jax
-from jax_native_flash_attn import flash_attention
-attention = flash_attention if sys.argv[1] == "ours" else jax.nn.dot_product_attention
-x = jax.ShapeDtypeStruct((2, 2048, 8, 64), "float32")
-f = jax.jit(jax.value_and_grad(lambda *x: attention(*x, is_causal=True).sum(), argnums=(0, 1, 2)))
-jax.jit(lambda x: x)(0.0)  # starts the backend
-start = time.process_time()
-lowered = f.lower(x, x, x)
-middle = time.process_time()
-lowered.compile()
-print(middle - start, time.process_time() - middle)
-"""
-
-
-def first_call() -> None:
-    """Value and all gradients of a causal call of shape (2, 2048, 8, 64), float32, each in a process of its own."""
-
-    def seconds(which: str, cache: str | None) -> list[str]:
-        settings = {} if cache is None else {"JAX_COMPILATION_CACHE_DIR": cache}
-        environment = {**os.environ, **settings, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        command = [sys.executable, "-c", FIRST_CALL, which]
-        printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-        return [f"{float(x):.2f}" for x in printed.split()]
-
-    with tempfile.TemporaryDirectory() as cache, Table(["", "trace and lower, CPU s", "compile, CPU s"]) as table:
-        table.add("ours", *seconds("ours", cache))
-        table.add("ours, found in the persistent cache", *seconds("ours", cache))
-        table.add("jax.nn", *seconds("jax.nn", None))
-
-
 def main() -> None:
     print(header())
-    for measure in (decoding, packing, bias_memory, first_call):
+    for measure in (decoding, packing, bias_memory):
         print(f"\n{measure.__name__}: {measure.__doc__}\n")
         measure()
 
