@@ -128,7 +128,7 @@ def flash_attention(
       logits_soft_cap: (extension) c > 0, static: logits, with scale and bias, become c * tanh(logits / c); masks come
         behind.
       sinks: (extension) (N,) real: one more logit for each head, in the denominator of the softmax alone. It is neither
-        scaled, capped, dropped nor masked. A row without keys then gives 0.
+        scaled, capped, dropped nor masked. A row without keys then gives 0. -inf is a sink that counts for nothing.
       broadcast_dropout: (extension) drop the same weights in all batch rows and heads, as Flax does by default: the
         kept ones are those of `jax.random.bernoulli` for the shape (1, 1, T, S).
 

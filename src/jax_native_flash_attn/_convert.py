@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from ._semantics.constant_masks import hidden
 from ._semantics.errors import describe, refuse_traced
+from ._semantics.numerics import bias_floor
 from ._semantics.positions import clip_window_side
 from ._shapes import Axes, as_4d, check_broadcastable
 
@@ -106,7 +107,8 @@ def as_sinks(sinks: Any, heads: int) -> jax.Array | None:
         raise ValueError(f"sinks must have a number for each query head, shape (N,) = ({heads},), got {sinks.shape}")
     if not jnp.issubdtype(sinks.dtype, jnp.floating):
         raise TypeError(f"sinks must be real, got dtype {sinks.dtype}")
-    return sinks
+    # As low as a masked logit, a sink would not be told from those.
+    return jnp.maximum(sinks, max(bias_floor(jnp.float32), float(jnp.finfo(sinks.dtype).min)))
 
 
 def as_window(window: Any) -> tuple[Any, Any] | None:

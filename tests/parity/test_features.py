@@ -81,6 +81,17 @@ def test_a_sink_is_counted_once_in_parts_that_are_merged() -> None:
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("sink", [-np.inf, float(np.finfo(np.float32).min)])
+@pytest.mark.parametrize("implementation", [None, "dense"])
+def test_the_lowest_sinks_count_for_nothing(implementation: Any, sink: float) -> None:
+    """But in a row without keys, which gives 0 with any sink."""
+    attention = functools.partial(flash_attention, implementation=implementation, is_causal=True)
+    sinks, lengths = np.full(N, sink, np.float32), np.array([0, T])
+    out = attention(QUERY, KEY, VALUE, sinks=sinks, key_value_seq_lengths=lengths)
+    np.testing.assert_array_equal(out[0], 0)
+    np.testing.assert_allclose(out[1], attention(QUERY, KEY, VALUE)[1], rtol=1e-5, atol=1e-6)
+
+
 def test_largest_logits_have_no_gradient_and_a_row_under_vmap() -> None:
     def largest(query: Any, sinks: Any) -> jax.Array:
         return flash_attention_with_lse(query, KEY, VALUE, sinks=sinks, return_max_logits=True)[2]

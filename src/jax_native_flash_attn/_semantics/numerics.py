@@ -24,5 +24,5 @@ def lowest(dtype: DTypeLike) -> float:
 
 
 def bias_floor(dtype: DTypeLike) -> float:
-    """Biases are clipped here, far above `lowest`: a user's -inf or finfo.min must not overflow in base 2."""
+    """Biases and sinks are clipped here, far above `lowest`: a user's -inf or finfo.min must not overflow in base 2."""
     return lowest(dtype) / 4
