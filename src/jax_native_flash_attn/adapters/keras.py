@@ -93,7 +93,7 @@ def _methods(layer_class: Any) -> dict[str, Callable[..., Any]]:
         if query.ndim != 4:
             raise NotImplementedError(
                 f"layer {self.name!r} must attend over one axis, (B, T, features), got heads of shape {query.shape}: "
-                "reshape its inputs, or use keras.layers.MultiHeadAttention for it"
+                "reshape its inputs; for attention over several axes there is keras.layers.MultiHeadAttention"
             )
         masks = attention_mask
         if not isinstance(masks, _Masks):
