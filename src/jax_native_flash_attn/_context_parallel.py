@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ._api import Implementation, flash_attention_with_lse, own_implementation
-from ._convert import as_static_bool
+from ._convert import as_count, as_static_bool
 from ._keywords import unexpected_keyword
 from ._options import Options
 from ._strategies import SequenceOrder, Strategy, context_parallel
@@ -168,7 +168,8 @@ def balanced_order(length: int, devices: int, *, inverse: bool = False) -> np.nd
       (length,) int32: which token stands at each place.
 
     Raises:
-      ValueError: for a length that does not divide into equal parts.
+      ValueError: a length that does not divide into equal parts; a length or number of devices below 1.
+      TypeError: one that is no int.
 
     Examples:
       >>> from jax_native_flash_attn import balanced_order
@@ -178,7 +179,8 @@ def balanced_order(length: int, devices: int, *, inverse: bool = False) -> np.nd
       >>> print(order[balanced_order(8, 2, inverse=True)])
       [0 1 2 3 4 5 6 7]
     """
-    if devices < 1 or length % (2 * devices) != 0:
+    length, devices = as_count(length, "length"), as_count(devices, "devices")
+    if length % (2 * devices) != 0:
         raise ValueError(f"length must be a multiple of 2 * devices = {2 * devices}, got {length}: pad the sequence")
     parts = np.arange(length, dtype=np.int32).reshape(2 * devices, -1)
     order = np.concatenate([parts[[i, -1 - i]].reshape(-1) for i in range(devices)])

@@ -131,7 +131,10 @@ def _rows_of_device(name: str, x: jax.Array, T: int, S: int, devices: Devices) -
     """A bias or mask, of the rows of this device and of all keys; each of the two may broadcast."""
     (rows, keys), size = x.shape[2:], devices.size
     if S == 1 == keys:
-        raise ValueError(f"{name} must have the keys of all devices where each has one, got {x.shape}")
+        raise ValueError(
+            f"{name} must have the keys of all devices where each has one, got {x.shape}: gather it along its last "
+            f"axis, or broadcast it to the {size} keys"
+        )
     if keys == S and rows == size * T:
         return devices.exchange(x, 2, 3)
     if keys == S and rows == 1:

@@ -75,6 +75,13 @@ def test_dropout():
     assert_close(results(ours, mask=HOLES.astype(np.int32), with_rngs=True), expected)
 
 
+def test_dropout_with_one_mask_for_all_heads():
+    _, layer = layers(dropout_p=0.4)
+    arrays = [x[0] for x in inputs()]
+    out = eqx.filter_eval_shape(layer, *arrays, HOLES[:1], key=jax.random.key(0))  # as of HOLES[0]
+    assert out.shape == eqx.filter_eval_shape(layer, *arrays, HOLES[0], key=jax.random.key(0)).shape
+
+
 def test_evaluation():
     def process_heads(query: Any, key: Any, value: Any) -> Any:
         return 2 * query, key + 1, -value
@@ -104,5 +111,7 @@ def test_refusals():
         layer(*arrays)
     with pytest.raises(NotImplementedError, match="bias must be None while weights are dropped"):
         layer(*arrays, key=jax.random.key(0), bias=jnp.zeros((T, S)))
+    with pytest.raises(ValueError, match=r"key_ must have shape \(length, features\), got .*: take jax.vmap of more"):
+        layer(arrays[0], arrays[1][None], arrays[2], key=jax.random.key(0))
     with pytest.raises(ValueError, match="process_heads must keep the shapes"):
         layer(*arrays, process_heads=lambda query, key, value: (query, key, value[..., :1]))

@@ -293,10 +293,19 @@ def test_outside_of_shard_map_and_unknown_arguments(f: Callable[..., Any]) -> No
         f(*x, axis_name="s", is_casual=True)
 
 
-@pytest.mark.parametrize(("length", "devices"), [(12, 4), (15, 2), (8, 0)])
+@pytest.mark.parametrize(("length", "devices"), [(12, 4), (15, 2)])
 def test_balanced_order_of_other_lengths(length: int, devices: int) -> None:
     with pytest.raises(ValueError, match=rf"length must be a multiple of 2 \* devices = {2 * devices}, got {length}"):
         balanced_order(length, devices)
+
+
+def test_balanced_order_of_no_numbers() -> None:
+    with pytest.raises(ValueError, match="devices must be at least 1, got 0"):
+        balanced_order(8, 0)
+    with pytest.raises(ValueError, match="length must be at least 1, got -8"):
+        balanced_order(-8, 2)
+    with pytest.raises(TypeError, match="length must be an int, got '16'"):
+        balanced_order("16", 2)  # pyright: ignore[reportArgumentType]
 
 
 def test_balanced_order() -> None:

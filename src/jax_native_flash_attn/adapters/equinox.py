@@ -70,9 +70,13 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
           (T, output_size).
 
         Raises:
-          ValueError: `process_heads` changes shapes; a missing `key`; and as `flash_attention`.
+          ValueError: an input of another rank; `process_heads` changes shapes; a missing `key`; and as
+            `flash_attention`.
           NotImplementedError: `bias` or `sinks` while weights are dropped.
         """
+        for name, x in ("query", query), ("key_", key_), ("value", value):
+            if x.ndim != 2:
+                raise ValueError(f"{name} must have shape (length, features), got {x.shape}: take jax.vmap of more")
         given = [(self.query_proj, query), (self.key_proj, key_), (self.value_proj, value)]
         heads = [jax.vmap(project)(x).reshape(x.shape[0], self.num_heads, -1) for project, x in given]
         if process_heads is not None:
@@ -108,7 +112,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
             out = flash_attention(query, key, value, mask=mask, dropout_rate=self.dropout.p, dropout_rng=rng, **options)
             return out[:, 0]
 
-        mask_axis = 0 if mask is not None and mask.ndim == 3 else None
+        mask_axis = 0 if mask is not None and mask.ndim == 3 and mask.shape[0] > 1 else None
         return jax.vmap(head, (1, mask_axis, 0), 1)(heads, mask, jax.random.split(rng, self.num_heads))
 
 

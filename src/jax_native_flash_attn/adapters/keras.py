@@ -93,7 +93,7 @@ def _methods(layer_class: Any) -> dict[str, Callable[..., Any]]:
         if query.ndim != 4:
             raise NotImplementedError(
                 f"layer {self.name!r} must attend over one axis, (B, T, features), got heads of shape {query.shape}: "
-                "reshape its inputs, or use keras.layers.MultiHeadAttention for it"
+                "reshape its inputs; for attention over several axes there is keras.layers.MultiHeadAttention"
             )
         masks = attention_mask
         if not isinstance(masks, _Masks):
@@ -126,6 +126,7 @@ def _attend(layer: Any, query: Any, key: Any, value: Any, masks: _Masks, trainin
         value[:, :, ::repeats],
         mask=mask,
         is_causal=masks.is_causal,
+        query_offset=0,  # as Keras aligns causal masks
         local_window_size=masks.window,
         dropout_rate=layer.dropout if drops else 0.0,
         dropout_rng=layer._dropout_layer.seed_generator.next() if drops else None,
