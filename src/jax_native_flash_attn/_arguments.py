@@ -29,7 +29,7 @@ from ._semantics.dense import NAME as DENSE
 from ._semantics.dropout import check_dropout, head_indices, make_dropout, threefry_words
 from ._semantics.masks import Band
 from ._shapes import as_query_key_value
-from ._warnings import warn_of_causal, warn_of_mask, warn_of_window
+from ._warnings import warn_of_causal, warn_of_lengths, warn_of_shapes, warn_of_window
 
 
 def check(
@@ -75,6 +75,7 @@ def check(
         dropout_rate = 0.0
     check_dropout(dropout_rate, dropout_rng)
     precision = as_precision(precision)
+    query_shape, mask_shape = jnp.shape(query), getattr(mask, "shape", ())
     query, key, value, axes = as_query_key_value(query, key, value, blocks=blocks)
     B, T, N, H, S, *_ = axes
     bias = None if bias is None else as_bias(bias, axes)
@@ -100,7 +101,6 @@ def check(
         raise ValueError("query_offset moves rows without query_positions, got both: add it to query_positions")
     soft_cap = as_soft_cap(logits_soft_cap)
     sinks = as_sinks(sinks, N)
-    mask_shape = getattr(mask, "shape", ())
     shares_dropout = as_static_bool(broadcast_dropout, "broadcast_dropout")
     mask = None if mask is None else as_mask(mask, axes, is_staged=is_staged)
     band = Band()
@@ -110,13 +110,13 @@ def check(
     if dropout_rate > 0:
         dropout, dropout_key = make_dropout(dropout_rate), threefry_words(dropout_rng)
         head_index = head_indices(1, 1) if shares_dropout else head_indices(B, N)
-    moves = any(x is not None for x in (query_positions, key_positions, traced_offset))
-    moves = moves or static_offset != 0 or blocks > 1
-    static_window, traced_window = static_or_traced(window, T, S, moves=moves)
+    is_moved = any(x is not None for x in (query_positions, key_positions, traced_offset)) or static_offset != 0
+    static_window, traced_window = static_or_traced(window, T, S, moves=is_moved or blocks > 1)
     if is_causal and all(x is None for x in (query_offset, query_positions, key_positions)):
         warn_of_causal(blocks * T, S)
     warn_of_window(window, is_causal=is_causal)
-    warn_of_mask(mask_shape, B, N)
+    warn_of_shapes(query_shape, mask_shape, B, blocks * T, S, N)
+    warn_of_lengths(query_seq_lengths, blocks * T, key_value_seq_lengths, S)
     settings = Settings(
         is_causal=is_causal,
         static_window=static_window,

@@ -22,7 +22,7 @@ from ._semantics.dropout import with_place
 from ._semantics.errors import describe, did_you_mean
 from ._semantics.positions import saturated_sum
 from ._shapes import as_4d
-from ._warnings import warn_of_mask
+from ._warnings import warn_of_shapes
 
 Strategy = Literal["ring", "all_to_all", "all_gather"]
 SequenceOrder = Literal["balanced"]
@@ -72,7 +72,7 @@ def context_parallel(
         return attention(*check(**arguments, **asked), shape)
     if arguments["mask"] is not None:  # before it gets rank 4
         B, _, N, _ = as_4d(arguments["query"], "query").shape
-        warn_of_mask(jnp.shape(arguments["mask"]), B, N)
+        warn_of_shapes(shape, jnp.shape(arguments["mask"]), B, size * T, size * S, N)
     devices = Devices(axis_name, size, lax.axis_index(axis_name), order)
     if order is not None:
         _check_order(arguments, T, S)

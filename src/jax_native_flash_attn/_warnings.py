@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 _FLAG = "JAX_NATIVE_FLASH_ATTN_WARNINGS"
 _BETWEEN = tuple(str(Path(module).parent) + os.sep for module in (__file__, str(jax.__file__)))
@@ -57,11 +58,34 @@ def warn_of_window(window: tuple[Any, Any] | None, *, is_causal: bool) -> None:
         )
 
 
-def warn_of_mask(shape: tuple[int, ...], B: int, N: int) -> None:
-    """Of a mask that may have been meant for batch rows, by its shape as it was given."""
-    if len(shape) == 3 and shape[0] == B == N > 1:
+def warn_of_lengths(query_lengths: Any, T: int, key_value_lengths: Any, S: int) -> None:
+    """Of lengths that no sequence has. Those on a device are not looked at: reading them would wait for it."""
+    for name, lengths, limit in ("query", query_lengths, T), ("key_value", key_value_lengths, S):
+        if lengths is None or isinstance(lengths, jax.Array):
+            continue
+        outside = [int(n) for n in np.ravel(lengths) if not 0 <= n <= limit]
+        if outside:
+            _warn(
+                f"{name}_seq_lengths has lengths outside of 0 to {limit}, got {outside[0]}, which is taken for "
+                f"{min(max(outside[0], 0), limit)}: give how many tokens of each row count, from its start"
+            )
+
+
+def warn_of_shapes(query: tuple[int, ...], mask: tuple[int, ...], B: int, T: int, S: int, N: int) -> None:
+    """Of axes that are not read as may have been meant, by shapes as they were given."""
+    if len(query) < 3:
         _warn(
-            f"mask of shape {shape} is read as (N, T, S), one for each head, as B = N = {B}. Of one for each batch "
+            f"query of shape {query} is read as heads at one position, (1, 1, N, H): for one head of T positions pass "
+            "query, key and value with an axis of heads, x[:, None, :]; query[None, None] if this is meant"
+        )
+    if mask == (B, S) and B == T > 1:
+        _warn(
+            f"mask of shape {mask} is read as (T, S), one for all batch rows, as B = T = {B}. Of one of the keys of "
+            "each batch row pass mask[:, None, None, :]; mask[None, None] if rows of queries are meant"
+        )
+    if len(mask) == 3 and mask[0] == B == N > 1:
+        _warn(
+            f"mask of shape {mask} is read as (N, T, S), one for each head, as B = N = {B}. Of one for each batch "
             "row pass mask[:, None]; mask[None] if heads are meant"
         )
 

@@ -43,6 +43,16 @@ WARNS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         r"mask of shape \(2, 3, 5\) is read as \(N, T, S\), .* as B = N = 2\. .* mask\[:, None\]; mask\[None\] if",
         {"mask": MASK[None]},
     ),
+    "a mask (B, S) where B = T": (
+        {"query": QUERY[:, :B], "mask": MASK[:, 0]},
+        r"mask of shape \(2, 5\) is read as \(T, S\), .* as B = T = 2\. .* mask\[:, None, None, :\]; ",
+        {"query": QUERY[:, :B], "mask": MASK[:, 0][None, None]},
+    ),
+    "lengths below 0 or above the length": (
+        {"key_value_seq_lengths": np.array([S + 2, 1])},
+        r"key_value_seq_lengths has lengths outside of 0 to 5, got 7, which is taken for 5: ",
+        {"key_value_seq_lengths": np.array([S, 1])},
+    ),
 }
 ALSO: dict[str, tuple[dict[str, Any], str]] = {
     "beside causality": (
@@ -54,6 +64,11 @@ ALSO: dict[str, tuple[dict[str, Any], str]] = {
         {"is_causal": True, "query": QUERY[:, :1], "key_value_seq_lengths": np.array([3, 4])},
         "T = 1 < S = 5",
     ),
+    "a query of rank 2": (
+        {"query": QUERY[0, 0], "key": KEY[0, :1], "value": VALUE[0, :1]},
+        r"query of shape \(2, 8\) is read as heads at one position, .* x\[:, None, :\]; query\[None, None\] if",
+    ),
+    "negative query lengths": ({"query_seq_lengths": [1, -3]}, "query_seq_lengths .* 0 to 3, got -3, .* for 0"),
     "a padding mask": ({"mask": MASK[:, :1]}, r"mask of shape \(2, 1, 5\)"),
 }
 # What is said to be meant, and what looks alike.
@@ -69,6 +84,8 @@ SILENT: dict[str, dict[str, Any]] = {
     "array window": {"local_window_size": jnp.array([-1, -1])},
     "mask of batch rows": {"mask": MASK[:, None]},
     "mask of all": {"mask": MASK[:1]},
+    "mask of rows": {"mask": MASK[0]},
+    "lengths on a device": {"key_value_seq_lengths": jnp.array([S + 2, 1])},
     "unbatched": {"mask": MASK, "query": QUERY[0], "key": KEY[0], "value": VALUE[0]},
 }
 
