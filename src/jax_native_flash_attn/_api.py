@@ -148,7 +148,7 @@ def flash_attention(
 
     Warns:
       AttentionWarning: legal, but hardly meant: `is_causal` with T < S and no offset or positions, a window without
-        keys, a mask (N, T, S) with B = N.
+        keys, a mask (N, T, S) with B = N or (T, S) with B = T, a query of rank 1 or 2, lengths that no sequence has.
 
     Examples:
       >>> import jax
