@@ -65,9 +65,10 @@ def test_bounds_of_logits(masks: str, magnitude: float, dtype: str, monkeypatch:
     taken = []
     forward = kernel.forward
 
-    def watched(tiles: Any, bounds: Any = None) -> Any:
-        jax.debug.callback(lambda: taken.append(bounds is not None))
-        return forward(tiles, bounds)
+    def watched(tiles: Any, bound: kernel.Bound | None = None) -> Any:
+        holds = bound is not None if bound is None or bound.holds is None else bound.holds
+        jax.debug.callback(lambda holds: taken.append(bool(holds)), holds)
+        return forward(tiles, bound)
 
     monkeypatch.setattr(kernel, "forward", watched)
     rng = np.random.default_rng(0)

@@ -121,6 +121,14 @@ def test_tiles_that_follow_a_band_have_all_keys_of_their_rows(window: Any, is_ca
     np.testing.assert_array_equal(compiled(lambda: visits(nest))(), dense(masks))
 
 
+def test_positions_of_tiles_are_counters():
+    """XLA:CPU makes a kernel, which takes long to compile, of whatever computes an index."""
+    lowered = jax.jit(lambda: visits(make_nest({}, TileShape((1,), 1, T, S, merges_lead=True)))).lower()
+    text = lowered.as_text()
+    assert text.count("stablehlo.while") == 2  # over batch rows and heads
+    assert not any(f"stablehlo.{name}" in text for name in ("divide", "remainder", "select", "minimum"))
+
+
 @pytest.mark.parametrize("tile", TILES)
 def test_tiles_are_written_where_they_were_read(tile: str):
     nest = make_nest({}, TILES[tile])

@@ -146,8 +146,16 @@ def column_range(key_start: Any, key_stop: Any, block_kv: int, num_tiles: int, x
     Works on NumPy arrays (static schedule) and, with xp=jax.numpy, on traced ones (skipped at run time).
     Rows with an empty interval have key_start = S and key_stop = 0, which widens nothing but rules out full tiles.
     """
-    first = xp.min(key_start) // block_kv
-    stop = xp.maximum(first, -(-xp.max(key_stop) // block_kv))
-    full_first = xp.clip(-(-xp.max(key_start) // block_kv), first, stop)
-    full_stop = xp.clip(xp.min(key_stop) // block_kv, full_first, stop)
+    starts, stops = ((xp.min(x), xp.max(x)) for x in (key_start, key_stop))
+    return bounded_range(starts, stops, block_kv, num_tiles, xp)
+
+
+def bounded_range(
+    starts: tuple[Any, Any], stops: tuple[Any, Any], block_kv: int, num_tiles: int, xp: Any = np
+) -> ColumnRange:
+    """`column_range` of rows whose intervals start, and stop, between these: the lowest and the highest of each."""
+    first = starts[0] // block_kv
+    stop = xp.maximum(first, -(-stops[1] // block_kv))
+    full_first = xp.clip(-(-starts[1] // block_kv), first, stop)
+    full_stop = xp.clip(stops[0] // block_kv, full_first, stop)
     return ColumnRange(*(xp.minimum(x, num_tiles).astype(np.int32) for x in (first, full_first, full_stop, stop)))

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ..._semantics.sizes import Sizes
@@ -31,12 +32,12 @@ Index = Any  # int or int32 scalar
 
 
 class RowTile(NamedTuple):
-    """Where a row of tiles stands: the first batch rows, first head, first query row, and its number."""
+    """Where a row of tiles stands: the first batch rows, first head, first query row, and the first one it owns."""
 
     batch: tuple[Index, ...]
     head: Index
     row: Index
-    number: Index
+    owned: Index
 
 
 class ColumnTile(NamedTuple):
@@ -114,7 +115,10 @@ class TileAccess:
 
     def query_slice(self, x: jax.Array, at: RowTile) -> jax.Array:
         """(batch..., T, N, H) -> (lead..., rows, H)"""
-        x = self._split_heads(self.slice(x, *self._query_window(at)), -2)
+        x = self.slice(x, *self._query_window(at))
+        if self.sizes.G == 1 and not self.tile.is_sharded and x.shape[-3] == self.tile.block_q:
+            return self.key_rows(x)  # XLA:CPU then has one kernel for both
+        x = self._split_heads(x, -2)
         return self.inside(jnp.moveaxis(x, -4, -2))  # the moves cancel where there is one head
 
     def key_slice(self, x: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
@@ -201,7 +205,7 @@ class TileAccess:
         sizes = tuple(n if n == 1 or size == -1 else size for n, size in zip(x.shape, sizes, strict=True))
         if sizes == x.shape:
             return x
-        return lax.dynamic_slice(x, _starts(x, starts), sizes)
+        return lax.dynamic_slice(x, _starts(x, starts), sizes, allow_negative_indices=False)
 
 
 def _write(result: jax.Array, x: jax.Array, starts: tuple[Index, ...], add: bool) -> jax.Array:
@@ -214,9 +218,10 @@ def _write(result: jax.Array, x: jax.Array, starts: tuple[Index, ...], add: bool
         return result + x if add else x
     first = _starts(result, starts)
     if add:
-        x += lax.dynamic_slice(result, first, x.shape)
-    return lax.dynamic_update_slice(result, x, first)
+        x += lax.dynamic_slice(result, first, x.shape, allow_negative_indices=False)
+    return lax.dynamic_update_slice(result, x, first, allow_negative_indices=False)
 
 
-def _starts(x: jax.Array, starts: tuple[Index, ...]) -> list[jax.Array]:
-    return [jnp.int32(0 if n == 1 else start) for n, start in zip(x.shape, starts, strict=True)]
+def _starts(x: jax.Array, starts: tuple[Index, ...]) -> list[Index]:
+    starts = tuple(0 if n == 1 else start for n, start in zip(x.shape, starts, strict=True))
+    return [np.int32(start) if isinstance(start, int) else start for start in starts]

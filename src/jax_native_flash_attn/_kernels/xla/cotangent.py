@@ -191,7 +191,9 @@ def _write_rows(
     """The results of some rows; `sums` by name, of each row."""
     nest, results = tiles.nest, dict(results)
     if dquery is not None and "query" in results:
-        results["query"] = nest.write_query(results["query"], dquery * tiles.scale(at), at, add=True)
+        z, like = nest.sizes, results["query"]
+        is_written_once = like.shape == (*z.batch, z.T, z.N, z.H) and z.T % nest.tile.block_q == 0
+        results["query"] = nest.write_query(like, dquery * tiles.scale(at), at, add=not is_written_once)
     if "bias" in sums:
         results["bias"] = nest.write_row(results["bias"][..., 0], sums["bias"][..., 0], at, add=True)[..., None]
     if "scale" in results:

@@ -2,13 +2,15 @@
 
 Bounds of the logits. A softmax may subtract anything from its logits. Subtracting the largest one costs passes over
 the logits, which XLA has to write for it. A bound needs none: by Cauchy and Schwarz
-|scale * q_t . k_s| <= |scale| |q_t| max_s |k_s| =: b_t, which is the same whatever tile comes first: nothing is
-corrected. On accelerators exp(z_ts - b_t) is rounded to bfloat16 inside the product that makes z, never written in
-float32.
+|scale * q_t . k_s| <= max |scale| |q_t| |k_s| =: b, which is the same whatever tile comes first: nothing is corrected.
+On accelerators exp(z_ts - b) is rounded to bfloat16 inside the product that makes z, never written in float32.
 
-It is as exact as long as nothing underflows: z_ts >= -b_t, so that the largest weight of a row is at least exp(-2 b_t),
+It is as exact as long as nothing underflows: z_ts >= -b, so that the largest weight of a row is at least exp(-2 b),
 and float32 and bfloat16 have normal numbers down to exp(-87). What lies 2^-24 below the largest weight counts for
-nothing, and log(2^24) < 17: hence 2 b_t <= 70.
+nothing, and log(2^24) < 17: hence 2 b <= 70.
+
+Whether that holds is known at run time. Then one of two kernels runs, but where the CPU takes several tiles of keys for
+a row: it has one kernel, which takes the largest logits or does not.
 
 Forms that assume that all is finite (CPU); if a result is not, the usual form runs. Products for all heads at once,
 where rows are few: keys and values are read as they lie, but 0 * inf, which is NaN, reaches all heads, even from
@@ -29,6 +31,7 @@ from ..._semantics.call import Call
 from ..._semantics.numerics import accumulation_dtype
 from ..protocol import Forward, LinearPass, Pass, Target
 from . import cotangent, forward, tangent
+from .forward import Bound
 from .limits import Limits
 from .plan import Plan, make_plan
 from .tiles import Tiles
@@ -102,30 +105,31 @@ def _forward(call: Call, target: Target, limits: Limits) -> tuple[jax.Array, ...
     small = Tiles(call, make_plan(call, target, limits, has_documents=True))
     has_documents = None if small.plan.tile == usual.tile else small.nest.occupied_share <= _FEW_TILES
 
-    def by_documents(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, ...]:
+    def by_documents(tiles: Tiles, bound: Bound | None = None) -> tuple[jax.Array, ...]:
         def large() -> tuple[jax.Array, ...]:
-            return forward.forward(tiles, bounds)
+            return forward.forward(tiles, bound)
 
         if has_documents is None:
             return large()
-        return lax.cond(has_documents, lambda: forward.forward(small, bounds), large)
+        return lax.cond(has_documents, lambda: forward.forward(small, bound), large)
 
     if not usual.may_be_bounded or call.config.needs_max_logits:
         return by_documents(tiles)
     bounded = Tiles(call, make_plan(call, target, limits, is_bounded=True))
-    bounds = _bounds(call, bounded.plan)
-    is_bounded = (bounds <= _LARGEST_BOUND).all()
-    return lax.cond(is_bounded, lambda: by_documents(bounded, bounds), lambda: by_documents(tiles))
+    bound = _bound(call, bounded.plan)
+    is_bounded = bound <= _LARGEST_BOUND
+    if usual.platform == "cpu" and not tiles.nest.visits_one_key_tile:
+        return by_documents(tiles, Bound(bound, is_bounded))
+    return lax.cond(is_bounded, lambda: by_documents(bounded, Bound(bound)), lambda: by_documents(tiles))
 
 
-def _bounds(call: Call, plan: Plan) -> jax.Array:
-    """Of the absolute logits of each row, (batch..., N, T), in accumulation dtype; not finite if the inputs are not."""
+def _bound(call: Call, plan: Plan) -> jax.Array:
+    """Of the absolute value of all logits, a scalar in accumulation dtype; not finite if the inputs are not."""
     z, dtype, inputs = plan.sizes, plan.accumulate, call.inputs
     query, key = (jnp.square(x.astype(dtype)).sum(-1) for x in (inputs.query, inputs.key))
     if inputs.mask.key_value_length is not None:
         positions = jnp.arange(z.S, dtype=jnp.int32).reshape((1,) * (key.ndim - 2) + (-1, 1))
         key = jnp.where(positions < inputs.mask.key_value_length[..., None, None], key, 0)
-    query, key = jnp.moveaxis(query, -1, -2), key.max(-2)[..., None]  # (batch..., N, T), (batch..., K, 1)
-    key = jnp.repeat(key, z.G, -2)
-    scale = jnp.abs(inputs.scale)[..., None, None]
-    return jnp.broadcast_to(jnp.sqrt(query * key) * scale * _ROUNDING, (*z.batch, z.N, z.T))
+    query, key = query.max(-2), key.max(-2)  # (batch..., N), (batch..., K)
+    query = query.reshape(*query.shape[:-1], z.K, z.G).max(-1)
+    return (jnp.sqrt(query * key) * jnp.abs(inputs.scale)[..., None] * _ROUNDING).max()

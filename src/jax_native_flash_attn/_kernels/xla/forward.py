@@ -30,13 +30,28 @@ class OnlineSoftmax(NamedTuple):
     max_so_far: jax.Array
 
 
-def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, ...]:
+class Bound(NamedTuple):
+    """What is subtracted from the logits in place of the largest so far, a scalar; see `family.py`.
+
+    Attributes:
+      value: a bound of their absolute values.
+      holds: whether it may be subtracted, known at run time; None if it is known to.
+    """
+
+    value: jax.Array
+    holds: jax.Array | None = None
+
+
+def forward(tiles: Tiles, bound: Bound | None = None) -> tuple[jax.Array, ...]:
     """out (batch..., T, N, D) and, if needed, lse and max_logits (batch..., N, T), in accumulation dtype.
 
     (The derivatives need out unrounded: delta is a difference of nearly equal sums.)
-    `bounds`: what is subtracted from the logits in place of the largest so far; see `family.py`.
     """
     nest, sizes = tiles.nest, tiles.sizes
+    lowest_logit = jnp.asarray(lowest(tiles.plan.accumulate), tiles.plan.accumulate)
+    first_max = lowest_logit if bound is None else bound.value
+    if bound is not None and bound.holds is not None:
+        first_max = jnp.where(bound.holds, first_max, lowest_logit)
 
     def row_tile(at: RowTile, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         query = tiles.query(at)
@@ -45,15 +60,14 @@ def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, .
         empty = OnlineSoftmax(
             tiles.zeros(*rows, sizes.D),
             tiles.zeros(*rows, 1),
-            jnp.full((*rows, 1), lowest(tiles.plan.accumulate), tiles.plan.accumulate)
-            if bounds is None
-            else tiles.rows(bounds, at),
+            jnp.broadcast_to(first_max, (*rows, 1)),
         )
 
         def key_tile(columns: ColumnTile, mask: TileMask | None, state: OnlineSoftmax | None) -> OnlineSoftmax:
             key, value = tiles.key(at, columns, mask), tiles.value(at, columns, mask)
-            logits = tiles.logits(query, key, at, columns, mask)
-            if bounds is not None:
+            unmasked = tiles.unmasked_logits(query, key, at, columns)
+            logits = tiles.masked(unmasked, mask)
+            if bound is not None and bound.holds is None:
                 assert state is not None
                 weights = tiles.split(tiles.stored(tiles.exp(tiles.joined(logits) - tiles.joined(state.max_so_far))))
                 return OnlineSoftmax(
@@ -63,9 +77,18 @@ def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, .
                 )
             if tiles.changes_products(mask):
                 logits = lax.optimization_barrier(logits)
-            new_max = logits.max(-1, keepdims=True)
-            if state is not None:
-                new_max = jnp.maximum(state.max_so_far, new_max)
+            if bound is None:
+                new_max = logits.max(-1, keepdims=True)
+                new_max = new_max if state is None else jnp.maximum(state.max_so_far, new_max)
+            else:
+                assert state is not None
+
+                def larger(unmasked: jax.Array, max_so_far: jax.Array) -> jax.Array:
+                    # Masked inside, or XLA would write what is masked, for this alone.
+                    found = tiles.masked(unmasked, None if mask is None else nest.tile_mask(at, columns))
+                    return jnp.maximum(max_so_far, found.max(-1, keepdims=True))
+
+                new_max = lax.cond(bound.holds, lambda _, so_far: so_far, larger, unmasked, state.max_so_far)
             new_max = lax.stop_gradient(new_max)  # out and lse do not depend on what is subtracted
             weights = tiles.exp(logits - new_max)
             denominator = weights.sum(-1, keepdims=True)
@@ -86,7 +109,7 @@ def forward(tiles: Tiles, bounds: jax.Array | None = None) -> tuple[jax.Array, .
             )
 
         # A single tile of keys is an ordinary softmax; there is no state to correct.
-        state = nest.columns(at, key_tile, None if nest.visits_one_key_tile and bounds is None else empty)
+        state = nest.columns(at, key_tile, None if nest.visits_one_key_tile and bound is None else empty)
         denominator = state.denominator
         if tiles.inputs.mask.key_start is not None:
             # Padded rows may have visited no tile at all.

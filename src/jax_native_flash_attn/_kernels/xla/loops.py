@@ -5,7 +5,6 @@ A block that does not divide its length leaves a last tile that overlaps the one
 """
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..._semantics.masks import Band, ColumnRange, MaskOperands, column_range
+from ..._semantics.masks import Band, ColumnRange, MaskOperands, bounded_range, column_range
 from .access import ColumnTile, Index, RowTile, TileAccess
 
 Carry = Any
@@ -76,23 +75,27 @@ class Nest(TileAccess):
     # ---- loops
 
     def rows(self, body: Callable[[RowTile, Carry], Carry], carry: Carry) -> Carry:
-        """Run `body` for every batch tile, head tile and query tile; query tiles vary fastest."""
-        counts = [n // b for n, b in zip(self.sizes.batch, self.tile.batch, strict=True)]
-        counts += [self.sizes.K // self.tile.heads, self.num_query_tiles]
+        """Run `body` for every batch tile, head tile and query tile; query tiles vary fastest.
 
-        def step(flat: Index, carry: Carry) -> Carry:
-            position = []
-            for count in reversed(counts):
-                position.append(0 if count == 1 else flat % count)
-                flat = flat if count == 1 else flat // count
-            *batch, head, number = reversed(position)
-            row = _clamped(number, self.tile.block_q, self.sizes.T)
-            starts = tuple(i * b for i, b in zip(batch, self.tile.batch, strict=True))
-            return body(RowTile(starts, head * self.tile.heads, row, number), carry)
-
+        In a loop for each, whose counters are positions: XLA:CPU would make a kernel of whatever computes these.
+        """
         if self._reads_occupied and not self.visits_one_key_tile:
             _ = self._occupied  # outside of the loops
-        return self._loop(0, math.prod(counts), step, carry)
+        axes = [*zip(self.sizes.batch, self.tile.batch, strict=True), (self.sizes.K, self.tile.heads)]
+
+        def over(axes: list[tuple[Any, int]], starts: tuple[Index, ...], carry: Carry) -> Carry:
+            if axes:
+                length, block = axes[0]
+                return self._loop(0, length, block, lambda i, carry: over(axes[1:], (*starts, i), carry), carry)
+            *batch, head = starts
+
+            def row(owned: Index, carry: Carry) -> Carry:
+                at = RowTile(tuple(batch), head, _clamped(owned, self.tile.block_q, self.sizes.T), owned)
+                return body(at, carry)
+
+            return self._loop(0, self.sizes.T, self.tile.block_q, row, carry)
+
+        return over(axes, (), carry)
 
     def columns(self, at: RowTile, body: Callable[[ColumnTile, TileMask | None, Carry], Carry], carry: Carry) -> Carry:
         """Run `body` for every key/value tile that some row of `at` may attend, in order.
@@ -102,59 +105,69 @@ class Nest(TileAccess):
         if self.tile.follows_band:
             start = jnp.clip(at.row + (self.band.lower or 0), 0, self.sizes.S - self.tile.block_kv)
             columns = ColumnTile(start, start)
-            return body(columns, self._tile_mask(at, columns), carry)
+            return body(columns, self.tile_mask(at, columns), carry)
         if self.visits_one_key_tile and self.mask.key_start is not None:
-            return body(ColumnTile(0, 0), self._tile_mask(at, ColumnTile(0, 0)), carry)
+            return body(ColumnTile(0, 0), self.tile_mask(at, ColumnTile(0, 0)), carry)
         ranges, has_edges, has_full = self._column_ranges(at)
+        block = self.tile.block_kv
 
-        def column_tile(j: Index) -> ColumnTile:
-            return ColumnTile(_clamped(j, self.tile.block_kv, self.sizes.S), j * self.tile.block_kv)
+        def column_tile(owned: Index) -> ColumnTile:
+            return ColumnTile(_clamped(owned, block, self.sizes.S), owned)
 
-        def full(j: Index, carry: Carry) -> Carry:
-            return body(column_tile(j), None, carry)
+        def full(owned: Index, carry: Carry) -> Carry:
+            return body(column_tile(owned), None, carry)
 
-        def masked(j: Index, carry: Carry) -> Carry:
-            columns = column_tile(j)
-            return body(columns, self._tile_mask(at, columns), carry)
+        def masked(owned: Index, carry: Carry) -> Carry:
+            columns = column_tile(owned)
+            return body(columns, self.tile_mask(at, columns), carry)
 
         if self.visits_one_key_tile:
             return masked(0, carry) if has_edges else full(0, carry)
         is_needed = self._occupied_tiles(at, ranges) if self._reads_occupied else None
         if self.differentiable:
             # What is visited is decided inside the step, so that the trip count is static.
-            def step(j: Index, carry: Carry) -> Carry:
-                inside = (j >= ranges.first) & (j < ranges.stop) if is_needed is None else is_needed[j]
-                return lax.cond(inside, lambda c: masked(j, c), lambda c: c, carry)
+            def step(owned: Index, carry: Carry) -> Carry:
+                inside = (owned >= ranges.first) & (owned < ranges.stop)
+                inside = inside if is_needed is None else is_needed[owned // block]
+                return lax.cond(inside, lambda c: masked(owned, c), lambda c: c, carry)
 
-            return self._loop(0, self.num_key_tiles, step if has_edges else full, carry)
+            return self._loop(0, self.num_key_tiles * block, block, step if has_edges else full, carry)
         if is_needed is not None:
             # A loop over those tiles alone: a branch for each would copy what it hands on.
-            needed = jnp.argsort(~is_needed, stable=True).astype(jnp.int32)
-            return self._loop(0, is_needed.sum(), lambda i, carry: masked(needed[i], carry), carry)
+            needed = block * jnp.argsort(~is_needed, stable=True).astype(jnp.int32)
+            return self._loop(0, is_needed.sum(), 1, lambda i, carry: masked(needed[i], carry), carry)
         if has_edges:
             edge_stop = ranges.full_first if has_full else ranges.stop
-            carry = self._loop(ranges.first, edge_stop, masked, carry)
+            carry = self._loop(ranges.first, edge_stop, block, masked, carry)
         if has_full:
-            carry = self._loop(ranges.full_first, ranges.full_stop, full, carry)
+            carry = self._loop(ranges.full_first, ranges.full_stop, block, full, carry)
             if has_edges:
-                carry = self._loop(ranges.full_stop, ranges.stop, masked, carry)
+                carry = self._loop(ranges.full_stop, ranges.stop, block, masked, carry)
         return carry
 
-    def _loop(self, start: Index, stop: Index, step: Callable, carry: Carry) -> Carry:
+    def _loop(self, start: Index, stop: Index, by: int, step: Callable, carry: Carry) -> Carry:
+        """`step(i, carry)` for i from start on, below stop."""
         if isinstance(start, int) and isinstance(stop, int):
-            if stop - start <= 1:
+            if stop - start <= by:
                 return step(start, carry) if stop > start else carry
             if self.differentiable:
-                steps = jnp.arange(start, stop, dtype=jnp.int32)
+                steps = jnp.arange(start, stop, by, dtype=jnp.int32)
                 checked = jax.checkpoint(lambda carry, i: (step(i, carry), None), prevent_cse=False)
                 return lax.scan(checked, carry, steps)[0]
-        return lax.fori_loop(jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32), step, carry)
+        stop = jnp.asarray(stop, jnp.int32)
+        return lax.while_loop(
+            lambda state: state[0] < stop,
+            lambda state: (state[0] + by, step(*state)),
+            (jnp.asarray(start, jnp.int32), carry),
+        )[1]
 
     def _column_ranges(self, at: RowTile) -> tuple[ColumnRange, bool, bool]:
-        """The range of `at`, and whether any row of tiles has masked tiles, or unmasked ones."""
+        """The range of `at`, in columns, and whether any row of tiles has masked tiles, or unmasked ones."""
         block, count = self.tile.block_kv, self.num_key_tiles
         if self._differs_between_shards:
-            return ColumnRange(0, 0, 0, count), True, False
+            return ColumnRange(0, 0, 0, count * block), True, False
+        if self.mask.key_start is None:
+            return self._static_ranges(at)
         traced = column_range(*self._intervals(at), block, count, jnp)
         if self.mask.dead is not None:
             # A dead row's interval holds all keys, but its logits are not theirs: only masked tiles know that.
@@ -163,22 +176,33 @@ class Nest(TileAccess):
         if self.mask.is_exact is not None:
             is_exact = self.row_slice(self.mask.is_exact, at).all()
             traced = traced._replace(full_stop=jnp.where(is_exact, traced.full_stop, traced.full_first))
-        if self.mask.key_start is not None:
-            return traced, True, True
-        start, stop = self.band.intervals(self.sizes.T, self.sizes.S)
-        firsts = [_clamped(i, self.tile.block_q, self.sizes.T) for i in range(self.num_query_tiles)]
-        slices = [np.s_[i : i + self.tile.block_q] for i in firsts]
-        ranges = ColumnRange(*np.array([column_range(start[s], stop[s], block, count) for s in slices]).T)
-        has_edges = bool((ranges.stop - ranges.first > ranges.full_stop - ranges.full_first).any())
-        has_full = bool((ranges.full_stop > ranges.full_first).any())
+        return ColumnRange(*(x * block for x in traced)), True, True
 
-        def static_if_known(table: np.ndarray, value: Index) -> Index:
-            if isinstance(at.number, int):
-                return int(table[at.number])
-            return int(table[0]) if (table == table[0]).all() else value
-
-        known = ColumnRange(*(static_if_known(*pair) for pair in zip(ranges, traced, strict=True)))
+    def _static_ranges(self, at: RowTile) -> tuple[ColumnRange, bool, bool]:
+        """`_column_ranges` where the band says it all."""
+        block, count = self.tile.block_kv, self.num_key_tiles
+        table = self._range_table
+        has_edges = bool((table.stop - table.first > table.full_stop - table.full_first).any())
+        has_full = bool((table.full_stop > table.full_first).any())
+        if isinstance(at.owned, int):
+            number = at.owned // self.tile.block_q
+            return ColumnRange(*(int(x[number]) * block for x in table)), has_edges, has_full
+        # Both ends of an interval grow with the row.
+        first, last = (self.band.interval(at.row + i, self.sizes.S, jnp) for i in (0, self.tile.block_q - 1))
+        starts, stops = zip(first, last, strict=True)
+        traced = bounded_range(starts, stops, block, count, jnp)
+        pairs = zip(table, traced, strict=True)
+        known = ColumnRange(*(block * (int(x[0]) if (x == x[0]).all() else value) for x, value in pairs))
         return known, has_edges, has_full
+
+    @functools.cached_property
+    def _range_table(self) -> ColumnRange:
+        """Of every query tile, where the band says it all, in tiles."""
+        start, stop = self.band.intervals(self.sizes.T, self.sizes.S)
+        firsts = [_clamped(i * self.tile.block_q, self.tile.block_q, self.sizes.T) for i in range(self.num_query_tiles)]
+        rows = [np.s_[i : i + self.tile.block_q] for i in firsts]
+        ranges = [column_range(start[i], stop[i], self.tile.block_kv, self.num_key_tiles) for i in rows]
+        return ColumnRange(*np.array(ranges).T)
 
     @functools.cached_property
     def _occupied(self) -> jax.Array:
@@ -200,7 +224,9 @@ class Nest(TileAccess):
     def _occupied_tiles(self, at: RowTile, ranges: ColumnRange) -> jax.Array:
         """Which key/value tiles inside `ranges` the boolean mask leaves something of: all of them, if a row is dead."""
         sizes = (1, self.num_key_tiles, *self.tile.batch, self.tile.heads * self.sizes.G)
-        occupied = self.slice(self._occupied, (at.number, 0, *at.batch, at.head * self.sizes.G), sizes)
+        occupied = self.slice(
+            self._occupied, (at.owned // self.tile.block_q, 0, *at.batch, at.head * self.sizes.G), sizes
+        )
         occupied = occupied.any(tuple(axis for axis in range(occupied.ndim) if axis != 1))
         if self.mask.dead is not None:
             occupied |= self.row_slice(self.mask.dead, at).any()
@@ -218,7 +244,7 @@ class Nest(TileAccess):
         start, stop = self.band.interval(rows, S, jnp)
         return start, stop
 
-    def _tile_mask(self, at: RowTile, columns: ColumnTile) -> TileMask:
+    def tile_mask(self, at: RowTile, columns: ColumnTile) -> TileMask:
         """Which elements of a tile count: two comparisons per element, whatever the masks behind them."""
         mask = self.mask
         start, stop = (x[..., None] for x in self._intervals(at))
@@ -244,7 +270,7 @@ class Nest(TileAccess):
         """Zero the rows of a tile, (lead..., rows, H), that the tile before owns."""
         if self.sizes.T % self.tile.block_q == 0:
             return x
-        owned = self.row_positions(at) >= at.number * self.tile.block_q
+        owned = self.row_positions(at) >= at.owned
         owned = jnp.repeat(owned, self.rows_per_position).reshape((1,) * (x.ndim - 2) + (-1, 1))
         return jnp.where(owned, x, 0)
 
@@ -259,14 +285,13 @@ def _any_in_blocks(x: jax.Array, axis: int, block: int, length: int) -> jax.Arra
         return jnp.moveaxis(blocks.any(axis + 1), axis, 0)
 
     def of_block(i: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(x, _clamped(i, block, length), block, axis).any(axis)
+        return lax.dynamic_slice_in_dim(x, _clamped(i * block, block, length), block, axis).any(axis)
 
     return lax.map(of_block, jnp.arange(-(-length // block), dtype=jnp.int32))
 
 
-def _clamped(i: Index, block: int, length: int) -> Index:
-    """Start of block i, the last one moved back so that it ends at `length`."""
-    start = i * block
+def _clamped(start: Index, block: int, length: int) -> Index:
+    """Start of the block that owns what follows `start`, the last one moved back so that it ends at `length`."""
     if length % block == 0:
         return start
     return min(start, length - block) if isinstance(start, int) else jnp.minimum(start, length - block)

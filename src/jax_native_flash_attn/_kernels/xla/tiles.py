@@ -169,12 +169,19 @@ class Tiles:
         self, query: jax.Array, key: jax.Array, at: RowTile, columns: ColumnTile, mask: TileMask | None
     ) -> jax.Array:
         """Logits of one tile, (lead..., rows, block_kv)."""
+        return self.masked(self.unmasked_logits(query, key, at, columns), mask)
+
+    def unmasked_logits(self, query: jax.Array, key: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
         logits = self.products(query, key, self.scale(at))
         if self.inputs.bias is not None:
             bias = self.bias(self.inputs.bias, at, columns)
             logits += jnp.maximum(bias, bias_floor(self.plan.accumulate))
         if self.config.logits_soft_cap is not None:
             logits = self.config.logits_soft_cap * jnp.tanh(logits / self.config.logits_soft_cap)
+        return logits
+
+    def masked(self, logits: jax.Array, mask: TileMask | None) -> jax.Array:
+        """Logits of one tile, once they are known, for a softmax."""
         if mask is None:
             return logits
         if self.nest.tile.fuses_softmax:
