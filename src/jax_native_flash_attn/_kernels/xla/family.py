@@ -105,7 +105,7 @@ def _forward(call: Call, target: Target, limits: Limits) -> tuple[jax.Array, ...
         whole = make_plan(call, target, limits, assumes_finite=True, has_all_keys=True)
         forms = [Tiles(call, finite)] if whole.tile == finite.tile else [Tiles(call, finite), Tiles(call, whole)]
         if whole.tile.joins_heads and whole.tile.block_kv == whole.sizes.S:
-            choice = 0 if len(forms) == 1 else jnp.where(forms[0].nest.visible_share > _MOST_KEYS, 1, 0)
+            choice = 0 if len(forms) == 1 else jnp.where(_visible_share(forms[0]) > _MOST_KEYS, 1, 0)
             return _first_finite(choice, [*forms, tiles])
         results = forward.forward(forms[0])
         return lax.cond(_is_finite(results), lambda: results, lambda: forward.forward(tiles))
@@ -146,6 +146,17 @@ def _first_finite(choice: Index, tiles: list[Tiles]) -> tuple[jax.Array, ...]:
 
     start = jnp.asarray(choice, jnp.int32), forward.zeros(tiles[last])
     return lax.while_loop(lambda state: state[0] <= last, step, start)[1]
+
+
+def _visible_share(tiles: Tiles) -> jax.Array | float:
+    """The share of the keys that lie between the first and the last one of a row, or in tiles that are visited."""
+    nest, mask, S = tiles.nest, tiles.nest.mask, tiles.sizes.S
+    if mask.allowed is not None:
+        return nest.occupied_share
+    if mask.key_start is None or mask.key_stop is None:
+        start, stop = nest.band.intervals(tiles.sizes.T, S)
+        return float((stop - start).mean()) / S
+    return (mask.key_stop - mask.key_start).mean(dtype=jnp.float32) / S
 
 
 def _is_finite(results: tuple[jax.Array, ...]) -> jax.Array:

@@ -221,16 +221,6 @@ class Nest(TileAccess):
         share = self._occupied.mean(dtype=jnp.float32)
         return share if self.mask.dead is None else jnp.where(self.mask.dead.any(), 1, share)
 
-    @property
-    def visible_share(self) -> jax.Array | np.ndarray:
-        """The share of keys that lie between the first and last one of a row, or in tiles that are visited."""
-        if self.mask.allowed is not None:
-            return self.occupied_share
-        if self.mask.key_start is None or self.mask.key_stop is None:
-            start, stop = self.band.intervals(self.sizes.T, self.sizes.S)
-            return (stop - start).mean() / self.sizes.S
-        return (self.mask.key_stop - self.mask.key_start).mean(dtype=jnp.float32) / self.sizes.S
-
     def _occupied_tiles(self, at: RowTile, ranges: ColumnRange) -> jax.Array:
         """Which key/value tiles inside `ranges` the boolean mask leaves something of: all of them, if a row is dead."""
         sizes = (1, self.num_key_tiles, *self.tile.batch, self.tile.heads * self.sizes.G)

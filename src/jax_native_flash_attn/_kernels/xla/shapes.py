@@ -151,17 +151,11 @@ def choose_tile(
     if is_decoding:
         if not joins_heads:
             return _with_heads(sizes, block_q, block_kv, limits.cpu_keys // (block_kv * sizes.H))
-        tile = TileShape((1,) * len(sizes.batch), sizes.K, block_q, block_kv, merges_lead=True, joins_heads=True)
-        if is_asked or converts:
-            return tile
-        # Slices of keys and values are copies, and of 16 bits, before JAX 0.11, even conversions of whole arrays.
-        is_small = heads // sizes.G * sizes.S * sizes.H <= limits.cpu_whole_keys
-        reads_whole = (has_all_keys or not is_masked) and (is_small or has_16_bits)
-        reads_whole |= has_16_bits and quirks.CPU_CONVERTS_BEFORE_LOOPS
-        most_scores = 4 * limits.cpu_whole_scores if has_16_bits else limits.cpu_whole_scores
-        if reads_whole and heads * sizes.T * sizes.S <= most_scores:
-            return replace(tile, batch=sizes.batch, block_q=sizes.T, block_kv=sizes.S)
-        return tile
+        skips = is_masked and not has_all_keys
+        if not (is_asked or converts) and _reads_whole(sizes, limits, skips, has_16_bits):
+            return TileShape(sizes.batch, sizes.K, sizes.T, sizes.S, merges_lead=True, joins_heads=True)
+        batch = (1,) * len(sizes.batch)
+        return TileShape(batch, sizes.K, block_q, block_kv, merges_lead=True, joins_heads=True)
     per_head = max(1, sizes.G * block_q * block_kv)
     is_whole = block_q == sizes.T and block_kv == sizes.S and not sizes.has_few_scores
     if fuses_softmax and is_whole and per_head <= 1 << 16:
@@ -185,6 +179,17 @@ def _cpu_joined_rows(has_16_bits: bool) -> int:
     if quirks.cpu_multiplies_bfloat16():
         return 64
     return 32 if quirks.CPU_CONVERTS_BEFORE_LOOPS else 0
+
+
+def _reads_whole(sizes: Sizes, limits: Limits, skips: bool, has_16_bits: bool) -> bool:
+    """Whether one tile of all keys is worth more than the tiles that are skipped."""
+    heads = static_size(sizes.batch) * sizes.K
+    if heads * sizes.G * sizes.T * sizes.S > (4 if has_16_bits else 1) * limits.cpu_whole_scores:
+        return False
+    if has_16_bits and quirks.CPU_CONVERTS_BEFORE_LOOPS:
+        return True
+    # Slices of keys and values are copies.
+    return not skips and (has_16_bits or heads * sizes.S * sizes.H <= limits.cpu_whole_keys)
 
 
 def _accelerator_tile(
