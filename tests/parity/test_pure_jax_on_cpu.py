@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse
+from jax_native_flash_attn._kernels.select import replacing
+from jax_native_flash_attn._kernels.xla.family import XlaKernels
+from jax_native_flash_attn._kernels.xla.limits import Limits
 from tests.support.cases import FAST_COMPILATION, Case, check_case
 from tests.support.oracle import (
     assert_as_accurate_as_dense,
@@ -154,3 +157,20 @@ def test_bfloat16_gradient_of_scale_through_out_and_lse(monkeypatch: pytest.Monk
         with enable_x64():
             expected = pulled_back(lambda s: float64_oracle(query, key, value, mask=mask, scale=s), jnp.float64(scale))
         assert_as_accurate_as_dense("scale", actual, dense, expected)
+
+
+def test_gradient_of_a_query_that_vmap_shares() -> None:
+    """Each batch row has a tile of its own, and adds to one gradient."""
+    rng = np.random.default_rng(0)
+    query = jnp.asarray(rng.standard_normal((1, 32, 2, 16)), jnp.float32)
+    key, value = (jnp.asarray(rng.standard_normal((3, 1, 32, 2, 16)), jnp.float32) for _ in range(2))
+
+    def gradient(attention: Callable[..., jax.Array]) -> jax.Array:
+        def loss(query: jax.Array) -> jax.Array:
+            return jnp.square(jax.vmap(functools.partial(attention, query))(key, value)).sum()
+
+        return jax.jit(jax.grad(loss), compiler_options=FAST_COMPILATION)(query)
+
+    with replacing(XlaKernels(Limits(heads=1))):
+        found = gradient(functools.partial(flash_attention, block_q=16, block_kv=16))
+    np.testing.assert_allclose(found, gradient(jax.nn.dot_product_attention), rtol=1e-4, atol=1e-5)
