@@ -2,7 +2,9 @@
 
 import functools
 import itertools
+import math
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -170,6 +172,35 @@ def test_temporary_memory_of_short_16_bit_calls(shape: tuple[int, ...], dtype: s
     B, _, S, N, _ = shape
     # Beside the arrays, what is decided about masks: a few bytes for each batch row and key or head.
     assert ours <= theirs + 8 * B * (S + N)
+
+
+def largest_copy(text: str) -> int:
+    """Elements of the largest array that optimised HLO copies."""
+    found = re.findall(r"= [a-z]+\d*\[([\d,]+)\]\S* copy\(", text)
+    return max((math.prod(map(int, sizes.split(","))) for sizes in found), default=0)
+
+
+@pytest.mark.parametrize("masks", ["query_offset", "key_value_seq_lengths", "mask", "none"])
+def test_decoding_copies_no_cache(masks: str):
+    """The program writes a token into caches that are donated to it, and attends."""
+    S, N, H = 8192, 8, 32
+
+    def decode(query, key, keys, values, offset):
+        keys, values = (jax.lax.dynamic_update_slice_in_dim(x, key, offset, axis=1) for x in (keys, values))
+        options: dict[str, Any] = {
+            "query_offset": {"query_offset": offset, "is_causal": True},
+            "key_value_seq_lengths": {"key_value_seq_lengths": offset[None] + 1},
+            "mask": {"mask": (jnp.arange(S) <= offset)[None, None, None]},
+            "none": {},
+        }[masks]
+        return flash_attention(query, keys, values, **options), keys, values
+
+    token, cache = (jax.ShapeDtypeStruct((1, length, N, H), jnp.float32) for length in (1, S))
+    jitted = jax.jit(decode, donate_argnames=("keys", "values"), compiler_options=FAST)
+    compiled: Any = jitted.lower(token, token, cache, cache, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    assert largest_copy(compiled.as_text()) < cache.size
+    # Nor is it copied under another name, by a fusion.
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * cache.size
 
 
 RUN = """

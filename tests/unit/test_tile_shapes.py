@@ -47,7 +47,7 @@ def random_arguments(rng: np.random.Generator) -> dict[str, Any]:
     H = 8 * size(32)
     sizes = Sizes(batch, size(9000), size(9000), size(16), size(8), H, H)
     names = ("is_banded", "is_masked", "is_elementwise", "has_documents", "has_ids", "fuses_softmax", "joins_heads")
-    names += ("is_derivative", "has_16_bits", "converts", "collects_rounded", "all_heads")
+    names += ("is_derivative", "has_16_bits", "converts", "collects_rounded", "all_heads", "has_all_keys")
     form = {name: flag() for name in ("varies_in_batch", "splits_rows", "reads_keys", "keeps_batch")}
     is_narrow = rng.random() < 0.2
     return {

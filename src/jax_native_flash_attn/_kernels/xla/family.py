@@ -20,6 +20,7 @@ Documents (CPU). A boolean mask that allows blocks along the diagonal wants tile
 large tiles, in which products are twice as fast.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -31,6 +32,7 @@ from ..._semantics.call import Call
 from ..._semantics.numerics import accumulation_dtype
 from ..protocol import Forward, LinearPass, Pass, Target
 from . import cotangent, forward, tangent
+from .access import Index
 from .forward import Bound
 from .limits import Limits
 from .plan import Plan, make_plan
@@ -38,6 +40,7 @@ from .tiles import Tiles
 
 _LARGEST_BOUND = 35.0
 _ROUNDING = 1.001  # of norms and products
+_MOST_KEYS = 0.7  # between the first and the last that rows attend: then copying tiles of keys takes longer
 _FEW_TILES = 0.3  # of small tiles with an allowed key: then they win
 
 
@@ -99,9 +102,13 @@ def _forward(call: Call, target: Target, limits: Limits) -> tuple[jax.Array, ...
     tiles = Tiles(call, usual)
     finite = make_plan(call, target, limits, assumes_finite=True)
     if finite.tile != usual.tile:
-        results = forward.forward(Tiles(call, finite))
-        is_finite = jnp.isfinite(results[0].sum())  # of a large array faster than isfinite of each
-        return lax.cond(is_finite, lambda: results, lambda: forward.forward(tiles))
+        whole = make_plan(call, target, limits, assumes_finite=True, has_all_keys=True)
+        forms = [Tiles(call, finite)] if whole.tile == finite.tile else [Tiles(call, finite), Tiles(call, whole)]
+        if whole.tile.joins_heads and whole.tile.block_kv == whole.sizes.S:
+            choice = 0 if len(forms) == 1 else jnp.where(_visible_share(forms[0]) > _MOST_KEYS, 1, 0)
+            return _first_finite(choice, [*forms, tiles])
+        results = forward.forward(forms[0])
+        return lax.cond(_is_finite(results), lambda: results, lambda: forward.forward(tiles))
     small = Tiles(call, make_plan(call, target, limits, has_documents=True))
     has_documents = None if small.plan.tile == usual.tile else small.nest.occupied_share <= _FEW_TILES
 
@@ -121,6 +128,39 @@ def _forward(call: Call, target: Target, limits: Limits) -> tuple[jax.Array, ...
     if usual.platform == "cpu" and not tiles.nest.visits_one_key_tile:
         return by_documents(tiles, Bound(bound, is_bounded))
     return lax.cond(is_bounded, lambda: by_documents(bounded, Bound(bound)), lambda: by_documents(tiles))
+
+
+def _first_finite(choice: Index, tiles: list[Tiles]) -> tuple[jax.Array, ...]:
+    """The results of the form chosen, or of the last one where they are not finite.
+
+    In a loop, of one trip or two: XLA:CPU fuses nothing from outside into it. Else an update of a cache would become a
+    part of all that reads the cache as a whole, and each of them would need a copy.
+    """
+    last = len(tiles) - 1
+    forms = [functools.partial(forward.forward, x) for x in tiles]
+
+    def step(state: tuple[jax.Array, tuple[jax.Array, ...]]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        results = lax.switch(state[0], forms)
+        is_done = _is_finite(results) | (state[0] == last)
+        return jnp.where(is_done, last + 1, last), results
+
+    start = jnp.asarray(choice, jnp.int32), forward.zeros(tiles[last])
+    return lax.while_loop(lambda state: state[0] <= last, step, start)[1]
+
+
+def _visible_share(tiles: Tiles) -> jax.Array | float:
+    """The share of the keys that lie between the first and the last one of a row, or in tiles that are visited."""
+    nest, mask, S = tiles.nest, tiles.nest.mask, tiles.sizes.S
+    if mask.allowed is not None:
+        return nest.occupied_share
+    if mask.key_start is None or mask.key_stop is None:
+        start, stop = nest.band.intervals(tiles.sizes.T, S)
+        return float((stop - start).mean()) / S
+    return (mask.key_stop - mask.key_start).mean(dtype=jnp.float32) / S
+
+
+def _is_finite(results: tuple[jax.Array, ...]) -> jax.Array:
+    return jnp.isfinite(results[0].sum())  # of a large array faster than isfinite of each
 
 
 def _bound(call: Call, plan: Plan) -> jax.Array:

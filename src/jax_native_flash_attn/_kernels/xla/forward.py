@@ -131,7 +131,12 @@ def forward(tiles: Tiles, bound: Bound | None = None) -> tuple[jax.Array, ...]:
             nest.write_row(result, x, at, add=False) for result, x in zip(results[1:], rows, strict=True)
         )
 
-    results = (jnp.zeros((*sizes.batch, sizes.T, sizes.N, sizes.D), tiles.plan.out_dtype),)
+    return nest.rows(row_tile, zeros(tiles))
+
+
+def zeros(tiles: Tiles) -> tuple[jax.Array, ...]:
+    """Where the results of `forward` are collected."""
+    z = tiles.sizes
     num_rows = tiles.config.needs_lse + tiles.config.needs_max_logits
-    results += tuple(tiles.zeros(*sizes.batch, sizes.N, sizes.T) for _ in range(num_rows))
-    return nest.rows(row_tile, results)
+    rows = tuple(tiles.zeros(*z.batch, z.N, z.T) for _ in range(num_rows))
+    return jnp.zeros((*z.batch, z.T, z.N, z.D), tiles.plan.out_dtype), *rows

@@ -15,6 +15,7 @@ class Limits:
         forward whose products take 16-bit operands.
       cpu_fused: of a plain softmax that XLA fuses with its products; its scratch then is 16 MiB.
       cpu_keys: of the keys, where few rows make reading them what costs.
+      cpu_whole_keys: of all keys, up to which those that lie in the caches are read faster than copied by tiles.
       cpu_reverse: in reverse mode through a kernel.
 
     On an accelerator:
@@ -44,6 +45,7 @@ class Limits:
     cpu_whole_derivative: int = 1 << 22
     cpu_fused: int = 1 << 22
     cpu_keys: int = 1 << 19
+    cpu_whole_keys: int = 1 << 21
     cpu_reverse: int = 1 << 22
     accelerator_scores: int = 1 << 28
     accelerator_keys: int = 1 << 28

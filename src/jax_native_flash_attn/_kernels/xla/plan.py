@@ -94,6 +94,7 @@ def make_plan(
     is_bounded: bool = False,
     assumes_finite: bool = False,
     has_documents: bool = False,
+    has_all_keys: bool = False,
     summed_over_batch: bool = False,
     rounds_weights: bool = True,
 ) -> Plan:
@@ -106,6 +107,7 @@ def make_plan(
       is_bounded: whether bounds of the logits are known (see `family.py`).
       assumes_finite: whether what is not finite may reach results that it should not, even from padding.
       has_documents: whether a boolean mask over rows and keys leaves little, in blocks.
+      has_all_keys: whether masks leave hardly a key out, whatever they could.
       summed_over_batch: whether a result of T * S elements is summed over batch rows.
       rounds_weights: whether weights and their cotangents may be kept in the dtype of products.
     """
@@ -147,6 +149,7 @@ def make_plan(
         is_elementwise=forms.is_elementwise,
         has_documents=has_documents and mask.allowed is not None and 1 not in mask.allowed.shape[-2:],
         has_ids=mask.query_ids is not None,
+        has_all_keys=has_all_keys,
         band_width=config.band.width if mask.key_start is None else None,
         key_stop=int(config.band.intervals(sizes.T, sizes.S)[1].max()) if mask.key_start is None else sizes.S,
         fuses_softmax=fuses_softmax and not _is_more_than_softmax(call),

@@ -64,6 +64,7 @@ def choose_tile(
     is_elementwise: bool,
     has_documents: bool,
     has_ids: bool,
+    has_all_keys: bool,
     band_width: int | None,
     key_stop: int,
     fuses_softmax: bool,
@@ -87,6 +88,7 @@ def choose_tile(
       is_elementwise: whether a bias, boolean mask or dropout changes single scores.
       has_documents: whether a boolean mask leaves few blocks of rows and keys; yet smaller tiles skip yet more.
       has_ids: whether segment ids leave parts of the keys, of lengths that only data tell.
+      has_all_keys: whether masks leave hardly a key out, whatever they could.
       band_width: keys of a row, where nothing but a narrow static band bounds them.
       key_stop: no row attends keys from here on.
       fuses_softmax: whether XLA:CPU can make one kernel of the call: a softmax, perhaps masked, between two products.
@@ -108,6 +110,8 @@ def choose_tile(
     if platform != "cpu":
         tile = _accelerator_tile(sizes, limits, block_q, block_kv, num_keys, is_banded, form)
         return replace(tile, batch=sizes.batch) if all_heads else tile
+    # Derivatives have the keys of each head copied anyway.
+    joins_heads &= is_decoding and not is_derivative and _cpu_joined_rows(has_16_bits) >= sizes.T * sizes.N
     shared = limits.cpu_shared_derivative if is_derivative else limits.cpu_shared_forward
     if not all_heads:
         # Large products are the fastest: one head at a time, square if possible. Where masks may leave tiles empty,
@@ -124,6 +128,9 @@ def choose_tile(
             columns = max(columns, 2 * side)
         if is_decoding:
             columns = min(4096, max(1024, limits.cpu_keys // (sizes.K * sizes.H)))
+            if is_masked and not is_derivative:
+                # Of short caches too, a part is skipped.
+                columns = min(columns, max(512 if joins_heads else 2048, num_keys // 4))
     else:
         side = _square(limits.cpu_reverse // heads)
         rows, columns = side, side
@@ -135,8 +142,6 @@ def choose_tile(
     block_kv = balanced_block(num_keys, block_kv or columns)
     if all_heads:
         return TileShape(sizes.batch, sizes.K, block_q, block_kv)
-    # Derivatives have the keys of each head copied anyway.
-    joins_heads &= is_decoding and not is_derivative and _cpu_joined_rows(has_16_bits) >= sizes.T * sizes.N
     if has_16_bits and sizes.has_few_scores and not (is_asked or joins_heads) and num_keys == sizes.S:
         # In loops XLA collects results of 16 bits, and before JAX 0.11 reads operands, in 32 bits as a whole: more than
         # what a tile saves. Where keys are what is large, small tiles of them stay in a core's cache.
@@ -146,12 +151,10 @@ def choose_tile(
     if is_decoding:
         if not joins_heads:
             return _with_heads(sizes, block_q, block_kv, limits.cpu_keys // (block_kv * sizes.H))
+        skips = is_masked and not has_all_keys
+        if not (is_asked or converts) and _reads_whole(sizes, limits, skips, has_16_bits):
+            return TileShape(sizes.batch, sizes.K, sizes.T, sizes.S, merges_lead=True, joins_heads=True)
         batch = (1,) * len(sizes.batch)
-        # Slices of keys and values are copies, and of 16 bits, before JAX 0.11, even conversions of whole arrays.
-        skips = is_banded and not has_16_bits and 4 * block_kv < sizes.S
-        most_scores = 4 * limits.cpu_whole_scores if has_16_bits else limits.cpu_whole_scores
-        if not (is_asked or skips or converts) and heads * sizes.T * sizes.S <= most_scores:
-            batch, block_q, block_kv = sizes.batch, sizes.T, sizes.S
         return TileShape(batch, sizes.K, block_q, block_kv, merges_lead=True, joins_heads=True)
     per_head = max(1, sizes.G * block_q * block_kv)
     is_whole = block_q == sizes.T and block_kv == sizes.S and not sizes.has_few_scores
@@ -176,6 +179,17 @@ def _cpu_joined_rows(has_16_bits: bool) -> int:
     if quirks.cpu_multiplies_bfloat16():
         return 64
     return 32 if quirks.CPU_CONVERTS_BEFORE_LOOPS else 0
+
+
+def _reads_whole(sizes: Sizes, limits: Limits, skips: bool, has_16_bits: bool) -> bool:
+    """Whether one tile of all keys is worth more than the tiles that are skipped."""
+    heads = static_size(sizes.batch) * sizes.K
+    if heads * sizes.G * sizes.T * sizes.S > (4 if has_16_bits else 1) * limits.cpu_whole_scores:
+        return False
+    if has_16_bits and quirks.CPU_CONVERTS_BEFORE_LOOPS:
+        return True
+    # Slices of keys and values are copies.
+    return not skips and (has_16_bits or heads * sizes.S * sizes.H <= limits.cpu_whole_keys)
 
 
 def _accelerator_tile(
