@@ -37,6 +37,7 @@ class Adapter:
     mask_shapes: tuple[str, ...] = ("B N T S", "B 1 T S", "B T S", "T S")
     by: Mapping[str, str] = MappingProxyType({})  # meaning -> what the user writes, where it is not an argument
     masks = True
+    true_masks = False  # what True in `raw_mask` means
     scale: float | None = None  # of the logits, as it comes; None: 1 / sqrt(H)
     ids = (0, 0, 1, 1, 1, 1, -1, -1)  # of packed sequences; -1 where the library has no such thing: 2
     float16_modes = ("",)
@@ -160,6 +161,11 @@ def layout(a: Adapter) -> str:
             continue
         if close(out, wanted):
             found.append(f"({', '.join(axes)})")
+    try:
+        if close(a.native(*(x.reshape(2, T, -1) for x in (query, key, value))), expected.reshape(2, T, -1)):
+            found.append("(B, T, N * H)")
+    except Exception:
+        pass
     return " or ".join(found)
 
 
@@ -223,21 +229,24 @@ def row_without_keys(a: Adapter) -> str:
 def mask_types(a: Adapter) -> str:
     T = S = a.lengths[0]
     query, key, value = inputs(a, T, S)
-    visible = np.tri(T, dtype=bool)[None, None]
-    x, tri = logits(a, query, key), visible.astype(np.float32)
+    visible = (np.arange(T)[:, None] + np.arange(T)) % 2 == 0
+    visible = visible[None, None]
+    x, ones = logits(a, query, key), visible.astype(np.float32)
     meanings = {
         "True attends": dense(a, query, key, value, mask=visible),
-        "True masks": dense(a, query, key, value, mask=~visible | np.eye(T, dtype=bool)),
-        "added": dense(a, query, key, value, x=x + tri),
+        "True masks": dense(a, query, key, value, mask=~visible),
+        "added": dense(a, query, key, value, x=x + ones),
         "all attend": dense(a, query, key, value),
     }
-    masks = {"bool": visible, "int": visible.astype(np.int32), "float": tri}
+    masks = {"bool": visible, "int": visible.astype(np.int32), "float": ones}
 
     def says(mask: Array) -> str:
-        found = first(np.asarray(a.attention(query, key, value, raw_mask=mask)), meanings)
-        return found if mask.dtype == bool else found.replace("True", "1")
+        return first(np.asarray(a.attention(query, key, value, raw_mask=mask)), meanings)
 
-    return "; ".join(f"{name}: {outcome(lambda mask=mask: says(mask))}" for name, mask in masks.items())
+    found: dict[str, list[str]] = {}
+    for name, mask in masks.items():
+        found.setdefault(outcome(lambda mask=mask: says(mask)), []).append(name)
+    return "; ".join(f"{', '.join(names)}: {text}" for text, names in found.items())
 
 
 def mask_shapes(a: Adapter) -> str:
@@ -248,7 +257,8 @@ def mask_shapes(a: Adapter) -> str:
         mask = np.random.default_rng(3).random([sizes[axis] for axis in axes.split()]) < 0.7
         mask[..., np.arange(sizes["T"]), np.arange(sizes["T"])] = True
         expected = dense(a, query, key, value, mask=mask[:, None] if axes == "B T S" else mask)
-        if outcome(lambda m=mask, e=expected: str(close(a.attention(query, key, value, raw_mask=m), e))) == "True":
+        raw = mask ^ a.true_masks
+        if outcome(lambda m=raw, e=expected: str(close(a.attention(query, key, value, raw_mask=m), e))) == "True":
             accepted.append(f"({', '.join(axes.split())})")
     return " ".join(accepted) or "none"
 
@@ -352,25 +362,30 @@ def lse_gradient(a: Adapter) -> str:
     return first(got, {"0": 0, "right": right})
 
 
-def dropout(a: Adapter) -> str:
-    N, T, rate = 2, 2 * a.lengths[1], 0.5
+def dropped(a: Adapter, seed: int) -> Array:
+    """Weights (B, N, T, S) after dropout of a half, for equal logits."""
+    N, T = 2, 2 * a.lengths[1]
     H = max(T, a.head_dim)
     query = np.zeros((2, T, N, H), np.float32)
     value = np.broadcast_to(np.eye(T, H, dtype=np.float32)[None, :, None], (2, T, N, H)).copy()
+    return np.asarray(a.attention(query, query, value, dropout=(0.5, seed))).transpose(0, 2, 1, 3)[..., :T]
 
-    def weights(seed: int) -> Array:
-        return np.asarray(a.attention(query, query, value, dropout=(rate, seed))).transpose(0, 2, 1, 3)[..., :T]
 
-    first_, again, other = weights(0), weights(0), weights(1)
-    kept = first_[first_ > 0]
-    if not 0.35 < (first_ > 0).mean() < 0.65 or not close(kept, np.full_like(kept, 2 / T)):
+def dropout(a: Adapter) -> str:
+    weights, again, other = dropped(a, 0), dropped(a, 0), dropped(a, 1)
+    kept = weights[weights > 0]
+    if not 0.35 < (weights > 0).mean() < 0.65 or not close(kept, np.full_like(kept, 2 / weights.shape[-1])):
         return "something else"
-    pairs = {"batch": first_[0, 0] == first_[1, 0], "heads": first_[0, 0] == first_[0, 1]}
+    if (weights == other).all():
+        return "of weights; the same for every seed"
+    return f"of weights; {'repeats with the seed' if (weights == again).all() else 'does not repeat'}"
+
+
+def dropout_masks(a: Adapter) -> str:
+    weights = dropped(a, 0)
+    pairs = {"batch": weights[0, 0] == weights[1, 0], "heads": weights[0, 0] == weights[0, 1]}
     shared = [name for name, same in pairs.items() if same.all()]
-    mask = f"one mask for {' and '.join(shared)}" if shared else "a mask for each batch row and head"
-    again_ = "repeats with the seed" if (first_ == again).all() else "does not repeat"
-    again_ = "the same for every seed" if (first_ == other).all() else again_
-    return f"of weights; {mask}; {again_}"
+    return f"one for {' and '.join(shared)}" if shared else "one each"
 
 
 def soft_cap(a: Adapter) -> str:
@@ -518,7 +533,7 @@ MEANINGS: dict[str, tuple[str, Callable[[Adapter], str]]] = {
     "causal": ("causal, fewer queries than keys", causal),
     "causal_more_queries": ("causal, more queries than keys", causal_more_queries),
     "window": ("window: keys of row t", window),
-    "mask_types": ("type of the mask (int and float of 0 and 1)", mask_types),
+    "mask_types": ("mask: its type, and what 1 means", mask_types),
     "mask_shapes": ("shapes of masks", mask_shapes),
     "row_without_keys": ("a row that may attend no key", row_without_keys),
     "bias": ("additive bias", bias),
@@ -529,6 +544,7 @@ MEANINGS: dict[str, tuple[str, Callable[[Adapter], str]]] = {
     "lse_row_without_keys": ("log-sum-exp, if it may attend no key", lse_row_without_keys),
     "lse_gradient": ("gradient through the log-sum-exp", lse_gradient),
     "dropout": ("dropout", dropout),
+    "dropout_masks": ("its masks, for a batch with heads", dropout_masks),
     "soft_cap": ("soft cap c", soft_cap),
     "sinks": ("sinks", sinks),
     "segments": ("packed sequences", segments),

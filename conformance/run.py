@@ -24,18 +24,8 @@ ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
 
 MARKED = re.compile(r"(<!-- conformance: (.*?) -->\n).*?(<!-- end of conformance -->)", re.DOTALL)
-ORDER = [
-    "ours",
-    "jax_nn",
-    "tokamax_api",
-    "splash",
-    "keras_ops",
-    "flax_nnx",
-    "flax_linen",
-    "torch_sdpa",
-    "torch_flex",
-    "flash_attn_api",
-]
+ORDER = ["ours", "jax_nn", "tokamax_api", "splash", "keras_ops", "keras_layer", "flax_nnx", "flax_linen"]
+ORDER += ["torch_sdpa", "torch_layer", "torch_flex", "flash_attn_api"]
 Result = dict[str, Any]
 
 
