@@ -14,7 +14,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -q torch==2.13.0 triton==3.7.1 numpy==2.4.6 einops==0.8.2 setuptools wheel psutil ninja packaging
-FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE "$folder/venv/bin/pip" install -q --no-build-isolation --no-deps flash-attn==2.8.3.post2
+FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE \
+  "$folder/venv/bin/pip" install -q --no-build-isolation --no-deps flash-attn==2.8.3.post2
 FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE TRITON_INTERPRET=1 "$folder/venv/bin/python" -W ignore - <<'EOF'
 import flash_attn.flash_attn_interface as interface
 import torch
