@@ -233,8 +233,8 @@ def mask_types(a: Adapter) -> str:
     visible = visible[None, None]
     x, ones = logits(a, query, key), visible.astype(np.float32)
     meanings = {
-        "True attends": dense(a, query, key, value, mask=visible),
-        "True masks": dense(a, query, key, value, mask=~visible),
+        "attends": dense(a, query, key, value, mask=visible),
+        "masks": dense(a, query, key, value, mask=~visible),
         "added": dense(a, query, key, value, x=x + ones),
         "all attend": dense(a, query, key, value),
     }
@@ -533,7 +533,7 @@ MEANINGS: dict[str, tuple[str, Callable[[Adapter], str]]] = {
     "causal": ("causal, fewer queries than keys", causal),
     "causal_more_queries": ("causal, more queries than keys", causal_more_queries),
     "window": ("window: keys of row t", window),
-    "mask_types": ("mask: its type, and what 1 means", mask_types),
+    "mask_types": ("a mask's True or 1", mask_types),
     "mask_shapes": ("shapes of masks", mask_shapes),
     "row_without_keys": ("a row that may attend no key", row_without_keys),
     "bias": ("additive bias", bias),
