@@ -9,7 +9,10 @@
 #
 # [tool.uv]
 # extra-build-dependencies = { flash-attn = ["torch==2.13.0", "setuptools", "wheel", "psutil", "ninja", "packaging"] }
-# extra-build-variables = { flash-attn = { FLASH_ATTENTION_FORCE_BUILD = "TRUE", FLASH_ATTENTION_SKIP_CUDA_BUILD = "TRUE" } }
+#
+# [tool.uv.extra-build-variables.flash-attn]
+# FLASH_ATTENTION_FORCE_BUILD = "TRUE"
+# FLASH_ATTENTION_SKIP_CUDA_BUILD = "TRUE"
 # ///
 # ruff: noqa: RUF012
 """`flash_attn.flash_attn_func`, its Triton kernels (the AMD back end), in Triton's interpreter on a CPU.
