@@ -1,0 +1,160 @@
+"""Run every library, compare its cells with those committed, and print the tables.
+
+    python conformance/run.py                      # all libraries; exit status 1 if a cell or a page differs
+    python conformance/run.py torch_sdpa keras_ops # some
+    python conformance/run.py --only-tables        # none: are tables.md and the pages those of the committed cells?
+    python conformance/run.py --update             # write what was seen: results, tables.md and the pages
+
+Needs uv, a network, about 12 GB of disk (PyTorch, two versions) and Python 3.12 or newer. Each library runs in its own
+environment, that of the versions in the head of its script.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+sys.path.insert(0, str(HERE))
+
+MARKED = re.compile(r"(<!-- conformance: (.*?) -->\n).*?(<!-- end of conformance -->)", re.DOTALL)
+ORDER = ["ours", "jax_nn", "tokamax_api", "splash", "keras_ops", "keras_layer", "flax_nnx", "flax_linen"]
+ORDER += ["torch_sdpa", "torch_layer", "torch_flex", "flash_attn_api"]
+Result = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("libraries", nargs="*", help=f"of {', '.join(ORDER)}; all, if none is given")
+    parser.add_argument("--only-tables", action="store_true", help="run nothing: tables of the committed results")
+    parser.add_argument("--update", action="store_true", help="write results, tables.md and the pages")
+    arguments = parser.parse_args()
+    for name in arguments.libraries:
+        if name not in ORDER:
+            parser.error(f"no library {name!r}; there are {', '.join(ORDER)}")
+
+    results, failures = {name: committed(name) for name in ORDER}, []
+    for name in [] if arguments.only_tables else arguments.libraries or ORDER:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        seen = run(name)
+        failures += differences(name, results[name], seen)
+        results[name] = seen
+        if arguments.update:
+            path(name).write_text(json.dumps(seen, indent=2) + "\n")
+    text = tables({name: result for name, result in results.items() if result})
+    print(text)
+    pages = {HERE / "tables.md": text}
+    for page in sorted((ROOT / "docs" / "guides").glob("coming_from_*.md")):
+        pages[page] = MARKED.sub(lambda match: match[1] + page_table(match[2], results) + match[3], page.read_text())
+    for page, new in pages.items():
+        if arguments.update:
+            page.write_text(new)
+        elif not page.exists() or page.read_text() != new:
+            failures.append(f"{page.relative_to(ROOT)} does not show these cells")
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return int(bool(failures) and not arguments.update)
+
+
+def path(name: str) -> Path:
+    return HERE / "results" / f"{name}.json"
+
+
+def committed(name: str) -> Result:
+    return json.loads(path(name).read_text()) if path(name).exists() else {}
+
+
+def run(name: str) -> Result:
+    environment = os.environ | {"PYTHONPATH": str(HERE), "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [
+        "uv",
+        "run",
+        "-q",
+        "--no-project",
+        "--python",
+        python(),
+        "--script",
+        str(HERE / "libraries" / f"{name}.py"),
+    ]
+    process = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, timeout=1800)
+    if process.returncode:
+        raise SystemExit(f"{name} failed:\n{process.stderr[-3000:]}")
+    seen = json.loads(process.stdout.rstrip().splitlines()[-1])
+    return {"name": seen.pop("name"), "date": datetime.date.today().isoformat(), **seen}
+
+
+def python() -> str:
+    """A Python of 3.12 or newer: UV_PYTHON, one on the path, or one of pyenv's."""
+    if "UV_PYTHON" in os.environ:
+        return os.environ["UV_PYTHON"]
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    found = [shutil.which(name) for name in ("python3.13", "python3.12")]
+    for candidate in (*found, *map(str, sorted(root.glob("versions/3.1[23]*/bin/python"), reverse=True))):
+        if candidate and not subprocess.run([candidate, "-c", ""], capture_output=True).returncode:
+            return candidate
+    return "3.13"
+
+
+def differences(name: str, old: Result, new: Result) -> list[str]:
+    if not old:
+        return [f"{name} is new"]
+    failures = []
+    for what in ("versions", "cells"):
+        before, after = old.get(what, {}), new[what]
+        for key in [*after, *(before.keys() - after.keys())]:
+            if before.get(key) != after.get(key):
+                failures.append(f"{name}, {key}: was {before.get(key)!r}, is {after.get(key)!r}")
+    return failures
+
+
+def versions(result: Result) -> str:
+    return ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+
+
+def tables(results: dict[str, Result]) -> str:
+    """One table for each meaning, with all libraries."""
+    from probes import MEANINGS
+
+    lines = [
+        "# What attention functions do with the same call",
+        "",
+        "Written by `python conformance/run.py --update`.",
+        "",
+    ]
+    lines += ["| library | versions | run on |", "|---|---|---|"]
+    lines += [f"| {result['name']} | {versions(result)} | {result['date']} |" for result in results.values()]
+    for key, (words, _) in MEANINGS.items():
+        lines += ["", f"## {words[0].upper()}{words[1:]}", "", "| library | |", "|---|---|"]
+        lines += [f"| {result['name']} | {result['cells'][key]} |" for result in results.values()]
+    return "\n".join(lines) + "\n"
+
+
+def page_table(which: str, results: dict[str, Result]) -> str:
+    """The table of a page. `which` is names of libraries, and after "without" the meanings to leave out."""
+    from probes import MEANINGS
+
+    names, _, left_out = which.partition(" without ")
+    theirs, ours = [results[name] for name in names.split()], results["ours"]
+    seen = "; ".join(dict.fromkeys(f"{versions(result)}, {result['date']}" for result in theirs))
+    lines = [f"Run on a CPU: {seen}.", ""]
+    columns = " | ".join(result["name"] for result in theirs)
+    lines += [f"| | {columns} | here |", "|---" * (len(theirs) + 2) + "|"]
+    for key, (words, _) in MEANINGS.items():
+        if key not in left_out.split():
+            cells, here = [result["cells"][key] for result in theirs], ours["cells"][key]
+            here = "the same" if {*cells} == {here} else here
+            lines.append(f"| {words} | {' | '.join(cells)} | {here} |")
+    long = [line for line in lines if len(line) > 160]
+    assert not long, long
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
