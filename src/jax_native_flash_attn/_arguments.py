@@ -75,7 +75,7 @@ def check(
         dropout_rate = 0.0
     check_dropout(dropout_rate, dropout_rng)
     precision = as_precision(precision)
-    query_shape, mask_shape = jnp.shape(query), getattr(mask, "shape", ())
+    query_shape, mask_shape = np.shape(query), getattr(mask, "shape", ())
     query, key, value, axes = as_query_key_value(query, key, value, blocks=blocks)
     B, T, N, H, S, *_ = axes
     bias = None if bias is None else as_bias(bias, axes)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ._arguments import check
@@ -67,12 +68,12 @@ def context_parallel(
             f"axis_name must be a mesh axis of the jax.shard_map around this call, got {axis_name!r}"
         ) from None
     T, S = (as_4d(arguments[name], name).shape[1] for name in ("query", "key"))
-    shape = jnp.shape(arguments["query"])
+    shape = np.shape(arguments["query"])
     if size == 1:
         return attention(*check(**arguments, **asked), shape)
     if arguments["mask"] is not None:  # before it gets rank 4
         B, _, N, _ = as_4d(arguments["query"], "query").shape
-        warn_of_shapes(shape, jnp.shape(arguments["mask"]), B, size * T, size * S, N)
+        warn_of_shapes(shape, np.shape(arguments["mask"]), B, size * T, size * S, N)
     devices = Devices(axis_name, size, lax.axis_index(axis_name), order)
     if order is not None:
         _check_order(arguments, T, S)
