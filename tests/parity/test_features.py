@@ -81,6 +81,15 @@ def test_a_sink_is_counted_once_in_parts_that_are_merged() -> None:
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_mask_beside_a_window_that_skips_tiles() -> None:
+    mask = RNG.random((B, 1, T, T)) < 0.5
+    options: dict[str, Any] = {"mask": mask, "local_window_size": (17, 0), "is_causal": True}
+    with enable_x64():
+        expected, _ = float64_oracle(QUERY, KEY, VALUE, **options)
+    out = flash_attention(QUERY, KEY, VALUE, block_q=4, block_kv=3, **options)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("sink", [-np.inf, float(np.finfo(np.float32).min)])
 @pytest.mark.parametrize("implementation", [None, "dense"])
 def test_the_lowest_sinks_count_for_nothing(implementation: Any, sink: float) -> None:

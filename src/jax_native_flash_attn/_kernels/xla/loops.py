@@ -230,8 +230,8 @@ class Nest(TileAccess):
         occupied = occupied.any(tuple(axis for axis in range(occupied.ndim) if axis != 1))
         if self.mask.dead is not None:
             occupied |= self.row_slice(self.mask.dead, at).any()
-        tiles = jnp.arange(self.num_key_tiles, dtype=jnp.int32)
-        return (tiles >= ranges.first) & (tiles < ranges.stop) & occupied
+        starts = self.tile.block_kv * jnp.arange(self.num_key_tiles, dtype=jnp.int32)
+        return (starts >= ranges.first) & (starts < ranges.stop) & occupied
 
     def _intervals(self, at: RowTile) -> tuple[jax.Array, jax.Array]:
         """First key and end of the keys of each row of a tile, (lead..., rows) with axes of size 1."""
