@@ -28,7 +28,7 @@ def test_examples(name: str, monkeypatch: pytest.MonkeyPatch):
 def test_help_names_types(name: str):
     """And not the unions that they stand for."""
     text = pydoc.plain(pydoc.render_doc(getattr(jax_native_flash_attn, name)))
-    assert not any(part in text for part in ("Union[", "jax._src"))
+    assert not any(part in text for part in ("Union[", "._src."))
 
 
 def test_reference_has_every_name():
