@@ -75,6 +75,9 @@ GPU_SHAPES: tuple[AttentionShape, ...] = (
     _gpu_row("8x4096x16x128", label="gpu-lengths", key_value_lengths=(512, 1024, 2048, 4096) * 2),
     _gpu_row("2x4096x8x256", label="gpu", is_causal=True),
     _gpu_row("3x3001x8x80", label="gpu-odd", is_causal=True),
+    _gpu_row("16x729x16x72", label="siglip"),
+    _gpu_row("64x256x16x72", label="dit"),
+    _gpu_row("4x4096x8x40", label="stable-diffusion"),
     _gpu_row("32x1/32768x32/8x128", label="gpu-decode", key_value_lengths=(30000,) * 32, **_FORWARD_ALONE),
     _gpu_row("2x4096x16x128", label="gpu-f32", dtype="float32", is_causal=True),
 )

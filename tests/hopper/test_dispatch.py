@@ -42,7 +42,7 @@ def test_several_platforms_take_pure_jax(monkeypatch: pytest.MonkeyPatch) -> Non
         ("precision is .*HIGHEST", FLOAT32, {"precision": "highest"}),
         ("more than 64 query rows", Case((1, 64, 128, 2, 1, 64)), {}),
         ("got float64", Case((1, 128, 128, 2, 1, 64), "float64"), {}),
-        ("multiples of 16", Case((1, 128, 128, 2, 1, 40), "bfloat16"), {}),
+        ("up to 256, got 264", Case((1, 128, 128, 2, 1, 264), "bfloat16"), {}),
         ("block_q", Case((1, 128, 128, 2, 1, 64), "bfloat16", block_q=64), {}),
     ],
 )
@@ -55,7 +55,7 @@ def test_asking_where_it_cannot_run_is_an_error(reason: str, case: Case, options
 @needs_backend
 def test_unsupported_calls_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, "9.0")
-    assert "mosaic_gpu" not in lowered_text(None, "cuda", case=Case((1, 128, 128, 2, 1, 40), "bfloat16"))
+    assert "mosaic_gpu" not in lowered_text(None, "cuda", case=Case((1, 128, 128, 2, 1, 264), "bfloat16"))
     assert "mosaic_gpu" in lowered_text(None, "cuda", case=FLOAT32)
     # As XLA multiplies on a GPU; each spelling as the others of the same precision.
     for precision in ("highest", "float32", jax.lax.Precision.HIGHEST, ("default", "highest"), "F32_F32_F32"):

@@ -39,6 +39,8 @@ def test_lowers_for_cuda_without_a_gpu(shape: str, options: str, has_residual: b
         ("short", 192, 128, "bfloat16"),  # query heads packed into rows
         ("one row, keys split", 64, 128, "bfloat16"),
         ("odd", 128, 64, "float32"),
+        ("odd", 72, 72, "bfloat16"),
+        ("odd", 20, 1, "float32"),
     ],
 )
 def test_values_of_another_dimension_lower_for_cuda(shape: str, H: int, D: int, dtype: str) -> None:
@@ -92,6 +94,7 @@ GRADIENTS: dict[str, dict[str, Any]] = {
             ("mask", 64, 128),
             ("plain", 16, 256),
             ("bias", 256, 16),
+            ("plain", 40, 72),
         ],
         3,
     ),

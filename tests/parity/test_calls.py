@@ -82,6 +82,10 @@ _DIMENSIONS = (
     ("odd", "scale", 128, 64),
     ("many items", "causal", 16, 256),
     ("odd", "bias", 256, 16),
+    ("odd", "bias", 72, 72),
+    ("short", "causal", 40, 20),
+    ("many items", "dropout", 8, 8),
+    ("odd", "scale", 1, 250),
 )
 
 

@@ -12,17 +12,20 @@ from .backward import dbias, dkey_dvalue, dquery
 from .blocks import BackwardBlocks, dbias_blocks, dkey_dvalue_blocks, dquery_blocks
 from .host.backward import Backward
 from .host.dkey_dvalue_plan import KeyGradients
+from .host.head_dims import pad_head_dim, pad_head_dims, padded_type
 from .host.operands import kind_of, term_bytes
 from .operands import TermKind
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
+_WITH_HEAD_DIM = ("query", "key", "value")
 _MOST_COLUMNS = 256  # of the gradients of key and value that a warpgroup's registers hold, beside scores
 
 
 def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores: int) -> dict[str, jax.Array]:
     """See `select.cotangent`. `asked`: blocks in place of those that `plan` chooses."""
-    inputs, cotangents, wanted = call.inputs, given.operands, given.wanted
+    inputs, cotangents = pad_head_dims(call.inputs), given.operands
+    wanted = {name: padded_type(x) if name in _WITH_HEAD_DIM else x for name, x in given.wanted.items()}
     backward = _backward(call.config, inputs, given.out, given.lse, cotangents)
     results: dict[str, jax.Array] = {}
     if "query" in wanted or "scale" in wanted:
@@ -47,7 +50,10 @@ def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores
         results |= {"value": gradients.value} if gradients.value is not None else {}
     if "bias" in wanted and (tiles := (asked or plan(inputs)).dbias) is not None:
         results["bias"] = dbias(backward, tiles, wanted["bias"])
-    return {name: sum_to(results[name], like) for name, like in wanted.items()}
+    results = {name: sum_to(results[name], like) for name, like in wanted.items()}
+    return {
+        name: x[..., : given.wanted[name].shape[-1]] if name in _WITH_HEAD_DIM else x for name, x in results.items()
+    }
 
 
 def plan(
@@ -58,6 +64,7 @@ def plan(
     `with_scale`: for the gradient of scale, too. `is_wide`: for that of query in float32. `needs_dlogits`: not for that
     of value alone.
     """
+    inputs = jax.eval_shape(pad_head_dims, inputs)
     z, tiled_bytes, is_even = inputs.sizes, term_bytes(inputs), _is_even(inputs)
     allowed = inputs.mask.allowed
     has_key_mask = allowed is not None and kind_of(allowed) is TermKind.COLUMNS
@@ -78,6 +85,7 @@ def _is_even(inputs: Inputs) -> bool:
 def _backward(
     config: Config, inputs: Inputs, out: jax.Array, lse: jax.Array, cotangents: Mapping[str, jax.Array]
 ) -> Backward:
+    """`inputs` with the head dimensions of the kernels, all else with those of the call."""
     z, dtype = inputs.sizes, inputs.query.dtype
     if "out" in cotangents:
         dout = cotangents["out"]
@@ -87,7 +95,9 @@ def _backward(
     if "lse" in cotangents:
         delta = delta - cotangents["lse"].astype(jnp.float32)
     batch = jnp.broadcast_shapes(z.batch, dout.shape[:-3], delta.shape[:-2], lse.shape[:-2])
-    return Backward(config, inputs, replace(z, batch=batch), dout.astype(dtype), lse.astype(jnp.float32), delta)
+    return Backward(
+        config, inputs, replace(z, batch=batch), pad_head_dim(dout.astype(dtype)), lse.astype(jnp.float32), delta
+    )
 
 
 def _passes(call: Backward, wanted: Shapes) -> list[KeyGradients]:

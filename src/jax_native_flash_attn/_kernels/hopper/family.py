@@ -12,6 +12,7 @@ from ..._semantics.sizes import Sizes
 from ..protocol import Forward
 from .blocks import Blocks, Chip, forward_blocks
 from .forward import forward as forward_kernel
+from .host.head_dims import pad_head_dims
 from .host.operands import column_bytes, starts_with_bias, term_bytes
 
 _FEW_ROWS = 64  # of one warpgroup
@@ -19,6 +20,13 @@ _FEW_ROWS = 64  # of one warpgroup
 
 def forward(config: Config, inputs: Inputs, blocks: Blocks, cores: int) -> Forward:
     """See `select.forward`. `blocks`: as of `plan`."""
+    D = inputs.sizes.D
+    results = _forward(config, pad_head_dims(inputs), blocks, cores)
+    rounded = None if results.rounded is None else results.rounded[..., :D]
+    return results._replace(out=results.out[..., :D], rounded=rounded)
+
+
+def _forward(config: Config, inputs: Inputs, blocks: Blocks, cores: int) -> Forward:
     z = inputs.sizes
     sinks = None if inputs.sinks is None else inputs.sinks[..., None]
     if not _packs_groups(config, inputs):
@@ -42,6 +50,7 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, cores: int) -> Forwa
 
 def plan(config: Config, inputs: Inputs, chip: Chip) -> Blocks:
     """The block shapes of `forward`; of inputs the types suffice."""
+    inputs = jax.eval_shape(pad_head_dims, inputs)
     if _packs_groups(config, inputs):
         packed = _packed(config, inputs)
         inputs, config = jax.eval_shape(functools.partial(_pack_groups, config), inputs), packed
