@@ -78,7 +78,7 @@ def _split_forward(
     """Results over each split of the tiles; `wanted` as of `ForwardPlan`."""
     z = inputs.sizes
     tma, value_tma = (TmaLoad(columns, inputs.query.dtype) for columns in (z.H, z.D))
-    operands = prepare(config, inputs, blocks.rows, blocks.block_kv, tma, value_tma)
+    operands = prepare(config, inputs, blocks.rows, blocks.block_kv, tma, value_tma, is_forward=True)
     if sinks is not None:
         operands = replace(operands, sinks=_padded(sinks.astype(jnp.float32), blocks.rows))
     plan = ForwardPlan.make(config, inputs, operands, blocks, cores, needs_max_logits=config.needs_max_logits, **wanted)

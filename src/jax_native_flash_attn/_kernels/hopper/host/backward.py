@@ -10,6 +10,7 @@ from ...._semantics.numerics import LOG2E
 from ...._semantics.sizes import Sizes
 from ..operands import RowOperands
 from ..pallas import TmaLoad, pad_axis, round_up
+from .tf32 import rounded
 
 _NO_WEIGHT = 1e30
 _SHORT = 1 << 15  # scores of a head
@@ -32,6 +33,11 @@ class Backward:
     lse: jax.Array
     delta: jax.Array
 
+    @property
+    def rounded_dout(self) -> jax.Array:
+        """As products take it."""
+        return rounded(self.dout) if self.dout.dtype == jnp.float32 else self.dout
+
     def row_operands(self, block_rows: int, dout_tma: TmaLoad, *, drops_dead_rows: bool = False) -> RowOperands:
         """As the kernels read them: vectors to whole blocks (TMA clips matrices only).
 
@@ -48,7 +54,7 @@ class Backward:
         lse = lse if dead is None else jnp.where(dead, _NO_WEIGHT, lse)
         T, padded = self.sizes.T, round_up(self.sizes.T, block_rows)
         return RowOperands(
-            pad_axis(self.dout, -3, round_up(T, dout_tma.multiple)),
+            pad_axis(self.rounded_dout, -3, round_up(T, dout_tma.multiple)),
             pad_axis(lse, -1, padded, _NO_WEIGHT),
             pad_axis(self.delta, -1, padded),
             scales_lse=is_short and not has_terms,

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
+
 from ...._semantics.call import Config
 from ...._semantics.sizes import Sizes
 from ..blocks import Blocks
@@ -17,6 +19,11 @@ class KernelPlan:
     sizes: Sizes
     dtype: Any
     blocks: Blocks
+
+    @property
+    def is_float32(self) -> bool:
+        """Whether products are in TensorFloat-32, and some operands so come transposed."""
+        return self.dtype == jnp.float32
 
     @property
     def tma(self) -> TmaLoad:
