@@ -234,7 +234,8 @@ def dquery_blocks(
 
 def fits_both_key_gradients(sizes: Sizes, itemsize: int) -> bool:
     """Whether registers and, of float32, shared memory hold the gradients of key and value at once."""
-    return sizes.H + sizes.D <= _MOST_COLUMNS[itemsize]
+    columns = sizes.H + sizes.D
+    return columns <= _MOST_COLUMNS[itemsize]
 
 
 def dkey_dvalue_blocks(

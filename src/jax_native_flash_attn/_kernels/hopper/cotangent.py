@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ..._semantics.call import Call, Config, Inputs, sum_to
 from ..protocol import LinearPass
-from .backward import dbias, dkey_dvalue, dquery
+from .backward import dbias, dkey_dvalue, dquery, products
 from .blocks import BackwardBlocks, dbias_blocks, dkey_dvalue_blocks, dquery_blocks, fits_both_key_gradients
 from .host.backward import Backward
 from .host.dkey_dvalue_plan import KeyGradients
@@ -26,6 +26,9 @@ def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores
     inputs, cotangents = pad_head_dims(call.inputs), given.operands
     wanted = {name: padded_type(x) if name in _WITH_HEAD_DIM else x for name, x in given.wanted.items()}
     backward = _backward(call.config, inputs, given.out, given.lse, cotangents)
+    if inputs.query.dtype == jnp.float32:
+        turned = products(backward, dquery="query" in wanted, dkey="key" in wanted, dvalue="value" in wanted)
+        backward = replace(backward, products=turned)
     results: dict[str, jax.Array] = {}
     if "query" in wanted or "scale" in wanted:
         is_summed = "query" in wanted and wanted["query"].shape[:-3] != backward.sizes.batch
@@ -76,15 +79,11 @@ def plan(
     allowed = inputs.mask.allowed
     has_key_mask = allowed is not None and kind_of(allowed) is TermKind.COLUMNS
     return BackwardBlocks(
-        dquery_blocks(
-            z, tiled_bytes, with_scale=with_scale, is_even=is_even, is_wide=is_wide, itemsize=itemsize
-        ),
+        dquery_blocks(z, tiled_bytes, with_scale=with_scale, is_even=is_even, is_wide=is_wide, itemsize=itemsize),
         dkey_dvalue_blocks(
             z, tiled_bytes, needs_key=needs_key, needs_value=needs_value, is_even=is_even, itemsize=itemsize
         ),
-        None
-        if inputs.bias is None
-        else dbias_blocks(z, tiled_bytes, has_key_mask=has_key_mask, itemsize=itemsize),
+        None if inputs.bias is None else dbias_blocks(z, tiled_bytes, has_key_mask=has_key_mask, itemsize=itemsize),
     )
 
 

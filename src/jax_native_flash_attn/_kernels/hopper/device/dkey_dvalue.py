@@ -177,8 +177,7 @@ class KeyTile:
 
     def products(self, state: tuple) -> None:
         """All of them."""
-        s_ref, dp_ref, sum_refs = state
-        context = self.context
+        (s_ref, dp_ref, sum_refs), context = state, self.context
         assert context.dout is not None
         self.scores((s_ref, dp_ref))
         add = self._add_overlapped if context.plan.overlaps else self._add
@@ -191,9 +190,8 @@ class KeyTile:
         p = None if sums.value is None else self._dropped(weights.p)
         ds, p = lax.optimization_barrier((ds, p))
         wanted = (sums.value, p, self.context.transposed_dout), (sums.key, ds, self.context.transposed_query)
-        products = [(x, left, right.tile(self.slot)) for x, left, right in wanted if right is not None]
-        results = iter(add_products(*products))
-        value, key = (None if right is None else next(results) for _, _, right in wanted)
+        results = iter(add_products(*((x, left, right.tile(self.slot)) for x, left, right in wanted if right)))
+        value, key = (next(results) if right else None for _, _, right in wanted)
         return KeyGradients(key, value)
 
     def _add_overlapped(self, s_ref: Any, dp_ref: Any, sum_refs: KeyGradients, query: Any, dout: Any) -> None:

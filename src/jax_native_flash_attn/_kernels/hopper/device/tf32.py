@@ -1,9 +1,9 @@
 """Products of float32 in TensorFloat-32 whose left operand is in registers, which Pallas' `wgmma` does not take.
 
-A thread holds columns 2 t and 2 t + 1 of every eight of a matrix in registers (`Layout.WGMMA`), t being its number among
-the four that share a row. wgmma takes from it columns t and t + 4 of a left operand in TensorFloat-32 (PTX ISA, figure
-of the fragment of .m64k8). The order of what is contracted does not matter to a product as long as both operands have
-the same: so nothing is exchanged between threads, and the right operand comes in that order (`host/tf32.py`).
+A thread holds columns 2 t and 2 t + 1 of every eight of a matrix in registers (`Layout.WGMMA`), t being its number
+among the four that share a row. wgmma takes from it columns t and t + 4 of a left operand in TensorFloat-32 (PTX ISA,
+the figure for .m64k8). The order of what is contracted does not matter to a product as long as both operands have the
+same: so nothing is exchanged between threads, and the right operand comes in that order (`turn.py`).
 """
 
 from typing import Any
@@ -19,20 +19,20 @@ from jaxlib.mlir.dialects import llvm
 from ..host.tf32 import SWIZZLE, TILE
 from ..pallas import plgpu
 
+TILES = plgpu.RefType((plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(SWIZZLE)))
 _STEP = 8  # what one wgmma contracts, 32 bytes of each row
 
 
-def add_products(*products: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, ...]:
+def add_products(*products: tuple[Any, Any, Any]) -> tuple[jax.Array, ...]:
     """acc + a b^T of each (acc, a, b), done when it returns.
 
     `acc` is (64, n) and `a` (64, k), in registers. `b` is a reference to shared memory, (n, k), whose columns come in
-    the order that `transposed` gives them.
+    the order that `turn.py` gives them.
     """
     in_registers = plgpu.Layout.WGMMA
-    tiles = plgpu.RefType((plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(SWIZZLE)))
     results = tuple(plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, in_registers) for acc, _, _ in products)
 
-    @plgpu.inline_mgpu(arg_types=((in_registers, in_registers, tiles),) * len(products), return_type=results)
+    @plgpu.inline_mgpu(arg_types=((in_registers, in_registers, TILES),) * len(products), return_type=results)
     def emit(_: Any, *products: Any) -> Any:
         sums = [x for acc, _, _ in products for x in _elements(acc)]
         left = [x for _, a, _ in products for x in _elements(a)]
@@ -41,7 +41,7 @@ def add_products(*products: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array
         text = _program(widths, [a.shape[1] for _, a, _ in products], offsets)
         f32 = ir.F32Type.get()
         constraints = [*["=f"] * len(sums), *map(str, range(len(sums))), *["f"] * len(left), *["l"] * len(products)]
-        both = llvm.inline_asm(
+        both: Any = llvm.inline_asm(
             llvm.StructType.get_literal([f32] * len(sums)),
             [*sums, *left, *descriptors],
             text,
@@ -89,9 +89,10 @@ def _descriptor(b: Any) -> tuple[Any, Any]:
     """Of the first columns, and what to add to it for others."""
     rows = ir.MemRefType(b.type).shape[0] * 8
     transposed = mgpu.memref_transpose(b, (1, 0, 3, 2))
-    (first, (_, (step_bytes,))), (_, tile_bytes), _ = mma_utils.create_descriptor(
+    description: Any = mma_utils.create_descriptor(
         transposed, swizzle=SWIZZLE, group_size=(TILE, rows), logical_k_major=True
     )
+    (first, (_, (step_bytes,))), (_, tile_bytes), _ = description
 
     def offset(column: int) -> int:
         tile, within = divmod(column, TILE)

@@ -13,9 +13,8 @@ from ..pallas import TmaLoad, TmaStore, plgpu, swizzle_bytes
 from ..scheduler import TileScheduler, heads_per_group, schedule
 from .backward import Backward
 from .intervals import query_tiles
-from .operands import prepare, term_buffers
+from .operands import term_buffers
 from .plan import KernelPlan
-from .tf32 import rounded, transposed
 
 # Mean head dimensions (above the first, up to the second) with which the softmax runs beside products of its warpgroup:
 # masked calls take 2 to 6% less there. Elsewhere it takes up to 3% more.
@@ -136,27 +135,18 @@ class KeyPlan(KernelPlan):
     def operands(self, call: Backward) -> BackwardOperands:
         z, block_q = self.sizes, self.blocks.block_q
         # Vectors of masks are read tile by tile: to a whole number of tiles.
-        tma, value_tma, mask = self.tma, self.value_tma, call.inputs.mask
+        mask = call.inputs.mask
         moved = [] if mask.shift is None else [mask.shift, mask.key_value_length]
-        forward = prepare(
-            call.config,
-            call.inputs,
-            block_q,
-            self.block_keys,
-            tma,
-            value_tma,
-            transposes_mask=True,
-            reads_intervals=any(_differs_along(self.summed, x) for x in moved if x is not None),
-        )
-        rows = call.row_operands(block_q, value_tma)
+        reads_intervals = any(_differs_along(self.summed, x) for x in moved if x is not None)
+        forward = self.prepare(call, block_q, self.block_keys, transposes_mask=True, reads_intervals=reads_intervals)
+        rows = call.row_operands(block_q, self.value_tma)
         is_computed = forward.intervals is None
         tiles = query_tiles(mask, z.T, z.S, block_q, self.block_keys, self.summed, is_computed=is_computed)
         turned = None
-        if self.is_float32:
-            query, dout = call.inputs.query, call.dout
+        if call.products is not None:
+            query, dout = call.products.transposed.query, call.products.transposed.dout
             turned = TransposedOperands(
-                query=transposed(rounded(query), as_registers=True) if self.wanted.key is not None else None,
-                dout=transposed(rounded(dout), as_registers=True) if self.wanted.value is not None else None,
+                query=None if self.wanted.key is None else query, dout=None if self.wanted.value is None else dout
             )
         return BackwardOperands(forward.without_tile_ranges(), rows, tiles, turned)
 
@@ -182,6 +172,7 @@ class KeyPlan(KernelPlan):
             return self.transposed_tma.buffer(stages, columns) if self.is_float32 and wanted is not None else None
 
         num_matrices = 1 + self.loads_dout + self.is_float32 * len(jax.tree.leaves(self.wanted))
+        num_arrivals = num_matrices + 2 + compute * len(operands.tiled)
         return KeyBuffers(
             key=with_gradient(tma),
             value=with_gradient(value_tma) if self.needs_dlogits or tma != value_tma else None,
@@ -193,7 +184,7 @@ class KeyPlan(KernelPlan):
             delta=plgpu.SMEM((stages, blocks.block_q), jnp.float32),
             terms=term_buffers(operands, (stages, compute), blocks.block_q, blocks.block_kv),
             keys_ready=plgpu.Barrier(num_barriers=key_buffers, num_arrivals=2 if self.needs_dlogits else 1),
-            rows_ready=plgpu.Barrier(num_barriers=stages, num_arrivals=2 + num_matrices + compute * len(operands.tiled)),
+            rows_ready=plgpu.Barrier(num_barriers=stages, num_arrivals=num_arrivals),
             keys_free=plgpu.Barrier(num_barriers=key_buffers),
             rows_free=plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
         )

@@ -12,9 +12,8 @@ from ..operands import BackwardOperands, Operands, TermBuffers, TransposedOperan
 from ..pallas import TmaLoad, TmaStore, plgpu
 from ..scheduler import TileScheduler, heads_per_group, schedule
 from .backward import Backward
-from .operands import prepare, term_buffers
+from .operands import term_buffers
 from .plan import KernelPlan
-from .tf32 import rounded_operands, transposed
 
 
 class Moments(NamedTuple):
@@ -108,11 +107,9 @@ class DQueryPlan(KernelPlan):
         return self.blocks.stages - 1
 
     def operands(self, call: Backward) -> BackwardOperands:
-        forward = prepare(call.config, call.inputs, self.blocks.rows, self.blocks.block_kv, self.tma, self.value_tma)
+        forward = self.prepare(call, self.blocks.rows, self.blocks.block_kv)
         rows = call.row_operands(self.blocks.rows, self.value_tma, drops_dead_rows=True)
-        turned = None
-        if self.is_float32:
-            turned = TransposedOperands(key=transposed(rounded_operands(call.inputs).key, as_registers=True))
+        turned = None if call.products is None else TransposedOperands(key=call.products.transposed.key)
         return BackwardOperands(forward, rows, transposed=turned)
 
     def out_types(self) -> DQueryOuts:

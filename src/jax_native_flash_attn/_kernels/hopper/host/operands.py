@@ -14,7 +14,7 @@ from ...._semantics.masks import MaskOperands
 from ..operands import MASKED, Dropout, Elements, LogitTerm, Operands, TermBuffers, TermKind
 from ..pallas import TmaLoad, matrix_buffer, pad_axis, plgpu, round_up, swizzle_bytes
 from .intervals import pad_rows, row_intervals
-from .tf32 import rounded_operands, transposed
+from .tf32 import Products
 
 
 def prepare(
@@ -25,27 +25,22 @@ def prepare(
     tma: TmaLoad,
     value_tma: TmaLoad,
     *,
-    is_forward: bool = False,
+    products: Products | None = None,
     transposes_mask: bool = False,
     reads_intervals: bool = False,
 ) -> Operands:
-    """For `tma` of query and key, and of value unless that comes transposed.
+    """For `tma` of query and key, and of value.
 
-    `is_forward`: float32 values come transposed, and queries, unless they are copied anyway, as they are: that kernel
-    rounds them. `transposes_mask`: the mask's tiles are read transposed, which cannot be done with bytes: it is copied
-    so. `reads_intervals`: those of rows that are moved, even if kernels could compute them.
+    `products`: query, key and value of float32. `transposes_mask`: the mask's tiles are read transposed, which cannot
+    be done with bytes: it is copied so. `reads_intervals`: those of rows that are moved, even if kernels could compute
+    them.
     """
     z, mask = inputs.sizes, inputs.mask
-    is_float32 = inputs.query.dtype == jnp.float32
-    if is_float32:
-        is_copied = not is_forward or z.T % tma.multiple != 0
-        inputs = rounded_operands(inputs)._replace(**{} if is_copied else {"query": inputs.query})
-    query = pad_axis(inputs.query, -3, round_up(z.T, tma.multiple))
-    key = pad_axis(inputs.key, -3, round_up(z.S, tma.multiple))
-    if is_float32 and is_forward:
-        value = transposed(inputs.value, as_registers=False)
-    else:
-        value = pad_axis(inputs.value, -3, round_up(z.S, value_tma.multiple))
+    query, key, value = products or Products(
+        pad_axis(inputs.query, -3, round_up(z.T, tma.multiple)),
+        pad_axis(inputs.key, -3, round_up(z.S, tma.multiple)),
+        pad_axis(inputs.value, -3, round_up(z.S, value_tma.multiple)),
+    )
     # Kernels compute those of a complete band. But a bias would count in the rows of a batch row of length 0.
     shift = None if reads_intervals else mask.shift
     is_computed = config.band.is_complete and (inputs.bias is None if mask.shift is None else shift is not None)

@@ -4,42 +4,53 @@ They cut off the bits that TensorFloat-32 lacks, which would be a systematic err
 elements only: of a product that contracts the rows of an operand, the operand comes transposed.
 """
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from ...._semantics.call import Inputs
-from ..pallas import pad_axis, round_up
+from ..operands import TransposedOperands
+from ..pallas import TmaLoad, pad_axis, round_up
 
 SWIZZLE = 128  # bytes of a row of a tile of what is transposed
 TILE = SWIZZLE // 4  # likewise, columns
-_GROUP, _PAIR = 8, 2
 
 
-def rounded(x: jax.Array) -> jax.Array:
-    return lax.reduce_precision(x, 8, 10)
+class Products(NamedTuple):
+    """Operands of products, laid out for TMA."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
 
 
-def rounded_operands(inputs: Inputs) -> Inputs:
-    """Query, key and value. Padding of keys and values holds no NaN then (as of `clean_padding`)."""
-    query, key, value = (rounded(x) for x in (inputs.query, inputs.key, inputs.value))
-    length = inputs.mask.key_value_length
-    if length is not None:
-        position = lax.broadcasted_iota(jnp.int32, (*(1,) * length.ndim, value.shape[-3], 1, 1), length.ndim)
-        in_length = position < length[..., None, None, None]
-        key, value = (jnp.where(in_length | jnp.isfinite(x), x, 0.0) for x in (key, value))
-    return inputs._replace(query=query, key=key, value=value)
+@dataclass(frozen=True)
+class BackwardProducts:
+    """Those of the backward, with a multiple of eight rows, and what it reads transposed (`device/turn.py`)."""
+
+    forward: Products
+    dout: jax.Array
+    transposed: TransposedOperands
 
 
-def transposed(x: jax.Array, *, as_registers: bool) -> jax.Array:
-    """(batch..., rows, heads, columns) -> (batch..., heads, columns, rows), padded to whole tiles.
+def forward_products(inputs: Inputs, tma: TmaLoad) -> Products:
+    """Values transposed, (batch..., K, D, S); queries that are not copied anyway are left to the kernel."""
+    query, length = inputs.query, inputs.mask.key_value_length
+    T, S = query.shape[-3], inputs.key.shape[-3]
+    if T % tma.multiple:
+        query = pad_axis(rounded(query), -3, round_up(T, tma.multiple))
+    key = pad_axis(rounded(inputs.key), -3, round_up(S, tma.multiple))
+    value = jnp.moveaxis(rounded(inputs.value, length), -3, -1)
+    return Products(query, key, pad_axis(value, -1, round_up(S, 64)))
 
-    `as_registers`: in the order in which a left operand in registers has what is contracted (`device/tf32.py`). Of
-    eight rows, those that a thread holds side by side, 2 t and 2 t + 1, come to t and t + 4.
-    """
-    x = pad_axis(x, -3, round_up(x.shape[-3], 2 * TILE))
-    if as_registers:
-        *batch, rows, heads, columns = x.shape
-        x = x.reshape(*batch, rows // _GROUP, _GROUP // _PAIR, _PAIR, heads, columns)
-        x = jnp.swapaxes(x, -3, -4).reshape(*batch, rows, heads, columns)
-    return jnp.moveaxis(x, -3, -1)
+
+def rounded(x: jax.Array, length: jax.Array | None = None) -> jax.Array:
+    """(batch..., rows, heads, columns), without NaN from `length` on (as of `clean_padding`)."""
+    x = lax.reduce_precision(x, 8, 10)
+    if length is None:
+        return x
+    position = lax.broadcasted_iota(jnp.int32, (*(1,) * length.ndim, x.shape[-3], 1, 1), length.ndim)
+    return jnp.where((position < length[..., None, None, None]) | jnp.isfinite(x), x, 0.0)
