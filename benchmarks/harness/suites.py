@@ -80,6 +80,8 @@ GPU_SHAPES: tuple[AttentionShape, ...] = (
     _gpu_row("4x4096x8x40", label="stable-diffusion"),
     _gpu_row("32x1/32768x32/8x128", label="gpu-decode", key_value_lengths=(30000,) * 32, **_FORWARD_ALONE),
     _gpu_row("2x4096x16x128", label="gpu-f32", dtype="float32", is_causal=True),
+    _gpu_row("1x2048x16x64", label="gpu-f32", dtype="float32", is_causal=True),
+    _gpu_row("32x197x12x64", label="gpu-f32", dtype="float32"),
 )
 
 NAMED_SHAPES: dict[str, AttentionShape] = {row.name: row for row in CPU_SHAPES + GPU_SHAPES}
