@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from ..._semantics.call import Call, Config, Inputs, sum_to
 from ..protocol import LinearPass
 from .backward import dbias, dkey_dvalue, dquery, products
-from .blocks import BackwardBlocks, dbias_blocks, dkey_dvalue_blocks, dquery_blocks, fits_both_key_gradients
+from .backward_blocks import dbias_blocks, dkey_dvalue_blocks, dquery_blocks, fits_both_key_gradients
+from .blocks import BackwardBlocks
 from .host.backward import Backward
 from .host.dkey_dvalue_plan import KeyGradients
 from .host.head_dims import pad_head_dim, pad_head_dims, padded_type
