@@ -30,6 +30,7 @@ def dquery_blocks(
     """
     H, D = sizes.H, sizes.D
     is_float32 = itemsize == 4
+    most_warpgroups = 2 if with_scale or is_float32 else 3
     persistent = _takes_persistent(sizes, sizes.S, is_even=is_even)
     columns_of_keys = 2 * H if is_float32 else H  # they come transposed, too
     return _first_that_fits(
@@ -39,9 +40,10 @@ def dquery_blocks(
             + (x.stages - 1) * x.rows * x.block_kv * term_bytes
             + 4096 * with_scale
         ),
-        # Moments for the gradient of scale take registers that three warpgroups do not have.
+        # Moments for the gradient of scale take registers that three warpgroups do not have. Of float32, a third
+        # warpgroup takes the memory of a third stage.
         *(
-            Blocks(64, block_kv, stages, min(warpgroups, 3 - with_scale), persistent=each)
+            Blocks(64, block_kv, stages, min(warpgroups, most_warpgroups), persistent=each)
             for each in ((True, False) if persistent else (False,))
             for warpgroups in (_warpgroups(sizes, sizes.T), 1)
             for block_kv in ((64, 32) if is_float32 else (64,))
