@@ -15,7 +15,7 @@ from ._arguments import check
 from ._attention import attention
 from ._convert import as_static_bool
 from ._keywords import explains_keywords
-from ._options import EXTENSIONS, Options, WindowLike
+from ._options import EXTENSIONS, MaskMod, Options, ScoreMod, WindowLike
 from ._semantics.errors import describe
 
 Implementation = Literal["xla", "pure_jax", "mosaic_gpu", "dense", "cudnn"]
@@ -79,6 +79,10 @@ def flash_attention(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     broadcast_dropout: bool = False,
+    score_mod: ScoreMod | None = None,
+    score_mod_args: tuple[Any, ...] = (),
+    mask_mod: MaskMod | None = None,
+    mask_mod_args: tuple[Any, ...] = (),
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Scaled dot product attention in memory linear in T and S; a drop-in for `jax.nn.dot_product_attention`.
 
@@ -187,7 +191,7 @@ def _by_cudnn(arguments: dict[str, Any], return_residual: bool) -> Any:
     for name, neutral in EXTENSIONS.items():
         given = arguments.pop(name)
         is_number = isinstance(given, bool | int | float | np.number | np.bool_)
-        if not any(given is x or (is_number and given == x) for x in neutral):
+        if not any(given is x or (is_number and given == x) or given == () == x for x in neutral):
             raise NotImplementedError(f"{name} is not supported by implementation='cudnn', which is jax.nn's")
     del arguments["dropout_rng"]
     residual = {"return_residual": True} if return_residual else {}
@@ -253,6 +257,10 @@ def flash_attention_with_lse(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     broadcast_dropout: bool = False,
+    score_mod: ScoreMod | None = None,
+    score_mod_args: tuple[Any, ...] = (),
+    mask_mod: MaskMod | None = None,
+    mask_mod_args: tuple[Any, ...] = (),
     return_max_logits: bool = False,
 ) -> tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, jax.Array]:
     """As `flash_attention`, and the log-sum-exp of the logits, both differentiable in every mode.

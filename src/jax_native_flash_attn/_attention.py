@@ -9,7 +9,7 @@ from ._autodiff import taylor
 from ._autodiff.primitives import flash_attention_core, flash_attention_p, linear_kernel_p
 from ._autodiff.visible import find_visible
 from ._semantics.block_masks import make_block_masks
-from ._semantics.call import OPERANDS, Arrays, Call, Config, Inputs, Settings
+from ._semantics.call import OPERANDS, Arrays, Call, Config, Inputs, ModOperands, Settings
 from ._semantics.dense import NAME as DENSE
 from ._semantics.dense import dense_attention
 from ._semantics.join_masks import is_query_row, make_mask
@@ -103,6 +103,13 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
     """All masks as one, and operands as kernels expect them; of the shards of arrays as well."""
     query, key, value = arrays.query, arrays.key, arrays.value
     T, S = query.shape[1], key.shape[1]
+    order = Order(
+        arrays.query_segment_ids,
+        arrays.key_value_segment_ids,
+        arrays.query_positions,
+        arrays.key_value_positions,
+        arrays.query_offset,
+    )
     masks: dict[str, Any] = {
         "is_causal": settings.is_causal,
         "static_window": settings.static_window,
@@ -112,13 +119,7 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
         "key_value_lengths": arrays.key_value_lengths,
         "allowed": arrays.mask,
         "static_offset": settings.static_offset,
-        "order": Order(
-            arrays.query_segment_ids,
-            arrays.key_value_segment_ids,
-            arrays.query_positions,
-            arrays.key_value_positions,
-            arrays.query_offset,
-        ),
+        "order": order,
         "find_visible": find_visible,
         "has_dead_rows": arrays.sinks is None,
     }
@@ -142,7 +143,7 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
     given: dict[str, Any] = {
         name: _with_batch_axis(name, x) for name, x in changed._asdict().items() if name in Inputs._fields
     }
-    given["mask"] = mask
+    given |= {"mask": mask, "mods": _mod_operands(arrays, *order.numbers(T, S, settings.static_offset))}
     inputs = Inputs(**given)
     config = Config(
         band,
@@ -156,8 +157,18 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
         settings.implementation,
         rounds_out=True,
         ring=ring,
+        score_mod=settings.score_mod,
+        mask_mod=settings.mask_mod,
     )
     return Prepared(Call(config, inputs), is_row, in_length)
+
+
+def _mod_operands(arrays: Arrays, rows: jax.Array, keys: jax.Array) -> ModOperands | None:
+    """With the numbers of rows and keys."""
+    if arrays.mod_args is None or arrays.batch_number is None or arrays.head_number is None:
+        return None
+    args = {name: x[None] for name, x in arrays.mod_args.items()}
+    return ModOperands(arrays.batch_number, arrays.head_number[None], rows, keys, args)
 
 
 def _with_batch_axis(name: str, x: jax.Array | None) -> Any:

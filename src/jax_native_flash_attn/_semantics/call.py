@@ -11,6 +11,7 @@ import numpy as np
 
 from .dropout import Dropout
 from .masks import Band, MaskOperands
+from .mods import Program
 from .sizes import Sizes
 
 MOST_UNROLLED = 4  # visits of a ring: up to so many, each has its own text in the program
@@ -93,14 +94,15 @@ class Settings(NamedTuple):
     implementation: str | None
     is_staged: bool
     ring: Ring | None = None
+    score_mod: Program | None = None
+    mask_mod: Program | None = None
 
 
 class Arrays(NamedTuple):
     """The arrays of a checked call, named as in `OPERANDS`; None where the call has none.
 
     query, key, value, bias and mask have rank 4; scale, traced_window (2,) and sinks (N,) are not batched; `head_index`
-    numbers the heads for dropout, or is (1, 1) where all share a mask.
-    """
+  XX    """
 
     query: jax.Array
     key: jax.Array
@@ -119,6 +121,9 @@ class Arrays(NamedTuple):
     sinks: jax.Array | None = None
     dropout_key: jax.Array | None = None
     head_index: jax.Array | None = None
+    batch_number: jax.Array | None = None
+    head_number: jax.Array | None = None
+    mod_args: Mapping[str, jax.Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,30 @@ class Config:
     adds_rounded: bool = False
     has_all_keys: bool = True
     ring: Ring | None = None
+    score_mod: Program | None = None
+    mask_mod: Program | None = None
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether a bias, once added, is changed no more: then its derivative is that of the logits."""
+        return self.logits_soft_cap is None and self.score_mod is None
+
+
+class ModOperands(NamedTuple):
+    """What `score_mod` and `mask_mod` read; all int32 but the last.
+
+    Attributes:
+      batch_number: (batch...), of the call as a user made it; axes that `vmap` added have size 1.
+      head_number: (batch..., N), from 0 to the number of all heads.
+      query_number: (batch..., T), and key_number: (batch..., S): position, or index.
+      args: (batch..., ...) each, by name; see `trace_mod`.
+    """
+
+    batch_number: jax.Array
+    head_number: jax.Array
+    query_number: jax.Array
+    key_number: jax.Array
+    args: Mapping[str, jax.Array]
 
 
 class Inputs(NamedTuple):
@@ -163,6 +192,7 @@ class Inputs(NamedTuple):
       dropout_key: (batch..., 2) uint32, or None without dropout; (batch..., 4) if rows and keys are part of those that
         `Dropout.lengths` says: then with the numbers of the first row and of the first key.
       head_index: (batch..., N) uint32, the number b * N + n of a head in the dropout mask, or None.
+      mods: see `ModOperands`, or None without `score_mod` and `mask_mod`.
     """
 
     query: jax.Array
@@ -174,6 +204,7 @@ class Inputs(NamedTuple):
     sinks: jax.Array | None
     dropout_key: jax.Array | None
     head_index: jax.Array | None
+    mods: ModOperands | None = None
 
     @property
     def sizes(self) -> Sizes:
@@ -207,8 +238,20 @@ class Operand(NamedTuple):
     is_differentiable: bool = False
 
 
+class _Operands(dict[str, Operand]):
+    def __missing__(self, name: str) -> Operand:
+        """Of an argument of `score_mod` or `mask_mod`: argument.number.axes, as `trace_mod` names it."""
+        argument, _, axes = name.split(".")
+        return self.setdefault(name, Operand(f"B{axes}", is_differentiable=argument == "score_mod_args"))
+
+
+class _Layouts(dict[str, str]):
+    def __missing__(self, name: str) -> str:
+        return self.setdefault(name, OPERANDS[name].axes.removeprefix("B"))
+
+
 # Every array, of the public functions' arguments, of the kernels' and of their results; a derivative is as its primal.
-OPERANDS = {
+OPERANDS = _Operands({
     "query": Operand("BTNH", is_differentiable=True),
     "key": Operand("BSKH", is_differentiable=True),
     "value": Operand("BSKD", is_differentiable=True),
@@ -240,20 +283,27 @@ OPERANDS = {
     "sinks": Operand("BN", is_differentiable=True),
     "dropout_key": Operand("BW"),
     "head_index": Operand("BN"),
+    "batch_number": Operand("B"),
+    "head_number": Operand("BN"),
+    "query_number": Operand("BT"),
+    "key_number": Operand("BS"),
     # Results.
     "out": Operand("BTND"),
     "lse": Operand("BNT"),
     "max_logits": Operand("BNT"),
-}
+})
 
 # Axes behind the batch axes.
-LAYOUTS = {name: operand.axes.removeprefix("B") for name, operand in OPERANDS.items()}
+LAYOUTS = _Layouts()
 
 
 def _fields(inputs: Inputs) -> dict[str, Any]:
     fields = inputs._asdict()
     mask: MaskOperands = fields.pop("mask")
-    return fields | mask._asdict()
+    mods: ModOperands | None = fields.pop("mods")
+    numbers = {} if mods is None else mods._asdict()
+    args = numbers.pop("args", {})
+    return fields | mask._asdict() | numbers | args
 
 
 def field_names(structure: Any) -> tuple[str, ...]:

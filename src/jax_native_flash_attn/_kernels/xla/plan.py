@@ -129,7 +129,7 @@ def make_plan(
         limits,
         is_forward=further is None,
         has_mask=mask.allowed is not None,
-        has_bias_or_dropout=any(x is not None for x in (inputs.bias, config.dropout, config.logits_soft_cap)),
+        has_bias_or_dropout=any(x is not None for x in (inputs.bias, inputs.mods, config.dropout, config.logits_soft_cap)),
         needs_lse=config.needs_lse,
         is_bounded=is_bounded,
         summed_over_batch=summed_over_batch,
@@ -210,5 +210,5 @@ def make_plan(
 def _is_more_than_softmax(call: Call) -> bool:
     """Whether a call is more than a softmax, perhaps masked, between two products."""
     config, inputs = call
-    others = (inputs.bias, inputs.sinks, config.dropout, config.logits_soft_cap)
+    others = (inputs.bias, inputs.sinks, inputs.mods, config.dropout, config.logits_soft_cap)
     return config.needs_lse or config.needs_max_logits or any(x is not None for x in others)
