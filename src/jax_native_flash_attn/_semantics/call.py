@@ -13,6 +13,7 @@ from .dropout import Dropout
 from .masks import Band, MaskOperands
 from .mods import Program
 from .sizes import Sizes
+from .tile_masks import BLOCK
 
 MOST_UNROLLED = 4  # visits of a ring: up to so many, each has its own text in the program
 
@@ -96,6 +97,7 @@ class Settings(NamedTuple):
     ring: Ring | None = None
     score_mod: Program | None = None
     mask_mod: Program | None = None
+    mask_block: int = BLOCK
 
 
 class Arrays(NamedTuple):
@@ -124,6 +126,8 @@ class Arrays(NamedTuple):
     batch_number: jax.Array | None = None
     head_number: jax.Array | None = None
     mod_args: Mapping[str, jax.Array] | None = None
+    tile_classes: jax.Array | None = None
+    row_has_key: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,7 @@ class Config:
     ring: Ring | None = None
     score_mod: Program | None = None
     mask_mod: Program | None = None
+    mask_block: int = BLOCK
 
     @property
     def adds_bias(self) -> bool:
@@ -280,6 +285,8 @@ OPERANDS = _Operands({
     "highest_position": Operand("BNTS"),
     "key_positions": Operand("BNTS"),
     "is_exact": Operand("BNT"),
+    "tile_classes": Operand("BNWW"),
+    "row_has_key": Operand("BNT"),
     "sinks": Operand("BN", is_differentiable=True),
     "dropout_key": Operand("BW"),
     "head_index": Operand("BN"),

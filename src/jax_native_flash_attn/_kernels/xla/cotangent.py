@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .access import ColumnTile, RowTile
-from .loops import TileMask
+from .masked_tiles import TileMask
 from .tiles import Tiles
 
 

@@ -18,7 +18,7 @@ from jax import lax
 
 from ..._semantics.numerics import lowest
 from .access import ColumnTile, RowTile
-from .loops import TileMask
+from .masked_tiles import TileMask
 from .tiles import Tiles
 
 

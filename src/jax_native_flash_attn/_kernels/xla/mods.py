@@ -59,6 +59,12 @@ class TileMod:
             x = jnp.broadcast_to(x, (*(n if flag else m for n, m, flag in zip(batch, x.shape, full, strict=False)), *own))
         return x.reshape(*x.shape[: len(batch)], *(1,) * 4, *own)
 
+    def mask(self, at: RowTile, columns: ColumnTile) -> jax.Array:
+        """What a program without a score gives for a tile, (lead..., rows, block_kv); axes may have size 1."""
+        args = [self._arg(name, x, at) for name, x in self._args.items()]
+        found = self.program(self._indices(at, columns), args)
+        return self.access.inside(self._in_order(found))
+
     def _outside(self, x: jax.Array) -> jax.Array:
         """A tile, (lead..., rows, block_kv), on the program's axes."""
         access, tile = self.access, self.access.tile

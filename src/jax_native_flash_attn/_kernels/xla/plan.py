@@ -81,8 +81,9 @@ class Plan:
 
     def loops(self, call: Call) -> Nest:
         """The loops over the tiles of a call."""
-        band, mask = call.config.band, call.inputs.mask
-        return Nest(self.sizes, self.tile, band, mask, self.static_trip_counts, self.never_skips_rows)
+        (config, inputs), loops = call, (self.static_trip_counts, self.never_skips_rows)
+        by_indices = {"mask_mod": config.mask_mod, "mods": inputs.mods, "mask_block": config.mask_block}
+        return Nest(self.sizes, self.tile, config.band, inputs.mask, *loops, **by_indices)
 
 
 def make_plan(

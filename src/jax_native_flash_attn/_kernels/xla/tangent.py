@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .access import ColumnTile, RowTile
-from .loops import TileMask
+from .masked_tiles import TileMask
 from .tiles import Tiles
 
 

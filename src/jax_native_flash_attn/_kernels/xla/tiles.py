@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ..._semantics.call import Call, sum_to
 from ..._semantics.numerics import bias_floor, lowest
 from .access import ColumnTile, RowTile
-from .loops import TileMask
+from .masked_tiles import TileMask
 from .mods import ScoreMod
 from .plan import Plan
 from .quirks import exp_polynomial, in_row_major_layout
