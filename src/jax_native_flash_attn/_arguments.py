@@ -5,7 +5,6 @@ Where `jax.nn.dot_product_attention` raises, the type of the error is the same.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -24,12 +23,12 @@ from ._convert import (
     as_window,
     static_or_traced,
 )
+from ._mod_arguments import as_mods
 from ._semantics.call import Arrays, Settings
 from ._semantics.constant_masks import hide_constant_mask
 from ._semantics.dense import NAME as DENSE
-from ._semantics.dropout import check_dropout, head_indices, make_dropout, threefry_words
+from ._semantics.dropout import Dropout, check_dropout, head_indices, make_dropout, threefry_words
 from ._semantics.masks import Band
-from ._semantics.mods import Program, trace_mod
 from ._semantics.numerics import accumulation_dtype
 from ._shapes import as_query_key_value
 from ._warnings import warn_of_causal, warn_of_lengths, warn_of_shapes, warn_of_window
@@ -107,15 +106,11 @@ def check(
     band = Band()
     if isinstance(mask, np.ndarray):
         mask, band = hide_constant_mask(mask, T, S) if blocks == 1 else (jnp.asarray(mask), band)
-    shares_dropout = as_static_bool(broadcast_dropout, "broadcast_dropout")
-    dropout = make_dropout(dropout_rate) if dropout_rate > 0 else None
-    dropped: dict[str, Any] = {}
-    if dropout is not None:
-        dropped["dropout_key"] = threefry_words(dropout_rng)
-        dropped["head_index"] = head_indices(1, 1) if shares_dropout else head_indices(B, N)
-    given_mods = ("score_mod", score_mod, score_mod_args), ("mask_mod", mask_mod, mask_mod_args)
-    mods, numbers = _as_mods(given_mods, accumulation_dtype(query.dtype), B, N)
     is_moved = any(x is not None for x in (query_positions, key_positions, traced_offset)) or static_offset != 0
+    is_moved = any(x is not None for x in (query_positions, key_positions, traced_offset)) or static_offset != 0
+    dropout, dropped = _as_dropout(dropout_rate, dropout_rng, broadcast_dropout, B, N)
+    given_mods = {"score_mod": (score_mod, score_mod_args), "mask_mod": (mask_mod, mask_mod_args)}
+    mods, numbers = as_mods(given_mods, accumulation_dtype(query.dtype), axes, moves_rows=is_moved)
     static_window, traced_window = static_or_traced(window, T, S, moves=is_moved or blocks > 1)
     if is_causal and all(x is None for x in (query_offset, query_positions, key_positions)):
         warn_of_causal(blocks * T, S)
@@ -160,6 +155,15 @@ def check(
     return settings, arrays
 
 
+def _as_dropout(rate: float, rng: Any, is_shared: Any, B: int, N: int) -> tuple[Dropout | None, dict[str, Any]]:
+    """And the arrays that it reads."""
+    is_shared = as_static_bool(is_shared, "broadcast_dropout")
+    if rate == 0:
+        return None, {}
+    heads = head_indices(1, 1) if is_shared else head_indices(B, N)
+    return make_dropout(rate), {"dropout_key": threefry_words(rng), "head_index": heads}
+
+
 def _check_pair(query_ids: Any, key_ids: Any) -> None:
     if (query_ids is None) != (key_ids is None):
         given, missing = ("query", "key_value") if key_ids is None else ("key_value", "query")
@@ -167,19 +171,3 @@ def _check_pair(query_ids: Any, key_ids: Any) -> None:
             f"{given}_segment_ids need {missing}_segment_ids beside them, got None: "
             "for self-attention pass the same array as both"
         )
-
-
-def _as_mods(given: Any, score_dtype: Any, B: int, N: int) -> tuple[dict[str, Program], dict[str, Any]]:
-    """Functions of scores and of indices as programs, by their names; and the arrays that these read."""
-    programs: dict[str, Program] = {}
-    args: dict[str, Any] = {}
-    for name, function, args_of in given:
-        if function is not None:
-            programs[name], named = trace_mod(function, name, args_of, score_dtype if name == "score_mod" else None)
-            args |= named
-        elif jax.tree.leaves(args_of):
-            raise ValueError(f"{name}_args are arguments of {name}, got them and {name}=None")
-    if not programs:
-        return {}, {}
-    batch, heads = (jnp.arange(n, dtype=jnp.int32) for n in (B, N))
-    return programs, {"batch_number": batch, "head_number": heads, "mod_args": args}

@@ -9,11 +9,12 @@ from ._autodiff import taylor
 from ._autodiff.primitives import flash_attention_core, flash_attention_p, linear_kernel_p
 from ._autodiff.visible import find_visible
 from ._semantics.block_masks import make_block_masks
-from ._semantics.call import OPERANDS, Arrays, Call, Config, Inputs, ModOperands, Settings
+from ._semantics.call import Arrays, Call, Config, Inputs, ModOperands, Settings
 from ._semantics.dense import NAME as DENSE
 from ._semantics.dense import dense_attention
 from ._semantics.join_masks import is_query_row, make_mask
 from ._semantics.numerics import DEAD_ROW_LSE, accumulation_dtype
+from ._semantics.operands import OPERANDS
 from ._semantics.positions import Order
 from ._semantics.tile_masks import MaskMod, Tiles, elements_of
 from ._sharding.explicit import over_explicit_axes
@@ -92,7 +93,7 @@ def _refuse_in_ring(settings: Settings) -> None:
     for name in ("score_mod", "mask_mod"):
         if settings.ring is not None and getattr(settings, name) is not None:
             raise NotImplementedError(
-                f"{name} is not evaluated around a ring, got a sequence that is split over {settings.ring.axis_name!r}: "
+                f"{name} is not evaluated around a ring, got a sequence split over {settings.ring.axis_name!r}: "
                 "take strategy='all_gather' or 'all_to_all', or gather what explicit axes split with "
                 "jax.sharding.reshard"
             )
@@ -187,9 +188,7 @@ def _mask_mod(settings: Settings, arrays: Arrays, numbers: tuple[jax.Array, jax.
     known = None
     if arrays.tile_classes is not None and arrays.row_has_key is not None:
         known = Tiles(arrays.tile_classes, arrays.row_has_key)
-    elements = elements_of(
-        settings.mask_mod, (arrays.batch_number, arrays.head_number, *numbers), arrays.mod_args
-    )
+    elements = elements_of(settings.mask_mod, (arrays.batch_number, arrays.head_number, *numbers), arrays.mod_args)
     return MaskMod(elements, settings.mask_block, known)
 
 

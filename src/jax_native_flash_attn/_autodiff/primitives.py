@@ -21,8 +21,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad
 
 from .._kernels.protocol import Pass, Target
-from .._semantics.call import OPERANDS, Call, Config, Inputs, Ring, field_names
+from .._semantics.call import Call, Config, Inputs, Ring, field_names
 from .._semantics.numerics import accumulation_dtype
+from .._semantics.operands import OPERANDS
 from .._sharding import lowering, passes, types
 from .linear import DirectionalDerivative, FirstDerivative, Flags, Leaves, LinearKernel, Slot, operand_shapes, pick
 from .registration import batch_operands, register

@@ -65,10 +65,11 @@ def make_mask(
         return band, MaskOperands()
 
     moving, shift = None, order.query_offset
-    is_plain = padded is None and allowed is None and mask_mod is None and static_band == Band() and not order.has_positions
+    has_elements = allowed is not None or mask_mod is not None
+    is_plain = padded is None and not has_elements and static_band == Band() and not order.has_positions
     if is_plain and shift is not None:
         moving = moving_band(reach)
-    has_others = padded is not None or allowed is not None or mask_mod is not None or not is_static or band.lower is not None
+    has_others = padded is not None or has_elements or not is_static or band.lower is not None
     is_cut = key_value_lengths is not None and not has_others and has_dead_rows and bool((stop > 0).all())
     start, stop = (jnp.asarray(x)[None, None, :] for x in (start, stop))
     operands = MaskOperands(allowed=allowed, key_value_length=key_value_lengths)
@@ -95,7 +96,10 @@ def make_mask(
         is_alone = not traced and allowed is None and band == Band()
         first, end = (start, stop) if padded is None else (jnp.where(padded, S, start), jnp.where(padded, 0, stop))
         known = operands._replace(key_start=first, key_stop=end)
-        tiles = mask_mod.tiles(T, S) if is_alone else find_tiles(and_masks(mask_mod.elements, known), T, S, mask_mod.block)
+        if is_alone:
+            tiles = mask_mod.tiles(T, S)
+        else:
+            tiles = find_tiles(and_masks(mask_mod.elements, known), T, S, mask_mod.block)
         operands, has_key = operands._replace(tile_classes=tiles.classes), tiles.has_key
     dead = ~has_key
     if not has_dead_rows:

@@ -4,7 +4,7 @@ A function is traced for numbers, so that it holds for arrays of any shape by `v
 closes over becomes an argument like those that it is given: so derivatives reach it, and batching and sharding too.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+from jax.core import eval_jaxpr
 from jax.typing import DTypeLike
 
 from .errors import describe
@@ -22,7 +23,7 @@ Arrays = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A traced function of numbers: (score,) batch, head, query_index, key_index, and arguments; hashable by what it says.
+    """A traced function of numbers: a score if it takes one, `INDICES`, and arguments; hashable by what it says.
 
     Two traces of one function, or of two that say the same, are equal: so they share what was compiled for one.
 
@@ -67,7 +68,7 @@ class Program:
         operands = [x.astype(v.aval.dtype) for x, v in zip((*numbers, *args), self.jaxpr.invars, strict=True)]
 
         def of_one(*operands: jax.Array) -> jax.Array:
-            (result,) = jax.core.eval_jaxpr(self.jaxpr, (), *operands)
+            (result,) = eval_jaxpr(self.jaxpr, (), *operands)
             return result.astype(numbers[0].dtype if self.has_score else jnp.bool_)
 
         function, single = of_one, []
@@ -127,7 +128,7 @@ def trace_mod(function: Any, name: str, args: Any, score_dtype: DTypeLike | None
     def without_constants(*operands: Any) -> Any:
         numbers_, rest = operands[: len(numbers)], operands[len(numbers) :]
         consts, leaves = rest[: len(captured)], rest[len(captured) :]
-        return jax.core.eval_jaxpr(_opened(closed), consts, *numbers_, *leaves)
+        return eval_jaxpr(_opened(closed), consts, *numbers_, *leaves)
 
     operands = [*captured, *leaves]
     types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
@@ -138,7 +139,7 @@ def trace_mod(function: Any, name: str, args: Any, score_dtype: DTypeLike | None
 
 def _as_argument(x: Any, name: str) -> Any:
     x = jnp.asarray(x)
-    if jnp.issubdtype(x.dtype, jnp.complexfloating) or jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+    if jnp.issubdtype(x.dtype, jnp.complexfloating) or jnp.issubdtype(x.dtype, jax.dtypes.extended):
         raise TypeError(f"{name}_args, and what {name} captures, must be real, integer or bool, got {describe(x)}")
     return x
 
@@ -176,16 +177,16 @@ def _key(jaxpr: Any) -> Any:
     numbers: dict[Any, int] = {}
 
     def bound(variables: Sequence[Any]) -> tuple:
-        for x in variables:
-            numbers[x] = len(numbers)
+        numbers.update((x, len(numbers) + i) for i, x in enumerate(variables))
         return tuple((x.aval.shape, x.aval.dtype) for x in variables)
 
     def read(x: Any) -> Any:
         if isinstance(x, jax.extend.core.Literal):
-            return (np.asarray(x.val).tobytes(), x.aval.shape, x.aval.dtype)
+            aval: Any = x.aval
+            return (np.asarray(x.val).tobytes(), aval.shape, aval.dtype)
         return numbers[x]
 
-    inputs = bound((*inner.constvars, *inner.invars))
+    inputs = bound([*inner.constvars, *inner.invars])
     eqns = []
     for eqn in inner.eqns:
         operands = tuple(map(read, eqn.invars))

@@ -8,7 +8,8 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 from .._semantics.block_masks import make_ring
-from .._semantics.call import OPERANDS, Arrays, Settings
+from .._semantics.call import Arrays, Settings
+from .._semantics.operands import OPERANDS
 from .types import axis_names, reshard
 
 
@@ -65,7 +66,8 @@ def over_explicit_axes(attention: Callable, settings: Settings, arrays: Arrays) 
     given = {name: x for name, x in arrays._asdict().items() if x is not None}
     mod_args = given.pop("mod_args", None)
     specs = Arrays(**{name: spec_of(name, x) for name, x in given.items()})  # pyright: ignore
-    specs = specs._replace(mod_args=None if mod_args is None else {name: spec_of(name, x) for name, x in mod_args.items()})
+    if mod_args is not None:
+        specs = specs._replace(mod_args={name: spec_of(name, x) for name, x in mod_args.items()})
     placed = jax.tree.map(lambda x, spec: reshard(x, mesh, spec), arrays, specs)
     out_specs = (
         PartitionSpec(spec[0], spec[1], spec[2], None),

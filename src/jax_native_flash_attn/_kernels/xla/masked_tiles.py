@@ -128,7 +128,7 @@ class MaskedTiles(TileAccess):
         return occupied, None if full is None else full.all(0) & occupied
 
     def _of_rows(self, x: jax.Array, at: RowTile) -> jax.Array:
-        """Of what is known of each tile, that of one row of them: (batch rows and heads of the tile, key/value tiles)."""
+        """Of what is known of each tile, that of a row of them: (batch rows and heads together, key/value tiles)."""
         sizes = (1, self.num_key_tiles, *self.tile.batch, self.tile.heads * self.sizes.G)
         x = self.slice(x, (at.owned // self.tile.block_q, 0, *at.batch, at.head * self.sizes.G), sizes)
         return jnp.moveaxis(x, 1, -1).reshape(-1, self.num_key_tiles)

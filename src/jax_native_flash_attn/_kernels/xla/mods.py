@@ -1,4 +1,4 @@
-"""A user's function of scores, for a tile: its value and its derivatives, which are JAX's own of the function itself."""
+"""Functions of scores and of indices, for a tile; their derivatives are JAX's own, of the functions themselves."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from ..._semantics.call import LAYOUTS, Call, ModOperands
+from ..._semantics.call import Call, ModOperands
 from ..._semantics.mods import Program, args_of
 from ..._semantics.numerics import bias_floor
+from ..._semantics.operands import LAYOUTS
 from .access import ColumnTile, RowTile, TileAccess
 
 
@@ -56,7 +57,9 @@ class TileMod:
         batch, own = self.access.tile.batch, x.shape[x.ndim - len(LAYOUTS[name]) :]
         x = self.access.slice(x, (*at.batch, *(0,) * len(own)), (*batch, *own))
         if full is not None:
-            x = jnp.broadcast_to(x, (*(n if flag else m for n, m, flag in zip(batch, x.shape, full, strict=False)), *own))
+            x = jnp.broadcast_to(
+                x, (*(n if flag else m for n, m, flag in zip(batch, x.shape, full, strict=False)), *own)
+            )
         return x.reshape(*x.shape[: len(batch)], *(1,) * 4, *own)
 
     def mask(self, at: RowTile, columns: ColumnTile) -> jax.Array:
@@ -150,4 +153,3 @@ class ScoreMod(TileMod):
             name: self.access.add_arg(wanted[name], x.reshape(*x.shape[:n], *x.shape[n + 4 :]), at)
             for name, x in dargs.items()
         }
-
