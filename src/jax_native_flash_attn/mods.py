@@ -5,6 +5,7 @@ are module-level ones, and what has settings is a frozen dataclass, compared by 
 it, also where it is a static argument.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +51,8 @@ def alibi(score: Any, batch: Any, head: Any, query_index: Any, key_index: Any, s
       >>> flash_attention(query, key, value, is_causal=True, score_mod=mods.alibi, score_mod_args=slopes).shape
       (2, 64, 8, 32)
     """
-    return score - slopes[head] * jnp.abs(query_index - key_index)
+    distance = jnp.abs(query_index - key_index).astype(score.dtype)
+    return score - slopes[head].astype(score.dtype) * distance
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
@@ -89,7 +91,7 @@ class T5RelativeBias:
     is_bidirectional: bool = True
 
     def __call__(self, score: Any, batch: Any, head: Any, query_index: Any, key_index: Any, table: Any) -> Any:
-        return score + table[self.bucket(key_index - query_index), head]
+        return score + table[self.bucket(key_index - query_index), head].astype(score.dtype)
 
     def bucket(self, relative: Any) -> Any:
         """Of key_index - query_index, from 0 to num_buckets - 1."""
@@ -97,8 +99,8 @@ class T5RelativeBias:
         first = jnp.where(relative > 0, count, 0) if self.is_bidirectional else 0
         distance = jnp.abs(relative) if self.is_bidirectional else jnp.maximum(-relative, 0)
         exact = count // 2
-        growth = jnp.log(jnp.maximum(distance, exact) / exact) / np.log(self.max_distance / exact)
-        far = exact + (growth * (count - exact)).astype(jnp.int32)
+        ratio = jnp.maximum(distance, exact).astype(jnp.float32) / exact
+        far = exact + (jnp.log(ratio) * ((count - exact) / math.log(self.max_distance / exact))).astype(jnp.int32)
         return first + jnp.where(distance < exact, distance, jnp.minimum(far, count - 1))
 
 
@@ -128,7 +130,7 @@ def prefix_lm(batch: Any, head: Any, query_index: Any, key_index: Any, prefix_le
 
     `mask_mod_args` are (prefix_lengths,), (B,) integers.
     """
-    return (key_index <= query_index) | (key_index < prefix_lengths[batch])
+    return (key_index <= query_index) | (key_index < prefix_lengths[batch].astype(key_index.dtype))
 
 
 def document(batch: Any, head: Any, query_index: Any, key_index: Any, query_ids: Any, key_ids: Any) -> Any:
@@ -201,7 +203,7 @@ def tree(batch: Any, head: Any, query_index: Any, key_index: Any, ancestors: Any
     Query t is draft token t, and key cache_length + t too; all keys before are seen by all, those behind the draft by
     none. `mask_mod_args` are (ancestors, cache_length), of `tree_ancestors` and an integer, which may be traced.
     """
-    draft, count = key_index - cache_length, ancestors.shape[1]
+    draft, count = key_index - cache_length.astype(key_index.dtype), ancestors.shape[1]
     in_draft = (draft >= 0) & (draft < count)
     return (draft < 0) | (in_draft & ancestors[query_index, jnp.clip(draft, 0, count - 1)])
 

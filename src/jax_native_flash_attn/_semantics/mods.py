@@ -12,10 +12,10 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
-from jax.core import eval_jaxpr
 from jax.typing import DTypeLike
 
 from .errors import describe
+from .varying import vary_alike
 
 INDICES = ("batch", "head", "query_index", "key_index")
 Arrays = Mapping[str, Any]
@@ -68,7 +68,7 @@ class Program:
         operands = [x.astype(v.aval.dtype) for x, v in zip((*numbers, *args), self.jaxpr.invars, strict=True)]
 
         def of_one(*operands: jax.Array) -> jax.Array:
-            (result,) = eval_jaxpr(self.jaxpr, (), *operands)
+            (result,) = _evaluate(self.jaxpr, operands)
             return result.astype(numbers[0].dtype if self.has_score else jnp.bool_)
 
         function, single = of_one, []
@@ -126,9 +126,8 @@ def trace_mod(function: Any, name: str, args: Any, score_dtype: DTypeLike | None
     captured = [_as_argument(x, name) for x in closed.consts]
 
     def without_constants(*operands: Any) -> Any:
-        numbers_, rest = operands[: len(numbers)], operands[len(numbers) :]
-        consts, leaves = rest[: len(captured)], rest[len(captured) :]
-        return eval_jaxpr(_opened(closed), consts, *numbers_, *leaves)
+        first, last = len(numbers), len(numbers) + len(captured)
+        return _evaluate(_opened(closed), (*operands[first:last], *operands[:first], *operands[last:]))
 
     operands = [*captured, *leaves]
     types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
@@ -152,6 +151,36 @@ def args_of(program: Program, args: Arrays) -> dict[str, Any]:
 
 
 # ---- what a program is made of
+
+_OF_MESHES = ("pvary", "pcast")  # the identity, but for types
+_CALLS = ("jit", "pjit", "closed_call")
+_SHARDINGS = ("sharding", "out_sharding")
+
+
+def _evaluate(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
+    """As `jax.core.eval_jaxpr`, wherever on a mesh: a program is traced for a user's arrays, and runs on their shards.
+
+    So it says nothing of meshes. (`operands` are constants, then arguments.)
+    """
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), operands, strict=True))
+
+    def read(x: Any) -> Any:
+        return x.val if isinstance(x, jax.extend.core.Literal) else values[x]
+
+    for eqn in jaxpr.eqns:
+        inputs, params = tuple(map(read, eqn.invars)), eqn.params
+        if eqn.primitive.name in _OF_MESHES:
+            results = inputs
+        elif eqn.primitive.name in _CALLS:
+            inner = params["jaxpr"]
+            results = _evaluate(_opened(inner), (*getattr(inner, "consts", ()), *inputs))
+        else:
+            params = {name: None if name in _SHARDINGS else x for name, x in params.items()}
+            found = eqn.primitive.get_bind_params(params)
+            functions, params = found if isinstance(found, tuple) else ((), found)  # JAX before 0.10 gives both
+            results = eqn.primitive.bind(*functions, *vary_alike(inputs), **params)
+        values.update(zip(eqn.outvars, results if isinstance(results, list | tuple) else [results], strict=True))
+    return list(map(read, jaxpr.outvars))
 
 
 def _opened(closed: Any) -> Any:

@@ -84,7 +84,8 @@ def and_masks(elements: Elements, mask: MaskOperands) -> Elements:
             return x if x.shape[-1] == 1 else x[..., keys]
 
         first, end = (x if x.shape[-1] == 1 else x[..., rows] for x in (start, stop))
-        allowed = (keys >= first[..., None]) & (keys < end[..., None])
+        places = keys.reshape((1,) * first.ndim + (-1,))
+        allowed = (places >= first[..., None]) & (places < end[..., None])
         others = (elements(rows, keys), None if mask.allowed is None else some(mask.allowed), mask.matches(some))
         return functools.reduce(jnp.logical_and, [x for x in others if x is not None], allowed)
 
