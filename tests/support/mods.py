@@ -84,8 +84,8 @@ def ours(case: ModCase, arrays: dict[str, Any], score_args: Any, **options: Any)
     )
 
 
-def all_derivatives(attention: Callable, arrays: Any, score_args: Any) -> Any:
-    """Value, gradients, a tangent and the tangent of the gradients, in one program."""
+def all_derivatives(attention: Callable, arrays: Any, score_args: Any, *, with_tangents: bool) -> Any:
+    """Value and gradients; and, of a function of scores, a tangent and that of the gradients; in one program."""
     rng = np.random.default_rng(1)
     weights = [jnp.asarray(rng.standard_normal(shape)) for shape in ((B, T, N, H), (B, T, N))]
     floats = (arrays, score_args)
@@ -94,11 +94,11 @@ def all_derivatives(attention: Callable, arrays: Any, score_args: Any) -> Any:
     def loss(floats: Any) -> jax.Array:
         return sum(jnp.vdot(w, x) for w, x in zip(weights, attention(*floats), strict=True))
 
-    run = jax.jit(
-        lambda floats, tangents: jax.jvp(jax.value_and_grad(loss), (floats,), (tangents,)),
-        compiler_options=fast_compilation(),
-    )
-    return run(floats, tangents)
+    def derivatives(floats: Any, tangents: Any) -> Any:
+        function = jax.value_and_grad(loss)
+        return jax.jvp(function, (floats,), (tangents,)) if with_tangents else function(floats)
+
+    return jax.jit(derivatives, compiler_options=fast_compilation())(floats, tangents)
 
 
 def assert_alike(got: Any, expected: Any, tolerance: float = 1e-11) -> None:
@@ -113,6 +113,7 @@ def assert_alike(got: Any, expected: Any, tolerance: float = 1e-11) -> None:
 def check(case: ModCase, **options: Any) -> None:
     arrays = jax.tree.map(jnp.asarray, numbers())
     args = jax.tree.map(jnp.asarray, case.score_args)
-    got = all_derivatives(lambda arrays, args: ours(case, arrays, args, **options), arrays, args)
-    expected = all_derivatives(lambda arrays, args: dense(case, arrays, args), arrays, args)
+    asked: dict[str, Any] = {"with_tangents": case.score_mod is not None}
+    got = all_derivatives(lambda arrays, args: ours(case, arrays, args, **options), arrays, args, **asked)
+    expected = all_derivatives(lambda arrays, args: dense(case, arrays, args), arrays, args, **asked)
     assert_alike(got, expected)
