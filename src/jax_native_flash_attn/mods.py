@@ -91,7 +91,11 @@ class T5RelativeBias:
     is_bidirectional: bool = True
 
     def __call__(self, score: Any, batch: Any, head: Any, query_index: Any, key_index: Any, table: Any) -> Any:
-        return score + table[self.bucket(key_index - query_index), head].astype(score.dtype)
+        # A bias for each distance first, which scores of a tile share: from `max_distance` on they are alike.
+        furthest = self.max_distance
+        by_distance = table[self.bucket(jnp.arange(-furthest, furthest + 1, dtype=jnp.int32))]
+        distance = jnp.clip(key_index - query_index, -furthest, furthest)
+        return score + by_distance[distance + furthest, head].astype(score.dtype)
 
     def bucket(self, relative: Any) -> Any:
         """Of key_index - query_index, from 0 to num_buckets - 1."""
