@@ -38,7 +38,9 @@ def by_cudnn(arguments: dict[str, Any], return_residual: bool) -> Any:
     for name, neutral in EXTENSIONS.items():
         given = arguments.pop(name)
         is_number = isinstance(given, bool | int | float | np.number | np.bool_)
-        if not any(given is x or (is_number and given == x) or given == () == x for x in neutral):
+        if not any(
+            given is x or (is_number and given == x) or (isinstance(given, tuple) and given == x) for x in neutral
+        ):
             raise NotImplementedError(f"{name} is not supported by implementation='cudnn', which is jax.nn's")
     del arguments["dropout_rng"]
     residual = {"return_residual": True} if return_residual else {}

@@ -70,7 +70,7 @@ FOREIGN = {
         ("alibi_slopes", "pass bias, (N, T, S), such as alibi_slopes[:, None, None] * -abs(t - s)"),
         (
             "block_mask",
-            "pass the function as mask_mod, or what mods.make_tile_mask makes of it",
+            "pass mask_mod, the function itself, or what mods.make_tile_mask makes of it",
         ),
         (
             "causal use_causal_mask causal_mask",

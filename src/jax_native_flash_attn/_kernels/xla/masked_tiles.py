@@ -131,7 +131,7 @@ class MaskedTiles(TileAccess):
         """Of what is known of each tile, that of a row of them: (batch rows and heads together, key/value tiles)."""
         sizes = (1, self.num_key_tiles, *self.tile.batch, self.tile.heads * self.sizes.G)
         x = self.slice(x, (at.owned // self.tile.block_q, 0, *at.batch, at.head * self.sizes.G), sizes)
-        return jnp.moveaxis(x, 1, -1).reshape(-1, self.num_key_tiles)
+        return jnp.moveaxis(x, 1, -1).reshape(-1, x.shape[1])
 
     def intervals(self, at: RowTile) -> tuple[jax.Array, jax.Array]:
         """First key and end of the keys of each row of a tile, (lead..., rows) with axes of size 1."""
