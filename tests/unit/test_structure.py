@@ -17,15 +17,18 @@ FLOORS = (
     "_warnings",
     "_shapes",
     "_convert",
+    "_mod_arguments",
     "_arguments",
     "_attention",
     "_strategies",
     "_merge",
     "_options",
+    "_implementations",
     "_api",
     "_context_parallel",
     "_explanation",
     "_explain",
+    "mods",
     "adapters",
 )
 MAX_LINES, MAX_FUNCTION_LINES = 300, 120

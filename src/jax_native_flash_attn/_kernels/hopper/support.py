@@ -114,6 +114,9 @@ def _why_not_call(call: Call) -> str | None:
             )
     if max(H, D) > 256:
         return f"it takes head dimensions up to 256, got {_named(H, D)}"
+    for name in ("score_mod", "mask_mod"):
+        if getattr(config, name) is not None:
+            return f"{name} is a function, which only the pure JAX kernels evaluate"
     if config.block_q is not None or config.block_kv is not None:
         return "block_q and block_kv are for the pure JAX kernels"
     if isinstance(config.precision, jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset):
