@@ -56,7 +56,9 @@ class Adapter:
     masks = True
     row_masks = True  # a mask can hide a key from one row alone; else from all rows of a batch element or none
     true_masks = False  # what True in `raw_mask` means
+    added_masks = False  # all masks are added to the logits
     scale: float | None = None  # of the logits, as it comes; None: 1 / sqrt(H)
+    scale_is_required = False
     ids = (0, 0, 1, 1, 1, 1, -1, -1)  # of packed sequences; -1 where the library has no such thing: 2
     float16_modes = ("",)
 
@@ -294,7 +296,7 @@ def mask_shapes(a: Adapter) -> str:
         expected = dense(
             a, query, key, value, mask=mask[{"B T S": np.s_[:, None], "B S": np.s_[:, None, None]}.get(axes, ...)]
         )
-        raw = mask ^ a.true_masks
+        raw = np.where(mask, 0, np.finfo(np.float32).min) if a.added_masks else mask ^ a.true_masks
         if outcome(lambda m=raw, e=expected: str(close(a.attention(query, key, value, raw_mask=m), e))) == "True":
             accepted.append(f"({', '.join(axes.split())})")
     return " ".join(accepted) or "none"
@@ -327,6 +329,8 @@ def bias_gradient(a: Adapter) -> str:
 
 
 def scale(a: Adapter) -> str:
+    if a.scale_is_required:
+        return "none: the scale is required"
     T, S = a.lengths
     query, key, value = inputs(a, T, S)
     out = np.asarray(a.attention(query, key, value))

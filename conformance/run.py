@@ -155,16 +155,20 @@ def answers(results: list[Result]) -> list[str]:
     for key, (words, _) in MEANINGS.items():
         groups: dict[str, list[str]] = {}
         for result in results:
-            groups.setdefault(re.sub(r" \(`[^()]*`\)$", "", result["cells"][key]), []).append(result["name"])
-        without = [name for text in ("no argument", "no derivatives") for name in groups.pop(text, [])]
+            groups.setdefault(re.sub(r" \([^()]*`.*\)$", "", result["cells"][key]), []).append(result["name"])
+        without = {text: groups.pop(text) for text in ("no argument", "no derivatives") if text in groups}
         lines += ["", f"### {words[0].upper()}{words[1:]}", "", "| | |", "|---|---|"]
         for text, names in sorted(groups.items(), key=lambda group: -len(group[1])):
-            rows = textwrap.wrap(", ".join(name.replace(" ", "\0") for name in names), 155 - len(text))
+            rows = textwrap.wrap(
+                ", ".join(name.replace(" ", "\0") for name in names),
+                max(40, 153 - len(text)),
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
             lines += [
                 f"| {text if i == 0 else ''} | {row.rstrip(',').replace(chr(0), ' ')} |" for i, row in enumerate(rows)
             ]
-        if without:
-            lines += [f"| no argument | {len(without)} of {len(results)} |"]
+        lines += [f"| {text} | {len(names)} of {len(results)} |" for text, names in without.items()]
     return lines[1:]
 
 

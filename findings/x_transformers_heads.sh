@@ -2,8 +2,8 @@
 # x-transformers 2.31.10: with grouped heads, query heads n, n + K, n + 2K share a key head, and not K neighbours.
 #
 # Seen in November 2026, with PyTorch 2.13.0, CPU, Python 3.11. Attend, 4 heads of queries, 2 of keys and values:
-#     equal to attention with key heads 0, 1, 0, 1. PyTorch's enable_gqa=True, Llama's weights and every other library
-#     that we ran (18 of them) mean 0, 0, 1, 1
+#     equal to attention with key heads 0, 1, 0, 1. PyTorch's enable_gqa=True, Llama's weights, jax.nn and all
+#     others that we ran mean 0, 0, 1, 1
 #     the same with flash=True
 #     flash=True, causal, 8 queries and 4 keys: aligned to the first key; flash=False: to the last one
 #

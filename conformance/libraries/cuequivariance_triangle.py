@@ -21,7 +21,7 @@ class Triangle(JaxLseAdapter):
     functions = (triangle_attention,)
     row_masks = False
     mask_shapes = ("B N T S", "B 1 T S", "B 1 1 S", "B S")
-    by = {"scale": "required"}  # noqa: RUF012
+    scale_is_required = True
 
     def native(self, query, key, value):
         T = query.shape[-2]

@@ -22,7 +22,7 @@ class MLX(Adapter):
     name = "MLX"
     packages = ("mlx",)
     functions = ()
-    by = {"scale": "required"}  # noqa: RUF012
+    scale_is_required = True
 
     def arguments(self):  # it has no signature, but its first line
         return re.findall(r"(\w+):", attend.__doc__.splitlines()[0])

@@ -17,7 +17,7 @@ from probes import Adapter
 
 
 class Onnx(Adapter):
-    name = "ONNX Attention 25, reference"
+    name = "ONNX Attention 25 (reference)"
     packages = ("onnx", "numpy")
     functions = ()
     opset = 25

@@ -14,7 +14,7 @@ from onnx_reference import Onnx
 
 
 class OnnxRuntime(Onnx):
-    name = "ONNX Attention 24, onnxruntime"
+    name = "ONNX Attention 24 (onnxruntime)"
     packages = ("onnxruntime", "onnx")
     opset = 24
     windows = {}  # noqa: RUF012

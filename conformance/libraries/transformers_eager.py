@@ -23,6 +23,7 @@ class Eager(TorchAdapter):
     name = "transformers (eager)"
     packages = ("transformers", "torch")
     functions = (eager_attention_forward,)
+    added_masks = True
     windows = {"sliding_window_causal_mask_function(3)": {"window": 3}}
     by = {
         "causal": "`eager_mask`", "causal_more_queries": "`eager_mask`", "sinks": "of gpt-oss",
