@@ -105,7 +105,7 @@ if __name__ == "__main__":
         ("jax",),
         [
             Test(
-                "test_flash_attn_qkvpacked (3 072 cases)",
+                "test_flash_attn_qkvpacked (6 144 cases)",
                 pairs(packed, seqlen=LENGTHS, d=HEAD_DIMS, dtype=DTYPES, **COMMON, dropout=[0.0, 0.17]),
             ),
             Test(
@@ -121,7 +121,7 @@ if __name__ == "__main__":
                 pairs(both, lengths_of_both=CAUSAL, d=HEAD_DIMS, **MASKED, deterministic=[True]),
             ),
             Test(
-                "test_flash_attn_varlen_causal (960 cases), _varlen_deterministic",
+                "test_flash_attn_varlen_causal (2 880 cases), _varlen_deterministic",
                 pairs(
                     both,
                     lengths_of_both=[x[::-1] for x in CAUSAL],
