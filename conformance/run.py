@@ -1,12 +1,12 @@
-"""Run every library, compare its cells with those committed, and print the tables.
+"""Run every library and the cases of their tests, compare with what is committed, and print the tables.
 
-    python conformance/run.py                      # all libraries; exit status 1 if a cell or a page differs
-    python conformance/run.py torch_sdpa keras_ops # some
-    python conformance/run.py --only-tables        # none: are tables.md and the pages those of the committed cells?
-    python conformance/run.py --update             # write what was seen: results, tables.md and the pages
+    python conformance/run.py                         # all; exit status 1 if a cell, a count or a page differs
+    python conformance/run.py torch_sdpa keras_tests  # some
+    python conformance/run.py --only-tables           # none: are tables.md and the pages those of the committed cells?
+    python conformance/run.py --update                # write what was seen: results, tables.md and the pages
 
-Needs uv, a network, about 12 GB of disk (PyTorch, two versions) and Python 3.12 or newer. Each library runs in its own
-environment, that of the versions in the head of its script.
+Needs uv, a network, about 14 GB of disk (PyTorch, two versions) and Python 3.12 or newer. Each script runs in its own
+environment, that of the versions in its head.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -26,32 +27,38 @@ sys.path.insert(0, str(HERE))
 
 MARKED = re.compile(r"(<!-- conformance: (.*?) -->\n).*?(<!-- end of conformance -->)", re.DOTALL)
 ORDER = ["ours", "jax_nn", "tokamax_api", "splash", "keras_ops", "keras_layer", "flax_nnx", "flax_linen"]
-ORDER += ["torch_sdpa", "torch_layer", "torch_flex", "flash_attn_api"]
+ORDER += ["equinox_layer", "haiku_layer", "haliax_nn", "levanter_attention", "levanter_flash", "ejkernel_flash"]
+ORDER += ["cuequivariance_triangle", "flash_attention_jax_api", "ringattention_jax"]
+ORDER += ["torch_sdpa", "torch_layer", "torch_flex", "flash_attn_api", "transformers_eager", "transformers_sdpa"]
+ORDER += ["x_transformers_attend", "x_transformers_flash", "mlx_fast", "paddle_sdpa", "tinygrad_tensor"]
+ORDER += ["onnx_reference", "onnxruntime_cpu", "openvino_sdpa"]
+TESTS = ["jax_nn_tests", "tokamax_tests", "keras_tests", "flax_tests", "flash_attn_tests"]
 Result = dict[str, Any]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("libraries", nargs="*", help=f"of {', '.join(ORDER)}; all, if none is given")
+    parser.add_argument("libraries", nargs="*", help=f"of {', '.join(ORDER + TESTS)}; all, if none is given")
     parser.add_argument("--only-tables", action="store_true", help="run nothing: tables of the committed results")
     parser.add_argument("--update", action="store_true", help="write results, tables.md and the pages")
     arguments = parser.parse_args()
     for name in arguments.libraries:
-        if name not in ORDER:
-            parser.error(f"no library {name!r}; there are {', '.join(ORDER)}")
+        if name not in ORDER + TESTS:
+            parser.error(f"no library {name!r}; there are {', '.join(ORDER + TESTS)}")
 
-    results, failures = {name: committed(name) for name in ORDER}, []
-    for name in [] if arguments.only_tables else arguments.libraries or ORDER:
+    results, failures = {name: committed(name) for name in ORDER + TESTS}, []
+    for name in [] if arguments.only_tables else arguments.libraries or ORDER + TESTS:
         print(f"{name} ...", file=sys.stderr, flush=True)
         seen = run(name)
         failures += differences(name, results[name], seen)
         results[name] = seen
         if arguments.update:
             path(name).write_text(json.dumps(seen, indent=2) + "\n")
-    text = tables({name: result for name, result in results.items() if result})
-    print(text)
+    results = {name: result for name, result in results.items() if result}
+    text = tables([results[name] for name in ORDER if name in results])
+    print(text, peer_table(results), sep="\n")
     pages = {HERE / "tables.md": text}
-    for page in sorted((ROOT / "docs" / "guides").glob("coming_from_*.md")):
+    for page in [ROOT / "docs" / "conformance.md", *sorted((ROOT / "docs" / "guides").glob("coming_from_*.md"))]:
         pages[page] = MARKED.sub(lambda match: match[1] + page_table(match[2], results) + match[3], page.read_text())
     for page, new in pages.items():
         if arguments.update:
@@ -81,9 +88,9 @@ def run(name: str) -> Result:
         "--python",
         python(),
         "--script",
-        str(HERE / "libraries" / f"{name}.py"),
+        str(HERE / ("peer_tests" if name in TESTS else "libraries") / f"{name}.py"),
     ]
-    process = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, timeout=1800)
+    process = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, timeout=7200)
     if process.returncode:
         raise SystemExit(f"{name} failed:\n{process.stderr[-3000:]}")
     seen = json.loads(process.stdout.rstrip().splitlines()[-1])
@@ -118,7 +125,7 @@ def versions(result: Result) -> str:
     return ", ".join(f"{package} {version}" for package, version in result["versions"].items())
 
 
-def tables(results: dict[str, Result]) -> str:
+def tables(results: list[Result]) -> str:
     """One table for each meaning, with all libraries."""
     from probes import MEANINGS
 
@@ -128,18 +135,70 @@ def tables(results: dict[str, Result]) -> str:
         "Written by `python conformance/run.py --update`.",
         "",
     ]
-    lines += ["| library | versions | run on |", "|---|---|---|"]
-    lines += [f"| {result['name']} | {versions(result)} | {result['date']} |" for result in results.values()]
+    lines += version_table(results)
     for key, (words, _) in MEANINGS.items():
         lines += ["", f"## {words[0].upper()}{words[1:]}", "", "| library | |", "|---|---|"]
-        lines += [f"| {result['name']} | {result['cells'][key]} |" for result in results.values()]
+        lines += [f"| {result['name']} | {result['cells'][key]} |" for result in results]
+    return "\n".join(lines) + "\n"
+
+
+def version_table(results: list[Result]) -> list[str]:
+    lines = ["| library | versions | run on |", "|---|---|---|"]
+    return lines + [f"| {result['name']} | {versions(result)} | {result['date']} |" for result in results]
+
+
+def answers(results: list[Result]) -> list[str]:
+    """For each meaning: what libraries do, and which."""
+    from probes import MEANINGS
+
+    lines = []
+    for key, (words, _) in MEANINGS.items():
+        groups: dict[str, list[str]] = {}
+        for result in results:
+            groups.setdefault(re.sub(r" \([^()]*`.*\)$", "", result["cells"][key]), []).append(result["name"])
+        without = {text: groups.pop(text) for text in ("no argument", "no derivatives") if text in groups}
+        lines += ["", f"### {words[0].upper()}{words[1:]}", "", "| | |", "|---|---|"]
+        for text, names in sorted(groups.items(), key=lambda group: -len(group[1])):
+            rows = textwrap.wrap(
+                ", ".join(name.replace(" ", "\0") for name in names),
+                max(40, 153 - len(text)),
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            lines += [
+                f"| {text if i == 0 else ''} | {row.rstrip(',').replace(chr(0), ' ')} |" for i, row in enumerate(rows)
+            ]
+        lines += [f"| {text} | {len(names)} of {len(results)} |" for text, names in without.items()]
+    return lines[1:]
+
+
+def peer_table(results: dict[str, Result]) -> str:
+    """Counts of the cases of other libraries' tests."""
+    lines, reasons = ["| tests of | cases | pass | differ | tests left out | run on |", "|---|---|---|---|---|---|"], []
+    for result in (results[name] for name in TESTS if name in results):
+        cases, passed = (sum(test[count] for test in result["cells"].values()) for count in ("cases", "passed"))
+        row = [result["name"], cases, passed, cases - passed, len(result["absent"]), result["date"]]
+        lines.append(f"| {' | '.join(map(str, row))} |")
+        for name, test in result["cells"].items():
+            if test["passed"] < test["cases"]:
+                count = f"{test['cases'] - test['passed']} of {test['cases']}"
+                reasons.append(f"| {result['name']} | {name} | {count} | {test['differs']} |")
+    lines += ["", "| tests of | test | differ | why |", "|---|---|---|---|", *reasons]
+    lines += ["", "| tests of | left out | why |", "|---|---|---|"]
+    for result in (results[name] for name in TESTS if name in results):
+        lines += [f"| {result['name']} | {name} | {why} |" for name, why in result["absent"].items()]
     return "\n".join(lines) + "\n"
 
 
 def page_table(which: str, results: dict[str, Result]) -> str:
-    """The table of a page. `which` is names of libraries, and after "without" the meanings to leave out."""
+    """The table of a page: names of libraries, after "without" the meanings to leave out; or one of three words."""
     from probes import MEANINGS
 
+    if which == "tests":
+        return peer_table(results)
+    if which in ("versions", "answers"):
+        table = {"versions": version_table, "answers": answers}[which]
+        return "\n".join(table([results[name] for name in ORDER if name in results])) + "\n"
     names, _, left_out = which.partition(" without ")
     theirs, ours = [results[name] for name in names.split()], results["ours"]
     seen = "; ".join(dict.fromkeys(f"{versions(result)}, {result['date']}" for result in theirs))

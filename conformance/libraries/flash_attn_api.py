@@ -56,9 +56,7 @@ class FlashAttn(TorchLseAdapter):
         self, query, key, value, *, causal=False, raw_mask=None, mask=None, window=(-1, -1), soft_cap=0.0, scale=None,
         dropout=None, segments=None, with_lse=False, **options,
     ):  # fmt: skip
-        for name, pattern in {"bias": "bias", "sinks": "sink", "lengths": "length|seqlen"}.items():
-            if name in options:
-                self.lacks(pattern)
+        self.refuse(options, "bias", "sinks", "lengths")
         if mask is not None or raw_mask is not None:
             self.lacks("mask")
         if dropout:

@@ -24,15 +24,7 @@ class FlaxNNX(JaxAdapter):
         return self.function(query, key, value)
 
     def apply(self, query, key, value, *, causal=False, raw_mask=None, dropout=None, **options):
-        for name, pattern in {
-            "scale": "scale",
-            "sinks": "sink",
-            "lengths": "length",
-            "segments": "segment",
-            "soft_cap": "cap",
-        }.items():
-            if name in options:
-                self.lacks(pattern)
+        self.refuse(options, "scale", "sinks", "lengths", "segments", "soft_cap")
         if raw_mask is not None:
             options["mask"] = raw_mask
         if causal:

@@ -26,9 +26,7 @@ class JaxNN(JaxLseAdapter):
     def apply(
         self, query, key, value, *, causal=False, raw_mask=None, mask=None, window=None, with_lse=False, **options
     ):
-        for name, pattern in {"soft_cap": "cap", "sinks": "sink", "segments": "segment", "dropout": "drop"}.items():
-            if name in options:
-                self.lacks(pattern)
+        self.refuse(options, "soft_cap", "sinks", "segments", "dropout")
         mask = mask if raw_mask is None else raw_mask
         options |= {"key_value_seq_lengths": options.pop("lengths")} if "lengths" in options else {}
         options |= {"return_residual": True} if with_lse else {}

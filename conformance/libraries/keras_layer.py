@@ -41,10 +41,7 @@ class KerasLayer(JaxAdapter):
         return layer
 
     def apply(self, query, key, value, *, causal=False, raw_mask=None, mask=None, window=None, dropout=None, **options):
-        names = {"bias": "att.*_bias", "scale": "^scale", "lengths": "length", "soft_cap": "cap", "sinks": "sink"}
-        for name, pattern in (names | {"segments": "segment"}).items():
-            if name in options:
-                self.lacks(pattern)
+        self.refuse(options, bias="att.*_bias", scale="^scale")
         (B, T, N, H), D = query.shape, value.shape[-1]
         if key.shape[2] != N:
             self.lacks("kv_heads|value_heads")
@@ -55,9 +52,6 @@ class KerasLayer(JaxAdapter):
         query, key, value = (x.reshape(*x.shape[:2], x.shape[2] * x.shape[3]) for x in (query, key, value))
         out = layer(query, value, key, attention_mask=raw_mask, use_causal_mask=causal, training=bool(dropout))
         return out.reshape(B, T, N, D)
-
-    def gradient(self, *arrays):
-        self.lacks("att.*_bias")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,7 @@ class KerasOps(JaxAdapter):
         return keras.ops.dot_product_attention(query, key, value)
 
     def apply(self, query, key, value, *, causal=False, raw_mask=None, mask=None, soft_cap=None, **options):
-        for name, pattern in {"sinks": "sink", "lengths": "length", "segments": "segment", "dropout": "drop"}.items():
-            if name in options:
-                self.lacks(pattern)
+        self.refuse(options, "sinks", "lengths", "segments", "dropout")
         mask = mask if raw_mask is None else raw_mask
         return keras.ops.dot_product_attention(
             query, key, value, mask=mask, is_causal=causal, attn_logits_soft_cap=soft_cap, **options

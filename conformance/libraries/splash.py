@@ -47,9 +47,7 @@ class Splash(JaxLseAdapter):
         self, query, key, value, *, causal=False, raw_mask=None, mask=None, window=None, with_lse=False, scale=None,
         soft_cap=None, sinks=None, segments=None, **options,
     ):  # fmt: skip
-        for name, pattern in {"bias": "bias", "dropout": "drop", "lengths": "length"}.items():
-            if name in options:
-                self.lacks(pattern)
+        self.refuse(options, "bias", "dropout", "lengths")
         shape = query.shape[1], key.shape[1]
         if raw_mask is not None:  # an array (N, T, S), as make_splash_mha takes it
             raw_mask = raw_mask[0] if raw_mask.ndim == 4 else raw_mask

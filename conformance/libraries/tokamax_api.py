@@ -27,9 +27,7 @@ class Tokamax(JaxAdapter):
     def apply(
         self, query, key, value, *, causal=False, raw_mask=None, mask=None, window=None, soft_cap=None, **options
     ):
-        for name, pattern in {"sinks": "sink", "segments": "segment", "dropout": "drop"}.items():
-            if name in options:
-                self.lacks(pattern)
+        self.refuse(options, "sinks", "segments", "dropout")
         mask = mask if raw_mask is None else raw_mask
         options |= {"key_value_seq_lengths": options.pop("lengths")} if "lengths" in options else {}
         return tokamax.dot_product_attention(

@@ -34,9 +34,7 @@ class Flex(TorchLseAdapter):
         self, query, key, value, *, causal=False, raw_mask=None, mask=None, window=None, bias=None, soft_cap=None,
         segments=None, with_lse=False, **options,
     ):  # fmt: skip
-        for name, pattern in {"dropout": "drop", "sinks": "sink", "lengths": "length"}.items():
-            if name in options:
-                self.lacks(pattern)
+        self.refuse(options, "dropout", "sinks", "lengths")
         if raw_mask is not None:
             self.lacks("^(attn_)?mask$")
         mods = [window] if window else []

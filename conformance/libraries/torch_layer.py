@@ -32,10 +32,7 @@ class TorchLayer(TorchAdapter):
         return layer.train(bool(dropout))
 
     def apply(self, query, key, value, *, causal=False, raw_mask=None, mask=None, dropout=None, **options):
-        names = {"scale": "scale", "lengths": "length", "soft_cap": "cap", "sinks": "sink"}
-        for name, pattern in (names | {"segments": "segment"}).items():
-            if name in options:
-                self.lacks(pattern)
+        self.refuse(options, "scale", "lengths", "soft_cap", "sinks", "segments")
         (B, T, N, H), S = query.shape, key.shape[1]
         if key.shape[2] != N:
             self.lacks("kv_heads|value_heads|gqa")

@@ -28,9 +28,7 @@ class SDPA(TorchAdapter):
         return sdpa(*tensors(query, key, value)).numpy()
 
     def apply(self, query, key, value, *, causal=False, raw_mask=None, mask=None, bias=None, dropout=None, **options):
-        for name, pattern in {"soft_cap": "cap", "sinks": "sink", "lengths": "length", "segments": "segment"}.items():
-            if name in options:
-                self.lacks(pattern)
+        self.refuse(options, "soft_cap", "sinks", "lengths", "segments")
         for x in (raw_mask, mask, bias):
             if x is not None:
                 options["attn_mask"] = x if isinstance(x, torch.Tensor) else torch.from_numpy(x)
