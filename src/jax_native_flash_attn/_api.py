@@ -14,16 +14,13 @@ from jax.typing import ArrayLike
 from ._arguments import check
 from ._attention import attention
 from ._convert import as_static_bool
+from ._kernels.cudnn.public import jax_attention as _jax_attention
 from ._keywords import explains_keywords
 from ._options import EXTENSIONS, Options, WindowLike
 from ._semantics.errors import describe
 
-Implementation = Literal["xla", "pure_jax", "mosaic_gpu", "dense", "cudnn"]
-_IMPLEMENTATIONS = (None, "xla", "pure_jax", "mosaic_gpu", "dense", "cudnn")
-
-# jax.nn's own function, for implementation='cudnn': by the time of a call a user may have put ours in its place. Ours
-# carries it, should this module be imported once more by then.
-_jax_attention: Any = getattr(jax.nn.dot_product_attention, "replaces", jax.nn.dot_product_attention)
+Implementation = Literal["xla", "pure_jax", "mosaic_gpu", "cudnn_gpu", "dense", "cudnn"]
+_IMPLEMENTATIONS = (None, "xla", "pure_jax", "mosaic_gpu", "cudnn_gpu", "dense", "cudnn")
 
 
 @overload

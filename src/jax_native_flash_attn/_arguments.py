@@ -20,6 +20,7 @@ from ._convert import (
     as_sinks,
     as_soft_cap,
     as_static_bool,
+    as_static_scale,
     as_window,
     static_or_traced,
 )
@@ -131,6 +132,7 @@ def check(
         needs_max_logits=needs_max_logits,
         implementation=implementation,
         is_staged=is_staged,
+        static_scale=as_static_scale(scale, query),
     )
     arrays = Arrays(
         query=query,

@@ -156,6 +156,8 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
         settings.implementation,
         rounds_out=True,
         ring=ring,
+        static_scale=settings.static_scale,
+        has_band_intervals=ring is None and all(x is None for x in (arrays.traced_window, *masks["order"])),
     )
     return Prepared(Call(config, inputs), is_row, in_length)
 

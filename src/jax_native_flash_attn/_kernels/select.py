@@ -10,11 +10,13 @@ from collections.abc import Iterator
 import jax
 
 from .._semantics.call import Call
+from .cudnn.family import CudnnKernels
 from .hopper.support import HopperKernels
 from .protocol import Forward, Kernels, LinearPass, Pass, Target
 from .xla.family import XlaKernels
 
-FAMILIES: tuple[Kernels, ...] = (HopperKernels(), XlaKernels())  # in order of preference; the last supports every call
+# In order of preference; the last supports every call.
+FAMILIES: tuple[Kernels, ...] = (HopperKernels(), CudnnKernels(), XlaKernels())
 _replacements: dict[str, Kernels] = {}
 
 
