@@ -100,8 +100,7 @@ def check(
     static_offset, traced_offset = as_offset(query_offset, B)
     if query_positions is not None and not (traced_offset is None and static_offset == 0):
         raise ValueError("query_offset moves rows without query_positions, got both: add it to query_positions")
-    soft_cap = as_soft_cap(logits_soft_cap)
-    sinks = as_sinks(sinks, N)
+    soft_cap, sinks = as_soft_cap(logits_soft_cap), as_sinks(sinks, N)
     shares_dropout = as_static_bool(broadcast_dropout, "broadcast_dropout")
     mask = None if mask is None else as_mask(mask, axes, is_staged=is_staged)
     band = Band()

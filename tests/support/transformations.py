@@ -81,11 +81,11 @@ def in_float64(case: Case) -> Case:
     )
 
 
-def check_transformation(name: str, case: Case) -> None:
+def check_transformation(name: str, case: Case, **options: Any) -> None:
     """Results are at most twice as far from float64 attention as dense attention in the case's dtype.
 
     Those of a float64 case are within 1e-11 of it, relative to the largest number.
-    Not with positions near the ends of int32.
+    Not with positions near the ends of int32. `options`: further ones of `flash_attention`.
     """
     B, T, S, K, G, _ = case.shape
     x64 = case.x64 or case.dtype == "float64"
@@ -96,7 +96,8 @@ def check_transformation(name: str, case: Case) -> None:
         keep = np.broadcast_to(keep, (rows, K * G, T, S))
 
     def results(x64: bool, dtype: Any, core: Any = None) -> list[list[np.ndarray]]:
-        program = Programs(case, None if core is None else _dense(core, keep)).all()[name]
+        dense = None if core is None else _dense(core, keep)
+        program = Programs(case, dense, **(options if core is None else {})).all()[name]
         with enable_x64(x64):
             run = jax.jit(program)
             found = []

@@ -73,7 +73,7 @@ def choose(call: Call, which: Pass, target: Target) -> Kernels:
             raise NotImplementedError(
                 f"implementation={asked!r} does not run here: {forward[asked]}. Of the others, {others}"
             )
-    return _first(found)
+    return _first(call, found)
 
 
 def forward(call: Call, target: Target) -> Forward:
@@ -93,8 +93,10 @@ def tangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Arra
 
 def is_opaque(call: Call, which: Pass, target: Target) -> bool:
     """Whether the family for a pass has kernels that XLA cannot split over devices; of arrays the types suffice."""
-    return _first(reasons(call, which, target)).is_opaque
+    return _first(call, reasons(call, which, target)).is_opaque
 
 
-def _first(found: dict[str, str | None]) -> Kernels:
-    return next(family for family in families() if found[family.name] is None)
+def _first(call: Call, found: dict[str, str | None]) -> Kernels:
+    """The one that was asked for, if it supports the pass, or the first that does."""
+    able = [family for family in families() if found[family.name] is None]
+    return next((family for family in able if family.name == call.config.implementation), able[0])

@@ -1,11 +1,17 @@
 """The family of cuDNN's kernels: what `jax.nn` gives, made into what this library promises.
 
-Rows without a key. `jax.nn`'s give what cuDNN makes of them, ours the mean of all values, and no gradient but that of
-values. So the kernels' results for these rows are replaced, and their cotangents are zero.
+Rows without a key. cuDNN leaves open what becomes of them, and of rows past their length. Here the former are the mean
+of all values, with no gradient but that of values, and the latter are 0. So the kernels' results for these rows are
+replaced, and in the backward pass their cotangents and weights are zero.
+
+Rows whose keys all have a bias of -inf or thereabouts. Every logit is then the same number, out is the mean of the
+values, and the log-sum-exp, in float32, does not tell one key from many. So in the backward pass these are as rows
+without a key.
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +19,7 @@ import jax.numpy as jnp
 from ..._semantics.call import Call, sum_to
 from ..protocol import Forward, LinearPass, Pass, Target
 from . import public, support
-from .operands import Batch, fold, prepare, request_of
+from .operands import LOWEST_BIAS, Batch, fold, prepare, request_of
 from .public import Operands, Request
 
 _NO_WEIGHT = 1e30  # log-sum-exp of a row whose weights shall be 0
@@ -53,10 +59,12 @@ class CudnnKernels:
             out, lse = public.attention_and_lse(request, operands)
         else:
             out, lse = public.attention(request, operands), None
-        if (dead := _dead_rows(call, z.batch)) is not None:
-            mean = operands.value.astype(jnp.float32).mean(1, keepdims=True)
-            out = jnp.where(_beside_heads(dead), jnp.repeat(mean, z.G, 2), out.astype(jnp.float32))
-            lse = None if lse is None else jnp.where(dead, math.log(z.S), lse)
+        if (rows := _replaced_rows(call, z.batch)) is not None:
+            mean = jnp.repeat(operands.value.astype(jnp.float32).mean(1, keepdims=True), z.G, 2)
+            mean = jnp.where(_beside_heads(rows.dead), mean, 0)
+            out = jnp.where(_beside_heads(rows.dead | rows.padded), mean, out.astype(jnp.float32))
+            if lse is not None:
+                lse = jnp.where(rows.dead, math.log(z.S), jnp.where(rows.padded, 0, lse))
         out = out.reshape(*z.batch, z.T, z.N, z.D)
         dtype = call.inputs.query.dtype
         return Forward(
@@ -71,15 +79,17 @@ class CudnnKernels:
         operands = prepare(call, batch, wanted["bias"].shape[:-3] if "bias" in wanted else None)
         dtype = inputs.query.dtype
         out, dout = (fold(x, batch, 3).astype(dtype) for x in (given.out, dout))
-        lse, dead = fold(given.lse, batch, 2), _dead_rows(call, batch)
-        dout_of_dead = None
-        if dead is not None:
-            is_dead = _beside_heads(dead)
-            dout_of_dead = jnp.where(is_dead, dout.astype(jnp.float32), 0).sum(1, keepdims=True)
-            dout, lse = jnp.where(is_dead, 0, dout), jnp.where(dead, _NO_WEIGHT, lse)
+        lse, rows, of_mean = fold(given.lse, batch, 2), _replaced_rows(call, batch), None
+        if inputs.bias is not None:
+            is_low = lse < LOWEST_BIAS / 4
+            rows = _Rows(is_low, jnp.zeros_like(is_low)) if rows is None else rows._replace(dead=rows.dead | is_low)
+        if rows is not None:
+            is_replaced = rows.dead | rows.padded
+            of_mean = jnp.where(_beside_heads(rows.dead), dout.astype(jnp.float32), 0).sum(1, keepdims=True) / z.S
+            dout, lse = jnp.where(_beside_heads(is_replaced), 0, dout), jnp.where(is_replaced, _NO_WEIGHT, lse)
         found = public.gradients(request_of(call), operands, out, lse, dout)
-        if dout_of_dead is not None:
-            of_mean = dout_of_dead.reshape(-1, 1, z.K, z.G, z.D).sum(3) / z.S
+        if of_mean is not None:
+            of_mean = of_mean.reshape(-1, 1, z.K, z.G, z.D).sum(3)
             found = found._replace(value=found.value.astype(jnp.float32) + of_mean)
         return {name: _unfolded(getattr(found, name), batch, like) for name, like in wanted.items()}
 
@@ -87,10 +97,18 @@ class CudnnKernels:
         raise NotImplementedError(support.why_not(call, Pass.TANGENT, target))
 
 
-def _dead_rows(call: Call, batch: Batch) -> jax.Array | None:
-    """(B, N or 1, T)"""
-    dead = call.inputs.mask.dead
-    return None if dead is None else fold(dead, batch, 2)
+class _Rows(NamedTuple):
+    """Those whose results are replaced: (B, N or 1, T) each."""
+
+    dead: jax.Array
+    padded: jax.Array
+
+
+def _replaced_rows(call: Call, batch: Batch) -> _Rows | None:
+    mask = call.inputs.mask
+    if mask.dead is None or mask.key_start is None or mask.key_stop is None:
+        return None
+    return _Rows(fold(mask.dead, batch, 2), fold(mask.key_start >= mask.key_stop, batch, 2))
 
 
 def _beside_heads(rows: jax.Array) -> jax.Array:

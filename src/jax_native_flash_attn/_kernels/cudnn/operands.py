@@ -1,7 +1,6 @@
 """From a call to what `jax.nn` takes: batch axes as one, masks in cuDNN's forms, padding without NaN."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +8,9 @@ import jax.numpy as jnp
 from ..._semantics.call import Call
 from .public import Operands, Request
 
-# Biases are clipped here. cuDNN errs where two numbers far below are subtracted (so says `jax.nn`, which gives masked
-# keys twice this number). Masked keys must stay far below those with the lowest bias.
-_FLOOR = {"bfloat16": -(2.0**40), "float16": -(2.0**14)}
+# Biases are clipped here, since cuDNN errs where two numbers far below are subtracted: so says `jax.nn`, which gives
+# masked keys twice this number. Far enough for masked keys to weigh nothing beside those with the lowest bias.
+LOWEST_BIAS = -(2.0**40)
 
 Batch = tuple[int, ...]
 
@@ -35,17 +34,17 @@ def prepare(call: Call, batch: Batch, bias_batch: Batch | None = None) -> Operan
     key, value = inputs.key, inputs.value
     query_lengths = key_lengths = None
     if length is not None:
-        padded = (jnp.arange(z.S, dtype=jnp.int32) >= length[..., None])[..., None, None]
+        position = jnp.arange(z.S, dtype=jnp.int32).reshape((1,) * length.ndim + (z.S,))
+        padded = (position >= length[..., None])[..., None, None]
         key, value = (jnp.where(padded & ~jnp.isfinite(x), 0, x) for x in (key, value))
         # Without a key, a kernel would divide by 0. What it gives for such rows is replaced.
         key_lengths = fold(jnp.clip(length, 1, z.S), batch, 0)
         query_lengths = fold(_rows(call), batch, 0)
     bias, allowed = inputs.bias, mask.allowed
     if bias is not None:
-        floor = _FLOOR[str(bias.dtype)]
-        bias = jnp.maximum(bias, floor)
+        bias = jnp.maximum(bias, LOWEST_BIAS)
         if allowed is not None:
-            bias = jnp.where(allowed, bias, 2 * floor)
+            bias = jnp.where(allowed, bias, 2 * LOWEST_BIAS)
             allowed = None
         bias = fold_term(bias if bias_batch is None else _with_batch(bias, bias_batch), batch)
     elif allowed is not None:
@@ -78,6 +77,15 @@ def _with_batch(x: jax.Array, batch: Batch) -> jax.Array:
     return jnp.broadcast_to(x, (*jnp.broadcast_shapes(x.shape[:-3], batch), *x.shape[-3:]))
 
 
-def widened_size(allowed: Any, T: int, S: int) -> int:
-    """Of a mask that lacks rows or keys, the elements that it has with both; 0 of one that has them."""
-    return 0 if allowed.shape[-2:] == (T, S) else math.prod(allowed.shape[:-2]) * T * S
+def sizes_of_terms(call: Call) -> tuple[int, int]:
+    """Elements of the larger of bias and mask as given, and of both as one, as `prepare` gives it, with rows and keys.
+
+    (0, 0) without either.
+    """
+    z = call.sizes
+    terms = [x for x in (call.inputs.bias, call.inputs.mask.allowed) if x is not None]
+    if not terms:
+        return 0, 0
+    *batch, N, _, _ = jnp.broadcast_shapes(*(x.shape for x in terms))
+    rows = 1 if math.prod(batch) == 1 else math.prod(z.batch)
+    return max(math.prod(x.shape) for x in terms), rows * N * z.T * z.S

@@ -27,8 +27,10 @@ class Request(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """Arrays of a call of `jax.nn`: query (B, T, N, H), key and value (B, S, K, H), bias and mask (B or 1, N or 1, T, S),
-    lengths (B,) int32."""
+    """Arrays of a call of `jax.nn`.
+
+    query (B, T, N, H), key and value (B, S, K, H), bias and mask (B or 1, N or 1, T, S), lengths (B,) int32.
+    """
 
     query: Any
     key: Any

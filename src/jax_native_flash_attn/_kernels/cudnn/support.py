@@ -6,11 +6,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ..._semantics.call import Call
+from ..._semantics.call import Call, Config, Inputs
 from ..gpus import compute_capabilities
 from ..protocol import Pass, Target
 from . import public
-from .operands import prepare, request_of, widened_size
+from .operands import prepare, request_of, sizes_of_terms
 from .public import Operands, Request
 
 NAME = "cudnn_gpu"
@@ -59,8 +59,8 @@ def _why_not_arrays(call: Call) -> str | None:
     if H % 8:
         return f"it takes head dimensions that are multiples of 8, got {H}"
     bias, T, S = inputs.bias, call.sizes.T, call.sizes.S
-    if bias is not None and bias.dtype != dtype:
-        return f"it would round the bias, which is {bias.dtype}, to {dtype}"
+    if bias is not None and (bias.dtype != dtype or dtype == jnp.float16):
+        return f"it takes a bias that is bfloat16 beside a query that is, got {bias.dtype} and {dtype}"
     if bias is not None and bias.shape[-2:] != (T, S):
         return f"it takes a bias that has rows and keys, ({T}, {S}), got {bias.shape[-2:]}"
     return None
@@ -86,16 +86,14 @@ def _why_not_config(call: Call) -> str | None:
 
 
 def _why_not_mask(call: Call) -> str | None:
-    band, mask, z = call.config.band, call.inputs.mask, call.sizes
+    band, mask = call.config.band, call.inputs.mask
     if mask.key_start is not None and not call.config.has_band_intervals:
         return "of masks it takes causal ones, static windows, lengths and booleans, not offsets, positions or ids"
     if band.upper not in (None, 0) or (band.lower is not None and (band.upper is None or band.lower > 0)):
         return "it takes a window only to the left of each row, beside a causal mask"
-    size = 0 if mask.allowed is None else widened_size(mask.allowed, z.T, z.S)
-    if size > math.prod(call.inputs.query.shape):
-        return (
-            f"the mask lacks rows or keys, and with both, as it takes one, would have {size} elements, more than query"
-        )
+    given, widened = sizes_of_terms(call)
+    if widened > max(given, sum(math.prod(x.shape) for x in (call.inputs.query, call.inputs.key, call.inputs.value))):
+        return f"it takes bias and mask as one, with rows and keys: {widened} elements, more than query, key and value"
     return None
 
 
@@ -132,7 +130,7 @@ def _why_not_jax(call: Call, which: Pass) -> str | None:
     return _why_not_public(request_of(call), types, needs_lse=call.config.needs_lse or which is Pass.COTANGENT)
 
 
-def _prepared(config, inputs):
+def _prepared(config: Config, inputs: Inputs) -> Operands:
     call = Call(config, inputs)
     return prepare(call, call.sizes.batch)
 
