@@ -62,7 +62,7 @@ class BackwardBlocks(NamedTuple):
     dbias: Blocks | None
 
 
-_FEW_ROWS, _PLAIN, _UNMASKED = "few rows", "plain", "plain, without a mask"
+_FEW_ROWS, _PLAIN, _UNMASKED = "few rows", "plain", "plain, without a mask or with one of bits"
 _SCORES, _SHORT_SCORES = "bias or mask over T and S", "likewise, with short T"
 _BIAS = "bias over T and S that products start with"
 _FLOAT32 = "float32"
@@ -135,6 +135,7 @@ def forward_blocks(
     chip: Chip,
     is_masked: bool = True,
     starts_with_bias: bool = False,
+    has_bits_alone: bool = False,
 ) -> Blocks:
     """Block shape of the forward kernel.
 
@@ -147,12 +148,17 @@ def forward_blocks(
       chip: what it runs on.
       is_masked: whether a tile can need a mask.
       starts_with_bias: whether products start with a bias over T and S.
+      has_bits_alone: whether a mask, as bits, is all that has both T and S.
     """
     table = _FORWARD.get(chip.capability, _FORWARD[_DEFAULT])
-    kinds = [_FEW_ROWS] if sizes.T <= _FEW else [_SHORT_SCORES, _SCORES] if term_bytes else [_PLAIN]
+    kinds = [_SHORT_SCORES, _SCORES] if term_bytes else [_PLAIN]
+    if has_bits_alone:
+        kinds = [_PLAIN, _SCORES]  # the latter where buffers of the former do not fit
+    if sizes.T <= _FEW:
+        kinds = [_FEW_ROWS]
     if sizes.T > _FEW and max(sizes.H, sizes.D) <= 64 and not has_dropout:
         kinds = [_BIAS] if starts_with_bias and term_bytes == 2 else kinds  # no float32, no mask over T and S
-        kinds = [_UNMASKED] if kinds == [_PLAIN] and not is_masked else kinds
+        kinds = [_UNMASKED] if kinds[0] == _PLAIN and (has_bits_alone or not is_masked) else kinds
     if itemsize == 4:
         kinds = [_FLOAT32]
     if sizes.T > _SHORT and _SHORT_SCORES in kinds:

@@ -18,7 +18,7 @@ MASKED = -(2.0**125)
 class TermKind(Enum):
     """In which of the axes T and S a term of the logits varies, and so how it comes."""
 
-    TILED = auto()  # in both: tile by tile with the keys, through shared memory
+    TILED = auto()  # in both: tile by tile with the keys, through shared memory; a mask as bits (`host/mask_bits.py`)
     COLUMNS = auto()  # in S alone or in neither: a vector along the keys
     ROWS = auto()  # in T alone: a vector along the query rows
 
@@ -28,7 +28,8 @@ class TermKind(Enum):
 class LogitTerm:
     """A bias, or a boolean mask, with the batch axes and N in front, in which it may broadcast.
 
-    A mask is int8, or, along the keys alone, what is added to the logits. `is_transposed`: tiles are (S, T).
+    A mask is words of bits, along the rows alone int8, and along the keys alone what is added to the logits.
+    `is_transposed`: tiles are (S, T), which only bits can be.
     """
 
     array: Any

@@ -45,15 +45,21 @@ class TermRefs:
     term: LogitTerm
     buffer: Any | None
 
+    @property
+    def is_bits(self) -> bool:
+        return self.term.array.dtype == jnp.int32
+
     def copy_tile(self, head: tuple, row: Any, rows: int, tile: Any, columns: int, slot: Any, ready: Any) -> None:
         """Start copying a tile, or its part of a vector along the keys, into a slot of the buffer."""
         assert self.buffer is not None
         ref, keys = self.term.array, pl.ds(tile * columns, columns)
         if self.term.kind is TermKind.COLUMNS:
             some = ref.at[(*broadcast_index(head, ref.shape[:-1]), keys)]
+        elif self.is_bits:
+            index = (keys, lax.div(row, jnp.int32(rows))) if self.term.is_transposed else (pl.ds(row, rows), tile)
+            some = ref.at[(*broadcast_index(head, ref.shape[:-3]), *index)]
         else:
-            index = (keys, pl.ds(row, rows)) if self.term.is_transposed else (pl.ds(row, rows), keys)
-            some = ref.at[(*broadcast_index(head, ref.shape[:-2]), *index)]
+            some = ref.at[(*broadcast_index(head, ref.shape[:-2]), pl.ds(row, rows), keys)]
         plgpu.copy_gmem_to_smem(some, self.buffer.at[slot], ready)
 
 

@@ -13,6 +13,7 @@ from ..pallas import TmaLoad, TmaStore, plgpu, swizzle_bytes
 from ..scheduler import TileScheduler, heads_per_group, schedule
 from .backward import Backward
 from .intervals import query_tiles
+from .mask_bits import visited
 from .operands import prepare, term_buffers
 from .plan import KernelPlan
 
@@ -136,7 +137,17 @@ class KeyPlan(KernelPlan):
         )
         rows = call.row_operands(block_q, value_tma)
         is_computed = forward.intervals is None
-        tiles = query_tiles(mask, z.T, z.S, block_q, self.block_keys, self.summed, is_computed=is_computed)
+        bits = next((x.array for x in forward.tiled if x is forward.mask), None)
+        tiles = query_tiles(
+            mask,
+            z.T,
+            z.S,
+            block_q,
+            self.block_keys,
+            self.summed,
+            is_computed=is_computed,
+            visited=None if bits is None else visited(bits, self.block_keys),
+        )
         return BackwardOperands(forward.without_tile_ranges(), rows, tiles)
 
     def out_types(self) -> KeyGradients:
