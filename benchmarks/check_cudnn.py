@@ -6,7 +6,8 @@
 1. tests: `tests/cudnn`, in several processes: parity, masks, biases, lengths, GQA, transformations, and how many calls
    of cuDNN a program has.
 2. table: rows of the GPU table, ours beside `jax.nn`'s cuDNN, by `benchmark_gpu_table.py`.
-3. threshold: small calls, cuDNN's beside pure JAX, for `_FEWEST_SCORES` of `_kernels/cudnn/support.py`.
+3. threshold: small calls, cuDNN's beside pure JAX, for `_FEWEST_SCORES` and `_FEWEST_ROWS` of
+   `_kernels/cudnn/support.py`.
 4. jax.nn: what cuDNN itself makes of rows without keys, of NaN in padding and of very low biases.
 """
 
@@ -37,7 +38,7 @@ ROWS = (
     "gpu-bias-2x4096x16x64",
     "gpu-lengths-8x4096x16x128",
 )
-SMALL = ("1x64x4x64", "4x64x8x64", "4x128x4x64", "1x256x8x64", "8x128x8x64", "4x256x16x64", "8x1/1024x8x64")
+SMALL = ("1x64x4x64", "1x256x8x64", "8x128x8x64", "4x256x16x64", "8x256x16x64", "4x512x16x64", "8x1/1024x8x64")
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from ._arguments import check
 from ._attention import attention
 from ._convert import as_static_bool
-from ._kernels.cudnn.public import jax_attention as _jax_attention
+from ._kernels.jax_nn import jax_attention as _jax_attention
 from ._keywords import explains_keywords
 from ._options import EXTENSIONS, Options, WindowLike
 from ._semantics.errors import describe

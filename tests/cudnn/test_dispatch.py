@@ -28,8 +28,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def types(dtype: str = "bfloat16", T: int = 512, H: int = 64) -> tuple[Shape, Shape, Shape]:
-    query, key = (Shape((2, T, heads, H), dtype) for heads in (4, 2))
+def types(dtype: str = "bfloat16", T: int = 1024, H: int = 64, S: int | None = None) -> tuple[Shape, Shape, Shape]:
+    query, key = (Shape((2, length, heads, H), dtype) for length, heads in ((T, 4), (S or T, 2)))
     return query, key, key
 
 
@@ -67,27 +67,34 @@ def test_several_kinds_of_gpus(asked: list[Any], monkeypatch: pytest.MonkeyPatch
         ("takes bfloat16 and float16, got float32", {"dtype": "float32"}),
         ("multiples of 8, got 20", {"H": 20}),
         ("up to 128 on compute capability 8.0, got 256", {"H": 256}),
-        ("fewer than", {"T": 8}),
+        ("for 7340032 scores, fewer than 8388608", {"T": 896, "S": 1024}),
+        ("for 1 rows, fewer than 64", {"T": 1, "S": 1 << 20}),
         ("dropout", {"dropout_rate": 0.5, "dropout_rng": Shape((2,), "uint32")}),
         ("soft cap", {"logits_soft_cap": 5.0}),
         ("sinks", {"sinks": Shape((4,), "float32")}),
         ("block_q", {"block_q": 64}),
         ("names an algorithm", {"precision": "BF16_BF16_F32"}),
         ("this one is an array", {"scale": Shape((), "float32")}),
+        ("a positive scale, got -0.3", {"scale": -0.3}),
+        ("a positive scale, got 0", {"scale": 0}),
+        ("got 1030 rows and 1024 keys", {"T": 1030, "S": 1024, "is_causal": True, "local_window_size": (5, 0)}),
         ("window only to the left", {"local_window_size": (5, 5)}),
         ("window only to the left", {"is_causal": True, "query_offset": 3}),
         ("not offsets", {"is_causal": True, "query_offset": Shape((), "int32")}),
         ("not offsets", {"local_window_size": (Shape((), "int32"), 0)}),
-        ("ids", {name: Shape((2, 512), "int32") for name in ("query_segment_ids", "key_value_segment_ids")}),
-        ("a bias that is bfloat16", {"bias": Shape((1, 4, 512, 512), "float32")}),
-        ("a bias that has rows and keys", {"bias": Shape((1, 4, 1, 512), "bfloat16")}),
-        ("elements, more than", {"bias": Shape((1, 4, 512, 512), "bfloat16"), "mask": Shape((2, 1, 1, 512), "bool")}),
+        ("ids", {name: Shape((2, 1024), "int32") for name in ("query_segment_ids", "key_value_segment_ids")}),
+        ("a bias that is bfloat16", {"bias": Shape((1, 4, 1024, 1024), "float32")}),
+        ("a bias that has rows and keys", {"bias": Shape((1, 4, 1, 1024), "bfloat16")}),
+        (
+            "elements, more than",
+            {"bias": Shape((1, 4, 1024, 1024), "bfloat16"), "mask": Shape((2, 1, 1, 1024), "bool")},
+        ),
     ],
 )
 def test_reasons(reason: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, "8.0")
     options = dict(options)
-    arrays = types(**{name: options.pop(name) for name in ("dtype", "T", "H") if name in options})
+    arrays = types(**{name: options.pop(name) for name in ("dtype", "T", "H", "S") if name in options})
     found = explain(*arrays, **options, platform="cuda").forward
     assert found.family == "pure_jax"
     assert reason in found.reasons[NAME]
@@ -100,17 +107,33 @@ def test_reasons(reason: str, options: dict[str, Any], monkeypatch: pytest.Monke
         {"is_causal": True, "local_window_size": (100, 0)},
         {"local_window_size": (100, 0)},
         {"query_seq_lengths": Shape((2,), "int32"), "key_value_seq_lengths": Shape((2,), "int32")},
-        {"mask": Shape((2, 1, 512, 512), "bool"), "is_causal": True},
-        {"mask": Shape((1, 1, 1, 512), "bool")},
-        {"bias": Shape((1, 4, 512, 512), "bfloat16")},
+        {"mask": Shape((2, 1, 1024, 1024), "bool"), "is_causal": True},
+        {"mask": Shape((1, 1, 1, 1024), "bool")},
+        {"bias": Shape((1, 4, 1024, 1024), "bfloat16")},
         {"scale": 0.3, "dtype": "float16"},
     ],
 )
 def test_what_is_taken(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, "8.0")
     options = dict(options)
-    arrays = types(**{name: options.pop(name) for name in ("dtype", "T", "H") if name in options})
+    arrays = types(**{name: options.pop(name) for name in ("dtype", "T", "H", "S") if name in options})
     assert families(*arrays, **options) == (NAME, NAME, "pure_jax")
+
+
+@pytest.mark.parametrize("implementation", [None, NAME])
+def test_odd_lengths(implementation: Any, asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`jax.nn` refuses their gradients, and so the log-sum-exp: other kernels do what a gradient needs, asked or not."""
+    pretend_gpu(monkeypatch, "8.0")
+    arrays = types(T=1025)
+    assert families(*arrays, implementation=implementation) == (NAME, "pure_jax", "pure_jax")
+    reasons = explain(*arrays, implementation=implementation, platform="cuda").gradient.reasons
+    assert reasons[NAME] == "jax.nn says of cuDNN: Unsupported sequence length Q 1025, KV 1025"
+    asked.clear()
+    value = jax.jit(lambda *x: flash_attention(*x, implementation=implementation).astype("float32").sum())
+    jax.jit(jax.grad(value)).trace(*arrays).lower(lowering_platforms=("cuda",))
+    assert not asked
+    value.trace(*arrays).lower(lowering_platforms=("cuda",))
+    assert asked
 
 
 def test_where_jax_finds_no_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,15 +143,15 @@ def test_where_jax_finds_no_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(public, "jax_attention", refuse)
     pretend_gpu(monkeypatch, "8.0")
     # Not a shape of another test: answers are kept.
-    found = explain(*types(T=520), platform="cuda").forward
+    found = explain(*types(T=1032), platform="cuda").forward
     assert found.family == "pure_jax"
-    assert found.reasons[NAME] == "jax.nn says of cuDNN: cuDNN is not detected."
+    assert found.reasons[NAME] == "jax.nn says of cuDNN: cuDNN is not detected"
 
 
 def test_programs(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What is lowered for GPUs like the one here calls cuDNN; what is exported, or for several platforms, does not."""
     pretend_gpu(monkeypatch, "8.0")
-    arrays = types(T=528)
+    arrays = types(T=1040)
 
     def is_called(lower: Any, implementation: Any = None) -> bool:
         call = jax.jit(lambda *x: flash_attention(*x, is_causal=True, implementation=implementation))

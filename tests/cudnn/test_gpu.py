@@ -32,7 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "causal": {"is_causal": True},
     "window": {"is_causal": True, "local_window_size": (70, 0)},
     "window without causality": {"local_window_size": (40, 0)},
-    "scale": {"scale": -0.3, "magnitude": 3.0},
+    "scale": {"scale": 0.3, "magnitude": 3.0},
     "float16": {"dtype": "float16", "is_causal": True},
     "x64": {"x64": True},
     "vmap": {"vmapped": True, "is_causal": True},
@@ -111,7 +111,10 @@ TRANSFORMED = {
 )
 def test_transformations(name: str, option: str) -> None:
     case = Case((2, 130, 150, 2, 2, 64), "bfloat16", scale=0.3, **TRANSFORMED[option])
-    check_transformation(name, case, implementation="cudnn_gpu")
+    # cuDNN gives out in 16 bits, and its gradient takes that. Where a row has few keys, and one of them nearly all the
+    # weight, its derivatives are small beside that rounding, and such rows are all that a Jacobian here has.
+    limit = 4.0 if name.startswith("jac") else 2.0
+    check_transformation(name, case, limit, implementation="cudnn_gpu")
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -167,26 +170,35 @@ def _loss(attention: Any, query: jax.Array, key: jax.Array, value: jax.Array) ->
     return jnp.sin(attention(jnp.cos(query), key, value)).astype(jnp.float32).sum()
 
 
-def _scanned(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    def step(x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        return jnp.sin(cudnn_attention(jnp.cos(x), key, value)), None
+def _scanned(attention: Any) -> Any:
+    def layers(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        def step(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return jnp.sin(attention(jnp.cos(x), key, value)), None
 
-    return jax.lax.scan(step, query, None, length=4)[0]
+        return jax.lax.scan(step, query, None, length=4)[0]
+
+    return layers
 
 
 SAVES = jax.checkpoint_policies.save_only_these_names("flash_attention_out", "flash_attention_lse")
 PROGRAMS = {
-    "gradient": (cudnn_attention, 1),
-    "checkpoint": (jax.checkpoint(cudnn_attention), 1),
-    "checkpoint that saves": (jax.checkpoint(cudnn_attention, policy=SAVES), 1),
+    "gradient": (lambda f: f, 1),
+    "checkpoint": (jax.checkpoint, 2),  # where attention is in the program, and where its gradient begins
+    "checkpoint that saves": (lambda f: jax.checkpoint(f, policy=SAVES), 1),
     "scan": (_scanned, 1),
-    "two layers": (lambda q, k, v: cudnn_attention(jnp.sin(cudnn_attention(q, k, v)), k, v), 2),
+    "two layers": (lambda f: lambda q, k, v: f(jnp.sin(f(q, k, v)), k, v), 2),
 }
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_each_forward_pass_runs_once(name: str) -> None:
-    attention, layers = PROGRAMS[name]
+def test_forward_passes_run_as_often_as_those_of_jax_nn(name: str) -> None:
+    of_attention, count = PROGRAMS[name]
     arrays = make_arrays(Case((2, 512, 512, 4, 1, 64), "bfloat16"))
-    found = calls(jax.grad(functools.partial(_loss, attention), (0, 1, 2)), *arrays)
-    assert sorted(found) == ["Softmax"] * layers + ["SoftmaxBackward"] * layers
+
+    def found(attention: Any) -> list[str]:
+        return calls(jax.grad(functools.partial(_loss, of_attention(attention)), (0, 1, 2)), *arrays)
+
+    ours = found(cudnn_attention)
+    assert ours.count("Softmax") == count
+    if name != "checkpoint that saves":  # by names that `jax.nn` does not give
+        assert sorted(ours) == sorted(found(functools.partial(jax.nn.dot_product_attention, implementation="cudnn")))

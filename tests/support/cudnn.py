@@ -42,6 +42,7 @@ def double(
     (B, T, N, H), (_, S, _, D) = query.shape, value.shape
     assert implementation == "cudnn"
     assert isinstance(scale, float)
+    assert scale > 0
     assert H == D
     assert query.dtype == key.dtype == value.dtype in (jnp.bfloat16, jnp.float16)
     assert H % 8 == 0
@@ -52,6 +53,7 @@ def double(
     if local_window_size is not None:
         assert is_causal
         assert local_window_size[1] == 0
+        assert T <= S
         visible &= s >= t - local_window_size[0]
     assert (query_seq_lengths is None) == (key_value_seq_lengths is None)
     if query_seq_lengths is not None:
@@ -77,6 +79,13 @@ def _forward(scale: float, query: Any, key: Any, value: Any, bias: Any, visible:
     weights = jax.nn.softmax(z, axis=-1).astype(value.dtype)
     out = _product("bnts,bsnh->btnh", weights, _heads(value, query)).astype(query.dtype)
     return out, (query, key, value, bias, visible, lse, out)
+
+
+def _forward_of_gradient(scale: float, *args: Any) -> tuple[Any, Any]:
+    T, S = args[0].shape[1], args[1].shape[1]
+    if T % 2 or S % 2:
+        raise NotImplementedError(f"Unsupported sequence length Q {T}, KV {S}.")
+    return _forward(scale, *args)
 
 
 def _logits(scale: float, query: Any, key: Any, bias: Any, visible: Any) -> Any:
@@ -112,7 +121,7 @@ def _rounded(dz: Any, bias: Any, axes: tuple[int, ...]) -> Any:
 
 
 _kernel = jax.custom_vjp(lambda *args: _forward(*args)[0], nondiff_argnums=(0,))
-_kernel.defvjp(_forward, _backward)
+_kernel.defvjp(_forward_of_gradient, _backward)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ for one kind of GPU alone (an export for several platforms) takes the pure JAX k
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import jax
 
@@ -65,7 +66,8 @@ def choose(call: Call, which: Pass, target: Target) -> Kernels:
     """
     found, asked = reasons(call, which, target), call.config.implementation
     if asked is not None and found[asked] is not None and target.differentiated is None:
-        forward = reasons(call, Pass.FORWARD, target)
+        # All that a family must do is the value: it may lack the log-sum-exp, too, which derivatives need.
+        forward = reasons(call._replace(config=replace(call.config, needs_lse=False)), Pass.FORWARD, target)
         if forward[asked] is not None:
             others = "; ".join(
                 f"{name!r}: {reason or 'runs here'}" for name, reason in forward.items() if name != asked

@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# jax.nn's own function: by the time of a call a user may have put ours in its place. Ours carries it, should this
-# module be imported once more by then.
-jax_attention: Any = getattr(jax.nn.dot_product_attention, "replaces", jax.nn.dot_product_attention)
+from ..jax_nn import jax_attention
 
 
 class Request(NamedTuple):

@@ -18,7 +18,11 @@ NAME = "cudnn_gpu"
 _LOWEST_CAPABILITY = 8
 _HOPPER = 9  # has kernels of this library's own; and cuDNN's for head dimensions above _MOST_HEAD_DIM
 _MOST_HEAD_DIM = 128
-_FEWEST_SCORES = 1 << 18  # of all batch rows and heads: below, calls of pure JAX are as fast
+# Unless asked for (`benchmarks/check_cudnn.py` on an H200): cuDNN takes 1.15 and 1.29 times as long as pure JAX, with
+# gradients the latter, for 2^22 scores of all batch rows and heads, and 0.2 and 0.4 times for 2^25; and 1.6 times for
+# one row, of which its kernels compute a block.
+_FEWEST_SCORES = 1 << 23
+_FEWEST_ROWS = 64
 
 
 def why_not(call: Call, which: Pass, target: Target) -> str | None:
@@ -82,6 +86,8 @@ def _why_not_config(call: Call) -> str | None:
         return f"precision {config.precision} names an algorithm"
     if config.static_scale is None:
         return "it takes scale as a number, and this one is an array"
+    if not 0 < config.static_scale < math.inf:  # with -0.3, no result was finite
+        return f"it takes a positive scale, got {config.static_scale:g}"
     return None
 
 
@@ -91,6 +97,8 @@ def _why_not_mask(call: Call) -> str | None:
         return "of masks it takes causal ones, static windows, lengths and booleans, not offsets, positions or ids"
     if band.upper not in (None, 0) or (band.lower is not None and (band.upper is None or band.lower > 0)):
         return "it takes a window only to the left of each row, beside a causal mask"
+    if band.lower is not None and call.sizes.T > call.sizes.S:
+        return f"it takes a window for no more rows than keys, got {call.sizes.T} rows and {call.sizes.S} keys"
     given, widened = sizes_of_terms(call)
     if widened > max(given, sum(math.prod(x.shape) for x in (call.inputs.query, call.inputs.key, call.inputs.value))):
         return f"it takes bias and mask as one, with rows and keys: {widened} elements, more than query, key and value"
@@ -117,8 +125,12 @@ def _why_not_device(call: Call, *, is_asked: bool) -> str | None:
     H = call.inputs.query.shape[-1]
     if H > _MOST_HEAD_DIM and set(found.values()) != {_HOPPER}:
         return f"it takes head dimensions up to {_MOST_HEAD_DIM} on compute capability {min(found)}, got {H}"
+    if is_asked:
+        return None
+    if call.sizes.T < _FEWEST_ROWS:
+        return f"pure JAX is faster for {call.sizes.T} rows, fewer than {_FEWEST_ROWS}"
     scores = math.prod(call.sizes.batch) * call.sizes.N * call.sizes.T * call.sizes.S
-    if scores < _FEWEST_SCORES and not is_asked:
+    if scores < _FEWEST_SCORES:
         return f"pure JAX is as fast for {scores} scores, fewer than {_FEWEST_SCORES}"
     return None
 
@@ -142,5 +154,5 @@ def _why_not_public(request: Request, types: tuple, *, needs_lse: bool) -> str |
     try:
         jax.eval_shape(functools.partial(function, request), operands)
     except (NotImplementedError, ValueError, TypeError, RuntimeError, LookupError) as error:
-        return f"jax.nn says of cuDNN: {error}"
+        return f"jax.nn says of cuDNN: {str(error).rstrip('.')}"
     return None
