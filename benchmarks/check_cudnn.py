@@ -6,8 +6,7 @@
 1. tests: `tests/cudnn`, in several processes: parity, masks, biases, lengths, GQA, transformations, and how many calls
    of cuDNN a program has.
 2. table: rows of the GPU table, ours beside `jax.nn`'s cuDNN, by `benchmark_gpu_table.py`.
-3. threshold: small calls, cuDNN's beside pure JAX, for `_FEWEST_SCORES` and `_FEWEST_ROWS` of
-   `_kernels/cudnn/support.py`.
+3. threshold: small calls, cuDNN's beside pure JAX, for `_FEWEST_SCORES` of `_kernels/cudnn/support.py`.
 4. jax.nn: what cuDNN itself makes of rows without keys, of NaN in padding and of very low biases.
 """
 

@@ -103,8 +103,9 @@ def flash_attention(
         May be traced.
       implementation: None, or 'xla', which callers of `jax.nn` say for "not cuDNN", for the fastest of our own kernels
         that support the call where it is compiled for. 'pure_jax' for those in pure JAX, 'mosaic_gpu' for those for
-        Hopper GPUs, which is an error where they cannot run; 'cudnn' passes the call to `jax.nn`. 'dense' is for
-        quantisers and converters: JAX's own functions in the open, with arrays of T x S elements.
+        Hopper GPUs, 'cudnn_gpu' for cuDNN's with the meaning and derivatives of this function. The last two are an
+        error where they cannot run; passes that they lack are done by others. 'cudnn' passes the call to `jax.nn`.
+        'dense' is for quantisers and converters: JAX's own functions in the open, with arrays of T x S elements.
       return_residual: also return the log-sum-exp of the logits, with its gradient stopped.
       dropout_rate: (extension) probability, in [0, 1], of dropping an attention weight; kept ones are divided by
         `1 - dropout_rate`. A static Python number.
@@ -140,7 +141,7 @@ def flash_attention(
       ValueError: wrong rank, shape or dtype, unknown `implementation`, a rate outside [0, 1], a missing `dropout_rng`.
       TypeError: bias or mask not broadcastable; arguments that must be static but are not; a `dropout_rng` that is no
         key; an unknown keyword.
-      NotImplementedError: an extension together with implementation='cudnn'; implementation='mosaic_gpu' where it
+      NotImplementedError: an extension together with implementation='cudnn'; kernels asked for by name that
         cannot run (when the call is compiled).
 
     Warns:

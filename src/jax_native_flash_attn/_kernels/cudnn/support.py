@@ -18,11 +18,9 @@ NAME = "cudnn_gpu"
 _LOWEST_CAPABILITY = 8
 _HOPPER = 9  # has kernels of this library's own; and cuDNN's for head dimensions above _MOST_HEAD_DIM
 _MOST_HEAD_DIM = 128
-# Unless asked for (`benchmarks/check_cudnn.py` on an H200): cuDNN takes 1.15 and 1.29 times as long as pure JAX, with
-# gradients the latter, for 2^22 scores of all batch rows and heads, and 0.2 and 0.4 times for 2^25; and 1.6 times for
-# one row, of which its kernels compute a block.
+# Of all batch rows and heads, unless asked for: of 2^22, cuDNN takes 1.15 times as long as pure JAX, and 1.29 times with
+# gradients; of 2^25, 0.2 and 0.4 times (docs/measurements/gpu_cudnn.md).
 _FEWEST_SCORES = 1 << 23
-_FEWEST_ROWS = 64
 
 
 def why_not(call: Call, which: Pass, target: Target) -> str | None:
@@ -125,12 +123,8 @@ def _why_not_device(call: Call, *, is_asked: bool) -> str | None:
     H = call.inputs.query.shape[-1]
     if H > _MOST_HEAD_DIM and set(found.values()) != {_HOPPER}:
         return f"it takes head dimensions up to {_MOST_HEAD_DIM} on compute capability {min(found)}, got {H}"
-    if is_asked:
-        return None
-    if call.sizes.T < _FEWEST_ROWS:
-        return f"pure JAX is faster for {call.sizes.T} rows, fewer than {_FEWEST_ROWS}"
     scores = math.prod(call.sizes.batch) * call.sizes.N * call.sizes.T * call.sizes.S
-    if scores < _FEWEST_SCORES:
+    if scores < _FEWEST_SCORES and not is_asked:
         return f"pure JAX is as fast for {scores} scores, fewer than {_FEWEST_SCORES}"
     return None
 
