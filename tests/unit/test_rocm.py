@@ -1,4 +1,4 @@
-"""AMD GPUs: no test runs on one. Programs for them are lowered, and hold the pure JAX kernels, as for any accelerator."""
+"""AMD GPUs: no test runs on one. Programs for them are lowered, and hold the pure JAX kernels of accelerators."""
 
 import functools
 from typing import Any

@@ -18,7 +18,7 @@ NAME = "cudnn_gpu"
 _LOWEST_CAPABILITY = 8
 _HOPPER = 9  # has kernels of this library's own; and cuDNN's for head dimensions above _MOST_HEAD_DIM
 _MOST_HEAD_DIM = 128
-# Of all batch rows and heads, unless asked for: of 2^22, cuDNN takes 1.15 times as long as pure JAX, and 1.29 times with
+# Of all batch rows and heads, unless asked for. Of 2^22, cuDNN takes 1.15 times as long as pure JAX, 1.29 times with
 # gradients; of 2^25, 0.2 and 0.4 times (docs/measurements/gpu_cudnn.md).
 _FEWEST_SCORES = 1 << 23
 
