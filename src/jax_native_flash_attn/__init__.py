@@ -1,5 +1,6 @@
 """FlashAttention in pure JAX: a drop-in replacement for `jax.nn.dot_product_attention`."""
 
+from . import mods as mods
 from ._api import flash_attention, flash_attention_with_lse
 from ._context_parallel import balanced_order, context_parallel_attention, context_parallel_attention_with_lse
 from ._explain import explain

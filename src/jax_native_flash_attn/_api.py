@@ -6,7 +6,6 @@ from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.lax import PrecisionLike
 from jax.typing import ArrayLike
@@ -14,13 +13,10 @@ from jax.typing import ArrayLike
 from ._arguments import check
 from ._attention import attention
 from ._convert import as_static_bool
-from ._kernels.jax_nn import jax_attention as _jax_attention
+from ._implementations import Implementation, by_cudnn, own_implementation
+from ._kernels.jax_nn import jax_attention
 from ._keywords import explains_keywords
-from ._options import EXTENSIONS, Options, WindowLike
-from ._semantics.errors import describe
-
-Implementation = Literal["xla", "pure_jax", "mosaic_gpu", "cudnn_gpu", "dense", "cudnn"]
-_IMPLEMENTATIONS = (None, "xla", "pure_jax", "mosaic_gpu", "cudnn_gpu", "dense", "cudnn")
+from ._options import MaskMod, Options, ScoreMod, WindowLike
 
 
 @overload
@@ -76,6 +72,10 @@ def flash_attention(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     broadcast_dropout: bool = False,
+    score_mod: ScoreMod | None = None,
+    score_mod_args: tuple[Any, ...] = (),
+    mask_mod: MaskMod | None = None,
+    mask_mod_args: tuple[Any, ...] = (),
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Scaled dot product attention in memory linear in T and S; a drop-in for `jax.nn.dot_product_attention`.
 
@@ -99,8 +99,7 @@ def flash_attention(
       is_causal: query t attends keys s <= t only (aligned at the top left if T != S).
       query_seq_lengths: (B,) integers, of any dtype, as all below; rows from there on give 0.
       key_value_seq_lengths: (B,); keys and values from there on are ignored, even NaN.
-      local_window_size: (left, right) or one integer for both: query t attends t - left <= s <= t + right only.
-        May be traced.
+      local_window_size: (left, right) or one integer, may be traced: query t attends t - left <= s <= t + right only.
       implementation: None, or 'xla', which callers of `jax.nn` say for "not cuDNN", for the fastest of our own kernels
         that support the call where it is compiled for. 'pure_jax' for those in pure JAX, 'mosaic_gpu' for those for
         Hopper GPUs, 'cudnn_gpu' for cuDNN's with the meaning and derivatives of this function. The last two are an
@@ -111,7 +110,7 @@ def flash_attention(
         `1 - dropout_rate`. A static Python number.
       dropout_rng: (extension) PRNG key, required for a positive rate. The kept weights are those of
         `jax.random.bernoulli(dropout_rng, 1 - dropout_rate, (B, N, T, S))`; see `dropout_keep_mask`.
-      deterministic: (extension) True for no dropout whatever the rate, and no need of `dropout_rng`, as Flax says it.
+      deterministic: (extension) True for no dropout whatever the rate, as Flax says it.
       block_q, block_kv: (extension) rows and columns of a tile; chosen by shape and platform by default.
       precision: (extension) of the matrix products: whatever JAX takes as such (`jax.lax.Precision`, 'float32', ...).
       query_segment_ids, key_value_segment_ids: (extension) (B, T) and (B, S), of packed sequences: a query attends keys
@@ -121,17 +120,21 @@ def flash_attention(
         by, in place of indices. Tokens may stand in any order; where keys are sorted (within their id), tiles are
         skipped.
       query_offset: (extension) an integer or (B,), may be traced: query t has position t + query_offset, for
-        `is_causal` and `local_window_size`. For chunks of a prompt, and for decoding, against a cache of keys.
-        None is 0.
+        `is_causal` and `local_window_size`. For chunks of a prompt, and for decoding with a cache. None is 0.
       logits_soft_cap: (extension) c > 0, static: logits, with scale and bias, become c * tanh(logits / c); masks come
         behind.
       sinks: (extension) (N,) real: one more logit for each head, in the denominator of the softmax alone. It is neither
         scaled, capped, dropped nor masked. A row without keys then gives 0. -inf is a sink that counts for nothing.
-      broadcast_dropout: (extension) drop the same weights in all batch rows and heads, as Flax does by default: the
-        kept ones are those of `jax.random.bernoulli` for the shape (1, 1, T, S).
+      broadcast_dropout: (extension) drop the same weights in all batch rows and heads, as Flax does by default: those
+        of the shape (1, 1, T, S).
+      score_mod, score_mod_args: (extension) a function (score, batch, head, query_index, key_index, *args) -> score of
+        logits with scale and bias, traced for scalars; soft cap and masks come behind. Indices are positions, if there
+        are any. A tuple of pytrees of arrays: these, and arrays that the function captures, are differentiable.
+      mask_mod, mask_mod_args: (extension) (batch, head, query_index, key_index, *args) -> bool, True where a query may
+        attend a key; or what `mods.make_tile_mask` makes of it. Tiles that it leaves empty are skipped.
 
     A row that may attend no key gives the mean of value over all S keys, as in `jax.nn`; its log-sum-exp is
-    -0.7 * float32's largest number. (With `sinks` it gives 0, and the log-sum-exp is the sink.)
+    -0.7 * float32's largest number. (With `sinks`, 0 and the sink.)
 
     Returns:
       Array of query's dtype, and of its shape but for the last axis, which is value's; with `return_residual`, a pair
@@ -140,12 +143,11 @@ def flash_attention(
     Raises:
       ValueError: wrong rank, shape or dtype, unknown `implementation`, a rate outside [0, 1], a missing `dropout_rng`.
       TypeError: bias or mask not broadcastable; arguments that must be static but are not; a `dropout_rng` that is no
-        key; an unknown keyword.
-      NotImplementedError: an extension together with implementation='cudnn'; kernels asked for by name that
-        cannot run (when the call is compiled).
+        key; a function of no single number; an unknown keyword.
+      NotImplementedError: an extension with implementation='cudnn'; other kernels asked for that cannot run there.
 
     Warns:
-      AttentionWarning: legal, but hardly meant: `is_causal` with T < S and no offset or positions, a window without
+      AttentionWarning: legal, but hardly meant: `is_causal` with T < S and no offset or positions, a window with no
         keys, a mask (N, T, S) with B = N or (T, S) with B = T, a query of rank 1 or 2, lengths that no sequence has.
 
     Examples:
@@ -159,44 +161,13 @@ def flash_attention(
     arguments = {name: x for name, x in locals().items() if name not in ("implementation", "return_residual")}
     return_residual = as_static_bool(return_residual, "return_residual")
     if isinstance(implementation, str) and implementation == "cudnn":
-        return _by_cudnn(arguments, return_residual)
+        return by_cudnn(arguments, return_residual)
     checked = check(**arguments, needs_lse=return_residual, implementation=own_implementation(implementation))
     out, lse, _ = attention(*checked, jnp.asarray(query).shape)
     return out if lse is None else (out, lax.stop_gradient(lse.astype(out.dtype)))
 
 
-def own_implementation(implementation: Any) -> str | None:
-    """What was asked for of our own kernels.
-
-    Raises:
-      ValueError: there is no such implementation.
-      NotImplementedError: for 'cudnn'.
-    """
-    if not isinstance(implementation, str | None) or implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {_IMPLEMENTATIONS}, got {describe(implementation)}")
-    if implementation == "cudnn":
-        raise NotImplementedError("implementation='cudnn' passes a call to jax.nn, which does not take this one")
-    return None if implementation == "xla" else implementation
-
-
-def _by_cudnn(arguments: dict[str, Any], return_residual: bool) -> Any:
-    if arguments.pop("deterministic"):
-        arguments["dropout_rate"] = 0.0
-    for name, neutral in EXTENSIONS.items():
-        given = arguments.pop(name)
-        is_number = isinstance(given, bool | int | float | np.number | np.bool_)
-        if not any(given is x or (is_number and given == x) for x in neutral):
-            raise NotImplementedError(f"{name} is not supported by implementation='cudnn', which is jax.nn's")
-    del arguments["dropout_rng"]
-    residual = {"return_residual": True} if return_residual else {}
-    try:
-        return _jax_attention(**arguments, implementation="cudnn", **residual)
-    except Exception as error:
-        error.add_note("This error is jax.nn.dot_product_attention's: implementation='cudnn' passes the call to it.")
-        raise
-
-
-flash_attention.replaces = _jax_attention  # pyright: ignore[reportFunctionMemberAccess]
+flash_attention.replaces = jax_attention  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @overload
@@ -251,6 +222,10 @@ def flash_attention_with_lse(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     broadcast_dropout: bool = False,
+    score_mod: ScoreMod | None = None,
+    score_mod_args: tuple[Any, ...] = (),
+    mask_mod: MaskMod | None = None,
+    mask_mod_args: tuple[Any, ...] = (),
     return_max_logits: bool = False,
 ) -> tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, jax.Array]:
     """As `flash_attention`, and the log-sum-exp of the logits, both differentiable in every mode.

@@ -24,11 +24,13 @@ from ._convert import (
     as_window,
     static_or_traced,
 )
+from ._mod_arguments import as_mods
 from ._semantics.call import Arrays, Settings
 from ._semantics.constant_masks import hide_constant_mask
 from ._semantics.dense import NAME as DENSE
-from ._semantics.dropout import check_dropout, head_indices, make_dropout, threefry_words
+from ._semantics.dropout import Dropout, check_dropout, head_indices, make_dropout, threefry_words
 from ._semantics.masks import Band
+from ._semantics.numerics import accumulation_dtype
 from ._shapes import as_query_key_value
 from ._warnings import warn_of_causal, warn_of_lengths, warn_of_shapes, warn_of_window
 
@@ -59,6 +61,10 @@ def check(
     logits_soft_cap: Any,
     sinks: Any,
     broadcast_dropout: Any,
+    score_mod: Any,
+    score_mod_args: Any,
+    mask_mod: Any,
+    mask_mod_args: Any,
     needs_lse: bool,
     needs_max_logits: bool = False,
     implementation: str | None = None,
@@ -89,28 +95,22 @@ def check(
     is_staged &= implementation != DENSE  # of whose program nothing is hidden
     query_ids = as_integers(query_segment_ids, "query_segment_ids", axes, "BT", hides=is_staged)
     key_ids = as_integers(key_value_segment_ids, "key_value_segment_ids", axes, "BS", hides=is_staged)
-    if (query_ids is None) != (key_ids is None):
-        given, missing = ("query", "key_value") if key_ids is None else ("key_value", "query")
-        raise ValueError(
-            f"{given}_segment_ids need {missing}_segment_ids beside them, got None: "
-            "for self-attention pass the same array as both"
-        )
+    _check_pair(query_ids, key_ids)
     query_positions = as_integers(query_positions, "query_positions", axes, "BT", hides=is_staged)
     key_positions = as_integers(key_value_positions, "key_value_positions", axes, "BS", hides=is_staged)
     static_offset, traced_offset = as_offset(query_offset, B)
     if query_positions is not None and not (traced_offset is None and static_offset == 0):
         raise ValueError("query_offset moves rows without query_positions, got both: add it to query_positions")
-    soft_cap, sinks = as_soft_cap(logits_soft_cap), as_sinks(sinks, N)
-    shares_dropout = as_static_bool(broadcast_dropout, "broadcast_dropout")
+    soft_cap = as_soft_cap(logits_soft_cap)
+    sinks = as_sinks(sinks, N)
     mask = None if mask is None else as_mask(mask, axes, is_staged=is_staged)
     band = Band()
     if isinstance(mask, np.ndarray):
         mask, band = hide_constant_mask(mask, T, S) if blocks == 1 else (jnp.asarray(mask), band)
-    dropout, dropout_key, head_index = None, None, None
-    if dropout_rate > 0:
-        dropout, dropout_key = make_dropout(dropout_rate), threefry_words(dropout_rng)
-        head_index = head_indices(1, 1) if shares_dropout else head_indices(B, N)
     is_moved = any(x is not None for x in (query_positions, key_positions, traced_offset)) or static_offset != 0
+    dropout, dropped = _as_dropout(dropout_rate, dropout_rng, broadcast_dropout, B, N)
+    given_mods = {"score_mod": (score_mod, score_mod_args), "mask_mod": (mask_mod, mask_mod_args)}
+    mods, numbers = as_mods(given_mods, accumulation_dtype(query.dtype), axes, moves_rows=is_moved)
     static_window, traced_window = static_or_traced(window, T, S, moves=is_moved or blocks > 1)
     if is_causal and all(x is None for x in (query_offset, query_positions, key_positions)):
         warn_of_causal(blocks * T, S)
@@ -132,6 +132,7 @@ def check(
         implementation=implementation,
         is_staged=is_staged,
         static_scale=as_static_scale(scale, query),
+        **mods,
     )
     arrays = Arrays(
         query=query,
@@ -149,7 +150,25 @@ def check(
         key_value_positions=key_positions,
         query_offset=traced_offset,
         sinks=sinks,
-        dropout_key=dropout_key,
-        head_index=head_index,
+        **dropped,
+        **numbers,
     )
     return settings, arrays
+
+
+def _as_dropout(rate: float, rng: Any, is_shared: Any, B: int, N: int) -> tuple[Dropout | None, dict[str, Any]]:
+    """And the arrays that it reads."""
+    is_shared = as_static_bool(is_shared, "broadcast_dropout")
+    if rate == 0:
+        return None, {}
+    heads = head_indices(1, 1) if is_shared else head_indices(B, N)
+    return make_dropout(rate), {"dropout_key": threefry_words(rng), "head_index": heads}
+
+
+def _check_pair(query_ids: Any, key_ids: Any) -> None:
+    if (query_ids is None) != (key_ids is None):
+        given, missing = ("query", "key_value") if key_ids is None else ("key_value", "query")
+        raise ValueError(
+            f"{given}_segment_ids need {missing}_segment_ids beside them, got None: "
+            "for self-attention pass the same array as both"
+        )

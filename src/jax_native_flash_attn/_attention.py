@@ -9,12 +9,14 @@ from ._autodiff import taylor
 from ._autodiff.primitives import flash_attention_core, flash_attention_p, linear_kernel_p
 from ._autodiff.visible import find_visible
 from ._semantics.block_masks import make_block_masks
-from ._semantics.call import OPERANDS, Arrays, Call, Config, Inputs, Settings
+from ._semantics.call import Arrays, Call, Config, Inputs, ModOperands, Settings
 from ._semantics.dense import NAME as DENSE
 from ._semantics.dense import dense_attention
 from ._semantics.join_masks import is_query_row, make_mask
 from ._semantics.numerics import DEAD_ROW_LSE, accumulation_dtype
+from ._semantics.operands import OPERANDS
 from ._semantics.positions import Order
+from ._semantics.tile_masks import MaskMod, Tiles, elements_of
 from ._sharding.explicit import over_explicit_axes
 
 
@@ -69,6 +71,7 @@ def _attend(settings: Settings, arrays: Arrays) -> Results:
         out, lse, max_logits = dense_attention(settings, arrays)
         return Results(out, lse if settings.needs_lse else None, max_logits if settings.needs_max_logits else None)
     if settings.ring is not None:
+        _refuse_in_ring(settings)
         rank = jax.lax.axis_index(settings.ring.axis_name)
         arrays = arrays._replace(query_lengths=rows_of_length(arrays.query_lengths, rank, T))
     call, is_row, in_length = prepare(settings, arrays)
@@ -84,6 +87,16 @@ def _attend(settings: Settings, arrays: Arrays) -> Results:
         if is_row is not None:
             lse = jnp.where(is_row[..., None], lse, DEAD_ROW_LSE)
     return Results(out, lse, max_logits)
+
+
+def _refuse_in_ring(settings: Settings) -> None:
+    for name in ("score_mod", "mask_mod"):
+        if settings.ring is not None and getattr(settings, name) is not None:
+            raise NotImplementedError(
+                f"{name} is not evaluated around a ring, got a sequence split over {settings.ring.axis_name!r}: "
+                "take strategy='all_gather' or 'all_to_all', or gather what explicit axes split with "
+                "jax.sharding.reshard"
+            )
 
 
 def rows_of_length(lengths: jax.Array | None, block: jax.Array, T: int) -> jax.Array | None:
@@ -103,6 +116,13 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
     """All masks as one, and operands as kernels expect them; of the shards of arrays as well."""
     query, key, value = arrays.query, arrays.key, arrays.value
     T, S = query.shape[1], key.shape[1]
+    order = Order(
+        arrays.query_segment_ids,
+        arrays.key_value_segment_ids,
+        arrays.query_positions,
+        arrays.key_value_positions,
+        arrays.query_offset,
+    )
     masks: dict[str, Any] = {
         "is_causal": settings.is_causal,
         "static_window": settings.static_window,
@@ -112,16 +132,13 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
         "key_value_lengths": arrays.key_value_lengths,
         "allowed": arrays.mask,
         "static_offset": settings.static_offset,
-        "order": Order(
-            arrays.query_segment_ids,
-            arrays.key_value_segment_ids,
-            arrays.query_positions,
-            arrays.key_value_positions,
-            arrays.query_offset,
-        ),
+        "order": order,
         "find_visible": find_visible,
         "has_dead_rows": arrays.sinks is None,
     }
+    numbers = order.numbers(T, S, settings.static_offset)
+    if settings.mask_mod is not None:
+        masks["mask_mod"] = _mask_mod(settings, arrays, numbers)
     ring = settings.ring
     if ring is None or ring.window is not None:
         band, mask = make_mask(T, S, **masks)
@@ -142,7 +159,7 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
     given: dict[str, Any] = {
         name: _with_batch_axis(name, x) for name, x in changed._asdict().items() if name in Inputs._fields
     }
-    given["mask"] = mask
+    given |= {"mask": mask, "mods": _mod_operands(arrays, *numbers)}
     inputs = Inputs(**given)
     config = Config(
         band,
@@ -158,8 +175,31 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
         ring=ring,
         static_scale=settings.static_scale,
         has_band_intervals=ring is None and all(x is None for x in (arrays.traced_window, *masks["order"])),
+        score_mod=settings.score_mod,
+        mask_mod=settings.mask_mod,
+        mask_block=settings.mask_block,
     )
     return Prepared(Call(config, inputs), is_row, in_length)
+
+
+def _mask_mod(settings: Settings, arrays: Arrays, numbers: tuple[jax.Array, jax.Array]) -> MaskMod:
+    """With the numbers of rows and keys."""
+    assert settings.mask_mod is not None
+    assert arrays.batch_number is not None
+    assert arrays.head_number is not None
+    known = None
+    if arrays.tile_classes is not None and arrays.row_has_key is not None:
+        known = Tiles(arrays.tile_classes, arrays.row_has_key)
+    elements = elements_of(settings.mask_mod, (arrays.batch_number, arrays.head_number, *numbers), arrays.mod_args)
+    return MaskMod(elements, settings.mask_block, known)
+
+
+def _mod_operands(arrays: Arrays, rows: jax.Array, keys: jax.Array) -> ModOperands | None:
+    """With the numbers of rows and keys."""
+    if arrays.mod_args is None or arrays.batch_number is None or arrays.head_number is None:
+        return None
+    args = {name: x[None] for name, x in arrays.mod_args.items()}
+    return ModOperands(arrays.batch_number, arrays.head_number[None], rows, keys, args)
 
 
 def _with_batch_axis(name: str, x: jax.Array | None) -> Any:

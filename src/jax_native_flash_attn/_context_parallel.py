@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from ._api import Implementation, flash_attention_with_lse, own_implementation
+from ._api import flash_attention_with_lse
 from ._convert import as_count, as_static_bool
+from ._implementations import Implementation, own_implementation
 from ._keywords import unexpected_keyword
 from ._options import Options
 from ._strategies import SequenceOrder, Strategy, context_parallel
@@ -72,8 +73,8 @@ def context_parallel_attention(
       ValueError: as `flash_attention`; no such mesh axis; heads or lengths that do not divide; an unknown strategy or
         order; positions beside an order; a bias or mask with both axes split.
       TypeError: as `flash_attention`.
-      NotImplementedError: implementation='cudnn'; in a ring, implementation='dense', and the gradient of a bias without
-        a key axis inside a cap.
+      NotImplementedError: implementation='cudnn'; in a ring, implementation='dense', `score_mod`, `mask_mod`, and the
+        gradient of a bias without a key axis inside a cap.
 
     Examples:
       >>> import jax

@@ -69,9 +69,8 @@ FOREIGN = {
         ("attn_bias attention_bias position_bias pair_bias ab", "pass bias, which is added to the scaled logits"),
         ("alibi_slopes", "pass bias, (N, T, S), such as alibi_slopes[:, None, None] * -abs(t - s)"),
         (
-            "score_mod mask_mod block_mask",
-            "there are no functions of scores or indices; pass mask, bias, local_window_size, query_segment_ids and "
-            "key_value_segment_ids, or logits_soft_cap",
+            "block_mask",
+            "pass mask_mod, the function itself, or what mods.make_tile_mask makes of it",
         ),
         (
             "causal use_causal_mask causal_mask",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypedDict
 
 import jax
@@ -11,6 +11,11 @@ from jax.typing import ArrayLike
 
 # (left, right), or one integer for both.
 WindowLike: TypeAlias = ArrayLike | Sequence[ArrayLike]
+
+
+# (score, batch, head, query_index, key_index, *args) -> score, and the same without a score -> bool.
+ScoreMod: TypeAlias = Callable[..., Any]
+MaskMod: TypeAlias = Callable[..., Any]
 
 
 class Options(TypedDict, total=False):
@@ -35,6 +40,10 @@ class Options(TypedDict, total=False):
     logits_soft_cap: float | None
     sinks: ArrayLike | None
     broadcast_dropout: bool
+    score_mod: ScoreMod | None
+    score_mod_args: tuple[Any, ...]
+    mask_mod: MaskMod | None
+    mask_mod_args: tuple[Any, ...]
 
 
 # With the values that ask for nothing.
@@ -51,4 +60,8 @@ EXTENSIONS: dict[str, tuple[Any, ...]] = {
     "logits_soft_cap": (None,),
     "sinks": (None,),
     "broadcast_dropout": (False,),
+    "score_mod": (None,),
+    "score_mod_args": ((),),
+    "mask_mod": (None,),
+    "mask_mod_args": ((),),
 }

@@ -160,6 +160,7 @@ def _all_gather(settings: Settings, arrays: Arrays, devices: Devices, shape: tup
     T, S = arrays.query.shape[1], devices.size * arrays.key.shape[1]
     offset, first_row = arrays.query_offset, devices.rank * T
     has_reach = settings.is_causal or settings.static_window is not None or arrays.traced_window is not None
+    has_reach |= arrays.mod_args is not None
     if has_reach and arrays.query_positions is None:
         offset = saturated_sum(jnp.int32(settings.static_offset) if offset is None else offset, first_row)
         offset = jnp.broadcast_to(offset, arrays.query.shape[:1])
@@ -207,7 +208,7 @@ def _all_to_all(settings: Settings, arrays: Arrays, devices: Devices, shape: tup
         for name in ("query_segment_ids", "query_positions")
         if (x := getattr(arrays, name)) is not None
     }
-    head_index, sinks = arrays.head_index, arrays.sinks
+    head_index, sinks, head_number = arrays.head_index, arrays.sinks, arrays.head_number
     arrays = arrays._replace(
         query=heads(arrays.query),
         key=heads(key),
@@ -215,6 +216,7 @@ def _all_to_all(settings: Settings, arrays: Arrays, devices: Devices, shape: tup
         bias=term(arrays.bias),
         mask=term(arrays.mask),
         sinks=None if sinks is None else devices.part(sinks, 0),
+        head_number=None if head_number is None else devices.part(head_number, 0),
         head_index=head_index if head_index is None or head_index.shape[1] == 1 else devices.part(head_index, 1),
         **whole,
     )

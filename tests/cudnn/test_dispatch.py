@@ -71,6 +71,8 @@ def test_several_kinds_of_gpus(asked: list[Any], monkeypatch: pytest.MonkeyPatch
         ("dropout", {"dropout_rate": 0.5, "dropout_rng": Shape((2,), "uint32")}),
         ("soft cap", {"logits_soft_cap": 5.0}),
         ("sinks", {"sinks": Shape((4,), "float32")}),
+        ("no score_mod", {"score_mod": lambda score, *_: 2 * score}),
+        ("no mask_mod", {"mask_mod": lambda b, h, q, k: q >= k}),
         ("block_q", {"block_q": 64}),
         ("names an algorithm", {"precision": "BF16_BF16_F32"}),
         ("this one is an array", {"scale": Shape((), "float32")}),

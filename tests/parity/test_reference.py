@@ -7,7 +7,6 @@ import functools
 import inspect
 import math
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_native_flash_attn import flash_attention
+from jax_native_flash_attn import _implementations, flash_attention
 from tests.support.cases import Case, check_case
 from tests.support.environment import enable_x64, lenient_promotion
 from tests.support.grids import thinned
@@ -499,7 +498,7 @@ def test_cudnn_passes_through():
 )
 def test_cudnn_takes_extensions_that_ask_for_nothing(neutral: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     passed: list[dict[str, Any]] = []
-    monkeypatch.setattr(sys.modules[flash_attention.__module__], "_jax_attention", lambda **x: passed.append(x))
+    monkeypatch.setattr(_implementations, "jax_attention", lambda **x: passed.append(x))
     arrays = qkv(2, 8, 8, 4, 2, 16, jnp.float32)
     flash_attention(*arrays, is_causal=True, implementation="cudnn", **neutral)
     assert passed[0].keys() <= SIGNATURE.parameters.keys()

@@ -21,8 +21,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad
 
 from .._kernels.protocol import Pass, Target
-from .._semantics.call import OPERANDS, Call, Config, Inputs, Ring, field_names
+from .._semantics.call import Call, Config, Inputs, Ring, field_names
 from .._semantics.numerics import accumulation_dtype
+from .._semantics.operands import OPERANDS
+from .._semantics.varying import vary_alike
 from .._sharding import lowering, passes, types
 from .linear import DirectionalDerivative, FirstDerivative, Flags, Leaves, LinearKernel, Slot, operand_shapes, pick
 from .registration import batch_operands, register
@@ -242,6 +244,6 @@ def flash_attention_core(config: Config, inputs: Inputs) -> tuple[jax.Array, jax
     out and lse are differentiable; max_logits has no gradient.
     """
     leaves, structure = jax.tree.flatten(inputs)
-    out, *others = _apply_forward(*types.vary_alike(leaves), config=config, structure=structure)
+    out, *others = _apply_forward(*vary_alike(leaves), config=config, structure=structure)
     lse = others.pop(0) if config.needs_lse else None
     return out, lse, others[0] if config.needs_max_logits else None

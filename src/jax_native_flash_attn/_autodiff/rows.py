@@ -8,7 +8,7 @@ of the cotangents do of out and dl of lse, where p_t is 0 without sinks; of a ta
 
     dlse_t = p_t dsink                dout_t = -p_t dsink out_t
 
-A bias inside a soft cap has no such sum.
+A bias inside a soft cap or `score_mod` has no such sum.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ def is_shift(call: Call) -> bool:
     """Whether the bias of a call is alike for all keys, and so changes no weight, since these add up to 1."""
     config, inputs = call
     has_rows = inputs.bias is not None and inputs.bias.shape[-1] == 1
-    return has_rows and inputs.sinks is None and config.logits_soft_cap is None
+    return has_rows and inputs.sinks is None and config.adds_bias
 
 
 def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
@@ -38,7 +38,7 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
     if (like := wanted.pop("sinks", None)) is not None:
         results["sinks"] = sum_to(-(_sink_weights(call, given) * _delta(call, given)).sum(-1), like)
     like = wanted.get("bias")
-    if like is not None and like.shape[-1] == 1 and call.config.logits_soft_cap is None:
+    if like is not None and like.shape[-1] == 1 and call.config.adds_bias:
         results["bias"] = _of_rows(call, given, wanted.pop("bias"))
     return results | passes.cotangent(call, given._replace(wanted=wanted), target) if wanted else results
 

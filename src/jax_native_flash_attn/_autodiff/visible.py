@@ -12,6 +12,7 @@ from jax.extend.core import Primitive
 from .._kernels.protocol import Target
 from .._semantics import visible
 from .._semantics.masks import MaskOperands
+from .._semantics.varying import vary_alike
 from .._semantics.visible import Visible
 from .._sharding import lowering, types
 from .registration import batch_operands, register
@@ -23,7 +24,7 @@ _visible_p.multiple_results = True
 def find_visible(mask: MaskOperands, T: int, S: int) -> Visible:
     """See `_semantics.visible.find_visible`."""
     leaves, structure = jax.tree.flatten(mask)
-    return Visible(*_apply(types.vary_alike(leaves), structure, T, S))
+    return Visible(*_apply(vary_alike(leaves), structure, T, S))
 
 
 def _apply(leaves: Sequence[Any], structure: Any, T: int, S: int) -> Any:

@@ -11,7 +11,10 @@ import numpy as np
 
 from .dropout import Dropout
 from .masks import Band, MaskOperands
+from .mods import Program
+from .operands import LAYOUTS
 from .sizes import Sizes
+from .tile_masks import BLOCK
 
 MOST_UNROLLED = 4  # visits of a ring: up to so many, each has its own text in the program
 
@@ -94,13 +97,18 @@ class Settings(NamedTuple):
     is_staged: bool
     ring: Ring | None = None
     static_scale: float | None = None
+    score_mod: Program | None = None
+    mask_mod: Program | None = None
+    mask_block: int = BLOCK
 
 
 class Arrays(NamedTuple):
     """The arrays of a checked call, named as in `OPERANDS`; None where the call has none.
 
     query, key, value, bias and mask have rank 4; scale, traced_window (2,) and sinks (N,) are not batched; `head_index`
-    numbers the heads for dropout, or is (1, 1) where all share a mask.
+    numbers the heads for dropout, or is (1, 1) where all share a mask. What is given to `score_mod` and `mask_mod`, and
+    what they capture, has names that say its rank; `batch_number` and `head_number` are what they get as indices.
+    `tile_classes` and `row_has_key` are a `TiledMask`'s.
     """
 
     query: jax.Array
@@ -120,6 +128,11 @@ class Arrays(NamedTuple):
     sinks: jax.Array | None = None
     dropout_key: jax.Array | None = None
     head_index: jax.Array | None = None
+    batch_number: jax.Array | None = None
+    head_number: jax.Array | None = None
+    mod_args: Mapping[str, jax.Array] | None = None
+    tile_classes: jax.Array | None = None
+    row_has_key: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +169,31 @@ class Config:
     static_scale: float | None = None
     has_band_intervals: bool = False
     differentiates_lse: bool = False
+    score_mod: Program | None = None
+    mask_mod: Program | None = None
+    mask_block: int = BLOCK
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether a bias, once added, is changed no more: then its derivative is that of the logits."""
+        return self.logits_soft_cap is None and self.score_mod is None
+
+
+class ModOperands(NamedTuple):
+    """What `score_mod` and `mask_mod` read; all int32 but the last.
+
+    Attributes:
+      batch_number: (batch...), of the call as a user made it; axes that `vmap` added have size 1.
+      head_number: (batch..., N), from 0 to the number of all heads.
+      query_number: (batch..., T), and key_number: (batch..., S): position, or index.
+      args: (batch..., ...) each, by name; see `trace_mod`.
+    """
+
+    batch_number: jax.Array
+    head_number: jax.Array
+    query_number: jax.Array
+    key_number: jax.Array
+    args: Mapping[str, jax.Array]
 
 
 class Inputs(NamedTuple):
@@ -171,6 +209,7 @@ class Inputs(NamedTuple):
       dropout_key: (batch..., 2) uint32, or None without dropout; (batch..., 4) if rows and keys are part of those that
         `Dropout.lengths` says: then with the numbers of the first row and of the first key.
       head_index: (batch..., N) uint32, the number b * N + n of a head in the dropout mask, or None.
+      mods: see `ModOperands`, or None without `score_mod` and `mask_mod`.
     """
 
     query: jax.Array
@@ -182,6 +221,7 @@ class Inputs(NamedTuple):
     sinks: jax.Array | None
     dropout_key: jax.Array | None
     head_index: jax.Array | None
+    mods: ModOperands | None = None
 
     @property
     def sizes(self) -> Sizes:
@@ -202,66 +242,13 @@ class Call(NamedTuple):
         return self.inputs.sizes
 
 
-class Operand(NamedTuple):
-    """What is known of an array by its name.
-
-    Attributes:
-      axes: a letter for each; B is the axis of the batch, or of a kernel several (an axis for each enclosing `vmap`).
-        B, N and K may be sharded, and T and S together, around a ring.
-      is_differentiable: whether it has a gradient.
-    """
-
-    axes: str
-    is_differentiable: bool = False
-
-
-# Every array, of the public functions' arguments, of the kernels' and of their results; a derivative is as its primal.
-OPERANDS = {
-    "query": Operand("BTNH", is_differentiable=True),
-    "key": Operand("BSKH", is_differentiable=True),
-    "value": Operand("BSKD", is_differentiable=True),
-    "scale": Operand("B", is_differentiable=True),
-    "bias": Operand("BNTS", is_differentiable=True),
-    # Masks as they are given, ...
-    "mask": Operand("BNTS"),
-    "traced_window": Operand("W"),
-    "query_lengths": Operand("B"),
-    "key_value_lengths": Operand("B"),
-    "query_segment_ids": Operand("BT"),
-    "key_value_segment_ids": Operand("BS"),
-    "query_positions": Operand("BT"),
-    "key_value_positions": Operand("BS"),
-    "query_offset": Operand("B"),
-    # ... and as kernels get them: see `MaskOperands`.
-    "key_start": Operand("BNT"),
-    "key_stop": Operand("BNT"),
-    "allowed": Operand("BNTS"),
-    "dead": Operand("BNT"),
-    "key_value_length": Operand("B"),
-    "shift": Operand("B"),
-    "query_ids": Operand("BNTS"),
-    "key_ids": Operand("BNTS"),
-    "lowest_position": Operand("BNTS"),
-    "highest_position": Operand("BNTS"),
-    "key_positions": Operand("BNTS"),
-    "is_exact": Operand("BNT"),
-    "sinks": Operand("BN", is_differentiable=True),
-    "dropout_key": Operand("BW"),
-    "head_index": Operand("BN"),
-    # Results.
-    "out": Operand("BTND"),
-    "lse": Operand("BNT"),
-    "max_logits": Operand("BNT"),
-}
-
-# Axes behind the batch axes.
-LAYOUTS = {name: operand.axes.removeprefix("B") for name, operand in OPERANDS.items()}
-
-
 def _fields(inputs: Inputs) -> dict[str, Any]:
     fields = inputs._asdict()
     mask: MaskOperands = fields.pop("mask")
-    return fields | mask._asdict()
+    mods: ModOperands | None = fields.pop("mods")
+    numbers = {} if mods is None else mods._asdict()
+    args = numbers.pop("args", {})
+    return fields | mask._asdict() | numbers | args
 
 
 def field_names(structure: Any) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from .call import Arrays, Settings
 from .join_masks import is_query_row
 from .masks import Band, MaskOperands, make_band
+from .mods import Program, args_of
 from .numerics import DEAD_ROW_LSE, accumulation_dtype, bias_floor, lowest
 from .positions import Order, of_keys, of_rows, position_bounds, reach_of
 
@@ -52,6 +53,8 @@ def dense_attention(settings: Settings, arrays: Arrays) -> tuple[jax.Array, jax.
     logits = logits * arrays.scale.astype(dtype)
     if arrays.bias is not None:
         logits = logits + jnp.maximum(arrays.bias.astype(dtype), bias_floor(dtype))
+    if settings.score_mod is not None:
+        logits = jnp.maximum(_of_mod(settings.score_mod, arrays, settings.static_offset, [logits]), bias_floor(dtype))
     if settings.logits_soft_cap is not None:
         logits = settings.logits_soft_cap * jnp.tanh(logits / settings.logits_soft_cap)
     allowed, has_key = _visible(settings, arrays, T, S)
@@ -76,6 +79,22 @@ def dense_attention(settings: Settings, arrays: Arrays) -> tuple[jax.Array, jax.
         out = jnp.where(_of_query(is_row), out, 0)
         lse, max_logits = (jnp.where(of_rows(is_row), *x) for x in ((lse, DEAD_ROW_LSE), (max_logits, -jnp.inf)))
     return out.astype(query.dtype), jnp.moveaxis(lse[..., 0], 1, 2), max_logits[..., 0]
+
+
+def _of_mod(program: Program, arrays: Arrays, static_offset: int, scores: list[jax.Array]) -> jax.Array:
+    """Of all scores, (B, N, T, S), which come first if the program reads them; axes may have size 1."""
+    assert arrays.mod_args is not None
+    assert arrays.batch_number is not None
+    assert arrays.head_number is not None
+    order = Order(
+        query_positions=arrays.query_positions,
+        key_positions=arrays.key_value_positions,
+        query_offset=arrays.query_offset,
+    )
+    rows, keys = order.numbers(arrays.query.shape[1], arrays.key.shape[1], static_offset)
+    batch, heads = arrays.batch_number[:, None, None, None], arrays.head_number[None, :, None, None]
+    args = [x.reshape(1, 1, 1, 1, *x.shape) for x in args_of(program, arrays.mod_args).values()]
+    return program((*scores, batch, heads, of_rows(rows), of_keys(keys)), args)
 
 
 def _of_query(is_row: jax.Array | None) -> jax.Array:
@@ -111,6 +130,8 @@ def _visible(settings: Settings, arrays: Arrays, T: int, S: int) -> _Visible:
     terms = [] if band.lower is None else [distance >= band.lower]
     terms += [] if band.upper is None else [distance <= band.upper]
     others = [mask.matches(), arrays.mask]
+    if settings.mask_mod is not None:
+        others.append(_of_mod(settings.mask_mod, arrays, settings.static_offset, []))
     if arrays.key_value_lengths is not None:
         others.append(of_keys(columns < arrays.key_value_lengths[:, None]))
     others = [x for x in others if x is not None]

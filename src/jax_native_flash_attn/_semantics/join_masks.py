@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from .masks import Band, MaskOperands, make_band
 from .positions import Order, cut, moving_band, of_keys, of_rows, position_bounds, reach_of
+from .tile_masks import MaskMod, and_masks, find_tiles
 from .visible import Visible, find_visible, rows_with_a_key
 
 _NO_BAND, _NO_ORDER = Band(), Order()
@@ -29,6 +30,7 @@ def make_mask(
     find_visible: Callable[[MaskOperands, int, int], Visible] = find_visible,
     has_dead_rows: bool = True,
     within: tuple[jax.Array, jax.Array] | None = None,
+    mask_mod: MaskMod | None = None,
 ) -> tuple[Band, MaskOperands]:
     """Intersect all masks of a call into one static band and the operands it cannot express.
 
@@ -38,6 +40,7 @@ def make_mask(
       find_visible: see the function of this name.
       has_dead_rows: whether rows without a key attend all; otherwise they attend none, as padded ones.
       within: the interval of keys of each row, start and stop, (B, N, T), that another mask leaves.
+      mask_mod: a function of indices.
     """
     reach = reach_of(is_causal=is_causal, static_window=static_window, traced_window=traced_window)
     if reach.left is None and reach.right is None and not order.has_positions:
@@ -58,14 +61,15 @@ def make_mask(
         or order.query_ids is not None
         or bool((stop <= start).any())  # the static form has no dead rows
     )
-    if not traced and allowed is None:
+    if not traced and allowed is None and mask_mod is None:
         return band, MaskOperands()
 
     moving, shift = None, order.query_offset
-    is_plain = padded is None and allowed is None and static_band == Band() and not order.has_positions
+    has_elements = allowed is not None or mask_mod is not None
+    is_plain = padded is None and not has_elements and static_band == Band() and not order.has_positions
     if is_plain and shift is not None:
         moving = moving_band(reach)
-    has_others = padded is not None or allowed is not None or not is_static or band.lower is not None
+    has_others = padded is not None or has_elements or not is_static or band.lower is not None
     is_cut = key_value_lengths is not None and not has_others and has_dead_rows and bool((stop > 0).all())
     start, stop = (jnp.asarray(x)[None, None, :] for x in (start, stop))
     operands = MaskOperands(allowed=allowed, key_value_length=key_value_lengths)
@@ -83,11 +87,20 @@ def make_mask(
     if operands.key_ids is not None or operands.key_positions is not None:
         start, stop, has_key, is_exact = find_visible(operands._replace(key_start=start, key_stop=stop), T, S)
         operands = operands._replace(is_exact=is_exact)
-    elif allowed is None:
+    elif allowed is None or mask_mod is not None:
         has_key = start < stop
     else:
         is_banded = band != Band() or not is_static or key_value_lengths is not None
         has_key = rows_with_a_key(start, stop, allowed, is_banded=is_banded)
+    if mask_mod is not None:
+        is_alone = not traced and allowed is None and band == Band()
+        first, end = (start, stop) if padded is None else (jnp.where(padded, S, start), jnp.where(padded, 0, stop))
+        known = operands._replace(key_start=first, key_stop=end)
+        if is_alone:
+            tiles = mask_mod.tiles(T, S)
+        else:
+            tiles = find_tiles(and_masks(mask_mod.elements, known), T, S, mask_mod.block)
+        operands, has_key = operands._replace(tile_classes=tiles.classes), tiles.has_key
     dead = ~has_key
     if not has_dead_rows:
         padded = dead if padded is None else dead | padded

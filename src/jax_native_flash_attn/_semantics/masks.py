@@ -88,6 +88,8 @@ class MaskOperands(NamedTuple):
         whose positions are between these, both included; or None.
       is_exact: (B, 1, 1) bool: whether the intervals say all that ids and positions say; None without these. Where they
         do not, every element is compared.
+      tile_classes: (B, N, tiles of rows, tiles of keys) int8: what all masks leave of a tile, if one is a `mask_mod`;
+        see `tile_masks.Tiles`.
     """
 
     key_start: jax.Array | None = None
@@ -102,6 +104,7 @@ class MaskOperands(NamedTuple):
     highest_position: jax.Array | None = None
     key_positions: jax.Array | None = None
     is_exact: jax.Array | None = None
+    tile_classes: jax.Array | None = None
 
     def matches(self, read: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array | None:
         """What ids and positions say of each element, (B, 1, T, S), or of those that `read` takes; None without any."""

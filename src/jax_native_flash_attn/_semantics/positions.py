@@ -40,6 +40,14 @@ class Order(NamedTuple):
     def has_positions(self) -> bool:
         return self.query_positions is not None or self.key_positions is not None
 
+    def numbers(self, T: int, S: int, static_offset: int) -> tuple[jax.Array, jax.Array]:
+        """Where each row and each key stands: (B or 1, T) and (B or 1, S)."""
+        rows, keys = self.query_positions, self.key_positions
+        if rows is None:
+            shift = jnp.int32(static_offset) if self.query_offset is None else self.query_offset[:, None]
+            rows = saturated_sum(shift, jnp.arange(T, dtype=jnp.int32)[None, :])
+        return rows, jnp.arange(S, dtype=jnp.int32)[None, :] if keys is None else keys
+
 
 def moving_band(reach: Reach) -> Band | None:
     """The complete band of a reach whose rows an offset moves; None where numbers that int32 holds do not say it."""
@@ -76,11 +84,7 @@ def cut(
 
 def position_bounds(T: int, S: int, order: Order, reach: Reach, static_offset: int) -> dict[str, jax.Array]:
     """Of `MaskOperands`, those of the fields on positions that say something."""
-    position, keys = order.query_positions, order.key_positions
-    if position is None:
-        shift = jnp.int32(static_offset) if order.query_offset is None else order.query_offset[:, None]
-        position = saturated_sum(shift, jnp.arange(T, dtype=jnp.int32)[None, :])
-    keys = jnp.arange(S, dtype=jnp.int32)[None, :] if keys is None else keys
+    position, keys = order.numbers(T, S, static_offset)
     bounds = {}
     if reach.left is not None:
         bounds["lowest_position"] = of_rows(saturated_sum(position, -reach.left))

@@ -26,7 +26,8 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlib.mlir.dialects import sdy
 
-from .._semantics.call import LAYOUTS, Ring, mesh_order
+from .._semantics.call import Ring, mesh_order
+from .._semantics.operands import LAYOUTS
 
 # ---- what XLA splits
 

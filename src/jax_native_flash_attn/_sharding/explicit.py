@@ -8,7 +8,8 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 from .._semantics.block_masks import make_ring
-from .._semantics.call import OPERANDS, Arrays, Settings
+from .._semantics.call import Arrays, Settings
+from .._semantics.operands import OPERANDS
 from .types import axis_names, reshard
 
 
@@ -61,10 +62,13 @@ def over_explicit_axes(attention: Callable, settings: Settings, arrays: Arrays) 
             letters = letters.replace("S", "T")
         return PartitionSpec(*(mesh_axes.get(c) if n > 1 else None for c, n in zip(letters, x.shape, strict=True)))
 
-    # An array that a call lacks is None, which has no leaf.
-    specs = Arrays(*(None if x is None else spec_of(name, x) for name, x in arrays._asdict().items()))  # pyright: ignore
-    pairs = zip(arrays, specs, strict=True)
-    placed = Arrays(*(None if x is None else reshard(x, mesh, spec) for x, spec in pairs))  # pyright: ignore
+    # An array that a call lacks is None, which has no leaf. What `score_mod` and `mask_mod` read is whole everywhere.
+    given = {name: x for name, x in arrays._asdict().items() if x is not None}
+    mod_args = given.pop("mod_args", None)
+    specs = Arrays(**{name: spec_of(name, x) for name, x in given.items()})  # pyright: ignore
+    if mod_args is not None:
+        specs = specs._replace(mod_args={name: spec_of(name, x) for name, x in mod_args.items()})
+    placed = jax.tree.map(lambda x, spec: reshard(x, mesh, spec), arrays, specs)
     out_specs = (
         PartitionSpec(spec[0], spec[1], spec[2], None),
         PartitionSpec(spec[0], spec[1], spec[2]) if settings.needs_lse else None,

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._semantics.call import LAYOUTS, MOST_UNROLLED, Call, Config, Inputs, Meeting, Ring
+from .._semantics.call import MOST_UNROLLED, Call, Config, Inputs, Meeting, Ring
 from .._semantics.dropout import with_place
 from .._semantics.masks import Band, MaskOperands
+from .._semantics.operands import LAYOUTS
 from .._semantics.sizes import Sizes
 from .collectives import axis_index, shift
 

@@ -1,34 +1,15 @@
-"""What the types of arrays say of mesh axes: over which manual ones they vary, which explicit ones shard them."""
+"""What the types of arrays say of mesh axes: types of results, and which explicit axes shard an array."""
 
 import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax import lax
 from jax.core import ShapedArray
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-
-def _varying_axes(aval: Any) -> frozenset:
-    """The manual mesh axes over which values of this type differ."""
-    return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying
-
-
-def vary_alike(operands: Sequence[jax.Array]) -> list[jax.Array]:
-    """Make all operands vary over the manual axes that any of them does; the transpose of this is a `psum`."""
-    axes = frozenset().union(*(_varying_axes(jax.typeof(x)) for x in operands))
-
-    def cast(x: jax.Array) -> jax.Array:
-        missing = tuple(axes - _varying_axes(jax.typeof(x)))
-        if not missing:
-            return x
-        if hasattr(lax, "pcast"):
-            return lax.pcast(x, missing, to="varying")
-        return lax.pvary(x, missing)  # pyright: ignore[reportAttributeAccessIssue]
-
-    return [cast(x) for x in operands]
+from .._semantics.varying import varying_axes
 
 
 def result_aval(operands: Sequence[Any], shape: tuple[int, ...], dtype: DTypeLike) -> ShapedArray:
@@ -36,7 +17,7 @@ def result_aval(operands: Sequence[Any], shape: tuple[int, ...], dtype: DTypeLik
 
     Over explicit axes only its leading axes are sharded, those that `vmap` added, and like the operands'.
     """
-    widest = max(operands, key=lambda aval: len(_varying_axes(aval)))
+    widest = max(operands, key=lambda aval: len(varying_axes(aval)))
     key = "vma" if hasattr(widest, "vma") else "manual_axis_type"
     spec = [axis if n != 1 else None for axis, n in zip(explicit_spec(operands), shape, strict=False)]
     sharding = NamedSharding(widest.sharding.mesh, PartitionSpec(*spec, *(None,) * (len(shape) - len(spec))))

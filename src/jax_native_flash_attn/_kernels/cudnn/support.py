@@ -76,6 +76,9 @@ def _why_not_config(call: Call) -> str | None:
         return "it has no sinks"
     if config.logits_soft_cap is not None:
         return "it has no soft cap"
+    for name in ("score_mod", "mask_mod"):
+        if getattr(config, name) is not None:
+            return f"it has no {name}"
     if config.needs_max_logits:
         return "it gives no largest logits"
     if config.block_q is not None or config.block_kv is not None:

@@ -84,7 +84,7 @@ class Operands:
     Attributes:
       query: (batch..., T, N, H).
       key: (batch..., S, K, H).
-      value: (batch..., S, K, D); in float32 (batch..., K, D, S).
+      value: (batch..., S, K, D); in float32, of the forward, (batch..., K, D, S).
       scale: (batch...).
       length: (batch...), the `key_value_length`.
       shift: (batch...), what the rows of the band are moved by, or None; `has_dead_rows`: whether rows that have no key
@@ -147,6 +147,16 @@ class RowOperands:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class TransposedOperands:
+    """What a backward kernel reads also with rows innermost: (batch..., heads, H or D, rows), see `host/tf32.py`."""
+
+    query: Any | None = None
+    key: Any | None = None
+    dout: Any | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class QueryTiles:
     """Which query tiles a block of keys meets: see `host.intervals.query_tiles`."""
 
@@ -158,11 +168,12 @@ class QueryTiles:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BackwardOperands:
-    """`query_tiles`: of the kernel for keys and values, where masks are traced."""
+    """`query_tiles`: of the kernel for keys and values, where masks are traced. `transposed`: in float32."""
 
     forward: Operands
     rows: RowOperands
     query_tiles: QueryTiles | None = None
+    transposed: TransposedOperands | None = None
 
 
 @jax.tree_util.register_dataclass

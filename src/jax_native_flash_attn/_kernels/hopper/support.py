@@ -74,8 +74,6 @@ class HopperKernels:
 def _why_not_pass(call: Call, which: Pass) -> str | None:
     if which is Pass.TANGENT:
         return "it has no kernel for tangents"
-    if which is Pass.COTANGENT and call.inputs.query.dtype == jnp.float32:
-        return "wgmma transposes no tile of float32, which gradients need"
     bias = call.inputs.bias
     if which is Pass.COTANGENT and call.config.logits_soft_cap is not None and bias is not None and bias.shape[-1] == 1:
         return "it has no gradient of a bias without keys inside a soft cap"
@@ -117,6 +115,9 @@ def _why_not_call(call: Call) -> str | None:
             )
     if max(H, D) > 256:
         return f"it takes head dimensions up to 256, got {_named(H, D)}"
+    for name in ("score_mod", "mask_mod"):
+        if getattr(config, name) is not None:
+            return f"{name} is a function, which only the pure JAX kernels evaluate"
     if config.block_q is not None or config.block_kv is not None:
         return "block_q and block_kv are for the pure JAX kernels"
     if isinstance(config.precision, jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset):

@@ -186,6 +186,10 @@ class TileAccess:
             return _write(result, self._outside(x), (*at.batch, 0), True)
         return _write(result, self._outside(x).sum(-1), at.batch, True)
 
+    def add_arg(self, result: jax.Array, x: jax.Array, at: RowTile) -> jax.Array:
+        """(batch..., any) onto the same of all batch rows: what all heads, rows and keys share"""
+        return _write(result, x, (*at.batch, *(0,) * (x.ndim - len(at.batch))), True)
+
     # ---- windows: where a tile starts in each axis, and how far it reaches
 
     def _query_window(self, at: RowTile) -> tuple[tuple[Index, ...], tuple[int, ...]]:

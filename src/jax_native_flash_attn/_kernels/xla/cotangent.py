@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .access import ColumnTile, RowTile
-from .loops import TileMask
+from .masked_tiles import TileMask
 from .tiles import Tiles
 
 
@@ -74,7 +74,7 @@ def cotangent(
     An axis of size 1 in `results` is summed over.
     """
     nest, sizes = tiles.nest, tiles.sizes
-    needs_logits = any(name in results for name in ("query", "key", "scale", "bias"))
+    needs_logits = any(name != "value" for name in results)
     has_row_bias = "bias" in results and results["bias"].shape[-1] == 1 and tiles.config.has_all_keys
     row_sums = ["bias"] if has_row_bias else []
     row_sums += ["scale"] if "scale" in results and tiles.plan.rounds_operands else []
@@ -123,7 +123,9 @@ def cotangent(
             keep = tiles.keep(at, columns)
             keep = None if keep is None else tiles.joined(keep)
             key = tiles.key(at, columns, mask)
-            weights = _weights(tiles, tiles.joined(logits := tiles.logits(query, key, at, columns, mask)), row_lse)
+            scores = tiles.sums(query, key, at, columns)
+            logits = tiles.masked(tiles.changed(scores, at, columns), mask)
+            weights = _weights(tiles, tiles.joined(logits), row_lse)
             if "value" in results and has_out:
                 dropped = tiles.split(tiles.drop(weights, keep))
                 results["value"] = _add_key_product(
@@ -152,9 +154,11 @@ def cotangent(
             multiplied = {"scale": lambda: tiles.scores(query, key), "bias": lambda: jnp.ones_like(logits)}
             for name in row_sums:
                 dz, p = (x.astype(tiles.plan.accumulate) for x in (dlogits, tiles.split(weights)))
-                x = tiles.through_cap(multiplied[name](), logits)
+                x = tiles.changed_tangent(scores, {}, logits, multiplied[name](), at, columns)
+                assert x is not None
                 moments = moments | {name: moments[name].with_tile(dz, p, x)}
-            dlogits = tiles.through_cap(dlogits, logits)
+            dlogits, changed = tiles.changed_cotangent(scores, logits, dlogits, results, at, columns)
+            results.update(changed)
             if "key" in results:
                 rows = key_operands["key"]
                 if tiles.plan.converts_late:

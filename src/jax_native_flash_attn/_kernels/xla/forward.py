@@ -18,7 +18,7 @@ from jax import lax
 
 from ..._semantics.numerics import lowest
 from .access import ColumnTile, RowTile
-from .loops import TileMask
+from .masked_tiles import TileMask
 from .tiles import Tiles
 
 
@@ -65,7 +65,7 @@ def forward(tiles: Tiles, bound: Bound | None = None) -> tuple[jax.Array, ...]:
 
         def key_tile(columns: ColumnTile, mask: TileMask | None, state: OnlineSoftmax | None) -> OnlineSoftmax:
             key, value = tiles.key(at, columns, mask), tiles.value(at, columns, mask)
-            unmasked = tiles.unmasked_logits(query, key, at, columns)
+            unmasked = tiles.changed(tiles.sums(query, key, at, columns), at, columns)
             logits = tiles.masked(unmasked, mask)
             if bound is not None and bound.holds is None:
                 assert state is not None

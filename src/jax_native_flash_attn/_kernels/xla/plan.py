@@ -81,8 +81,9 @@ class Plan:
 
     def loops(self, call: Call) -> Nest:
         """The loops over the tiles of a call."""
-        band, mask = call.config.band, call.inputs.mask
-        return Nest(self.sizes, self.tile, band, mask, self.static_trip_counts, self.never_skips_rows)
+        (config, inputs), loops = call, (self.static_trip_counts, self.never_skips_rows)
+        by_indices = {"mask_mod": config.mask_mod, "mods": inputs.mods, "mask_block": config.mask_block}
+        return Nest(self.sizes, self.tile, config.band, inputs.mask, *loops, **by_indices)
 
 
 def make_plan(
@@ -129,7 +130,7 @@ def make_plan(
         limits,
         is_forward=further is None,
         has_mask=mask.allowed is not None,
-        has_bias_or_dropout=any(x is not None for x in (inputs.bias, config.dropout, config.logits_soft_cap)),
+        has_bias_or_dropout=_changes_scores(call),
         needs_lse=config.needs_lse,
         is_bounded=is_bounded,
         summed_over_batch=summed_over_batch,
@@ -210,5 +211,9 @@ def make_plan(
 def _is_more_than_softmax(call: Call) -> bool:
     """Whether a call is more than a softmax, perhaps masked, between two products."""
     config, inputs = call
-    others = (inputs.bias, inputs.sinks, config.dropout, config.logits_soft_cap)
-    return config.needs_lse or config.needs_max_logits or any(x is not None for x in others)
+    return config.needs_lse or config.needs_max_logits or inputs.sinks is not None or _changes_scores(call)
+
+
+def _changes_scores(call: Call) -> bool:
+    config, inputs = call
+    return any(x is not None for x in (inputs.bias, inputs.mods, config.dropout, config.logits_soft_cap))

@@ -8,9 +8,10 @@ dout_t = sum_s c_ts p_ts dz_ts v_s - dlse_t out_t + sum_s c_ts p_ts dv_s
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 
 from .access import ColumnTile, RowTile
-from .loops import TileMask
+from .masked_tiles import TileMask
 from .tiles import Tiles
 
 
@@ -33,8 +34,8 @@ def tangent(
     def row_tile(at: RowTile, results: dict[str, jax.Array]) -> dict[str, jax.Array]:
         query, row_lse = tiles.query(at), tiles.rows(lse, at)
 
-        def logits_tangent(key: jax.Array, columns: ColumnTile, mask: TileMask | None) -> jax.Array | None:
-            """dz; None if no tangent reaches the logits."""
+        def sums_tangent(key: jax.Array, columns: ColumnTile) -> jax.Array | None:
+            """Of products and bias; None if no tangent reaches them."""
             terms = []
             if "query" in tangents:
                 dquery = nest.query_slice(tangents["query"], at)
@@ -45,9 +46,9 @@ def tangent(
             if "scale" in tangents:
                 dscale = nest.batch_slice(tangents["scale"], at)
                 terms.append(tiles.products(query, key, dscale))
-            products = sum(terms[1:], terms[0]) if terms else None
-            bias = tiles.bias(tangents["bias"], at, columns) if "bias" in tangents else None
-            return None if products is None and bias is None else tiles.logits_tangent(products, bias, mask)
+            if "bias" in tangents:
+                terms.append(tiles.bias(tangents["bias"], at, columns))
+            return sum(terms[1:], terms[0]) if terms else None
 
         def key_tile(
             columns: ColumnTile, mask: TileMask | None, state: tuple[jax.Array, jax.Array]
@@ -55,11 +56,12 @@ def tangent(
             dout, dlse = state
             keep = tiles.keep(at, columns)
             key = tiles.key(at, columns, mask)
-            logits = tiles.logits(query, key, at, columns, mask)
+            scores = tiles.sums(query, key, at, columns)
+            logits = tiles.masked(tiles.changed(scores, at, columns), mask)
             weights = tiles.exp(logits - row_lse)
-            dlogits = logits_tangent(key, columns, mask)
+            dlogits = tiles.changed_tangent(scores, tangents, logits, sums_tangent(key, columns), at, columns)
             if dlogits is not None:
-                dlogits = tiles.through_cap(dlogits, logits)
+                dlogits = tiles.through_mask(jnp.broadcast_to(dlogits, (*rows, nest.tile.block_kv)), mask)
                 dweights = weights * dlogits
                 row_dlse = dweights.sum(-1, keepdims=True)
                 dlse += row_dlse

@@ -1,5 +1,6 @@
 """What every kernel reads of one tile: its logits, their derivative, and its dropout. Nothing else computes them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 from ..._semantics.call import Call, sum_to
 from ..._semantics.numerics import bias_floor, lowest
 from .access import ColumnTile, RowTile
-from .loops import TileMask
+from .masked_tiles import TileMask
+from .mods import ScoreMod
 from .plan import Plan
 from .quirks import exp_polynomial, in_row_major_layout
 
@@ -20,6 +22,7 @@ class Tiles:
         self.config, self.inputs = call
         self.plan, self.sizes, self.nest = plan, plan.sizes, plan.loops(call)
         self.exp = exp_polynomial if plan.takes_polynomial else jnp.exp
+        self.score_mod = ScoreMod.of(self.nest, call)
 
     def zeros_for(self, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
         """Where a kernel collects a result: in accumulation dtype if an element gets more than one contribution."""
@@ -165,17 +168,17 @@ class Tiles:
         """A tile of a score-like array, (lead..., rows, block_kv), axes of size 1 kept."""
         return self.nest.score_slice(x, at, columns).astype(self.plan.accumulate)
 
-    def logits(
-        self, query: jax.Array, key: jax.Array, at: RowTile, columns: ColumnTile, mask: TileMask | None
-    ) -> jax.Array:
-        """Logits of one tile, (lead..., rows, block_kv)."""
-        return self.masked(self.unmasked_logits(query, key, at, columns), mask)
-
-    def unmasked_logits(self, query: jax.Array, key: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
+    def sums(self, query: jax.Array, key: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
+        """Products and bias of one tile, (lead..., rows, block_kv): logits, but for `changed` and `masked`."""
         logits = self.products(query, key, self.scale(at))
         if self.inputs.bias is not None:
             bias = self.bias(self.inputs.bias, at, columns)
             logits += jnp.maximum(bias, bias_floor(self.plan.accumulate))
+        return logits
+
+    def changed(self, sums: jax.Array, at: RowTile, columns: ColumnTile) -> jax.Array:
+        """Logits of one tile, but for `masked`."""
+        logits = sums if self.score_mod is None else self.score_mod.score(sums, at, columns)
         if self.config.logits_soft_cap is not None:
             logits = self.config.logits_soft_cap * jnp.tanh(logits / self.config.logits_soft_cap)
         return logits
@@ -193,7 +196,7 @@ class Tiles:
 
     def changes_products(self, mask: TileMask | None) -> bool:
         """Whether logits are more than a product, in a loop on CPU: XLA (0.12) would make that for each reader."""
-        is_product = mask is None and self.inputs.bias is None and self.config.logits_soft_cap is None
+        is_product = mask is None and self.inputs.bias is None and self.config.adds_bias
         is_product &= self.plan.product == self.plan.accumulate
         return self.plan.platform == "cpu" and not (is_product or self.nest.visits_one_key_tile)
 
@@ -205,13 +208,34 @@ class Tiles:
         slope = 1 - jnp.square(jnp.clip(logits / cap, -1, 1))
         return (x.astype(slope.dtype) * slope).astype(x.dtype)
 
-    def logits_tangent(self, products: jax.Array | None, bias: jax.Array | None, mask: TileMask | None) -> jax.Array:
-        """Tangent of the logits, from those of the products, as rows, and of the bias tile."""
-        if bias is None:
-            assert products is not None
-            return self.through_mask(products, mask)
-        total = bias if products is None else products + bias
-        return self.through_mask(jnp.broadcast_to(total, (*self.nest.row_shape, self.nest.tile.block_kv)), mask)
+    def changed_tangent(
+        self,
+        sums: jax.Array,
+        tangents: Mapping[str, jax.Array],
+        logits: jax.Array,
+        dsums: jax.Array | None,
+        at: RowTile,
+        columns: ColumnTile,
+    ) -> jax.Array | None:
+        """Tangent of `changed`, from that of its operand and, among all tangents, those of a score_mod's arguments."""
+        if self.score_mod is not None:
+            dsums = self.score_mod.tangent(sums, dsums, tangents, at, columns)
+        return None if dsums is None else self.through_cap(dsums, logits)
+
+    def changed_cotangent(
+        self,
+        sums: jax.Array,
+        logits: jax.Array,
+        dlogits: jax.Array,
+        results: Mapping[str, jax.Array],
+        at: RowTile,
+        columns: ColumnTile,
+    ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        """The transpose of `changed_tangent`: and what it adds to those of the results that are of a score_mod."""
+        dlogits = self.through_cap(dlogits, logits)
+        if self.score_mod is None:
+            return dlogits, results
+        return self.score_mod.cotangent(sums, dlogits, results, at, columns)
 
     def through_mask(self, x: jax.Array, mask: TileMask | None) -> jax.Array:
         """Derivative of the masking in `logits`, which is its own transpose; (lead..., rows, block_kv)."""

@@ -1,6 +1,6 @@
 """The operands of a call, laid out for TMA, and the shared memory that their tiles take.
 
-Nothing is copied, but for float32 (`_tf32_operands`), where lengths are multiples of 8 or `TmaLoad` takes any, and
+Nothing is copied, but for float32 (`tf32.py`), where lengths are multiples of 8 or `TmaLoad` takes any, and
 where rows of bias and mask are multiples of 32 bytes. Bias and boolean mask keep the axes in which they broadcast. With
 both T and S they come tile by tile with the keys, through shared memory; with one of them they are a vector.
 """
@@ -8,7 +8,6 @@ both T and S they come tile by tile with the keys, through shared memory; with o
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from ...._semantics.call import Config, Inputs
 from ...._semantics.masks import MaskOperands
@@ -16,6 +15,7 @@ from ..operands import MASKED, Dropout, Elements, LogitTerm, Operands, TermBuffe
 from ..pallas import TmaLoad, matrix_buffer, pad_axis, plgpu, round_up, swizzle_bytes
 from .intervals import narrowed, pad_rows, row_intervals
 from .mask_bits import WORDS, pack_columns, pack_rows, visited_range
+from .tf32 import Products
 
 
 def prepare(
@@ -26,24 +26,22 @@ def prepare(
     tma: TmaLoad,
     value_tma: TmaLoad,
     *,
+    products: Products | None = None,
     transposes_mask: bool = False,
     reads_intervals: bool = False,
 ) -> Operands:
-    """For `tma` of query and key, and of value unless it is float32.
+    """For `tma` of query and key, and of value.
 
-    `transposes_mask`: the mask's tiles are read transposed, which cannot be done with bits: it is packed so.
-    `reads_intervals`: those of rows that are moved, even if kernels could compute them.
+    `products`: query, key and value of float32. `transposes_mask`: the mask's tiles are read transposed, which cannot
+    be done with bits: it is packed so. `reads_intervals`: those of rows that are moved, even if kernels could compute
+    them.
     """
     z, mask = inputs.sizes, inputs.mask
-    is_float32 = inputs.query.dtype == jnp.float32
-    if is_float32:
-        inputs = _tf32_operands(inputs)
-    query = pad_axis(inputs.query, -3, round_up(z.T, tma.multiple))
-    key = pad_axis(inputs.key, -3, round_up(z.S, tma.multiple))
-    if is_float32:
-        value = pad_axis(inputs.value, -1, round_up(z.S, 64))
-    else:
-        value = pad_axis(inputs.value, -3, round_up(z.S, value_tma.multiple))
+    query, key, value = products or Products(
+        pad_axis(inputs.query, -3, round_up(z.T, tma.multiple)),
+        pad_axis(inputs.key, -3, round_up(z.S, tma.multiple)),
+        pad_axis(inputs.value, -3, round_up(z.S, value_tma.multiple)),
+    )
     # Kernels compute those of a complete band. But a bias would count in the rows of a batch row of length 0.
     shift = None if reads_intervals else mask.shift
     is_computed = config.band.is_complete and (inputs.bias is None if mask.shift is None else shift is not None)
@@ -163,20 +161,6 @@ def _terms(inputs: Inputs) -> list[jax.Array]:
 
 def _float_bytes(x: jax.Array) -> int:
     return min(4, np.dtype(x.dtype).itemsize)
-
-
-def _tf32_operands(inputs: Inputs) -> Inputs:
-    """Keys and values rounded to what the tensor cores multiply (they cut off further bits); values (..., K, D, S).
-
-    wgmma transposes tiles of 16-bit elements only. The kernel rounds queries.
-    """
-    key, value = (lax.reduce_precision(x, 8, 10) for x in (inputs.key, inputs.value))
-    length = inputs.mask.key_value_length
-    if length is not None:
-        position = lax.broadcasted_iota(jnp.int32, (*(1,) * length.ndim, value.shape[-3], 1, 1), length.ndim)
-        in_length = position < length[..., None, None, None]
-        value = jnp.where(in_length | jnp.isfinite(value), value, 0.0)  # as `clean_padding`
-    return inputs._replace(key=key, value=jnp.moveaxis(value, -3, -1))
 
 
 def term_buffers(

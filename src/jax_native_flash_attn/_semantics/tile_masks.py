@@ -1,0 +1,131 @@
+"""Which tiles a function of indices leaves empty, full or in part, found once, in memory for the tiles alone."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .masks import MaskOperands
+from .mods import Program, args_of
+
+EMPTY, PARTIAL, FULL = range(3)
+BLOCK = 128  # rows and keys of a tile; kernels join several for theirs
+
+Elements = Callable[[jax.Array, jax.Array], jax.Array]
+"""From the places of some rows and keys, (t,) and (s,), what is allowed: (B or 1, N or 1, t, s)."""
+
+
+class Tiles(NamedTuple):
+    """Attributes:
+
+    classes: (B or 1, N or 1, ceil(T / block), ceil(S / block)) int8: `EMPTY`, `PARTIAL` or `FULL`.
+    has_key: (B or 1, N or 1, T) bool: whether a row may attend any key.
+    """
+
+    classes: jax.Array
+    has_key: jax.Array
+
+
+def find_tiles(elements: Elements, T: int, S: int, block: int = BLOCK) -> Tiles:
+    """The classes of all tiles, block by block of rows."""
+    num_keys = -(-S // block)
+    # What is beyond the last repeats it, which changes neither 'any' nor 'all'.
+    columns = jnp.minimum(jnp.arange(num_keys * block, dtype=jnp.int32), S - 1)
+
+    def of_rows(first: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = elements(jnp.minimum(first + jnp.arange(block, dtype=jnp.int32), T - 1), columns)
+        found = jnp.broadcast_to(found, (*found.shape[:-2], block, columns.size))
+        # Rows first: XLA:CPU vectorises that.
+        tiles = (x.reshape(*x.shape[:-1], num_keys, block) for x in (found.any(-2), found.all(-2)))
+        some, every = next(tiles).any(-1), next(tiles).all(-1)
+        return jnp.where(every, FULL, jnp.where(some, PARTIAL, EMPTY)).astype(jnp.int8), found.any(-1)
+
+    classes, has_key = lax.map(of_rows, jnp.arange(0, T, block, dtype=jnp.int32))
+    has_key = jnp.moveaxis(has_key, 0, -2)
+    return Tiles(jnp.moveaxis(classes, 0, -2), has_key.reshape(*has_key.shape[:-2], -1)[..., :T])
+
+
+def elements_of(program: Program, numbers: tuple[jax.Array, ...], args: Any) -> Elements:
+    """Of a `mask_mod`.
+
+    Args:
+      numbers: of batch rows (B,), heads (N,), query rows (B or 1, T) and keys (B or 1, S), as the program gets them.
+      args: by name.
+    """
+    batch, heads, rows, keys = numbers
+    args = [x.reshape(1, 1, 1, 1, *x.shape) for x in args_of(program, args).values()]
+
+    def elements(at_rows: jax.Array, at_keys: jax.Array) -> jax.Array:
+        given = (
+            batch[:, None, None, None],
+            heads[None, :, None, None],
+            rows[:, None, at_rows, None],
+            keys[:, None, None, at_keys],
+        )
+        none = jnp.zeros((1, 1, 1, 1), jnp.int32)
+        return program([x if flag else none for x, flag in zip(given, program.uses, strict=True)], args)
+
+    return elements
+
+
+def and_masks(elements: Elements, mask: MaskOperands) -> Elements:
+    """What both leave; of a mask that has intervals."""
+    start, stop = mask.key_start, mask.key_stop
+    assert start is not None
+    assert stop is not None
+
+    def both(rows: jax.Array, keys: jax.Array) -> jax.Array:
+        def some(x: jax.Array) -> jax.Array:
+            x = x if x.shape[-2] == 1 else x[..., rows, :]
+            return x if x.shape[-1] == 1 else x[..., keys]
+
+        first, end = (x if x.shape[-1] == 1 else x[..., rows] for x in (start, stop))
+        places = keys.reshape((1,) * first.ndim + (-1,))
+        allowed = (places >= first[..., None]) & (places < end[..., None])
+        others = (elements(rows, keys), None if mask.allowed is None else some(mask.allowed), mask.matches(some))
+        return functools.reduce(jnp.logical_and, [x for x in others if x is not None], allowed)
+
+    return both
+
+
+class MaskMod(NamedTuple):
+    """A `mask_mod` of a call: what it leaves, in tiles of which size, and which these are, if that is known."""
+
+    elements: Elements
+    block: int = BLOCK
+    known: Tiles | None = None
+
+    def tiles(self, T: int, S: int) -> Tiles:
+        return find_tiles(self.elements, T, S, self.block) if self.known is None else self.known
+
+
+@dataclass(frozen=True)
+class TiledMask:
+    """A `mask_mod` whose tiles have been classified, for any number of calls; made by `make_tile_mask`.
+
+    Its arrays are leaves of a pytree, so that it can be handed to jitted functions.
+
+    Attributes:
+      classes: (B or 1, N or 1, ceil(T / block), ceil(S / block)) int8: 0 for an empty tile, 1 in part, 2 full.
+      has_key: (B or 1, N or 1, T) bool: whether a row may attend any key.
+      args: further arguments of the function.
+      mask_mod: the function.
+      lengths: T and S.
+      block: rows and keys of a tile.
+    """
+
+    classes: jax.Array
+    has_key: jax.Array
+    args: tuple[Any, ...]
+    mask_mod: Callable[..., Any]
+    lengths: tuple[int, int]
+    block: int
+
+
+jax.tree_util.register_dataclass(
+    TiledMask, data_fields=["classes", "has_key", "args"], meta_fields=["mask_mod", "lengths", "block"]
+)
