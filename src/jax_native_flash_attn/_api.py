@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 from ._arguments import check
 from ._attention import attention
 from ._convert import as_static_bool
-from ._implementations import Implementation, by_cudnn, jax_attention, own_implementation
+from ._implementations import Implementation, by_cudnn, own_implementation
+from ._kernels.jax_nn import jax_attention
 from ._keywords import explains_keywords
 from ._options import MaskMod, Options, ScoreMod, WindowLike
 
@@ -101,8 +102,9 @@ def flash_attention(
       local_window_size: (left, right) or one integer, may be traced: query t attends t - left <= s <= t + right only.
       implementation: None, or 'xla', which callers of `jax.nn` say for "not cuDNN", for the fastest of our own kernels
         that support the call where it is compiled for. 'pure_jax' for those in pure JAX, 'mosaic_gpu' for those for
-        Hopper GPUs, which is an error where they cannot run; 'cudnn' passes the call to `jax.nn`. 'dense' is for
-        quantisers and converters: JAX's own functions in the open, with arrays of T x S elements.
+        Hopper GPUs, 'cudnn_gpu' for cuDNN's with the meaning and derivatives of this function. The last two are an
+        error where they cannot run; passes that they lack are done by others. 'cudnn' passes the call to `jax.nn`.
+        'dense' is for quantisers and converters: JAX's own functions in the open, with arrays of T x S elements.
       return_residual: also return the log-sum-exp of the logits, with its gradient stopped.
       dropout_rate: (extension) probability, in [0, 1], of dropping an attention weight; kept ones are divided by
         `1 - dropout_rate`. A static Python number.
@@ -142,7 +144,7 @@ def flash_attention(
       ValueError: wrong rank, shape or dtype, unknown `implementation`, a rate outside [0, 1], a missing `dropout_rng`.
       TypeError: bias or mask not broadcastable; arguments that must be static but are not; a `dropout_rng` that is no
         key; a function of no single number; an unknown keyword.
-      NotImplementedError: an extension with implementation='cudnn'; 'mosaic_gpu' where it cannot run (when compiled).
+      NotImplementedError: an extension with implementation='cudnn'; other kernels asked for that cannot run there.
 
     Warns:
       AttentionWarning: legal, but hardly meant: `is_causal` with T < S and no offset or positions, a window with no

@@ -20,6 +20,7 @@ from ._convert import (
     as_sinks,
     as_soft_cap,
     as_static_bool,
+    as_static_scale,
     as_window,
     static_or_traced,
 )
@@ -107,7 +108,6 @@ def check(
     if isinstance(mask, np.ndarray):
         mask, band = hide_constant_mask(mask, T, S) if blocks == 1 else (jnp.asarray(mask), band)
     is_moved = any(x is not None for x in (query_positions, key_positions, traced_offset)) or static_offset != 0
-    is_moved = any(x is not None for x in (query_positions, key_positions, traced_offset)) or static_offset != 0
     dropout, dropped = _as_dropout(dropout_rate, dropout_rng, broadcast_dropout, B, N)
     given_mods = {"score_mod": (score_mod, score_mod_args), "mask_mod": (mask_mod, mask_mod_args)}
     mods, numbers = as_mods(given_mods, accumulation_dtype(query.dtype), axes, moves_rows=is_moved)
@@ -131,6 +131,7 @@ def check(
         needs_max_logits=needs_max_logits,
         implementation=implementation,
         is_staged=is_staged,
+        static_scale=as_static_scale(scale, query),
         **mods,
     )
     arrays = Arrays(

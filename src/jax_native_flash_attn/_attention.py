@@ -173,6 +173,8 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
         settings.implementation,
         rounds_out=True,
         ring=ring,
+        static_scale=settings.static_scale,
+        has_band_intervals=ring is None and all(x is None for x in (arrays.traced_window, *masks["order"])),
         score_mod=settings.score_mod,
         mask_mod=settings.mask_mod,
         mask_block=settings.mask_block,

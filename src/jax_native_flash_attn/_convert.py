@@ -157,6 +157,13 @@ def as_scale(scale: Any, head_dim: int) -> jax.Array:
     return scale.reshape(())
 
 
+def as_static_scale(scale: Any, query: jax.Array) -> float | None:
+    """A scale that is a number, for kernels that take no other; of 16-bit calls, as there are none for others."""
+    if query.dtype.itemsize != 2 or not (scale is None or isinstance(scale, int | float | np.integer | np.floating)):
+        return None
+    return float(1 / np.sqrt(max(query.shape[-1], 1)) if scale is None else scale)
+
+
 def as_precision(precision: Any) -> Any:
     """As JAX spells it in a product: None, a pair of `jax.lax.Precision`, or an algorithm.
 

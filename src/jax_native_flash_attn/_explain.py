@@ -50,7 +50,7 @@ def explain(
       *args, **kwargs: as of `flash_attention`; arrays, or `jax.ShapeDtypeStruct`s in place of arrays that a program
         gets. (An array is a constant of the program, as a mask may be.) No attention is computed.
       platform: 'cpu', 'cuda', 'rocm' or 'tpu'; by default the one that JAX runs on here. 'cuda' means GPUs like those
-        here. Where there is none, a program for it takes pure JAX, unless implementation='mosaic_gpu' is asked for.
+        here. Where there is none, a program for it takes pure JAX, unless kernels for GPUs are asked for by name.
       compiles: also compile the call and its derivatives, for this process' device, and give the temporary bytes.
       devices: over how many devices a sequence is split; the arrays are then those of one of them, as inside
         `jax.shard_map`.

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
+from ._kernels.jax_nn import jax_attention
 from ._options import EXTENSIONS
 from ._semantics.errors import describe
 
-Implementation = Literal["xla", "pure_jax", "mosaic_gpu", "dense", "cudnn"]
-_IMPLEMENTATIONS = (None, "xla", "pure_jax", "mosaic_gpu", "dense", "cudnn")
-
-# jax.nn's own function, for implementation='cudnn': by the time of a call a user may have put ours in its place. Ours
-# carries it, should this module be imported once more by then.
-jax_attention: Any = getattr(jax.nn.dot_product_attention, "replaces", jax.nn.dot_product_attention)
+Implementation = Literal["xla", "pure_jax", "mosaic_gpu", "cudnn_gpu", "dense", "cudnn"]
+_IMPLEMENTATIONS = (None, "xla", "pure_jax", "mosaic_gpu", "cudnn_gpu", "dense", "cudnn")
 
 
 def own_implementation(implementation: Any) -> str | None:

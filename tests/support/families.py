@@ -38,8 +38,10 @@ def by_family(cases: Mapping[str, Case], every: int = 1) -> pytest.MarkDecorator
 
 def marks(case: Case, family: str) -> tuple[pytest.MarkDecorator, ...]:
     """The marker of what needs a GPU."""
-    if family != EVERYWHERE:
+    if family == "mosaic_gpu":
         return (pytest.mark.gpu(says_why=True),)
+    if family != EVERYWHERE:
+        return (pytest.mark.gpu,)
     return (pytest.mark.gpu,) if case.scores > _MOST_SCORES or case.shape[2] > _MOST_KEYS else ()
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from jax_native_flash_attn._kernels import select
+from jax_native_flash_attn._kernels.cudnn import support as cudnn
 from jax_native_flash_attn._kernels.hopper import support
 from jax_native_flash_attn._kernels.xla import quirks
 
@@ -16,6 +17,7 @@ needs_backend = pytest.mark.skipif(why_no_backend() is not None, reason=str(why_
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *compute_capabilities: str) -> None:
     monkeypatch.setattr(support, "_compute_capabilities", lambda: frozenset(compute_capabilities))
+    monkeypatch.setattr(cudnn, "compute_capabilities", lambda: frozenset(compute_capabilities))
 
 
 def pretend_bfloat16_unit(monkeypatch: pytest.MonkeyPatch, *, exists: bool) -> None:

@@ -41,8 +41,8 @@ def test_replacements_nest():
     before = families()
     with replacing(outer):
         with replacing(inner, hopper):
-            assert families() == (hopper, inner)
-        assert families() == (before[0], outer)
+            assert families() == (hopper, *before[1:-1], inner)
+        assert families() == (*before[:-1], outer)
     assert families() == before
 
 

@@ -75,7 +75,8 @@ def test_kernel_families_do_not_know_each_other():
     """Only `select` knows them all."""
 
     def family(name: str) -> str | None:
-        return name.split(".")[1] if name.startswith(("_kernels.xla.", "_kernels.hopper.")) else None
+        _, family, *_ = [*name.split("."), None]
+        return family if name.startswith("_kernels.") and family in ("xla", "hopper", "cudnn") else None
 
     across = {
         name: {x for x in targets if family(x) not in (None, family(name))}

@@ -103,6 +103,11 @@ class FirstDerivative:
     def residual_names(self) -> tuple[str, ...]:
         return (*field_names(self.structure), "out", "lse")
 
+    @property
+    def _config(self) -> Config:
+        lse = len(self.residual_names) - 1
+        return replace(self.config, differentiates_lse=any(slot.like == lse for slot in self.results))
+
     def apply(self, residuals: Leaves, linear: Leaves, target: Target) -> Leaves:
         *leaves, out, lse = residuals
         names = self.residual_names
@@ -118,7 +123,7 @@ class FirstDerivative:
             out, lse = self._forward(inputs, target)
         given = LinearPass(out, lse, operands, wanted)
         run = rows.cotangent if self.flipped else rows.tangent
-        results = run(Call(self.config, inputs), given, target)
+        results = run(Call(self._config, inputs), given, target)
         return tuple(results[name] for name in wanted)
 
     def _forward(self, inputs: Inputs, target: Target) -> Leaves:
@@ -133,7 +138,7 @@ class FirstDerivative:
         return results.out, results.lse
 
     def is_opaque(self, residuals: Sequence[Any], target: Target) -> bool:
-        call = Call(self.config, jax.tree.unflatten(self.structure, residuals[:-2]))
+        call = Call(self._config, jax.tree.unflatten(self.structure, residuals[:-2]))
         return passes.is_opaque(call, Pass.COTANGENT if self.flipped else Pass.TANGENT, target)
 
     def transpose(self) -> LinearKernel:

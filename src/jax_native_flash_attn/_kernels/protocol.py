@@ -29,6 +29,7 @@ class Target(NamedTuple):
       differentiated: how JAX is about to differentiate the kernel, if it is. Kernels that it cannot differentiate are
         not taken then; and in reverse, through all of several derivatives, loops need static trip counts.
       has_rounded_out: whether the residual `out` was made of rounded weights; what is differentiated makes it anew.
+      is_exported: whether the program is for `jax.export`.
     """
 
     platform: str
@@ -36,6 +37,7 @@ class Target(NamedTuple):
     fixes_layouts: bool = False
     differentiated: Literal["forward", "reverse"] | None = None
     has_rounded_out: bool = False
+    is_exported: bool = False
 
     @property
     def is_reversed(self) -> bool:

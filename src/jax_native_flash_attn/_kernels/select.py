@@ -6,15 +6,18 @@ for one kind of GPU alone (an export for several platforms) takes the pure JAX k
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import jax
 
 from .._semantics.call import Call
+from .cudnn.family import CudnnKernels
 from .hopper.support import HopperKernels
 from .protocol import Forward, Kernels, LinearPass, Pass, Target
 from .xla.family import XlaKernels
 
-FAMILIES: tuple[Kernels, ...] = (HopperKernels(), XlaKernels())  # in order of preference; the last supports every call
+# In order of preference; the last supports every call.
+FAMILIES: tuple[Kernels, ...] = (HopperKernels(), CudnnKernels(), XlaKernels())
 _replacements: dict[str, Kernels] = {}
 
 
@@ -63,7 +66,8 @@ def choose(call: Call, which: Pass, target: Target) -> Kernels:
     """
     found, asked = reasons(call, which, target), call.config.implementation
     if asked is not None and found[asked] is not None and target.differentiated is None:
-        forward = reasons(call, Pass.FORWARD, target)
+        # All that a family must do is the value: it may lack the log-sum-exp, too, which derivatives need.
+        forward = reasons(call._replace(config=replace(call.config, needs_lse=False)), Pass.FORWARD, target)
         if forward[asked] is not None:
             others = "; ".join(
                 f"{name!r}: {reason or 'runs here'}" for name, reason in forward.items() if name != asked
@@ -71,7 +75,7 @@ def choose(call: Call, which: Pass, target: Target) -> Kernels:
             raise NotImplementedError(
                 f"implementation={asked!r} does not run here: {forward[asked]}. Of the others, {others}"
             )
-    return _first(found)
+    return _first(call, found)
 
 
 def forward(call: Call, target: Target) -> Forward:
@@ -91,8 +95,10 @@ def tangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Arra
 
 def is_opaque(call: Call, which: Pass, target: Target) -> bool:
     """Whether the family for a pass has kernels that XLA cannot split over devices; of arrays the types suffice."""
-    return _first(reasons(call, which, target)).is_opaque
+    return _first(call, reasons(call, which, target)).is_opaque
 
 
-def _first(found: dict[str, str | None]) -> Kernels:
-    return next(family for family in families() if found[family.name] is None)
+def _first(call: Call, found: dict[str, str | None]) -> Kernels:
+    """The one that was asked for, if it supports the pass, or the first that does."""
+    able = [family for family in families() if found[family.name] is None]
+    return next((family for family in able if family.name == call.config.implementation), able[0])

@@ -96,6 +96,7 @@ class Settings(NamedTuple):
     implementation: str | None
     is_staged: bool
     ring: Ring | None = None
+    static_scale: float | None = None
     score_mod: Program | None = None
     mask_mod: Program | None = None
     mask_block: int = BLOCK
@@ -143,6 +144,10 @@ class Config:
 
     `has_all_keys`: whether out and lse, as residuals, are of no more keys than the call has.
 
+    Of some kernels' interest: `static_scale`, the scale if it is a number, and query has 16 bits;
+    `has_band_intervals`, whether intervals of rows with a key are those of the band, cut off at `key_value_length`, and
+    there are no ids or positions; `differentiates_lse`, of a derivative, whether it is one of lse, too.
+
     With a `ring`, key and value are the block of this device, and `band` is the mask of that alone. All other operands
     with a key axis have the keys of all blocks, one after the other; intervals and `is_exact` have one for each block,
     likewise, along T, unless `Ring.window` says it all.
@@ -161,6 +166,9 @@ class Config:
     adds_rounded: bool = False
     has_all_keys: bool = True
     ring: Ring | None = None
+    static_scale: float | None = None
+    has_band_intervals: bool = False
+    differentiates_lse: bool = False
     score_mod: Program | None = None
     mask_mod: Program | None = None
     mask_block: int = BLOCK

@@ -59,6 +59,7 @@ def lowering_rule(
             platform if is_only or platform == "cpu" else "accelerator",
             # An exported program may not hold what fixes a layout.
             fixes_layouts=platform == "cuda" and is_only and not module.lowering_parameters.for_export,
+            is_exported=module.lowering_parameters.for_export,
         )
         has_several = getattr(module.axis_context, "num_devices", 1) > 1 or AxisType.Manual in kinds
         is_split = has_several and (not kinds or AxisType.Auto in kinds)
@@ -88,6 +89,11 @@ def lowering_rule(
 
 
 def _lower(kernel: Callable, ctx: Any, values: Sequence[Any]) -> Any:
+    module = ctx.module_context
+    if getattr(module.axis_context, "num_devices", 0) == 1:
+        # Calls of cuDNN are units to the partitioner, which asks for the devices, or that all axes of a mesh be manual.
+        alone = mlir.SPMDAxisContext(AbstractMesh((), ()))  # pyright: ignore[reportArgumentType]
+        ctx = ctx.replace(module_context=module.replace(axis_context=alone))
     try:
         return mlir.lower_fun(kernel, multiple_results=True)(ctx, *values)
     except NameError as error:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ..._semantics.call import Call
+from ..gpus import compute_capabilities as _compute_capabilities
 from ..protocol import Forward, LinearPass, Pass, Target
 from .blocks import BackwardBlocks, Blocks, Chip
 
@@ -168,12 +169,3 @@ def _core_counts() -> frozenset[int]:
     except RuntimeError:
         return frozenset()
     return frozenset(getattr(device, "core_count", Chip().cores) for device in devices)
-
-
-@functools.cache
-def _compute_capabilities() -> frozenset[str]:
-    try:
-        devices: Any = jax.local_devices(backend="cuda")
-    except RuntimeError:
-        return frozenset()
-    return frozenset(str(device.compute_capability) for device in devices)
