@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[1]
 OUTSIDE = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 # What comes first in a folder; all else follows by name.
 FIRST = {
-    "guides": "first_steps which_path packed_sequences decoding models dropout derivatives biases long_context "
-    "exporting quantisation warnings flax keras equinox haiku arguments coming_from_jax_nn",
+    "guides": "first_steps which_path packed_sequences decoding models dropout derivatives biases score_mod "
+    "long_context exporting quantisation warnings flax keras equinox haiku arguments coming_from_jax_nn",
     "notebooks": "first_steps masks memory_and_speed",
 }
 # The tabs, with pages or folders of each.

@@ -100,11 +100,10 @@ def flash_attention(
       query_seq_lengths: (B,) integers, of any dtype, as all below; rows from there on give 0.
       key_value_seq_lengths: (B,); keys and values from there on are ignored, even NaN.
       local_window_size: (left, right) or one integer, may be traced: query t attends t - left <= s <= t + right only.
-      implementation: None, or 'xla', which callers of `jax.nn` say for "not cuDNN", for the fastest of our own kernels
-        that support the call where it is compiled for. 'pure_jax' for those in pure JAX, 'mosaic_gpu' for those for
-        Hopper GPUs, 'cudnn_gpu' for cuDNN's with the meaning and derivatives of this function. The last two are an
-        error where they cannot run; passes that they lack are done by others. 'cudnn' passes the call to `jax.nn`.
-        'dense' is for quantisers and converters: JAX's own functions in the open, with arrays of T x S elements.
+      implementation: None or 'xla', which callers of `jax.nn` say for "not cuDNN": the fastest of our own kernels for
+        the call and the platform. Or one of them: 'pure_jax', 'mosaic_gpu' (Hopper GPUs), 'cudnn_gpu' (cuDNN's, with
+        the meaning and derivatives of this function), an error where it cannot run; others do passes that it lacks.
+        'cudnn' passes the call to `jax.nn`. 'dense', for quantisers and converters: JAX's functions, T x S arrays.
       return_residual: also return the log-sum-exp of the logits, with its gradient stopped.
       dropout_rate: (extension) probability, in [0, 1], of dropping an attention weight; kept ones are divided by
         `1 - dropout_rate`. A static Python number.

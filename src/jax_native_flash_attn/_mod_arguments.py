@@ -34,10 +34,10 @@ def as_mods(
         if isinstance(function, TiledMask):
             if name == "score_mod":
                 raise TypeError("score_mod must be a function, got what make_tile_mask gives: pass it as mask_mod")
-            function, args_of, found = _of_tiled(function, args_of, axes, moves_rows=moves_rows)
+            _check_tiled(function, args_of, axes, moves_rows=moves_rows)
             settings["mask_block"] = function.block
-            arrays |= found
-            function = function.mask_mod
+            arrays |= {"tile_classes": function.classes, "row_has_key": function.has_key}
+            function, args_of = function.mask_mod, function.args
         settings[name], named = trace_mod(function, name, args_of, score_dtype if name == "score_mod" else None)
         args |= named
     if not settings:
@@ -46,7 +46,7 @@ def as_mods(
     return settings, arrays | {"batch_number": batch, "head_number": heads, "mod_args": args}
 
 
-def _of_tiled(mask: TiledMask, args: Any, axes: Axes, *, moves_rows: bool) -> tuple[TiledMask, Any, dict[str, Any]]:
+def _check_tiled(mask: TiledMask, args: Any, axes: Axes, *, moves_rows: bool) -> None:
     if jax.tree.leaves(args):
         raise ValueError("mask_mod_args are in what make_tile_mask gave, got others: give them to make_tile_mask")
     if moves_rows:
@@ -63,4 +63,3 @@ def _of_tiled(mask: TiledMask, args: Any, axes: Axes, *, moves_rows: bool) -> tu
         raise ValueError(
             f"mask_mod was made by make_tile_mask for batch, num_heads = {lead}, got arrays of {(axes.B, axes.N)}"
         )
-    return mask, mask.args, {"tile_classes": mask.classes, "row_has_key": mask.has_key}

@@ -224,6 +224,16 @@ def test_errors(error: type[Exception], words: str, options: dict[str, Any]):
         flash_attention(*_arrays(), **options)
 
 
+def test_a_picture():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    axes = mods.visualize_mask(mods.prefix_lm, 24, 16, mask_mod_args=(jnp.array([0, 9]),), batch=1, block=8)
+    drawn = np.asarray(axes.images[0].get_array())
+    classes = np.array([[3, 1], [3, 2], [3, 3]])  # full; in part, by whether a key is attended
+    np.testing.assert_array_equal(drawn[::8, ::8][:, 0], classes[:, 0])
+    np.testing.assert_array_equal(drawn[[0, 12, 20], 12], classes[:, 1])
+
+
 def test_a_tile_mask_needs_the_sizes_that_its_function_reads():
     with pytest.raises(ValueError, match="num_heads is needed"):
         mods.make_tile_mask(lambda b, h, q, k: k < h, T, S)

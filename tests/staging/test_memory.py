@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_native_flash_attn import flash_attention
+from jax_native_flash_attn import flash_attention, mods
 from tests.support.environment import fast_compilation, lenient_promotion
 from tests.support.grids import thinned
 from tests.support.programs import equations, largest_in_text
@@ -40,6 +40,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "sinks": ((N,), jnp.float32),
         },
         {"is_causal": True, "logits_soft_cap": 20.0},
+    ),
+    "functions": (
+        {},
+        {"score_mod": mods.alibi, "score_mod_args": (mods.alibi_slopes(N),), "mask_mod": mods.Dilated(3)},
     ),
 }
 
@@ -206,7 +210,7 @@ def test_decoding_copies_no_cache(masks: str):
 RUN = """
 import resource, sys
 import jax, jax.numpy as jnp
-from jax_native_flash_attn import flash_attention
+from jax_native_flash_attn import flash_attention, mods
 
 @jax.jit
 def step(query, key, value, rng):

@@ -88,7 +88,7 @@ def trace_mod(function: Any, name: str, args: Any, score_dtype: DTypeLike | None
     Args:
       function: `score_mod`, or, without a dtype of its score, `mask_mod`.
       name: that of the public argument.
-      args: its further arguments, a tuple of pytrees of arrays.
+      args: its further arguments, a tuple of pytrees of arrays; floats of 16 bits become float32.
 
     Raises:
       TypeError: it is no function, or gives anything but one number, real or for a mask bool; args are no tuple, or
@@ -100,7 +100,8 @@ def trace_mod(function: Any, name: str, args: Any, score_dtype: DTypeLike | None
     if not isinstance(args, tuple | list):
         raise TypeError(f"{name}_args must be a tuple, got {describe(args)}: for one argument pass (x,)")
     leaves, structure = jax.tree.flatten(tuple(args))
-    leaves = [_as_argument(x, name) for x in leaves]
+    # Gradients of single scores are added up in the dtype that the function gets.
+    leaves = [_widened(_as_argument(x, name)) for x in leaves]
     scores = [] if score_dtype is None else [jax.ShapeDtypeStruct((), score_dtype)]
     numbers = scores + [jax.ShapeDtypeStruct((), jnp.int32)] * len(INDICES)
 
@@ -148,6 +149,10 @@ def args_of(program: Program, args: Arrays) -> dict[str, Any]:
     kind = "score_mod_args." if program.has_score else "mask_mod_args."
     names = sorted((name for name in args if name.startswith(kind)), key=lambda name: int(name.split(".")[1]))
     return {name: args[name] for name in names}
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4 else x
 
 
 # ---- what a program is made of
