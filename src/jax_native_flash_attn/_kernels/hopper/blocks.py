@@ -245,6 +245,24 @@ def dkey_dvalue_blocks(sizes: Sizes, term_bytes: int, *, needs_dlogits: bool, is
     )
 
 
+def tangent_blocks(sizes: Sizes, term_bytes: int, *, is_even: bool) -> Blocks:
+    """Of the tangent kernel, with all tangents; `term_bytes` of these too."""
+    H, D = sizes.H, sizes.D
+    persistent = _takes_persistent(sizes, sizes.S, is_even=is_even)
+    return _first_that_fits(
+        lambda x: (
+            (4 * H + 2 * D * (H != D)) * (1 + x.persistent) * x.rows
+            + x.stages * x.block_kv * (4 * (H + D) + x.rows * term_bytes)
+        ),
+        *(
+            Blocks(64, 64, stages, warpgroups, persistent=each)
+            for warpgroups in (1 if sizes.T <= 64 else 2, 1)
+            for each in ((True, False) if persistent else (False,))
+            for stages in (3, 2, 1)
+        ),
+    )
+
+
 def dbias_blocks(sizes: Sizes, term_bytes: int, *, has_key_mask: bool) -> Blocks:
     """Of the kernel for the gradient of bias. With a vector along 128 keys, tiles would not fit into the registers."""
     return _first_that_fits(

@@ -65,17 +65,17 @@ def plan(
     of value alone.
     """
     inputs = jax.eval_shape(pad_head_dims, inputs)
-    z, tiled_bytes, is_even = inputs.sizes, term_bytes(inputs), _is_even(inputs)
+    z, tiled_bytes, even = inputs.sizes, term_bytes(inputs), is_even(inputs)
     allowed = inputs.mask.allowed
     has_key_mask = allowed is not None and kind_of(allowed) is TermKind.COLUMNS
     return BackwardBlocks(
-        dquery_blocks(z, tiled_bytes, with_scale=with_scale, is_even=is_even, is_wide=is_wide),
-        dkey_dvalue_blocks(z, tiled_bytes, needs_dlogits=needs_dlogits, is_even=is_even),
+        dquery_blocks(z, tiled_bytes, with_scale=with_scale, is_even=even, is_wide=is_wide),
+        dkey_dvalue_blocks(z, tiled_bytes, needs_dlogits=needs_dlogits, is_even=even),
         None if inputs.bias is None else dbias_blocks(z, tiled_bytes, has_key_mask=has_key_mask),
     )
 
 
-def _is_even(inputs: Inputs) -> bool:
+def is_even(inputs: Inputs) -> bool:
     """Lengths make items uneven. A boolean mask has intervals too, for its rows without keys; a band may be moved."""
     mask = inputs.mask
     is_traced = mask.key_start is not None and mask.allowed is None and mask.shift is None
