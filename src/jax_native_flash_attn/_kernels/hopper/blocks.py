@@ -258,8 +258,9 @@ def tangent_blocks(sizes: Sizes, term_bytes: int, *, is_even: bool) -> Blocks:
             Blocks(64, 64, stages, warpgroups, persistent=each)
             for warpgroups in (1 if sizes.T <= 64 else 2, 1)
             for each in ((True, False) if persistent else (False,))
-            for stages in (3, 2, 1)
+            for stages in (3, 2)
         ),
+        Blocks(64, 64, 1, 1),
     )
 
 

@@ -106,10 +106,10 @@ def _tile_alone(rows: TangentRows, i: Any, reference: Any, sums: tuple, *, is_fi
         rows.issue(refs, buffer, slot)
 
     products: Any = pl.run_state(issue)(tuple(map(plgpu.ACC.init, rows.no_products())))
-    terms, dbias = rows.terms(i, before_products=False)
+    terms = rows.logits.tile_terms(rows.vectors, rows.item.tile(i), slot)
     masked = _is_masked(rows, i, is_first=is_first)
     weights = rows.weights(products[0], terms, i, masked)
-    dx = rows.dlogits(products, dbias, i, masked) if context.tangent_operands.has_dlogits else None
+    dx = rows.dlogits(products, i, slot, masked) if context.tangent_operands.has_dlogits else None
     if is_first and context.is_centered:
         reference = rows.reference(weights, dx)
     operands, sums = rows.operands(weights, dx, reference, i, sums)
@@ -153,7 +153,7 @@ def _step(rows: TangentRows, reference: Any, i: Any, carry: tuple) -> tuple:
     # All waits come first: control flow between two products would serialise them.
     context.key_ring.wait_until_ready(slot)
     rows.wait_for_values(i - 1)
-    terms, dbias = rows.terms(i, before_products=True)
+    terms = rows.logits.tile_terms_before_products(rows.vectors, rows.item.tile(i), slot)
 
     def products(state: tuple) -> None:
         acc_ref, refs, operand_refs, sum_refs = state
@@ -162,13 +162,15 @@ def _step(rows: TangentRows, reference: Any, i: Any, carry: tuple) -> tuple:
         masked = _is_masked(rows, i, is_first=False)
         s = plgpu.wgmma_accumulator_load(refs[0], wait_n=behind_first + behind_all)
         weights = rows.weights(s, terms, i, masked)
+        order_before_wgmma_wait(fold_columns(weights.p, jnp.add))
         loaded = (s, *(plgpu.wgmma_accumulator_load(ref, wait_n=behind_all) for ref in refs[1:]))
-        dx = rows.dlogits(loaded, dbias, i, masked) if context.tangent_operands.has_dlogits else None
+        dx = rows.dlogits(loaded, i, slot, masked) if context.tangent_operands.has_dlogits else None
         found, so_far = rows.operands(weights, dx, reference, i, tuple(ref[...] for ref in sum_refs))
         for ref, x in zip((*operand_refs, *sum_refs), (*found, *so_far), strict=True):
             ref[...] = x
         context.key_ring.release(slot)
-        order_before_wgmma_wait(so_far[0] if so_far else fold_columns(weights.p, jnp.add))
+        if so_far:
+            order_before_wgmma_wait(so_far[0])
 
     initial = plgpu.ACC.init(acc), tuple(map(plgpu.ACC.init, rows.no_products()))
     blank = zeros(*rows.shape).astype(context.dtype)

@@ -101,7 +101,7 @@ class TangentRows:
         self.dscale = None if dscale is None else dscale[broadcast_index(item.head[:-1], dscale.shape)]
         self.buffer = context.plan.scheduler.buffer(k, wg, blocks.warpgroups)
         # Of the weights, whose sum is not 1 with sinks, and of p dz; in each thread.
-        num_sums = operands.has_dlogits + (context.is_centered and operands.forward.sinks is not None)
+        num_sums = operands.has_dlogits + (context.is_centered and context.plan.has_sinks)
         self.no_sums = (zeros(blocks.block_q, THREAD_COLUMNS),) * num_sums
 
     def slot(self, i: Any) -> Any:
@@ -147,25 +147,20 @@ class TangentRows:
             plgpu.wgmma(acc_ref, x, views.tiles.at[slot])
         return len(values)
 
-    def terms(self, i: Any, *, before_products: bool) -> tuple[TileTerms, jax.Array | None]:
-        """What is added to the logits of tile i, and to their tangent."""
-        logits, tile, slot = self.logits, self.item.tile(i), self.slot(i)
-        read = logits.tile_terms_before_products if before_products else logits.tile_terms
-        return read(self.vectors, tile, slot), logits.term(self.context.dterms.bias, self.bias_rows, tile, slot)
-
     def weights(self, products: jax.Array, terms: TileTerms, i: Any, masked: Any) -> Any:
         return softmax_weights(self.logits, products, terms, self.vectors, self.item.tile(i), self.lse, masked)
 
-    def dlogits(self, products: tuple[jax.Array, ...], dbias: jax.Array | None, i: Any, masked: Any) -> jax.Array:
+    def dlogits(self, products: tuple[jax.Array, ...], i: Any, slot: Any, masked: Any) -> jax.Array:
         """The tangent of the logits, inside a soft cap."""
-        logits, terms = self.logits, []
+        logits, tile, terms = self.logits, self.item.tile(i), []
+        dbias = logits.term(self.context.dterms.bias, self.bias_rows, tile, slot)
         if self.context.has_products:
             terms.append(products[1] * logits.scale)
         if self.dscale is not None:
             terms.append(products[0] * self.dscale)
         if dbias is not None:
             terms.append(dbias.astype(jnp.float32))
-        return logits.through_mask(sum(terms[1:], terms[0]), self.vectors, self.item.tile(i), masked)
+        return logits.through_mask(sum(terms[1:], terms[0]), self.vectors, tile, masked)
 
     def reference(self, weights: Any, dx: jax.Array) -> jax.Array:
         """What is subtracted from all dz of a row: their mean over its first tile.

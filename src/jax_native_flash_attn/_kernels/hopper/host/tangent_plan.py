@@ -81,10 +81,14 @@ class TangentBuffers:
 
 @dataclass(frozen=True)
 class TangentPlan(KernelPlan):
-    """The tangent of out comes in `out_dtype`: the dtype of query, or float32."""
+    """The tangent of out comes in `out_dtype`: the dtype of query, or float32.
+
+    `has_sinks`: the weights of a row then do not add up to 1.
+    """
 
     scheduler: TileScheduler
     out_dtype: Any
+    has_sinks: bool
 
     @classmethod
     def make(cls, call: Tangent, blocks: Blocks, out_dtype: Any, cores: int) -> "TangentPlan":
@@ -92,7 +96,7 @@ class TangentPlan(KernelPlan):
         group = heads_per_group(math.prod(heads), 4 * z.S * (z.H + z.D) / z.G)
         num_blocks = -(-z.T // blocks.rows)
         scheduler = schedule(heads, num_blocks, group, cores if blocks.persistent else None, call.config.band)
-        return cls(call.config, z, dtype, blocks, scheduler, out_dtype)
+        return cls(call.config, z, dtype, blocks, scheduler, out_dtype, call.inputs.sinks is not None)
 
     @property
     def store(self) -> TmaStore:
