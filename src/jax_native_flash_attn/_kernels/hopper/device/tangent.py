@@ -1,4 +1,4 @@
-"""Tangent of attention for Hopper GPUs: one block of query rows against its key/value tiles, as the forward kernel goes.
+"""Tangent of attention for Hopper GPUs: blocks of query rows against their key/value tiles, as the forward kernel goes.
 
 With P the softmax weights, recomputed from the log-sum-exp, S and dS tiles of scores and their tangent, and dS of a row
 from a reference r on, which is one number for each row (`TangentRows.reference`):
@@ -25,10 +25,10 @@ from ..host.tangent_plan import TangentBuffers, TangentOuts, TangentPlan
 from ..operands import TangentOperands
 from ..pallas import hide_from_compiler, pl, plgpu, warp_specialize, zeros
 from ..scheduler import Item
+from .masks import is_outside
 from .overlap import fold_columns, order_before_wgmma_wait
 from .tangent_context import TangentContext, TangentRows
 from .transfers import key_slice, query_slice
-from .masks import is_outside
 
 
 def kernel(plan: TangentPlan, operands: TangentOperands, outs: TangentOuts, buffers: TangentBuffers) -> None:
@@ -110,7 +110,7 @@ def _tile_alone(rows: TangentRows, i: Any, reference: Any, sums: tuple, *, is_fi
     masked = _is_masked(rows, i, is_first=is_first)
     weights = rows.weights(products[0], terms, i, masked)
     dx = rows.dlogits(products, i, slot, masked) if context.tangent_operands.has_dlogits else None
-    if is_first and context.is_centered:
+    if is_first and context.is_centered and dx is not None:
         reference = rows.reference(weights, dx)
     operands, sums = rows.operands(weights, dx, reference, i, sums)
     context.key_ring.release(slot)
