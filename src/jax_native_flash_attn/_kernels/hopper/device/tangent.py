@@ -143,7 +143,10 @@ def _is_masked(rows: TangentRows, i: Any, *, is_first: bool) -> Any:
     intervals, item = rows.context.intervals, rows.item
     if is_first:
         return intervals.has_left_edge or intervals.has_right_edge
-    return intervals.has_many_edges(rows.context.blocks.rows) and is_outside(item.ranges, item.tile(i))
+    is_edge = intervals.has_many_edges(rows.context.blocks.rows) and is_outside(item.ranges, item.tile(i))
+    # A head without keys attends all tiles, with logits of 0.
+    is_all_dead = intervals.is_cut and not intervals.is_moved and intervals.is_dead(item.head)
+    return is_all_dead if is_edge is False else is_edge | is_all_dead
 
 
 def _step(rows: TangentRows, reference: Any, i: Any, carry: tuple) -> tuple:
