@@ -107,7 +107,7 @@ def model_comparisons(platform: str) -> Iterator[Comparison]:
     count, dtype = (1, jnp.float32) if is_cpu else (10, jnp.bfloat16)
 
     def attention(*x: Any, with_lse: bool = False, **arguments: Any) -> Any:
-        names = ("query", "key", "value", "query_segment_ids", "query_offset", "sinks")
+        names = ("query", "key", "value", "mask", "query_segment_ids", "query_offset", "sinks")
         traced = {name: value for name, value in zip(names, x, strict=True) if value is not None}
         if "query_segment_ids" in traced:
             traced["key_value_segment_ids"] = traced["query_segment_ids"]
@@ -132,22 +132,27 @@ def model_comparisons(platform: str) -> Iterator[Comparison]:
     for B, T, N, K, H in shapes:
         sizes = (B, T, N, H), (B, T, K, H), (B, T, K, H)
         query, key, value = (jnp.asarray(rng.standard_normal(size), dtype) for size in sizes)
-        nothing = (query, key, value, None, None, None)
+        nothing = (query, key, value, None, None, None, None)
         offset, sinks = jnp.zeros(B, jnp.int32), jnp.asarray(rng.standard_normal(N), jnp.float32)
-        packed = (*(x[:1] for x in nothing[:3]), None, None, None)
+        packed = (*(x[:1] for x in nothing[:3]), None, None, None, None)
         ids = jnp.repeat(jnp.arange(8, dtype=jnp.int32), T // 8)[None]
         for mode in MODES:
             name = f"{mode}, {B}x{T}x{N}/{K}x{H} causal"
             plain, is_forward = program(mode), mode == FORWARD
-            yield Comparison(
-                f"{mode}, 1x{T}x{N}/{K}x{H} causal, 8 documents",
-                plain,
-                (*packed[:3], ids, None, None),
-                plain,
-                packed,
-                0.20 if is_forward else 0.22,
-            )
-            with_offset, with_sinks = (*nothing[:4], offset, None), (*nothing[:5], sinks)
+            same_document = (ids[:, :, None] == ids[:, None, :])[:, None]
+            for label, mask, by_ids, goals in (
+                ("8 documents", None, ids, (0.20, 0.22)),
+                ("mask of 8 documents", same_document, None, (1.0, 0.8)),
+            ):
+                yield Comparison(
+                    f"{mode}, 1x{T}x{N}/{K}x{H} causal, {label}",
+                    plain,
+                    (*packed[:3], mask, by_ids, None, None),
+                    plain,
+                    packed,
+                    goals[not is_forward],
+                )
+            with_offset, with_sinks = (*nothing[:5], offset, None), (*nothing[:6], sinks)
             yield Comparison(f"{name}, soft cap", program(mode, logits_soft_cap=50.0), nothing, plain, nothing, 1.12)
             yield Comparison(f"{name}, sinks", plain, with_sinks, plain, nothing, 1.02)
             yield Comparison(f"{name}, offset", plain, with_offset, plain, nothing, 1.02)

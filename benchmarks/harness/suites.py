@@ -75,11 +75,17 @@ GPU_SHAPES: tuple[AttentionShape, ...] = (
     _gpu_row("8x4096x16x128", label="gpu-lengths", key_value_lengths=(512, 1024, 2048, 4096) * 2),
     _gpu_row("2x4096x8x256", label="gpu", is_causal=True),
     _gpu_row("3x3001x8x80", label="gpu-odd", is_causal=True),
+    _gpu_row("4x1024x16x64", label="gpu-mask", mask_shape=(4, 1, 1024, 1024)),
+    _gpu_row("32x512x12x64", label="bert-lengths", key_value_lengths=(512, 384, 256, 128) * 8),
+    _gpu_row("1x8192x64/8x128", label="llama", is_causal=True),
+    _gpu_row("2x4608x24x128", label="flux"),
     _gpu_row("16x729x16x72", label="siglip"),
     _gpu_row("64x256x16x72", label="dit"),
     _gpu_row("4x4096x8x40", label="stable-diffusion"),
     _gpu_row("32x1/32768x32/8x128", label="gpu-decode", key_value_lengths=(30000,) * 32, **_FORWARD_ALONE),
     _gpu_row("2x4096x16x128", label="gpu-f32", dtype="float32", is_causal=True),
+    _gpu_row("1x2048x16x64", label="gpu-f32", dtype="float32", is_causal=True),
+    _gpu_row("32x197x12x64", label="gpu-f32", dtype="float32"),
 )
 
 NAMED_SHAPES: dict[str, AttentionShape] = {row.name: row for row in CPU_SHAPES + GPU_SHAPES}

@@ -21,14 +21,23 @@ def _hopper() -> None:  # pyright: ignore[reportUnusedFunction]
     skip_unless_taken(named_case("tile", "plain"), "mosaic_gpu")
 
 
-@pytest.mark.parametrize("shape", [(2, 1000, 1000, 2, 4, 64), (1, 3, 20000, 2, 4, 128), (40, 200, 200, 8, 1, 64)])
-def test_two_runs_are_bitwise_equal(shape: Any) -> None:
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2, 1000, 1000, 2, 4, 64), "bfloat16"),
+        ((1, 3, 20000, 2, 4, 128), "bfloat16"),
+        ((40, 200, 200, 8, 1, 64), "bfloat16"),
+        ((2, 1000, 1000, 2, 4, 64), "float32"),
+        ((40, 197, 203, 8, 1, 128), "float32"),
+    ],
+)
+def test_two_runs_are_bitwise_equal(shape: Any, dtype: str) -> None:
     def call(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
         attention = functools.partial(mosaic_attention, is_causal=True)
         out, pullback = jax.vjp(attention, query, key, value)
         return out, pullback(out)
 
-    arrays = make_arrays(Case(shape, "bfloat16"))
+    arrays = make_arrays(Case(shape, dtype))
     first, second = (jax.tree.map(np.asarray, jax.jit(call)(*arrays)) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
@@ -96,9 +105,9 @@ def test_gradients_of_shared_operands(in_axes: Any, kind: str) -> None:
 @pytest.mark.parametrize(
     "shape", [(20, 500, 500, 8, 1, 64), (40, 190, 300, 4, 2, 32), (30, 130, 200, 8, 1, 128)], ids=str
 )
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_blocks_that_go_through_several_items_of_the_backward(shape: Any, is_causal: bool) -> None:
-    arrays = make_arrays(Case(shape, "bfloat16"))
+@pytest.mark.parametrize(("is_causal", "dtype"), [(False, "bfloat16"), (True, "bfloat16"), (True, "float32")])
+def test_blocks_that_go_through_several_items_of_the_backward(shape: Any, is_causal: bool, dtype: str) -> None:
+    arrays = make_arrays(Case(shape, dtype))
 
     def gradients(implementation: str) -> Any:
         def run(*arrays: jax.Array) -> Any:

@@ -83,25 +83,31 @@ GRADIENTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.usefixtures("no_pure_jax")
 @pytest.mark.parametrize(
-    ("options", "H", "D"),
+    ("options", "H", "D", "dtype"),
     thinned(
         [
-            *((options, 128, None) for options in ("bias", "mask", "bias and mask")),
-            *((options, H, None) for options, H in itertools.product(("plain", "bias and mask"), (16, 144))),
-            *((options, 256, None) for options in GRADIENTS),  # "mask" needs the most shared memory
-            ("plain", 192, 128),
-            ("bias and mask", 192, 128),
-            ("mask", 64, 128),
-            ("plain", 16, 256),
-            ("bias", 256, 16),
-            ("plain", 40, 72),
+            *((options, 128, None, "bfloat16") for options in ("bias", "mask", "bias and mask")),
+            *(
+                (options, H, None, "bfloat16")
+                for options, H in itertools.product(("plain", "bias and mask"), (16, 144))
+            ),
+            *((options, 256, None, "bfloat16") for options in GRADIENTS),  # "mask" needs the most shared memory
+            ("plain", 192, 128, "bfloat16"),
+            ("bias and mask", 192, 128, "bfloat16"),
+            ("mask", 64, 128, "bfloat16"),
+            ("plain", 16, 256, "bfloat16"),
+            ("bias", 256, 16, "bfloat16"),
+            ("plain", 40, 72, "bfloat16"),
+            ("bias and mask", 128, None, "float32"),  # needs the most shared memory, and a kernel for each gradient
+            ("plain", 128, 16, "float32"),
+            ("mask", 80, 112, "float32"),
         ],
         3,
     ),
 )
-def test_gradients_lower_for_cuda_without_a_gpu(options: str, H: int, D: int | None) -> None:
+def test_gradients_lower_for_cuda_without_a_gpu(options: str, H: int, D: int | None, dtype: str) -> None:
     """What the grid of `test_lowering_transformations` lacks: head dimensions, a bias and a mask of heads."""
-    case = Case((2, 130, 150, 2, 2, H), "bfloat16", value_dim=D, **GRADIENTS[options])
+    case = Case((2, 130, 150, 2, 2, H), dtype, value_dim=D, **GRADIENTS[options])
 
     def gradients(operands: Any) -> Any:
         varying = {name: x for name, x in operands.items() if x.dtype != bool}

@@ -77,11 +77,7 @@ def _faults(point: Point, full: Sequence[str], sampled: Sequence[str] = (), **op
             for bind, text in texts.items():
                 takes_mosaic = "mosaic_gpu" in text
                 is_first = name in FIRST_ORDER and not options
-                if (
-                    is_first
-                    and not takes_mosaic
-                    and (case.dtype != "float32" or bind.primitive.name == "flash_attention")
-                ):
+                if is_first and not takes_mosaic:
                     faults[name] = f"{bind.primitive.name} takes pure JAX"
                 # Of float64 operands alone may there be arrays of float64; scalars cost nothing.
                 if case.dtype != "float64" and not bind.has_float64 and re.search(r"\dxf64>", text):

@@ -5,15 +5,13 @@ from typing import Any
 
 import pytest
 
-from jax_native_flash_attn._kernels.hopper.blocks import (
-    Blocks,
-    Chip,
+from jax_native_flash_attn._kernels.hopper.backward_blocks import (
     dbias_blocks,
     dkey_dvalue_blocks,
     dquery_blocks,
-    forward_blocks,
-    shared_bytes,
+    fits_both_key_gradients,
 )
+from jax_native_flash_attn._kernels.hopper.blocks import Blocks, Chip, forward_blocks, shared_bytes
 from jax_native_flash_attn._semantics.sizes import Sizes
 
 MOST = 227 * 1024  # bytes of shared memory that a block of threads may use
@@ -70,46 +68,57 @@ def check(blocks: Blocks, num_bytes: int) -> None:
     """`num_bytes`: of the buffers, as the kernel lists them."""
     assert num_bytes + BARRIERS <= MOST, blocks
     assert blocks.block_q % 32 == 0
-    assert blocks.block_kv % 64 == 0
+    assert blocks.block_kv % 32 == 0
     assert 1 <= blocks.warpgroups <= 4
 
 
-def backward_calls() -> list[tuple[Sizes, int, bool]]:
+def backward_calls(itemsize: int = 2) -> list[tuple[Sizes, int, bool]]:
     """Sizes, bytes of a score, and a switch."""
     return [
         (Sizes((1,), T, S, 2, 1, *head_dims), term_bytes, flag)
         for T, S, head_dims, term_bytes in itertools.product(LENGTHS, LENGTHS[::3], HEAD_DIMS, SCORE_BYTES)
         for flag in (False, True)
+        if itemsize == 2 or (max(head_dims) <= 128 and T > 64)
     ]
 
 
 @pytest.mark.parametrize(("is_even", "is_wide"), [(False, False), (True, False), (True, True)])
 def test_buffers_of_the_gradient_of_query_fit(is_even: bool, is_wide: bool) -> None:
-    for z, term_bytes, with_scale in backward_calls():
-        x = dquery_blocks(z, term_bytes, with_scale=with_scale, is_even=is_even, is_wide=is_wide)
-        query_and_dout = (2 if x.persistent and not is_wide else 1) * x.rows * (z.H + z.D) * 2
-        query_and_dout = max(query_and_dout, x.rows * z.H * 4 * is_wide)
-        key, value = x.stages * x.block_kv * z.H * 2, (x.stages - 1) * x.block_kv * z.D * 2
-        scores = (x.stages - 1) * x.rows * x.block_kv * term_bytes
-        check(x, query_and_dout + key + value + scores + with_scale * 3 * x.rows * 4)
+    for itemsize in (2, 4) if not is_wide else (2,):
+        for z, term_bytes, with_scale in backward_calls(itemsize):
+            options = {"with_scale": with_scale, "is_even": is_even, "is_wide": is_wide, "itemsize": itemsize}
+            x = dquery_blocks(z, term_bytes, **options)
+            query_and_dout = (2 if x.persistent and not is_wide else 1) * x.rows * (z.H + z.D) * itemsize
+            query_and_dout = max(query_and_dout, x.rows * z.H * 4 * is_wide)
+            key = x.stages * x.block_kv * z.H * itemsize * (2 if itemsize == 4 else 1)
+            value = (x.stages - 1) * x.block_kv * z.D * itemsize
+            scores = (x.stages - 1) * x.rows * x.block_kv * term_bytes
+            check(x, query_and_dout + key + value + scores + with_scale * 3 * x.rows * 4)
 
 
 @pytest.mark.parametrize("is_even", [False, True])
-def test_buffers_of_the_gradients_of_key_and_value_fit(is_even: bool) -> None:
-    for z, term_bytes, needs_dlogits in backward_calls():
-        x = dkey_dvalue_blocks(z, term_bytes, needs_dlogits=needs_dlogits, is_even=is_even)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_buffers_of_the_gradients_of_key_and_value_fit(is_even: bool, itemsize: int) -> None:
+    for z, term_bytes, needs_key in backward_calls(itemsize):
+        needs_value = not needs_key or fits_both_key_gradients(z, itemsize)
+        wanted = {"needs_key": needs_key, "needs_value": needs_value}
+        x = dkey_dvalue_blocks(z, term_bytes, **wanted, is_even=is_even, itemsize=itemsize)
         keys = (2 if x.persistent else 1) * x.warpgroups * x.block_kv
-        key_and_value = keys * (z.H + z.D * (needs_dlogits or z.H != z.D)) * 2
-        query_and_dout, vectors = x.stages * x.block_q * (z.H + z.D) * 2, 2 * x.stages * x.block_q * 4
+        key_and_value = keys * (z.H + z.D * (needs_key or z.H != z.D)) * itemsize
+        columns = z.H + z.D
+        if itemsize == 4:  # one of them transposed for each gradient; dout itself for that of key alone
+            columns = z.H + (z.H + z.D) * needs_key + z.D * needs_value
+        query_and_dout, vectors = x.stages * x.block_q * columns * itemsize, 2 * x.stages * x.block_q * 4
         scores = x.stages * x.warpgroups * x.block_kv * x.block_q * term_bytes
         check(x, key_and_value + query_and_dout + vectors + scores)
 
 
 def test_buffers_of_the_gradient_of_bias_fit() -> None:
-    for z, term_bytes, has_key_mask in backward_calls():
-        x = dbias_blocks(z, term_bytes, has_key_mask=has_key_mask)
-        rows, keys, vectors = x.rows * (z.H + z.D) * 2, x.block_kv * (z.H + z.D) * 2, 2 * x.rows * 4
-        check(x, x.stages * (rows + keys + vectors + x.rows * x.block_kv * term_bytes))
+    for itemsize in (2, 4):
+        for z, term_bytes, has_key_mask in backward_calls(itemsize):
+            x = dbias_blocks(z, term_bytes, has_key_mask=has_key_mask, itemsize=itemsize)
+            rows, keys = (n * (z.H + z.D) * itemsize for n in (x.rows, x.block_kv))
+            check(x, x.stages * (rows + keys + 2 * x.rows * 4 + x.rows * x.block_kv * term_bytes))
 
 
 def test_buffers_of_the_forward_fit() -> None:

@@ -4,16 +4,49 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .blocks import Blocks
 from .device import dbias as dbias_kernel
 from .device import dkey_dvalue as dkey_dvalue_kernel
 from .device import dquery as dquery_kernel
+from .device import turn as turn_kernel
 from .host.backward import Backward
 from .host.dbias_plan import DBiasPlan
 from .host.dkey_dvalue_plan import KeyGradients, KeyPlan
 from .host.dquery_plan import DQueryOuts, DQueryPlan, Moments
-from .pallas import launch
+from .host.tf32 import BackwardProducts, Products, rounded
+from .host.turn_plan import TurnOuts, TurnPlan
+from .operands import TransposedOperands
+from .pallas import launch, pad_axis, round_up
+
+
+def turn(x: jax.Array, length: jax.Array | None = None, *, needs_columns: bool) -> TurnOuts:
+    """Copies of float32 rows, (batch..., rows, heads, columns), without NaN from `length`, (batch...), on."""
+    *batch, rows, heads, columns = x.shape
+    plan = TurnPlan(tuple(batch), rows, heads, columns, needs_columns)
+    results: TurnOuts = launch(
+        functools.partial(turn_kernel.kernel, plan),
+        (x, length),
+        out_types=plan.out_types(),
+        scratch=plan.buffers(),
+        grid=plan.grid,
+        warpgroups=1,
+    )
+    return results
+
+
+def products(call: Backward, *, dquery: bool, dkey: bool, dvalue: bool) -> BackwardProducts:
+    """Of float32; what the gradients that are named read transposed."""
+    inputs, length = call.inputs, call.inputs.mask.key_value_length
+    query, dout = turn(inputs.query, needs_columns=dkey), turn(call.dout, needs_columns=dvalue)
+    keys = inputs.key
+    if length is not None:  # keys that batch rows share may have padding of several lengths
+        keys = jnp.broadcast_to(keys, (*jnp.broadcast_shapes(length.shape, keys.shape[:-3]), *keys.shape[-3:]))
+    key = turn(keys, length, needs_columns=dquery)
+    value = pad_axis(rounded(inputs.value, length), -3, round_up(call.sizes.S, 8))
+    transposed = TransposedOperands(query.columns, key.columns, dout.columns)
+    return BackwardProducts(Products(query.rows, key.rows, value), dout.rows, transposed)
 
 
 def dquery(call: Backward, blocks: Blocks, out_dtype: Any, cores: int, *, with_scale: bool) -> DQueryOuts:

@@ -1,14 +1,12 @@
-"""Block shapes of the Mosaic GPU kernels: one table per chip generation, filled by `benchmarks/tune_mosaic.py`."""
+"""Block shapes, and those of the forward kernel: one table per chip generation, by `benchmarks/tune_mosaic.py`."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..._semantics.sizes import Sizes, static_size
 
-_SHARED_MEMORY = 227 * 1024  # bytes that one block may use on Hopper
-_RESERVED = 3 * 1024  # for barriers, the compiler and, in the backward, vectors
-_BARRIERS = 1024  # of these, for barriers and the compiler
+SHARED_MEMORY = 227 * 1024  # bytes that one block may use on Hopper
+RESERVED = 3 * 1024  # for barriers, the compiler and, in the backward, vectors
 
 
 class Chip(NamedTuple):
@@ -62,7 +60,7 @@ class BackwardBlocks(NamedTuple):
     dbias: Blocks | None
 
 
-_FEW_ROWS, _PLAIN, _UNMASKED = "few rows", "plain", "plain, without a mask"
+_FEW_ROWS, _PLAIN, _UNMASKED = "few rows", "plain", "plain, without a mask or with one of bits"
 _SCORES, _SHORT_SCORES = "bias or mask over T and S", "likewise, with short T"
 _BIAS = "bias over T and S that products start with"
 _FLOAT32 = "float32"
@@ -120,7 +118,6 @@ _FORWARD: dict[str, dict[tuple[str, int], tuple[Blocks, ...]]] = {
 _TIMED = {_UNMASKED, _BIAS}
 _DEFAULT = "9.0"  # for a chip that nobody has measured
 _FEW, _SHORT = 64, 1024  # query rows
-_SHORT_ITEM = 1 << 16  # keys, or query rows, that an item of the backward visits, times columns (64 at least)
 _LEAST_TILES = 8  # of a split: its beginning and its end cost about two
 _MERGE_TILES = 3  # what merging costs, in tiles
 
@@ -135,6 +132,7 @@ def forward_blocks(
     chip: Chip,
     is_masked: bool = True,
     starts_with_bias: bool = False,
+    has_bits_alone: bool = False,
 ) -> Blocks:
     """Block shape of the forward kernel.
 
@@ -147,18 +145,23 @@ def forward_blocks(
       chip: what it runs on.
       is_masked: whether a tile can need a mask.
       starts_with_bias: whether products start with a bias over T and S.
+      has_bits_alone: whether a mask, as bits, is all that has both T and S.
     """
     table = _FORWARD.get(chip.capability, _FORWARD[_DEFAULT])
-    kinds = [_FEW_ROWS] if sizes.T <= _FEW else [_SHORT_SCORES, _SCORES] if term_bytes else [_PLAIN]
+    kinds = [_SHORT_SCORES, _SCORES] if term_bytes else [_PLAIN]
+    if has_bits_alone:
+        kinds = [_PLAIN, _SCORES]  # the latter where buffers of the former do not fit
+    if sizes.T <= _FEW:
+        kinds = [_FEW_ROWS]
     if sizes.T > _FEW and max(sizes.H, sizes.D) <= 64 and not has_dropout:
         kinds = [_BIAS] if starts_with_bias and term_bytes == 2 else kinds  # no float32, no mask over T and S
-        kinds = [_UNMASKED] if kinds == [_PLAIN] and not is_masked else kinds
+        kinds = [_UNMASKED] if kinds[0] == _PLAIN and (has_bits_alone or not is_masked) else kinds
     if itemsize == 4:
         kinds = [_FLOAT32]
     if sizes.T > _SHORT and _SHORT_SCORES in kinds:
         kinds.remove(_SHORT_SCORES)
     rows = [(kinds.index(kind), limit, kind) for kind, limit in table if kind in kinds and limit >= sizes.D]
-    room = _SHARED_MEMORY - _RESERVED
+    room = SHARED_MEMORY - RESERVED
 
     def fitting(candidates: tuple[Blocks, ...]) -> list[Blocks]:
         if has_dropout:
@@ -189,107 +192,6 @@ def _splits(items: int, tiles: int, cores: int) -> int:
 
     # At most four rounds: partial results then take a few MiB, whatever the lengths.
     return min(range(1, max(1, min(tiles // _LEAST_TILES, 4 * cores // items)) + 1), key=duration)
-
-
-def _takes_persistent(sizes: Sizes, visited: int, *, is_even: bool) -> bool:
-    """Whether blocks of the backward go through several items, whose loads then overlap (5 to 10% of a gradient).
-
-    With long items there is nothing to gain, and with 1024 keys and 128 columns 2% to lose; items that take different
-    times are better given to whichever multiprocessor is free.
-    """
-    columns = max(sizes.H, sizes.D)
-    return is_even and columns <= 128 and visited * max(columns, 64) <= _SHORT_ITEM
-
-
-def dquery_blocks(sizes: Sizes, term_bytes: int, *, with_scale: bool, is_even: bool, is_wide: bool) -> Blocks:
-    """Block shape of the kernel for the gradient of query (and of scale: its sum takes shared memory too).
-
-    `is_even`: items take about the same time, but for what a causal mask makes of them. `is_wide`: the result is in
-    float32, and takes the memory of query and dout.
-    """
-    H, D = sizes.H, sizes.D
-    persistent = _takes_persistent(sizes, sizes.S, is_even=is_even)
-    return _first_that_fits(
-        lambda x: (
-            max(2 * (H + D) * (1 + x.persistent), 4 * H * is_wide) * x.rows
-            + 2 * (H * x.stages + D * (x.stages - 1)) * x.block_kv
-            + (x.stages - 1) * x.rows * x.block_kv * term_bytes
-            + 4096 * with_scale
-        ),
-        # Moments for the gradient of scale take registers that three warpgroups do not have.
-        *(
-            Blocks(64, 64, stages, min(warpgroups, 3 - with_scale), persistent=each)
-            for each in ((True, False) if persistent else (False,))
-            for warpgroups in (_warpgroups(sizes, sizes.T), 1)
-            for stages in (3, 2)
-        ),
-    )
-
-
-def dkey_dvalue_blocks(sizes: Sizes, term_bytes: int, *, needs_dlogits: bool, is_even: bool) -> Blocks:
-    """Of the kernel for the gradients of key and value: there block_kv keys belong to one warpgroup."""
-    H, D = sizes.H, sizes.D
-    key_and_value = H if H == D and not needs_dlogits else H + D
-    persistent = _takes_persistent(sizes, sizes.group_rows, is_even=is_even)
-    return _first_that_fits(
-        lambda x: (
-            2 * key_and_value * (1 + x.persistent) * x.warpgroups * x.block_kv
-            + 2 * (H + D) * x.stages * x.block_q
-            + x.stages * x.warpgroups * x.block_kv * x.block_q * term_bytes
-        ),
-        *(
-            Blocks(block_q, 64, stages, 1 if sizes.S <= 64 else 2, persistent=each)
-            for each in ((True, False) if persistent else (False,))
-            for block_q, stages in ((64, 3 if H + D <= 128 else 2), (64, 2), (32, 3), (32, 2), (32, 1))
-        ),
-    )
-
-
-def tangent_blocks(sizes: Sizes, term_bytes: int, *, is_even: bool) -> Blocks:
-    """Of the tangent kernel, with all tangents; `term_bytes` of these too."""
-    H, D = sizes.H, sizes.D
-    persistent = _takes_persistent(sizes, sizes.S, is_even=is_even)
-    return _first_that_fits(
-        lambda x: (
-            (4 * H + 2 * D * (H != D)) * (1 + x.persistent) * x.rows
-            + x.stages * x.block_kv * (4 * (H + D) + x.rows * term_bytes)
-        ),
-        *(
-            Blocks(64, 64, stages, warpgroups, persistent=each)
-            for warpgroups in (1 if sizes.T <= 64 else 2, 1)
-            for each in ((True, False) if persistent else (False,))
-            for stages in (3, 2)
-        ),
-        Blocks(64, 64, 1, 1),
-    )
-
-
-def dbias_blocks(sizes: Sizes, term_bytes: int, *, has_key_mask: bool) -> Blocks:
-    """Of the kernel for the gradient of bias. With a vector along 128 keys, tiles would not fit into the registers."""
-    return _first_that_fits(
-        # Three warpgroups' vectors (lse and delta) take more than what is reserved for them.
-        lambda x: x.stages * (2 * (sizes.H + sizes.D) * (x.rows + x.block_kv) + x.rows * (8 + x.block_kv * term_bytes)),
-        *(
-            Blocks(64, block_kv, stages, warpgroups)
-            for warpgroups in (_warpgroups(sizes, sizes.T) if has_key_mask else 1 if sizes.T <= 64 else 2, 1)
-            for block_kv in ((64,) if has_key_mask else (128, 64))
-            for stages in (3, 2)
-        ),
-        Blocks(64, 64, 1, 1),
-        reserved=_BARRIERS,
-    )
-
-
-def _warpgroups(sizes: Sizes, rows: int) -> int:
-    """How many compute; a third one has to do with 160 registers per thread, and saves less than rows that are none."""
-    if rows <= 64:
-        return 1
-    return 3 if max(sizes.H, sizes.D) <= 64 and rows >= 384 and -rows % 192 <= -rows % 128 + rows / 16 else 2
-
-
-def _first_that_fits(shared_bytes: Callable[[Blocks], int], *candidates: Blocks, reserved: int = _RESERVED) -> Blocks:
-    """By the bytes of what is not in `reserved`."""
-    return next(x for x in candidates if shared_bytes(x) <= _SHARED_MEMORY - reserved)
 
 
 def shared_bytes(blocks: Blocks, sizes: Sizes, term_bytes: int, column_bytes: int, itemsize: int) -> int:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from ..._semantics.call import Call, Config, Inputs, sum_to
 from ..protocol import LinearPass
-from .backward import dbias, dkey_dvalue, dquery
-from .blocks import BackwardBlocks, dbias_blocks, dkey_dvalue_blocks, dquery_blocks
+from .backward import dbias, dkey_dvalue, dquery, products
+from .backward_blocks import dbias_blocks, dkey_dvalue_blocks, dquery_blocks, fits_both_key_gradients
+from .blocks import BackwardBlocks
 from .host.backward import Backward
 from .host.dkey_dvalue_plan import KeyGradients
 from .host.head_dims import pad_head_dim, pad_head_dims, padded_type
@@ -19,7 +20,6 @@ from .operands import TermKind
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 _WITH_HEAD_DIM = ("query", "key", "value")
-_MOST_COLUMNS = 256  # of the gradients of key and value that a warpgroup's registers hold, beside scores
 
 
 def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores: int) -> dict[str, jax.Array]:
@@ -27,12 +27,16 @@ def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores
     inputs, cotangents = pad_head_dims(call.inputs), given.operands
     wanted = {name: padded_type(x) if name in _WITH_HEAD_DIM else x for name, x in given.wanted.items()}
     backward = _backward(call.config, inputs, given.out, given.lse, cotangents)
+    if inputs.query.dtype == jnp.float32:
+        turned = products(backward, dquery="query" in wanted, dkey="key" in wanted, dvalue="value" in wanted)
+        backward = replace(backward, products=turned)
     results: dict[str, jax.Array] = {}
     if "query" in wanted or "scale" in wanted:
         is_summed = "query" in wanted and wanted["query"].shape[:-3] != backward.sizes.batch
-        out_dtype = jnp.float32 if is_summed else wanted.get("query", inputs.query).dtype
+        dtype = inputs.query.dtype
+        out_dtype = jnp.dtype(jnp.float32 if is_summed else wanted.get("query", inputs.query).dtype)
         with_scale = "scale" in wanted
-        blocks = asked or plan(inputs, with_scale=with_scale, is_wide=out_dtype == jnp.float32)
+        blocks = asked or plan(inputs, with_scale=with_scale, is_wide=out_dtype != dtype)
         rows = dquery(backward, blocks.dquery, out_dtype, cores, with_scale=with_scale)
         results["query"] = rows.dquery
         if rows.moments is not None:
@@ -44,7 +48,7 @@ def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores
                 excess = excess - jnp.exp(inputs.sinks[..., None] - backward.lse) * backward.delta
             results["scale"] = (dz_x - excess * mean).sum((-1, -2))
     for types in _passes(backward, wanted):
-        blocks = asked or plan(inputs, needs_dlogits=types.key is not None)
+        blocks = asked or plan(inputs, needs_key=types.key is not None, needs_value=types.value is not None)
         gradients = dkey_dvalue(backward, blocks.dkey_dvalue, types, cores)
         results |= {"key": gradients.key} if gradients.key is not None else {}
         results |= {"value": gradients.value} if gradients.value is not None else {}
@@ -57,21 +61,30 @@ def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores
 
 
 def plan(
-    inputs: Inputs, *, with_scale: bool = False, is_wide: bool = False, needs_dlogits: bool = True
+    inputs: Inputs,
+    *,
+    with_scale: bool = False,
+    is_wide: bool = False,
+    needs_key: bool = True,
+    needs_value: bool | None = None,
 ) -> BackwardBlocks:
     """The block shapes of `cotangent`; of inputs the types suffice.
 
-    `with_scale`: for the gradient of scale, too. `is_wide`: for that of query in float32. `needs_dlogits`: not for that
-    of value alone.
+    `with_scale`: for the gradient of scale, too. `is_wide`: for that of query in float32, of 16 bits. `needs_key`,
+    `needs_value`: for those that are computed together; None: for that of value if it fits beside that of key.
     """
     inputs = jax.eval_shape(pad_head_dims, inputs)
-    z, tiled_bytes, even = inputs.sizes, term_bytes(inputs), is_even(inputs)
+    z, tiled_bytes, even, itemsize = inputs.sizes, term_bytes(inputs), is_even(inputs), inputs.query.dtype.itemsize
+    if needs_value is None:
+        needs_value = fits_both_key_gradients(z, itemsize)
     allowed = inputs.mask.allowed
     has_key_mask = allowed is not None and kind_of(allowed) is TermKind.COLUMNS
     return BackwardBlocks(
-        dquery_blocks(z, tiled_bytes, with_scale=with_scale, is_even=even, is_wide=is_wide),
-        dkey_dvalue_blocks(z, tiled_bytes, needs_dlogits=needs_dlogits, is_even=even),
-        None if inputs.bias is None else dbias_blocks(z, tiled_bytes, has_key_mask=has_key_mask),
+        dquery_blocks(z, tiled_bytes, with_scale=with_scale, is_even=even, is_wide=is_wide, itemsize=itemsize),
+        dkey_dvalue_blocks(
+            z, tiled_bytes, needs_key=needs_key, needs_value=needs_value, is_even=even, itemsize=itemsize
+        ),
+        None if inputs.bias is None else dbias_blocks(z, tiled_bytes, has_key_mask=has_key_mask, itemsize=itemsize),
     )
 
 
@@ -105,7 +118,7 @@ def _passes(call: Backward, wanted: Shapes) -> list[KeyGradients]:
     key, value = (_kernel_result(call, wanted[name]) if name in wanted else None for name in ("key", "value"))
     if key is None or value is None:
         return [] if key is None and value is None else [KeyGradients(key, value)]
-    if key.shape[:-1] == value.shape[:-1] and call.sizes.H + call.sizes.D <= _MOST_COLUMNS:
+    if key.shape[:-1] == value.shape[:-1] and fits_both_key_gradients(call.sizes, call.inputs.query.dtype.itemsize):
         return [KeyGradients(key, value)]
     return [KeyGradients(key=key), KeyGradients(value=value)]
 

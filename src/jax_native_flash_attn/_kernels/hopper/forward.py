@@ -13,24 +13,26 @@ from .device.forward import kernel
 from .device.units import NO_KEY
 from .host.forward_plan import ForwardOuts, ForwardPlan
 from .host.operands import prepare
+from .host.tf32 import forward_products
 from .pallas import TmaLoad, launch, pad_axis, round_up
 
 
 def forward(config: Config, inputs: Inputs, sinks: jax.Array | None, blocks: Blocks, cores: int) -> Forward:
     """As `select.forward`, on so many multiprocessors. `sinks`: (batch..., N, T or 1), in place of the inputs'."""
     if blocks.splits == 1:
+        is_rounded = config.rounds_out or inputs.query.dtype == jnp.float32  # the same, of float32
         results = _split_forward(
             config,
             inputs,
             sinks,
             blocks,
             cores,
-            needs_out=config.rounds_out or config.adds_rounded,
-            needs_unrounded=not config.rounds_out,
+            needs_out=is_rounded or config.adds_rounded,
+            needs_unrounded=not is_rounded,
             needs_lse=config.needs_lse,
         )
         wanted = (
-            results.out if config.rounds_out else results.unrounded,
+            results.out if is_rounded else results.unrounded,
             results.lse,
             results.max_logits,
             results.out if config.adds_rounded else None,
@@ -78,7 +80,8 @@ def _split_forward(
     """Results over each split of the tiles; `wanted` as of `ForwardPlan`."""
     z = inputs.sizes
     tma, value_tma = (TmaLoad(columns, inputs.query.dtype) for columns in (z.H, z.D))
-    operands = prepare(config, inputs, blocks.rows, blocks.block_kv, tma, value_tma)
+    products = forward_products(inputs, tma) if inputs.query.dtype == jnp.float32 else None
+    operands = prepare(config, inputs, blocks.rows, blocks.block_kv, tma, value_tma, products=products)
     if sinks is not None:
         operands = replace(operands, sinks=_padded(sinks.astype(jnp.float32), blocks.rows))
     plan = ForwardPlan.make(config, inputs, operands, blocks, cores, needs_max_logits=config.needs_max_logits, **wanted)

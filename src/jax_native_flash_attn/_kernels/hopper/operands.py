@@ -18,7 +18,7 @@ MASKED = -(2.0**125)
 class TermKind(Enum):
     """In which of the axes T and S a term of the logits varies, and so how it comes."""
 
-    TILED = auto()  # in both: tile by tile with the keys, through shared memory
+    TILED = auto()  # in both: tile by tile with the keys, through shared memory; a mask as bits (`host/mask_bits.py`)
     COLUMNS = auto()  # in S alone or in neither: a vector along the keys
     ROWS = auto()  # in T alone: a vector along the query rows
 
@@ -28,7 +28,8 @@ class TermKind(Enum):
 class LogitTerm:
     """A bias, or a boolean mask, with the batch axes and N in front, in which it may broadcast.
 
-    A mask is int8, or, along the keys alone, what is added to the logits. `is_transposed`: tiles are (S, T).
+    A mask is words of bits, along the rows alone int8, and along the keys alone what is added to the logits.
+    `is_transposed`: tiles are (S, T), which only bits can be.
     """
 
     array: Any
@@ -83,7 +84,7 @@ class Operands:
     Attributes:
       query: (batch..., T, N, H).
       key: (batch..., S, K, H).
-      value: (batch..., S, K, D); in float32 (batch..., K, D, S).
+      value: (batch..., S, K, D); in float32, of the forward, (batch..., K, D, S).
       scale: (batch...).
       length: (batch...), the `key_value_length`.
       shift: (batch...), what the rows of the band are moved by, or None; `has_dead_rows`: whether rows that have no key
@@ -146,6 +147,16 @@ class RowOperands:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class TransposedOperands:
+    """What a backward kernel reads also with rows innermost: (batch..., heads, H or D, rows), see `host/tf32.py`."""
+
+    query: Any | None = None
+    key: Any | None = None
+    dout: Any | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class QueryTiles:
     """Which query tiles a block of keys meets: see `host.intervals.query_tiles`."""
 
@@ -157,11 +168,12 @@ class QueryTiles:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BackwardOperands:
-    """`query_tiles`: of the kernel for keys and values, where masks are traced."""
+    """`query_tiles`: of the kernel for keys and values, where masks are traced. `transposed`: in float32."""
 
     forward: Operands
     rows: RowOperands
     query_tiles: QueryTiles | None = None
+    transposed: TransposedOperands | None = None
 
 
 @jax.tree_util.register_dataclass

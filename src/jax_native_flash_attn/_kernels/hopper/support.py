@@ -76,8 +76,8 @@ class HopperKernels:
 
 
 def _why_not_pass(call: Call, which: Pass) -> str | None:
-    if which is not Pass.FORWARD and call.inputs.query.dtype == jnp.float32:
-        return "wgmma transposes no tile of float32, which derivatives need"
+    if which is Pass.TANGENT and call.inputs.query.dtype == jnp.float32:
+        return "its kernel for tangents is for 16 bits"
     bias = call.inputs.bias
     if which is Pass.COTANGENT and call.config.logits_soft_cap is not None and bias is not None and bias.shape[-1] == 1:
         return "it has no gradient of a bias without keys inside a soft cap"

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from ..._semantics.call import Call, Inputs, batch_of, sum_to
 from ..protocol import LinearPass
-from .blocks import Blocks, tangent_blocks
+from .backward_blocks import tangent_blocks
+from .blocks import Blocks
 from .cotangent import is_even
 from .device import tangent as tangent_kernel
 from .host.head_dims import pad_head_dim, pad_head_dims

@@ -32,6 +32,7 @@ from ..pallas import COLUMN, hide_from_compiler, load, pl, plgpu, store, warp_sp
 from .backward import Weights, logits_cotangent, scaled_lse, softmax_weights
 from .dkey_dvalue_context import KeyBlock, KeyContext, Visit
 from .logits import RowVectors, TileLogits, TileTerms
+from .tf32 import add_products
 from .transfers import query_slice, row_slice
 
 _MOST_HELD = 256  # columns of key and value up to which the compiler may keep descriptors from step to step
@@ -69,7 +70,11 @@ def _load_block(block: KeyBlock) -> None:
         rows_ring.wait_until_free(block.count + i, slot)
         row_operands = context.row_operands
         for ref, views in ((operands.query, context.query), (row_operands.dout, context.dout)):
-            plgpu.copy_gmem_to_smem(query_slice(ref, head, row, blocks.block_q), views.loaded.at[slot], ready)
+            if views is not None:
+                plgpu.copy_gmem_to_smem(query_slice(ref, head, row, blocks.block_q), views.loaded.at[slot], ready)
+        for operand in (context.transposed_query, context.transposed_dout):
+            if operand is not None:
+                operand.copy_tile(head, 1, row, blocks.block_q, slot, ready)
         for ref, buffer in ((row_operands.lse, buffers.lse), (row_operands.delta, buffers.delta)):
             plgpu.copy_gmem_to_smem(row_slice(ref, head, row, blocks.block_q), buffer.at[slot], ready)
         for term in context.terms.tiled:
@@ -103,9 +108,13 @@ def _compute_block(block: KeyBlock) -> None:
         terms = logits.tile_terms(rows, tile, slot) if vectors is None else vectors
         key_tile = KeyTile(context, logits, rows, terms, tile, masked, slot, at)
         sums = lax.optimization_barrier(sums)
-        initial = zeros(*logits.shape), zeros(*logits.shape), sums
+        scores = zeros(*logits.shape), zeros(*logits.shape)
         # Leaving `run_state` waits for all products.
-        _, _, sums = pl.run_state(key_tile.products)(jax.tree.map(plgpu.ACC.init, initial))
+        if plan.is_float32:
+            s, dp = pl.run_state(key_tile.scores)(jax.tree.map(plgpu.ACC.init, scores))
+            sums = key_tile.added_from_registers(s, dp, sums)
+        else:
+            _, _, sums = pl.run_state(key_tile.products)(jax.tree.map(plgpu.ACC.init, (*scores, sums)))
         context.rows_ring.release(slot)
         return next_visit, next_is_edge, sums
 
@@ -157,15 +166,33 @@ class KeyTile:
     slot: Any
     buffer: Any
 
-    def products(self, state: tuple) -> None:
-        s_ref, dp_ref, sum_refs = state
-        context = self.context
-        query, dout = context.query.tiles.at[self.slot], context.dout.tiles.at[self.slot]
+    def scores(self, state: tuple) -> None:
+        """The products S^T and dP^T."""
+        (s_ref, dp_ref), context = state, self.context
+        query = context.query.tiles.at[self.slot]
         plgpu.wgmma(s_ref, context.key.tiles.at[self.buffer], query.transpose((1, 0)))
-        if context.value is not None:
+        if context.value is not None and context.dout is not None:
+            dout = context.dout.tiles.at[self.slot]
             plgpu.wgmma(dp_ref, context.value.tiles.at[self.buffer], dout.transpose((1, 0)))
+
+    def products(self, state: tuple) -> None:
+        """All of them."""
+        (s_ref, dp_ref, sum_refs), context = state, self.context
+        assert context.dout is not None
+        self.scores((s_ref, dp_ref))
         add = self._add_overlapped if context.plan.overlaps else self._add
-        add(s_ref, dp_ref, sum_refs, query, dout)
+        add(s_ref, dp_ref, sum_refs, context.query.tiles.at[self.slot], context.dout.tiles.at[self.slot])
+
+    def added_from_registers(self, s: Any, dp: Any, sums: KeyGradients) -> KeyGradients:
+        """In float32: `sums` and the products of this tile, from its scores."""
+        weights = self._weights(s)
+        ds = None if sums.key is None else self._dlogits(weights.through_cap, dp)
+        p = None if sums.value is None else self._dropped(weights.p)
+        ds, p = lax.optimization_barrier((ds, p))
+        wanted = (sums.value, p, self.context.transposed_dout), (sums.key, ds, self.context.transposed_query)
+        results = iter(add_products(*((x, left, right.tile(self.slot)) for x, left, right in wanted if right)))
+        value, key = (next(results) if right else None for _, _, right in wanted)
+        return KeyGradients(key, value)
 
     def _add_overlapped(self, s_ref: Any, dp_ref: Any, sum_refs: KeyGradients, query: Any, dout: Any) -> None:
         """With the softmax beside dP, and dS beside the product for values."""

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..host.dkey_dvalue_plan import KeyBuffers, KeyGradients, KeyPlan
-from ..operands import BackwardOperands
+from ..operands import BackwardOperands, TransposedOperands
 from ..pallas import Views, broadcast_index, pl, unravel
 from .backward import BackwardContext
 from .context import shared_fields
-from .transfers import Ring
+from .transfers import Ring, Transposed
 
 Visit = tuple[Any, Any]  # a member of what shares the keys, and the number of one of its query tiles
 
@@ -33,7 +33,9 @@ class KeyContext(BackwardContext):
     key_result: Any
     value_result: Any
     query: Views
-    dout: Views
+    dout: Views | None
+    transposed_query: Transposed | None
+    transposed_dout: Transposed | None
     rows_ring: Ring
 
     @classmethod
@@ -44,7 +46,7 @@ class KeyContext(BackwardContext):
             *value_views, value_result = buffers.value
             value = Views(value_views[0], value_views[-1]) if plan.needs_dlogits else None
         forward, blocks = operands.forward, plan.blocks
-        query_tiles = operands.query_tiles
+        query_tiles, turned = operands.query_tiles, operands.transposed or TransposedOperands()
         return cls(
             **shared_fields(plan, forward, buffers.terms, query_tiles=query_tiles),
             row_operands=operands.rows,
@@ -56,7 +58,9 @@ class KeyContext(BackwardContext):
             key_result=key_result,
             value_result=value_result,
             query=plan.tma.views(buffers.query),
-            dout=plan.value_tma.views(buffers.dout),
+            dout=None if buffers.dout is None else plan.value_tma.views(buffers.dout),
+            transposed_query=Transposed.of(turned.query, plan.transposed_tma, buffers.transposed_query),
+            transposed_dout=Transposed.of(turned.dout, plan.transposed_tma, buffers.transposed_dout),
             rows_ring=Ring(blocks.stages, buffers.rows_ready, buffers.rows_free),
         )
 

@@ -32,6 +32,7 @@ from ..pallas import hide_from_compiler, pl, plgpu, warp_specialize, zeros
 from ..scheduler import Item
 from .dquery_context import DQueryContext, DQueryRows
 from .masks import is_outside
+from .tf32 import add_products
 from .transfers import key_slice, query_slice
 
 _MAX_PIPELINED = 192  # head dimension
@@ -73,6 +74,10 @@ def _load_item(context: DQueryContext, k: Any, item: Item) -> None:
             ring.wait_until_free(n, slot)
             keys = key_slice(ref, item.head, context.sizes.G, tile, blocks.block_kv)
             plgpu.copy_gmem_to_smem(keys, views.loaded.at[slot], ring.ready.at[slot])
+        if context.transposed_key is not None:
+            slot, columns = context.key_ring.slot(n), blocks.block_kv
+            ready = context.key_ring.ready.at[slot]
+            context.transposed_key.copy_tile(item.head, context.sizes.G, tile * columns, columns, slot, ready)
         ring = context.value_ring
         slot = ring.slot(n)
         for term in context.terms.tiled:
@@ -85,7 +90,8 @@ def _load_item(context: DQueryContext, k: Any, item: Item) -> None:
 def _compute_item(context: DQueryContext, k: Any, item: Item) -> None:
     rows = DQueryRows(context, k, item)
     plgpu.barrier_wait(context.buffers.rows_ready.at[rows.buffer])
-    acc, moments = _pipelined(rows) if context.sizes.H <= _MAX_PIPELINED else _one_by_one(rows)
+    is_pipelined = context.sizes.H <= _MAX_PIPELINED and not context.plan.is_float32
+    acc, moments = _pipelined(rows) if is_pipelined else _one_by_one(rows)
     rows.write(acc, moments)
 
 
@@ -176,7 +182,10 @@ def _tile_alone(rows: DQueryRows, i: Any, carry: tuple, *, masked: bool | None) 
     if context.terms.tiled:
         context.value_ring.release(value_slot)
     acc, ds = lax.optimization_barrier((acc, ds))
-    key = context.key.tiles.at[slot]
-    acc = pl.run_state(lambda ref: plgpu.wgmma(ref, ds, key))(plgpu.ACC.init(acc))
+    if context.transposed_key is not None:
+        (acc,) = add_products((acc, ds, context.transposed_key.tile(slot)))
+    else:
+        key = context.key.tiles.at[slot]
+        acc = pl.run_state(lambda ref: plgpu.wgmma(ref, ds, key))(plgpu.ACC.init(acc))
     context.key_ring.release(slot)
     return acc, moments

@@ -9,14 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from ..host.dquery_plan import NUM_MOMENTS, DQueryBuffers, DQueryOuts, DQueryPlan
-from ..operands import BackwardOperands
+from ..operands import BackwardOperands, TransposedOperands
 from ..pallas import ROW, Views, load, pl, plgpu, store, zeros
 from ..scheduler import Item
 from .backward import BackwardContext, logits_cotangent, scaled_lse, softmax_weights
 from .context import shared_fields
 from .logits import TileLogits, TileTerms
 from .overlap import THREAD_COLUMNS, fold_columns, order_before_wgmma_wait
-from .transfers import Ring, by_first_warpgroup, clean_padding, query_slice, row_slice
+from .transfers import Ring, Transposed, by_first_warpgroup, clean_padding, query_slice, row_slice
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class DQueryContext(BackwardContext):
     dout: Views
     result: Any
     key: Views
+    transposed_key: Transposed | None
     value: Views
     key_ring: Ring
     value_ring: Ring
@@ -39,6 +40,7 @@ class DQueryContext(BackwardContext):
         *views, (result,) = buffers.rows
         (query, dout), (query_loaded, dout_loaded) = views[0], views[-1]
         forward, blocks = operands.forward, plan.blocks
+        turned = operands.transposed or TransposedOperands()
         return cls(
             **shared_fields(plan, forward, buffers.terms, skips_dead_rows=True),
             row_operands=operands.rows,
@@ -49,6 +51,7 @@ class DQueryContext(BackwardContext):
             dout=Views(dout, dout_loaded),
             result=result,
             key=plan.tma.views(buffers.key),
+            transposed_key=Transposed.of(turned.key, plan.key_tma, buffers.transposed_key),
             value=plan.value_tma.views(buffers.value),
             key_ring=Ring(blocks.stages, buffers.key_ready, buffers.key_free),
             value_ring=Ring(plan.value_stages, buffers.value_ready, buffers.value_free),
@@ -109,8 +112,8 @@ class DQueryRows:
         intervals, clean = context.intervals, context.buffers.padding_clean
         context.key_ring.wait_until_ready(self.key_slot(i))
         context.value_ring.wait_until_ready(self.value_slot(i))
-        # Of a band that is cut off, the tiles end with the first one.
-        if not intervals.has_length or (intervals.is_cut and not is_first):
+        # Of a band that is cut off, the tiles end with the first one. XLA has cleaned float32.
+        if not intervals.has_length or (intervals.is_cut and not is_first) or context.plan.is_float32:
             return
         length = intervals.length(self.item.head)
 

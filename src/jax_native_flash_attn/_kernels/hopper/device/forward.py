@@ -22,6 +22,7 @@ visited first, one by one; the last of them starts the pipeline.
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 
 from ..host.forward_plan import ForwardBuffers, ForwardOuts, ForwardPlan
@@ -30,7 +31,7 @@ from ..pallas import pl, plgpu, warp_specialize
 from ..scheduler import Item
 from .forward_context import ForwardContext
 from .forward_mainloop import compute_item
-from .transfers import key_slice, query_slice, value_slice
+from .transfers import key_slice, query_slice, transposed_slice
 
 
 def kernel(plan: ForwardPlan, operands: Operands, outs: ForwardOuts, buffers: ForwardBuffers) -> None:
@@ -102,5 +103,9 @@ class ItemLoader:
         n, tile = self.item.count + i, self.item.tile(i)
         slot = ring.slot(n)
         ring.wait_until_free(n, slot)
-        value = value_slice(context.operands.value, self.item.head, context.sizes.G, tile, context.blocks.block_kv)
+        ref, keys = context.operands.value, context.blocks.block_kv
+        if ref.dtype == jnp.float32:
+            value = transposed_slice(ref, self.item.head, context.sizes.G, tile * keys, keys)
+        else:
+            value = key_slice(ref, self.item.head, context.sizes.G, tile, keys)
         plgpu.copy_gmem_to_smem(value, context.value.loaded.at[slot], ring.ready.at[slot])

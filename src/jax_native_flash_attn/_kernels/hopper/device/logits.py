@@ -12,7 +12,7 @@ from ...._semantics.numerics import LN2, LOG2E, lowest
 from ..operands import LogitTerm, TermKind
 from ..pallas import COLUMN, ROW, broadcast_index, columns_of, iota, load, pl, plgpu, spread, zeros
 from .context import KernelContext
-from .overlap import widened
+from .overlap import where_allowed, widened
 from .soft_cap import soft_cap
 from .transfers import TermRefs
 from .units import Unit, split_scale
@@ -116,15 +116,14 @@ class TileLogits:
         assert refs.buffer is not None
         if self.is_transposed:  # a tile of its own for each warpgroup
             buffer = refs.buffer.at[slot, self.row_in_block]
-            if not refs.term.is_transposed:
+            if not refs.is_bits:
                 return plgpu.layout_cast(load(buffer.T, layout=plgpu.Layout.WGMMA_TRANSPOSED), plgpu.Layout.WGMMA)
         else:
             buffer = refs.buffer.at[slot, pl.ds(self.row_in_block, self.block_q)]
-        # There is no conflict-free way from one byte per element in shared memory to this layout.
-        return load(buffer, layout=plgpu.Layout.WGMMA, optimized=refs is not self.terms.mask)
+        return load(buffer, layout=plgpu.Layout.WGMMA, optimized=not refs.is_bits)
 
     def tile_terms(self, rows: RowVectors, tile: Any, slot: Any = None) -> TileTerms:
-        """Bias and mask of a tile."""
+        """Bias and mask of a tile; of a mask over rows and keys, its bits."""
         bias = self.term(self.terms.bias, rows.bias, tile, slot)
         mask = self.term(self.terms.mask, rows.mask, tile, slot)
         return TileTerms(mask, bias)
@@ -197,7 +196,7 @@ class TileLogits:
             addends += [in_mask] if self.adds_mask and in_mask is not None else []
             if addends:
                 x = x + functools.reduce(jnp.add, addends)
-            return (x if self.adds_mask or in_mask is None else jnp.where(in_mask != 0, x, _OUTSIDE)), LOG2E
+            return (x if self.adds_mask or in_mask is None else where_allowed(in_mask, x, _OUTSIDE)), LOG2E
 
         def edge(products: jax.Array, *, compares: bool = False) -> tuple[Any, Any]:
             """`compares` ids and positions, element by element."""
@@ -208,7 +207,7 @@ class TileLogits:
             pair = rows.pair()
             allowed = self.intervals.allowed(pair, self.head, rows.row, tile * self.block_kv, self.shape, self.q_axis)
             dead = self.intervals.dead(pair, self.head, rows.row, self.shape, self.q_axis)
-            elements = [] if in_mask is None else [in_mask == 0 if self.adds_mask else in_mask != 0]
+            elements = [in_mask == 0] if self.adds_mask and in_mask is not None else []
             if compares:
                 layouts = self.kv_layout, self.q_layout
                 column = tile * self.block_kv

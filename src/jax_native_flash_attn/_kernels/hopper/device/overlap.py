@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
+from jaxlib.mlir.dialects import arith, llvm
 
 from ..pallas import plgpu
 
@@ -85,6 +85,38 @@ def rounded_to_tf32(x: jax.Array) -> jax.Array:
         return result
 
     return _to_float32(x, convert)
+
+
+def where_allowed(mask: jax.Array, x: jax.Array, other: float) -> jax.Array:
+    """`x`, float32 in `Layout.WGMMA`, where a mask is not 0, or its bit is set, as `host/mask_bits.py` has them.
+
+    `mask` has the shape of `x`, or is words of bits, (rows, 8).
+    """
+    if mask.shape == x.shape:
+        return jnp.where(mask != 0, x, other)
+    layout = plgpu.Layout.WGMMA
+
+    @plgpu.inline_mgpu(arg_types=(layout, layout), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout))
+    def emit(_: Any, words: Any, x: Any) -> Any:
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        integer = lambda n: llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, n)).result  # noqa: E731
+        number = llvm.ConstantOp(f32, ir.FloatAttr.get(f32, other)).result
+        (axis,) = (a for a, (n, m) in enumerate(zip(x.registers.shape, words.registers.shape, strict=True)) if n != m)
+        registers = np.empty_like(x.registers)
+        for place, register in np.ndenumerate(x.registers):
+            bit = 1 << place[axis]
+            word = words.registers[(*place[:axis], 0, *place[axis + 1 :])]
+            for c in range(2):  # elements of a register
+                at = integer(c)
+                masked = llvm.and_(llvm.extractelement(word, at), integer(bit - (1 << 32) if bit >> 31 else bit))
+                is_set = arith.cmpi(arith.CmpIPredicate.ne, masked, integer(0))
+                register = llvm.insertelement(
+                    register, arith.select(is_set, llvm.extractelement(register, at), number), at
+                )
+            registers[place] = register
+        return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    return emit(mask, x)
 
 
 def _to_float32(x: jax.Array, convert: Callable[[Any], Any]) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..operands import LogitTerm, Operands, TermBuffers, TermKind
-from ..pallas import broadcast_index, iota, load, pl, plgpu
+from ..pallas import TmaLoad, Views, broadcast_index, iota, load, pl, plgpu
 
 
 def query_slice(ref: Any, head: tuple, row: Any, rows: int) -> Any:
@@ -27,15 +27,31 @@ def key_slice(ref: Any, head: tuple, group: int, tile: Any, columns: int) -> Any
     return ref.at[(*broadcast_index(batch, ref.shape[:-3]), pl.ds(tile * columns, columns), kv_head)]
 
 
-def value_slice(ref: Any, head: tuple, group: int, tile: Any, columns: int) -> Any:
-    """As `key_slice`; of float32 values, (D, columns)."""
-    if ref.dtype != jnp.float32:
-        return key_slice(ref, head, group, tile, columns)
+def transposed_slice(ref: Any, head: tuple, group: int, row: Any, rows: int) -> Any:
+    """Of what comes transposed, (columns, rows). `group`: query heads of one in `ref`."""
     *batch, n = head
-    kv_head = lax.div(n, jnp.int32(group)) if ref.shape[-3] > 1 else 0
-    return ref.at[
-        (*broadcast_index(batch, ref.shape[:-3]), kv_head, pl.ds(0, ref.shape[-2]), pl.ds(tile * columns, columns))
-    ]
+    at = lax.div(n, jnp.int32(group)) if ref.shape[-3] > 1 else 0
+    return ref.at[(*broadcast_index(batch, ref.shape[:-3]), at, pl.ds(0, ref.shape[-2]), pl.ds(row, rows))]
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """An operand that a kernel reads transposed: in global memory, and the slots of its tiles."""
+
+    ref: Any
+    slots: Views
+
+    @classmethod
+    def of(cls, ref: Any | None, tma: TmaLoad, buffer: Any | None) -> "Transposed | None":
+        return None if ref is None or buffer is None else cls(ref, tma.views(buffer))
+
+    def tile(self, slot: Any) -> Any:
+        return self.slots.tiles.at[slot]
+
+    def copy_tile(self, head: tuple, group: int, row: Any, rows: int, slot: Any, ready: Any) -> None:
+        """Start copying so many rows, as columns. `group`: query heads of one head of the operand."""
+        some = transposed_slice(self.ref, head, group, row, rows)
+        plgpu.copy_gmem_to_smem(some, self.slots.loaded.at[slot], ready)
 
 
 @dataclass(frozen=True)
@@ -45,15 +61,21 @@ class TermRefs:
     term: LogitTerm
     buffer: Any | None
 
+    @property
+    def is_bits(self) -> bool:
+        return self.term.array.dtype == jnp.int32
+
     def copy_tile(self, head: tuple, row: Any, rows: int, tile: Any, columns: int, slot: Any, ready: Any) -> None:
         """Start copying a tile, or its part of a vector along the keys, into a slot of the buffer."""
         assert self.buffer is not None
         ref, keys = self.term.array, pl.ds(tile * columns, columns)
         if self.term.kind is TermKind.COLUMNS:
             some = ref.at[(*broadcast_index(head, ref.shape[:-1]), keys)]
+        elif self.is_bits:
+            index = (keys, lax.div(row, jnp.int32(rows))) if self.term.is_transposed else (pl.ds(row, rows), tile)
+            some = ref.at[(*broadcast_index(head, ref.shape[:-3]), *index)]
         else:
-            index = (keys, pl.ds(row, rows)) if self.term.is_transposed else (pl.ds(row, rows), keys)
-            some = ref.at[(*broadcast_index(head, ref.shape[:-2]), *index)]
+            some = ref.at[(*broadcast_index(head, ref.shape[:-2]), pl.ds(row, rows), keys)]
         plgpu.copy_gmem_to_smem(some, self.buffer.at[slot], ready)
 
 

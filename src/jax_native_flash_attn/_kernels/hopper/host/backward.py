@@ -10,6 +10,7 @@ from ...._semantics.numerics import LOG2E
 from ...._semantics.sizes import Sizes
 from ..operands import RowOperands
 from ..pallas import TmaLoad, pad_axis, round_up
+from .tf32 import BackwardProducts
 
 _NO_WEIGHT = 1e30
 _SHORT = 1 << 15  # scores of a head
@@ -23,6 +24,7 @@ class Backward:
       sizes: with the batch axes that all arrays broadcast to.
       dout: (batch..., T, N, D) in query's dtype.
       lse, delta: (batch..., N, T) in float32.
+      products: of float32, operands of products in place of those of `inputs`, and of dout.
     """
 
     config: Config
@@ -31,6 +33,7 @@ class Backward:
     dout: jax.Array
     lse: jax.Array
     delta: jax.Array
+    products: BackwardProducts | None = None
 
     def row_operands(self, block_rows: int, dout_tma: TmaLoad, *, drops_dead_rows: bool = False) -> RowOperands:
         """As the kernels read them: vectors to whole blocks (TMA clips matrices only).
@@ -45,7 +48,7 @@ class Backward:
         lse, scales_lse = prepare_lse(self.inputs, self.lse, block_rows, dead)
         T, padded = self.sizes.T, round_up(self.sizes.T, block_rows)
         return RowOperands(
-            pad_axis(self.dout, -3, round_up(T, dout_tma.multiple)),
+            self.products.dout if self.products else pad_axis(self.dout, -3, round_up(T, dout_tma.multiple)),
             lse,
             pad_axis(self.delta, -1, padded),
             scales_lse=scales_lse,

@@ -17,7 +17,7 @@ from ..blocks import Blocks, Chip
 from ..operands import BackwardOperands, Operands, TermBuffers
 from ..pallas import plgpu
 from .backward import Backward
-from .operands import prepare, term_buffers
+from .operands import term_buffers
 from .plan import KernelPlan
 
 _ENOUGH_BLOCKS = 2 * Chip().cores
@@ -112,7 +112,7 @@ class DBiasPlan(KernelPlan):
         return {"split": self.splits, "own": math.prod(heads), "rows": rows, "run": -(-self.key_blocks // self.run)}
 
     def operands(self, call: Backward) -> BackwardOperands:
-        forward = prepare(call.config, call.inputs, self.blocks.rows, self.blocks.block_kv, self.tma, self.value_tma)
+        forward = self.prepare(call, self.blocks.rows, self.blocks.block_kv)
         return BackwardOperands(forward, call.row_operands(self.blocks.rows, self.value_tma))
 
     def out_type(self) -> jax.ShapeDtypeStruct:

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from ..blocks import Blocks
-from ..operands import BackwardOperands, Operands, TermBuffers
+from ..operands import BackwardOperands, Operands, TermBuffers, TransposedOperands
 from ..pallas import TmaLoad, TmaStore, plgpu, swizzle_bytes
 from ..scheduler import TileScheduler, heads_per_group, schedule
 from .backward import Backward
 from .intervals import query_tiles
-from .operands import prepare, term_buffers
+from .mask_bits import visited
+from .operands import term_buffers
 from .plan import KernelPlan
 
 # Mean head dimensions (above the first, up to the second) with which the softmax runs beside products of its warpgroup:
@@ -38,6 +39,8 @@ class KeyBuffers:
     Attributes:
       key, value: at the end, the memory of a key holds its gradient, and that of a value likewise. No value is loaded
         for the gradient of value alone, which then leaves through the memory of the key if its rows are as long.
+      dout: not in float32 for the gradient of value alone, which reads it transposed.
+      transposed_query, transposed_dout: in float32, for the gradients of key and of value.
       *_ready: completed by TMA: the data are there.
       keys_free: completed by the compute warpgroup whose keys they are, once their gradients have left.
       rows_free: completed by all compute warpgroups: the slot may be loaded again.
@@ -46,7 +49,9 @@ class KeyBuffers:
     key: Any
     value: Any | None
     query: Any
-    dout: Any
+    dout: Any | None
+    transposed_query: Any | None
+    transposed_dout: Any | None
     lse: Any
     delta: Any
     terms: TermBuffers
@@ -116,28 +121,45 @@ class KeyPlan(KernelPlan):
         return self.wanted.key is not None
 
     @property
+    def loads_dout(self) -> bool:
+        return self.needs_dlogits or not self.is_float32
+
+    @property
+    def transposed_tma(self) -> TmaLoad:
+        """Of transposed query and dout."""
+        return TmaLoad(self.blocks.block_q, self.dtype)
+
+    @property
     def overlaps(self) -> bool:
         return self.needs_dlogits and _OVERLAPPED[0] < (self.sizes.H + self.sizes.D) / 2 <= _OVERLAPPED[1]
 
     def operands(self, call: Backward) -> BackwardOperands:
         z, block_q = self.sizes, self.blocks.block_q
         # Vectors of masks are read tile by tile: to a whole number of tiles.
-        tma, value_tma, mask = self.tma, self.value_tma, call.inputs.mask
+        mask = call.inputs.mask
         moved = [] if mask.shift is None else [mask.shift, mask.key_value_length]
-        forward = prepare(
-            call.config,
-            call.inputs,
+        reads_intervals = any(_differs_along(self.summed, x) for x in moved if x is not None)
+        forward = self.prepare(call, block_q, self.block_keys, transposes_mask=True, reads_intervals=reads_intervals)
+        rows = call.row_operands(block_q, self.value_tma)
+        is_computed = forward.intervals is None
+        bits = next((x.array for x in forward.tiled if x is forward.mask), None)
+        tiles = query_tiles(
+            mask,
+            z.T,
+            z.S,
             block_q,
             self.block_keys,
-            tma,
-            value_tma,
-            transposes_mask=True,
-            reads_intervals=any(_differs_along(self.summed, x) for x in moved if x is not None),
+            self.summed,
+            is_computed=is_computed,
+            visited=None if bits is None else visited(bits, self.block_keys),
         )
-        rows = call.row_operands(block_q, value_tma)
-        is_computed = forward.intervals is None
-        tiles = query_tiles(mask, z.T, z.S, block_q, self.block_keys, self.summed, is_computed=is_computed)
-        return BackwardOperands(forward.without_tile_ranges(), rows, tiles)
+        turned = None
+        if call.products is not None:
+            query, dout = call.products.transposed.query, call.products.transposed.dout
+            turned = TransposedOperands(
+                query=None if self.wanted.key is None else query, dout=None if self.wanted.value is None else dout
+            )
+        return BackwardOperands(forward.without_tile_ranges(), rows, tiles, turned)
 
     def out_types(self) -> KeyGradients:
         z, wanted = self.sizes, jax.tree.leaves(self.wanted)
@@ -157,16 +179,23 @@ class KeyPlan(KernelPlan):
             gradient = self.store.buffer(*keys_like, tma.columns, dtype=tma.dtype, swizzle=tma.swizzle)
             return plgpu.RefUnion(*tma.buffers(*keys_like), gradient)
 
+        def transposed_rows(columns: int, wanted: Any) -> Any:
+            return self.transposed_tma.buffer(stages, columns) if self.is_float32 and wanted is not None else None
+
+        num_matrices = 1 + self.loads_dout + self.is_float32 * len(jax.tree.leaves(self.wanted))
+        num_arrivals = num_matrices + 2 + compute * len(operands.tiled)
         return KeyBuffers(
             key=with_gradient(tma),
             value=with_gradient(value_tma) if self.needs_dlogits or tma != value_tma else None,
             query=tma.buffer(stages, blocks.block_q),
-            dout=value_tma.buffer(stages, blocks.block_q),
+            dout=value_tma.buffer(stages, blocks.block_q) if self.loads_dout else None,
+            transposed_query=transposed_rows(tma.columns, self.wanted.key),
+            transposed_dout=transposed_rows(value_tma.columns, self.wanted.value),
             lse=plgpu.SMEM((stages, blocks.block_q), jnp.float32),
             delta=plgpu.SMEM((stages, blocks.block_q), jnp.float32),
             terms=term_buffers(operands, (stages, compute), blocks.block_q, blocks.block_kv),
             keys_ready=plgpu.Barrier(num_barriers=key_buffers, num_arrivals=2 if self.needs_dlogits else 1),
-            rows_ready=plgpu.Barrier(num_barriers=stages, num_arrivals=4 + compute * len(operands.tiled)),
+            rows_ready=plgpu.Barrier(num_barriers=stages, num_arrivals=num_arrivals),
             keys_free=plgpu.Barrier(num_barriers=key_buffers),
             rows_free=plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
         )

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from ..blocks import Blocks
-from ..operands import BackwardOperands, Operands, TermBuffers
-from ..pallas import TmaStore, plgpu
+from ..operands import BackwardOperands, Operands, TermBuffers, TransposedOperands
+from ..pallas import TmaLoad, TmaStore, plgpu
 from ..scheduler import TileScheduler, heads_per_group, schedule
 from .backward import Backward
-from .operands import prepare, term_buffers
+from .operands import term_buffers
 from .plan import KernelPlan
 
 
@@ -45,7 +45,8 @@ class DQueryBuffers:
     """Shared memory and barriers.
 
     Attributes:
-      rows: query and dout; then the result, in memory that held the query (16 bit), or both (float32).
+      rows: query and dout; then the result, in memory that held the query, or both (float32 for 16 bits).
+      transposed_key: in float32; comes and goes with the key.
       *_ready: completed by TMA: the data are there. Bias and mask come with the values.
       key_free, value_free: completed by all compute warpgroups: the slot may be loaded again.
       rows_free: completed by the compute warpgroup whose rows they are, once its gradient has left.
@@ -55,6 +56,7 @@ class DQueryBuffers:
 
     rows: Any
     key: Any
+    transposed_key: Any | None
     value: Any
     moments: Any | None
     terms: TermBuffers
@@ -95,13 +97,20 @@ class DQueryPlan(KernelPlan):
         return jnp.dtype(self.out_dtype) != self.dtype
 
     @property
+    def key_tma(self) -> TmaLoad:
+        """Of transposed keys."""
+        return TmaLoad(self.blocks.block_kv, self.dtype)
+
+    @property
     def value_stages(self) -> int:
         """A tile of values is free after its step, one of keys a step later."""
         return self.blocks.stages - 1
 
     def operands(self, call: Backward) -> BackwardOperands:
-        forward = prepare(call.config, call.inputs, self.blocks.rows, self.blocks.block_kv, self.tma, self.value_tma)
-        return BackwardOperands(forward, call.row_operands(self.blocks.rows, self.value_tma, drops_dead_rows=True))
+        forward = self.prepare(call, self.blocks.rows, self.blocks.block_kv)
+        rows = call.row_operands(self.blocks.rows, self.value_tma, drops_dead_rows=True)
+        turned = None if call.products is None else TransposedOperands(key=call.products.transposed.key)
+        return BackwardOperands(forward, rows, transposed=turned)
 
     def out_types(self) -> DQueryOuts:
         z = self.sizes
@@ -122,11 +131,12 @@ class DQueryPlan(KernelPlan):
         return DQueryBuffers(
             rows=plgpu.RefUnion(*views, (result,)),
             key=tma.buffer(stages, blocks.block_kv),
+            transposed_key=self.key_tma.buffer(stages, self.sizes.H) if self.is_float32 else None,
             value=value_tma.buffer(value_stages, blocks.block_kv),
             moments=moments if self.with_scale else None,
             terms=term_buffers(operands, (value_stages,), blocks.rows, blocks.block_kv),
             rows_ready=plgpu.Barrier(num_barriers=row_buffers, num_arrivals=2),
-            key_ready=plgpu.Barrier(num_barriers=stages),
+            key_ready=plgpu.Barrier(num_barriers=stages, num_arrivals=2 if self.is_float32 else 1),
             value_ready=plgpu.Barrier(num_barriers=value_stages, num_arrivals=1 + len(operands.tiled)),
             key_free=plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
             value_free=plgpu.Barrier(num_barriers=value_stages, num_arrivals=compute),

@@ -6,6 +6,7 @@ kernel knows its trip counts from four scalars. Those of a complete band are com
 `device/masks.py`.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -48,14 +49,40 @@ def row_intervals(mask: MaskOperands, T: int, S: int, block_rows: int, block_kv:
     return RowIntervals(start, stop, ranges)
 
 
+def narrowed(intervals: RowIntervals, least: jax.Array, end: jax.Array, tiles: int) -> RowIntervals:
+    """With tile ranges that leave out the tiles before the least, and from the end on, that a mask visits.
+
+    `least`, `end`: (batch..., N or 1, blocks of rows). Dead rows attend all `tiles`.
+    """
+    has_dead = (intervals.key_start == DEAD).reshape(*intervals.key_start.shape[:-1], least.shape[-1], -1).any(-1)
+    least, end = jnp.where(has_dead, 0, least), jnp.where(has_dead, tiles, end)
+    assert intervals.tile_ranges is not None
+    first, full_first, full_stop, stop = (intervals.tile_ranges[..., c] for c in range(4))
+    first = jnp.minimum(jnp.maximum(first, least), tiles - 1)
+    stop = jnp.maximum(jnp.minimum(stop, end), first + 1)
+    full_first = jnp.minimum(jnp.maximum(full_first, first), stop)
+    full_stop = jnp.minimum(jnp.maximum(full_stop, full_first), stop)
+    return replace(intervals, tile_ranges=jnp.stack([first, full_first, full_stop, stop], -1))
+
+
 def query_tiles(
-    mask: MaskOperands, T: int, S: int, block_q: int, block_keys: int, summed: tuple[int, ...], *, is_computed: bool
+    mask: MaskOperands,
+    T: int,
+    S: int,
+    block_q: int,
+    block_keys: int,
+    summed: tuple[int, ...],
+    *,
+    is_computed: bool,
+    visited: jax.Array | None = None,
 ) -> QueryTiles | None:
     """For every block of keys, the query tiles that touch it, and for every query tile the keys all its rows may see.
 
     `ranges`, (batch..., key blocks, 2), has the first and the end of the query tiles of a block, in any head and
     anywhere along a batch axis that is not of size 1 in `summed`; `bounds`, (batch..., N or 1, query tiles, 2), has the
     keys that all rows of a tile attend.
+
+    `visited`: (batch..., N or 1, key blocks, query tiles), whether a boolean mask leaves anything in these.
 
     Of intervals that the kernel computes, only `longest` (batch...), the key_value_length of the longest batch row of
     those along the `summed` axes; 0 if one of them is. None if no mask is traced, and of a kernel that computes
@@ -77,6 +104,9 @@ def query_tiles(
     num_tiles = start.shape[-1] // block_q
     first_key = jnp.arange(0, S, block_keys, dtype=jnp.int32).reshape((1,) * (start.ndim - 1) + (-1, 1))
     attends = (least_start[..., None, :] < first_key + block_keys) & (largest_stop[..., None, :] > first_key)
+    if visited is not None:
+        has_dead = False if dead is None else dead.reshape(*dead.shape[:-1], num_tiles, block_q).any(-1)[..., None, :]
+        attends &= visited | has_dead
     tile = jnp.arange(num_tiles, dtype=jnp.int32).reshape((1,) * start.ndim + (-1,))
     first = jnp.where(attends, tile, num_tiles).min((-1, -3))
     end = jnp.where(attends, tile + 1, 0).max((-1, -3))

@@ -1,6 +1,6 @@
 """The operands of a call, laid out for TMA, and the shared memory that their tiles take.
 
-Nothing is copied, but for float32 (`_tf32_operands`), where lengths are multiples of 8 or `TmaLoad` takes any, and
+Nothing is copied, but for float32 (`tf32.py`), where lengths are multiples of 8 or `TmaLoad` takes any, and
 where rows of bias and mask are multiples of 32 bytes. Bias and boolean mask keep the axes in which they broadcast. With
 both T and S they come tile by tile with the keys, through shared memory; with one of them they are a vector.
 """
@@ -8,13 +8,14 @@ both T and S they come tile by tile with the keys, through shared memory; with o
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from ...._semantics.call import Config, Inputs
 from ...._semantics.masks import MaskOperands
 from ..operands import MASKED, Dropout, Elements, LogitTerm, Operands, TermBuffers, TermKind
 from ..pallas import TmaLoad, matrix_buffer, pad_axis, plgpu, round_up, swizzle_bytes
-from .intervals import pad_rows, row_intervals
+from .intervals import narrowed, pad_rows, row_intervals
+from .mask_bits import WORDS, pack_columns, pack_rows, visited_range
+from .tf32 import Products
 
 
 def prepare(
@@ -25,24 +26,22 @@ def prepare(
     tma: TmaLoad,
     value_tma: TmaLoad,
     *,
+    products: Products | None = None,
     transposes_mask: bool = False,
     reads_intervals: bool = False,
 ) -> Operands:
-    """For `tma` of query and key, and of value unless it is float32.
+    """For `tma` of query and key, and of value.
 
-    `transposes_mask`: the mask's tiles are read transposed, which cannot be done with bytes: it is copied so.
-    `reads_intervals`: those of rows that are moved, even if kernels could compute them.
+    `products`: query, key and value of float32. `transposes_mask`: the mask's tiles are read transposed, which cannot
+    be done with bits: it is packed so. `reads_intervals`: those of rows that are moved, even if kernels could compute
+    them.
     """
     z, mask = inputs.sizes, inputs.mask
-    is_float32 = inputs.query.dtype == jnp.float32
-    if is_float32:
-        inputs = _tf32_operands(inputs)
-    query = pad_axis(inputs.query, -3, round_up(z.T, tma.multiple))
-    key = pad_axis(inputs.key, -3, round_up(z.S, tma.multiple))
-    if is_float32:
-        value = pad_axis(inputs.value, -1, round_up(z.S, 64))
-    else:
-        value = pad_axis(inputs.value, -3, round_up(z.S, value_tma.multiple))
+    query, key, value = products or Products(
+        pad_axis(inputs.query, -3, round_up(z.T, tma.multiple)),
+        pad_axis(inputs.key, -3, round_up(z.S, tma.multiple)),
+        pad_axis(inputs.value, -3, round_up(z.S, value_tma.multiple)),
+    )
     # Kernels compute those of a complete band. But a bias would count in the rows of a batch row of length 0.
     shift = None if reads_intervals else mask.shift
     is_computed = config.band.is_complete and (inputs.bias is None if mask.shift is None else shift is not None)
@@ -50,9 +49,10 @@ def prepare(
     allowed, mask_term = mask.allowed, None
     bias_term = None if inputs.bias is None else prepare_bias(inputs.bias, z.T, z.S, block_rows, block_kv)
     if allowed is not None:
-        is_added = kind_of(allowed) is TermKind.COLUMNS
-        allowed = jnp.where(allowed, jnp.float32(0.0), MASKED) if is_added else allowed.astype(jnp.int8)
-        mask_term = _term(allowed, z.T, z.S, block_rows, block_kv, transposes=transposes_mask)
+        mask_term = _mask_term(allowed, z.T, z.S, block_rows, block_kv, transposes=transposes_mask)
+        if mask_term.kind is TermKind.TILED and intervals is not None and not transposes_mask:
+            bits = mask_term.array
+            intervals = narrowed(intervals, *visited_range(bits, block_rows), bits.shape[-2])
     dropout = None
     if config.dropout is not None and inputs.dropout_key is not None and inputs.head_index is not None:
         dropout = Dropout(inputs.dropout_key, inputs.head_index)
@@ -96,7 +96,7 @@ def prepare_bias(bias: jax.Array, T: int, S: int, block_rows: int, block_kv: int
     """A bias, or a tangent of one."""
     if bias.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         bias = bias.astype(jnp.float32)
-    return _term(bias, T, S, block_rows, block_kv, transposes=False)
+    return _term(bias, T, S, block_rows, block_kv)
 
 
 def kind_of(x: jax.Array) -> TermKind:
@@ -105,7 +105,17 @@ def kind_of(x: jax.Array) -> TermKind:
     return TermKind.COLUMNS if rows == 1 else TermKind.ROWS if columns == 1 else TermKind.TILED
 
 
-def _term(x: jax.Array, T: int, S: int, block_rows: int, block_kv: int, *, transposes: bool) -> LogitTerm:
+def _mask_term(allowed: jax.Array, T: int, S: int, block_rows: int, block_kv: int, *, transposes: bool) -> LogitTerm:
+    kind = kind_of(allowed)
+    if kind is TermKind.COLUMNS:
+        return _term(jnp.where(allowed, jnp.float32(0.0), MASKED), T, S, block_rows, block_kv)
+    if kind is TermKind.ROWS:
+        return _term(allowed.astype(jnp.int8), T, S, block_rows, block_kv)
+    packed = pack_columns(allowed, block_rows) if transposes else pack_rows(allowed, block_kv)
+    return LogitTerm(pad_axis(packed, -3, round_up(packed.shape[-3], 8)), kind, transposes)
+
+
+def _term(x: jax.Array, T: int, S: int, block_rows: int, block_kv: int) -> LogitTerm:
     """Padded to whole blocks, or, of a matrix, to what TMA takes."""
     kind = kind_of(x)
     if kind is TermKind.COLUMNS:
@@ -114,11 +124,10 @@ def _term(x: jax.Array, T: int, S: int, block_rows: int, block_kv: int, *, trans
     elif kind is TermKind.ROWS:
         x = pad_axis(x[..., 0], -1, round_up(T, block_rows))
     else:
-        x = jnp.swapaxes(x, -1, -2) if transposes else x
         *_, rows, width = x.shape
         aligned = width if swizzle_bytes(width, x.dtype) else round_up(width, 64)
         x = pad_axis(pad_axis(x, -2, round_up(rows, 8)), -1, aligned)
-    return LogitTerm(x, kind, transposes)
+    return LogitTerm(x, kind, is_transposed=False)
 
 
 def starts_with_bias(config: Config, inputs: Inputs) -> bool:
@@ -129,8 +138,16 @@ def starts_with_bias(config: Config, inputs: Inputs) -> bool:
     return kind_of(bias) is TermKind.TILED and inputs.query.dtype == jnp.bfloat16
 
 
+def has_bits_alone(inputs: Inputs) -> bool:
+    """Whether the bits of a mask, and nothing else, come tile by tile."""
+    return [x.dtype for x in _terms(inputs) if kind_of(x) is TermKind.TILED] == [bool]
+
+
 def term_bytes(inputs: Inputs) -> int:
-    """Bytes that one score takes in shared memory, of the bias and mask that come tile by tile."""
+    """Bytes that one score takes in shared memory, of the bias and mask that come tile by tile.
+
+    Bits, with what they leave empty in short rows, count as one.
+    """
     tiled = [x for x in _terms(inputs) if kind_of(x) is TermKind.TILED]
     return sum(1 if x.dtype == bool else _float_bytes(x) for x in tiled)
 
@@ -149,20 +166,6 @@ def _float_bytes(x: jax.Array) -> int:
     return min(4, np.dtype(x.dtype).itemsize)
 
 
-def _tf32_operands(inputs: Inputs) -> Inputs:
-    """Keys and values rounded to what the tensor cores multiply (they cut off further bits); values (..., K, D, S).
-
-    wgmma transposes tiles of 16-bit elements only. The kernel rounds queries.
-    """
-    key, value = (lax.reduce_precision(x, 8, 10) for x in (inputs.key, inputs.value))
-    length = inputs.mask.key_value_length
-    if length is not None:
-        position = lax.broadcasted_iota(jnp.int32, (*(1,) * length.ndim, value.shape[-3], 1, 1), length.ndim)
-        in_length = position < length[..., None, None, None]
-        value = jnp.where(in_length | jnp.isfinite(value), value, 0.0)  # as `clean_padding`
-    return inputs._replace(key=key, value=jnp.moveaxis(value, -3, -1))
-
-
 def term_buffers(
     operands: Operands, slots: tuple[int, ...], block_rows: int, block_kv: int, *, with_columns: bool = False
 ) -> TermBuffers:
@@ -174,8 +177,10 @@ def term_buffers(
     def tiles(term: LogitTerm | None) -> object:
         if term is None or term.kind is not TermKind.TILED:
             return None
-        tile = (block_kv, block_rows) if term.is_transposed else (block_rows, block_kv)
         dtype = term.array.dtype
+        if term is operands.mask:
+            return plgpu.SMEM((*slots, block_kv if term.is_transposed else block_rows, WORDS), dtype)
+        tile = block_rows, block_kv
         return matrix_buffer(*slots, *tile, dtype=dtype, swizzle=swizzle_bytes(term.array.shape[-1], dtype, tile[-1]))
 
     def columns(term: LogitTerm | None) -> object:
