@@ -63,11 +63,16 @@ def _results(implementation: str, names: tuple[str, ...], arrays: dict[str, Any]
     return [np.asarray(x, np.float32) for x in results]
 
 
+def _arrays() -> dict[str, Any]:
+    query, key, value = make_arrays(Case(_ODD, "bfloat16"))
+    return {"query": query, "key": key, "value": value}
+
+
 @pytest.mark.parametrize(
     "names", [("query",), ("key",), ("value",), ("bias",), ("scale",), ("query", "value")], ids=str
 )
 def test_some_tangents_alone(names: tuple[str, ...]) -> None:
-    arrays = dict(zip(("query", "key", "value"), make_arrays(Case(_ODD, "bfloat16")), strict=True))
+    arrays = _arrays()
     arrays |= {"bias": jax.random.normal(jax.random.key(1), (1, 4, 301, 333)), "scale": jnp.float32(0.1)}
     tangents = {
         name: jax.random.normal(jax.random.key(i), x.shape, x.dtype) for i, (name, x) in enumerate(arrays.items())
@@ -77,10 +82,14 @@ def test_some_tangents_alone(names: tuple[str, ...]) -> None:
 
 
 def test_tangents_of_logits_that_are_large_beside_their_differences() -> None:
-    """Where all keys move together, out does not change."""
-    arrays = dict(zip(("query", "key", "value"), make_arrays(Case(_ODD, "bfloat16")), strict=True))
+    """Where all keys move together, out does not change. Some rows have no key in the tile that is visited first.
+
+    Dense attention (bfloat16, its jvp on a CPU) errs by 0.0038 of the largest here; without a reference for each row,
+    that is subtracted, the kernel would err by 0.36.
+    """
+    arrays = _arrays()
     small = jax.random.normal(jax.random.key(1), arrays["key"].shape, jnp.bfloat16)
     tangents = {"key": small + 64, "value": jnp.zeros_like(small)}
     exact, _ = _results("float32", ("key",), arrays, tangents)
     found, _ = _results("kernel", ("key",), arrays, tangents)
-    assert np.abs(found - exact).max() < 0.03 * np.abs(exact).max()
+    assert np.abs(found - exact).max() < 2 * 0.0038 * np.abs(exact).max()

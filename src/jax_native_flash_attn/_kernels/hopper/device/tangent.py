@@ -1,7 +1,7 @@
 """Tangent of attention for Hopper GPUs: blocks of query rows against their key/value tiles, as the forward kernel goes.
 
 With P the softmax weights, recomputed from the log-sum-exp, S and dS tiles of scores and their tangent, and dS of a row
-from a reference r on, which is one number for each row (`TangentRows.reference`):
+from a reference r on, which is one number for each row (`TangentRows.mean`):
 
     S = Q K^T    dS = dQ K^T + Q dK^T - r    dO += (P * dS) V + P dV
 
@@ -27,7 +27,7 @@ from ..pallas import hide_from_compiler, pl, plgpu, warp_specialize, zeros
 from ..scheduler import Item
 from .masks import is_outside
 from .overlap import fold_columns, order_before_wgmma_wait
-from .tangent_context import TangentContext, TangentRows
+from .tangent_context import NO_MEAN, TangentContext, TangentRows
 from .transfers import key_slice, query_slice
 
 
@@ -82,21 +82,21 @@ def _load_item(context: TangentContext, k: Any, item: Item) -> None:
 def _compute_item(context: TangentContext, k: Any, item: Item) -> None:
     rows = TangentRows(context, k, item)
     plgpu.barrier_wait(context.buffers.rows_ready.at[rows.buffer])
-    operands, reference, sums = _tile_alone(rows, jnp.int32(0), None, rows.no_sums, is_first=True)
+    operands, means, sums = _tile_alone(rows, jnp.int32(0), None, rows.no_sums, is_first=True)
     acc = zeros(context.blocks.block_q, context.sizes.D)
     if context.plan.overlaps:
-        step = functools.partial(_step, rows, reference)
-        acc, operands, sums = lax.fori_loop(1, rows.num_tiles, step, (acc, operands, sums))
+        step = functools.partial(_step, rows)
+        acc, operands, means, sums = lax.fori_loop(1, rows.num_tiles, step, (acc, operands, means, sums))
         acc = _added(rows, acc, operands, rows.num_tiles - 1)
     else:
         acc = _added(rows, acc, operands, jnp.int32(0))
-        whole_tile = functools.partial(_whole_tile, rows, reference)
-        acc, sums = lax.fori_loop(1, rows.num_tiles, whole_tile, (acc, sums))
-    rows.write(acc, reference, sums)
+        whole_tile = functools.partial(_whole_tile, rows)
+        acc, means, sums = lax.fori_loop(1, rows.num_tiles, whole_tile, (acc, means, sums))
+    rows.write(acc, means, sums)
 
 
-def _tile_alone(rows: TangentRows, i: Any, reference: Any, sums: tuple, *, is_first: bool) -> tuple:
-    """Of tile i, all but the products with the values; in the first tile, the reference is made."""
+def _tile_alone(rows: TangentRows, i: Any, means: Any, sums: tuple, *, is_first: bool) -> tuple:
+    """Of tile i, all but the products with the values."""
     context, slot = rows.context, rows.slot(i)
     context.key_ring.wait_until_ready(slot)
     # As in `dquery.py`: else descriptors of the query would stay in registers.
@@ -111,17 +111,37 @@ def _tile_alone(rows: TangentRows, i: Any, reference: Any, sums: tuple, *, is_fi
     weights = rows.weights(products[0], terms, i, masked)
     dx = rows.dlogits(products, i, slot, masked) if context.tangent_operands.has_dlogits else None
     if is_first and context.is_centered and dx is not None:
-        reference = rows.reference(weights, dx)
-    operands, sums = rows.operands(weights, dx, reference, i, sums)
+        means = rows.mean(weights, dx)
+    elif not is_first:
+        means = _means_with(rows, means, weights, dx, i)
+    operands, sums = rows.operands(weights, dx, means, i, sums)
     context.key_ring.release(slot)
-    return operands, reference, sums
+    return operands, means, sums
 
 
-def _whole_tile(rows: TangentRows, reference: Any, i: Any, carry: tuple) -> tuple:
+def _means_with(rows: TangentRows, means: Any, weights: Any, dx: Any, i: Any) -> Any:
+    """With those of tile i, where the tiles before gave a row none.
+
+    Without a bias or the like, only tiles that need a mask leave rows without a weight, and the next one ends that.
+    """
+    context = rows.context
+    if dx is None or not context.moves_reference:
+        return means
+
+    def update(means: Any) -> Any:
+        return jnp.where(means > NO_MEAN, means, rows.mean(weights, dx))
+
+    if context.excludes_anywhere:
+        return update(means)
+    is_due = (i == 1) | _is_masked(rows, i, is_first=False) | _is_masked(rows, i - 1, is_first=False)
+    return lax.cond(is_due, update, lambda means: means, means)
+
+
+def _whole_tile(rows: TangentRows, i: Any, carry: tuple) -> tuple:
     """For block shapes that leave no registers for two tiles at once."""
-    acc, sums = carry
-    operands, _, sums = _tile_alone(rows, i, reference, sums, is_first=False)
-    return _added(rows, acc, operands, i), sums
+    acc, means, sums = carry
+    operands, means, sums = _tile_alone(rows, i, means, sums, is_first=False)
+    return _added(rows, acc, operands, i), means, sums
 
 
 def _added(rows: TangentRows, acc: Any, operands: tuple, i: Any) -> Any:
@@ -149,17 +169,17 @@ def _is_masked(rows: TangentRows, i: Any, *, is_first: bool) -> Any:
     return is_all_dead if is_edge is False else is_edge | is_all_dead
 
 
-def _step(rows: TangentRows, reference: Any, i: Any, carry: tuple) -> tuple:
+def _step(rows: TangentRows, i: Any, carry: tuple) -> tuple:
     """Products, weights and dS of tile i, beside the products with the values of the tile before."""
     context, slot, previous = rows.context, rows.slot(i), rows.slot(i - 1)
-    acc, operands, sums = lax.optimization_barrier(carry)
+    acc, operands, means, sums = lax.optimization_barrier(carry)
     # All waits come first: control flow between two products would serialise them.
     context.key_ring.wait_until_ready(slot)
     rows.wait_for_values(i - 1)
     terms = rows.logits.tile_terms_before_products(rows.vectors, rows.item.tile(i), slot)
 
     def products(state: tuple) -> None:
-        acc_ref, refs, operand_refs, sum_refs = state
+        acc_ref, refs, operand_refs, means_refs, sum_refs = state
         behind_first = rows.issue(refs, rows.buffer, slot)
         behind_all = rows.add(acc_ref, operands, previous)
         masked = _is_masked(rows, i, is_first=False)
@@ -168,8 +188,10 @@ def _step(rows: TangentRows, reference: Any, i: Any, carry: tuple) -> tuple:
         order_before_wgmma_wait(fold_columns(weights.p, jnp.add))
         loaded = (s, *(plgpu.wgmma_accumulator_load(ref, wait_n=behind_all) for ref in refs[1:]))
         dx = rows.dlogits(loaded, i, slot, masked) if context.tangent_operands.has_dlogits else None
-        found, so_far = rows.operands(weights, dx, reference, i, tuple(ref[...] for ref in sum_refs))
-        for ref, x in zip((*operand_refs, *sum_refs), (*found, *so_far), strict=True):
+        moved = _means_with(rows, means, weights, dx, i)
+        found, so_far = rows.operands(weights, dx, moved, i, tuple(ref[...] for ref in sum_refs))
+        kept = (moved,) if means_refs else ()
+        for ref, x in zip((*operand_refs, *means_refs, *sum_refs), (*found, *kept, *so_far), strict=True):
             ref[...] = x
         context.key_ring.release(slot)
         if so_far:
@@ -178,6 +200,7 @@ def _step(rows: TangentRows, reference: Any, i: Any, carry: tuple) -> tuple:
     initial = plgpu.ACC.init(acc), tuple(map(plgpu.ACC.init, rows.no_products()))
     blank = zeros(*rows.shape).astype(context.dtype)
     # Leaving `run_state` waits for the products with the values.
-    acc, _, operands, sums = pl.run_state(products)((*initial, (blank,) * len(operands), sums))
+    moving = (means,) if context.moves_reference else ()
+    acc, _, operands, moving, sums = pl.run_state(products)((*initial, (blank,) * len(operands), moving, sums))
     context.value_ring.release(previous)
-    return acc, operands, sums
+    return acc, operands, moving[0] if moving else means, sums

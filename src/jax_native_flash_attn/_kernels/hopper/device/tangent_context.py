@@ -20,7 +20,8 @@ from .logits import TileLogits, TileTerms
 from .overlap import THREAD_COLUMNS, fold_columns
 from .transfers import Ring, Terms, by_first_warpgroup, clean_padding, query_slice, row_slice
 
-_LEAST_WEIGHT = 1e-30  # of a row's first tile, from which a mean is made
+_LEAST_WEIGHT = 1e-30  # of a row's part of a tile, from which a mean is made
+NO_MEAN = -3e38  # of a row without any weight so far
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,18 @@ class TangentContext(KernelContext):
 
     @property
     def is_centered(self) -> bool:
-        """See `TangentRows.reference`."""
+        """See `TangentRows.mean`."""
         return self.tangent_operands.has_dlogits and self.config.has_all_keys
+
+    @property
+    def excludes_anywhere(self) -> bool:
+        """Whether any tile may have no weight in some row, by its bias, a mask or ids."""
+        return self.terms.bias is not None or self.terms.mask is not None or self.intervals.elements is not None
+
+    @property
+    def moves_reference(self) -> bool:
+        """Whether rows may have no weight in the tile that is visited first."""
+        return self.is_centered and (self.excludes_anywhere or self.intervals.has_many_edges(self.blocks.rows))
 
 
 class TangentRows:
@@ -162,19 +173,20 @@ class TangentRows:
             terms.append(dbias.astype(jnp.float32))
         return logits.through_mask(sum(terms[1:], terms[0]), self.vectors, tile, masked)
 
-    def reference(self, weights: Any, dx: jax.Array) -> jax.Array:
-        """What is subtracted from all dz of a row: their mean over its first tile.
+    def mean(self, weights: Any, dx: jax.Array) -> jax.Array:
+        """The mean dz of each row over a tile, `NO_MEAN` where it has no weight there.
 
-        Otherwise p dz would be large, and its rounding, where the dz of a row are large beside their differences.
+        That over the first tile with any weight is subtracted from all dz of a row. Otherwise p dz would be large, and
+        its rounding, where the dz of a row are large beside their differences.
         """
         p, dz = (fold_columns(x, jnp.add).sum(axis=1) for x in (weights.p, weights.through_cap * dx))
-        return jnp.where(p > _LEAST_WEIGHT, dz / p, 0.0)
+        return jnp.where(p > _LEAST_WEIGHT, dz / p, NO_MEAN)
 
     def operands(
-        self, weights: Any, dx: jax.Array | None, reference: jax.Array | None, i: Any, sums: tuple
+        self, weights: Any, dx: jax.Array | None, means: jax.Array | None, i: Any, sums: tuple
     ) -> tuple[tuple, tuple]:
         """The left operands of `add`, and the sums with those of this tile."""
-        logits, tile, parts = self.logits, self.item.tile(i), []
+        logits, tile, parts, reference = self.logits, self.item.tile(i), [], _or_zero(means)
         if dx is not None:
             if reference is None:
                 change = weights.through_cap * dx
@@ -189,8 +201,9 @@ class TangentRows:
             parts.append(weights.p)
         return tuple(logits.drop(x, self.row, tile).astype(self.context.dtype) for x in parts), sums
 
-    def write(self, acc: jax.Array, reference: jax.Array | None, sums: tuple) -> None:
+    def write(self, acc: jax.Array, means: jax.Array | None, sums: tuple) -> None:
         """Start writing the results."""
+        reference = _or_zero(means)
         context, plan, item, outs = self.context, self.context.plan, self.item, self.context.outs
         block_q, operands = context.blocks.block_q, context.tangent_operands
         dout = acc * self.logits.rescaling
@@ -214,3 +227,7 @@ class TangentRows:
         if not plan.scheduler.is_single:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(context.buffers.rows_free.at[self.buffer])
+
+
+def _or_zero(means: jax.Array | None) -> jax.Array | None:
+    return None if means is None else jnp.where(means > NO_MEAN, means, 0.0)
