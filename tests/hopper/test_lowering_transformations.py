@@ -27,8 +27,9 @@ from tests.support.targets import pretend_gpu, why_no_backend
 HAS_BACKEND = jax.__version_info__ >= (0, 10)
 without_backend = pytest.mark.skipif(not HAS_BACKEND, reason=f"JAX {jax.__version__} has no Mosaic GPU backend we use")
 
-# Whose kernels are all Mosaic's for 16-bit types.
+# Whose kernels are all Mosaic's, and those that also are for 16 bits.
 FIRST_ORDER = ("value", "gradient", "gradient of all", "vmap", "gradient of vmap", "vmap of gradient", "lse")
+FORWARD_MODE = ("jvp", "linearize", "jacfwd")
 FIRST = ("value", "gradient of all")
 SECOND = ("forward over reverse", "reverse over forward")
 
@@ -76,8 +77,8 @@ def _faults(point: Point, full: Sequence[str], sampled: Sequence[str] = (), **op
                 faults[name] = "binds no kernel of ours"
             for bind, text in texts.items():
                 takes_mosaic = "mosaic_gpu" in text
-                is_first = name in FIRST_ORDER and not options
-                if is_first and not takes_mosaic:
+                is_first = name in FIRST_ORDER or (name in FORWARD_MODE and case.dtype in ("bfloat16", "float16"))
+                if is_first and not options and not takes_mosaic:
                     faults[name] = f"{bind.primitive.name} takes pure JAX"
                 # Of float64 operands alone may there be arrays of float64; scalars cost nothing.
                 if case.dtype != "float64" and not bind.has_float64 and re.search(r"\dxf64>", text):

@@ -253,9 +253,9 @@ class Bind(NamedTuple):
 
     @property
     def is_first_order(self) -> bool:
-        """The forward kernel or the cotangent kernel: what Mosaic GPU has kernels for."""
+        """The forward, tangent or cotangent kernel: what Mosaic GPU has kernels for."""
         kernel = dict(self.params).get("kernel")
-        return kernel is None or (isinstance(kernel, FirstDerivative) and kernel.flipped)
+        return kernel is None or isinstance(kernel, FirstDerivative)
 
     def lowered(self) -> str:
         """The program for CUDA; 64-bit types must be on where they were when it was bound."""

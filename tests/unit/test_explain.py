@@ -61,8 +61,12 @@ def test_on_a_hopper_gpu(dtype: str, monkeypatch: pytest.MonkeyPatch):
     assert found.forward.reasons.keys() == {"cudnn_gpu", "pure_jax"}
     assert found.forward.reasons["pure_jax"] == "mosaic_gpu comes first and supports the call"
     assert found.gradient.family == "mosaic_gpu"
-    assert found.tangent.family == "pure_jax"
-    assert found.tangent.reasons["mosaic_gpu"] == "it has no kernel for tangents"
+    if dtype == "bfloat16":
+        assert found.tangent.family == "mosaic_gpu"
+        assert found.tangent.plan.block_kv == 64
+    else:
+        assert found.tangent.family == "pure_jax"
+        assert found.tangent.reasons["mosaic_gpu"] == "its kernel for tangents is for 16 bits"
     assert explain(*types(dtype), implementation="pure_jax", platform="cuda").forward.family == "pure_jax"
 
 

@@ -82,7 +82,7 @@ def _forward_jvp(primals: Any, tangents: Any, *, config: Config, structure: Any,
     varying = [i for i, t in enumerate(tangents) if OPERANDS[names[i]].is_differentiable and not _is_zero(t)]
     residuals = (*primals, out, lse)
     slots = (Slot(len(primals)), Slot(len(primals) + 1))[: 2 if asked.needs_lse else 1]
-    config = replace(config, needs_max_logits=False)
+    config = replace(config, needs_max_logits=False, rounds_out=asked.rounds_out)
     kernel = FirstDerivative(config, structure, tuple(map(Slot, varying)), slots)
     dout, *dlse = _apply_linear(*residuals, *(tangents[i] for i in varying), kernel=kernel)
     results = [(rounded if asked.rounds_out else out, dout), *([(lse, *dlse)] if dlse else [])]

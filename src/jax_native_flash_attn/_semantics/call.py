@@ -140,7 +140,8 @@ class Config:
     """The static part of a call.
 
     `implementation` is what the caller asked for. `rounds_out` asks for out in query's dtype; derivatives need it
-    unrounded, in accumulation dtype, and with `adds_rounded` get it rounded too, behind the other results.
+    unrounded, in accumulation dtype, and with `adds_rounded` get it rounded too, behind the other results. In a tangent
+    pass `rounds_out` says that out was asked for so: its tangent is then rounded in the end, and may be in the kernel.
 
     `has_all_keys`: whether out and lse, as residuals, are of no more keys than the call has.
 

@@ -1,4 +1,4 @@
-"""Block shapes of the backward kernels: the first that fit into shared memory and registers."""
+"""Block shapes of the kernels for derivatives: the first that fit into shared memory and registers."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ _SHORT_ITEM = 1 << 16  # keys, or query rows, that an item of the backward visit
 
 
 def _takes_persistent(sizes: Sizes, visited: int, *, is_even: bool) -> bool:
-    """Whether blocks of the backward go through several items, whose loads then overlap (5 to 10% of a gradient).
+    """Whether blocks of a derivative go through several items, whose loads then overlap (5 to 10% of a gradient).
 
     With long items there is nothing to gain, and with 1024 keys and 128 columns 2% to lose; items that take different
     times are better given to whichever multiprocessor is free.
@@ -96,6 +96,25 @@ def dbias_blocks(sizes: Sizes, term_bytes: int, *, has_key_mask: bool, itemsize:
         ),
         Blocks(64, 64, 1, 1),
         reserved=_BARRIERS,
+    )
+
+
+def tangent_blocks(sizes: Sizes, term_bytes: int, *, is_even: bool) -> Blocks:
+    """Of the tangent kernel, with all tangents; `term_bytes` of these too."""
+    H, D = sizes.H, sizes.D
+    persistent = _takes_persistent(sizes, sizes.S, is_even=is_even)
+    return _first_that_fits(
+        lambda x: (
+            (4 * H + 2 * D * (H != D)) * (1 + x.persistent) * x.rows
+            + x.stages * x.block_kv * (4 * (H + D) + x.rows * term_bytes)
+        ),
+        *(
+            Blocks(64, 64, stages, warpgroups, persistent=each)
+            for warpgroups in (1 if sizes.T <= 64 else 2, 1)
+            for each in ((True, False) if persistent else (False,))
+            for stages in (3, 2)
+        ),
+        Blocks(64, 64, 1, 1),
     )
 
 

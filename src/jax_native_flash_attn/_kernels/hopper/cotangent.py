@@ -74,21 +74,21 @@ def plan(
     `needs_value`: for those that are computed together; None: for that of value if it fits beside that of key.
     """
     inputs = jax.eval_shape(pad_head_dims, inputs)
-    z, tiled_bytes, is_even, itemsize = inputs.sizes, term_bytes(inputs), _is_even(inputs), inputs.query.dtype.itemsize
+    z, tiled_bytes, even, itemsize = inputs.sizes, term_bytes(inputs), is_even(inputs), inputs.query.dtype.itemsize
     if needs_value is None:
         needs_value = fits_both_key_gradients(z, itemsize)
     allowed = inputs.mask.allowed
     has_key_mask = allowed is not None and kind_of(allowed) is TermKind.COLUMNS
     return BackwardBlocks(
-        dquery_blocks(z, tiled_bytes, with_scale=with_scale, is_even=is_even, is_wide=is_wide, itemsize=itemsize),
+        dquery_blocks(z, tiled_bytes, with_scale=with_scale, is_even=even, is_wide=is_wide, itemsize=itemsize),
         dkey_dvalue_blocks(
-            z, tiled_bytes, needs_key=needs_key, needs_value=needs_value, is_even=is_even, itemsize=itemsize
+            z, tiled_bytes, needs_key=needs_key, needs_value=needs_value, is_even=even, itemsize=itemsize
         ),
         None if inputs.bias is None else dbias_blocks(z, tiled_bytes, has_key_mask=has_key_mask, itemsize=itemsize),
     )
 
 
-def _is_even(inputs: Inputs) -> bool:
+def is_even(inputs: Inputs) -> bool:
     """Lengths make items uneven. A boolean mask has intervals too, for its rows without keys; a band may be moved."""
     mask = inputs.mask
     is_traced = mask.key_start is not None and mask.allowed is None and mask.shift is None

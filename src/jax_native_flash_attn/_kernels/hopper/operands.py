@@ -178,6 +178,37 @@ class BackwardOperands:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class TangentOperands:
+    """What the tangent kernel reads.
+
+    Attributes:
+      forward: the operands of the call.
+      tangents: of these, those that are tangents of query, key, value, scale and bias, each in its field; the others,
+        and what has no tangent, are None.
+      out: (batch..., T, N, D) in float32, padded to whole blocks.
+      lse: (batch..., N, T) in float32, likewise.
+      scales_lse: as in `RowOperands`.
+    """
+
+    forward: Operands
+    tangents: Operands
+    out: Any | None
+    lse: Any
+    scales_lse: bool = field(metadata={"static": True})
+
+    @property
+    def tiled(self) -> tuple[LogitTerm, ...]:
+        return (*self.forward.tiled, *self.tangents.tiled)
+
+    @property
+    def has_dlogits(self) -> bool:
+        """Whether the logits have a tangent."""
+        x = self.tangents
+        return any(tangent is not None for tangent in (x.query, x.key, x.scale, x.bias))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class TermBuffers:
     """Shared memory of the terms that come with the keys: slots of tiles, and of parts of vectors along the keys."""
 

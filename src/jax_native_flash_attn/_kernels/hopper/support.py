@@ -26,11 +26,12 @@ class HopperKernels:
     """See `Kernels`.
 
     Attributes:
-      forward_blocks, backward_blocks: of every call; None: those that `blocks.py` chooses for it.
+      forward_blocks, backward_blocks, tangent_blocks: of every call; None: those that `blocks.py` chooses for it.
     """
 
     forward_blocks: Blocks | None = None
     backward_blocks: BackwardBlocks | None = None
+    tangent_blocks: Blocks | None = None
     name = "mosaic_gpu"
     is_opaque = True
 
@@ -45,11 +46,13 @@ class HopperKernels:
         return reason
 
     def plan(self, call: Call, which: Pass, target: Target) -> Blocks | BackwardBlocks:
-        """A cotangent's is for all gradients but that of scale."""
-        from . import cotangent
+        """A cotangent's is for all gradients but that of scale, a tangent's for a bias without one."""
+        from . import cotangent, tangent
 
         if which is Pass.COTANGENT:
             return self.backward_blocks or cotangent.plan(call.inputs)
+        if which is Pass.TANGENT:
+            return self.tangent_blocks or tangent.plan(call.inputs)
         return self._forward_blocks(call)
 
     def _forward_blocks(self, call: Call) -> Blocks:
@@ -68,12 +71,14 @@ class HopperKernels:
         return cotangent.cotangent(call, given, self.backward_blocks, _chip().cores)
 
     def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
-        raise NotImplementedError(_why_not_pass(call, Pass.TANGENT))
+        from . import tangent
+
+        return tangent.tangent(call, given, self.tangent_blocks, _chip().cores)
 
 
 def _why_not_pass(call: Call, which: Pass) -> str | None:
-    if which is Pass.TANGENT:
-        return "it has no kernel for tangents"
+    if which is Pass.TANGENT and call.inputs.query.dtype == jnp.float32:
+        return "its kernel for tangents is for 16 bits"
     bias = call.inputs.bias
     if which is Pass.COTANGENT and call.config.logits_soft_cap is not None and bias is not None and bias.shape[-1] == 1:
         return "it has no gradient of a bias without keys inside a soft cap"
@@ -140,7 +145,7 @@ def _why_not_backend() -> str | None:
     if jax.__version_info__[:2] < _JAX_WITH_BACKEND:
         return f"it needs JAX {'.'.join(map(str, _JAX_WITH_BACKEND))}, this is {jax.__version__}"
     try:
-        from . import cotangent, family  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        from . import cotangent, family, tangent  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         return f"Pallas' Mosaic GPU backend cannot be imported: {error}"
     return None

@@ -82,15 +82,15 @@ class TileLogits:
 
     def rows(self, row: Any, *, late: bool = False) -> RowVectors:
         """Of the rows from `row` on; `late` loads intervals only in tiles that need a mask."""
-
-        def vector(refs: TermRefs | None) -> jax.Array | None:
-            if refs is None or refs.term.kind is not TermKind.ROWS:
-                return None
-            return self._vector(refs.term, row, self.block_q, self.q_layout)
-
-        bias, mask = vector(self.terms.bias), vector(self.terms.mask)
+        bias, mask = self.row_vector(self.terms.bias, row), self.row_vector(self.terms.mask, row)
         load = functools.partial(self.intervals.rows, self.head, row, self.block_q, self.q_layout)
         return RowVectors(row, load if late else load(), bias, mask)
+
+    def row_vector(self, refs: TermRefs | None, row: Any) -> jax.Array | None:
+        """Of the rows from `row` on, of a term that varies in these alone."""
+        if refs is None or refs.term.kind is not TermKind.ROWS:
+            return None
+        return self._vector(refs.term, row, self.block_q, self.q_layout)
 
     def of_rows(self, x: jax.Array) -> jax.Array:
         """A value for each query row, in the shape of a tile."""
@@ -101,7 +101,7 @@ class TileLogits:
         index = (*broadcast_index(self.head, ref.shape[:-1]), pl.ds(start, count))
         return load(ref.at[index], layout=layout)
 
-    def _term(self, refs: TermRefs | None, row_vector: jax.Array | None, tile: Any, slot: Any) -> jax.Array | None:
+    def term(self, refs: TermRefs | None, row_vector: jax.Array | None, tile: Any, slot: Any) -> jax.Array | None:
         """A tile of bias or mask, in registers."""
         if refs is None:
             return None
@@ -124,8 +124,8 @@ class TileLogits:
 
     def tile_terms(self, rows: RowVectors, tile: Any, slot: Any = None) -> TileTerms:
         """Bias and mask of a tile; of a mask over rows and keys, its bits."""
-        bias = self._term(self.terms.bias, rows.bias, tile, slot)
-        mask = self._term(self.terms.mask, rows.mask, tile, slot)
+        bias = self.term(self.terms.bias, rows.bias, tile, slot)
+        mask = self.term(self.terms.mask, rows.mask, tile, slot)
         return TileTerms(mask, bias)
 
     def tile_terms_before_products(self, rows: RowVectors, tile: Any, slot: Any) -> TileTerms:

@@ -44,15 +44,23 @@ class Backward:
         Rows past the last get an lse for which all weights are zero: they must not be infinite, whatever the bias.
         So do dead rows, whose logits are constant, for kernels that want dz alone (values get a gradient from them).
         """
-        has_terms = self.inputs.bias is not None or self.inputs.mask.allowed is not None
-        is_short = self.sizes.T * self.sizes.S <= _SHORT
         dead = self.inputs.mask.dead if drops_dead_rows else None
-        lse = self.lse if has_terms or is_short else self.lse * LOG2E
-        lse = lse if dead is None else jnp.where(dead, _NO_WEIGHT, lse)
+        lse, scales_lse = prepare_lse(self.inputs, self.lse, block_rows, dead)
         T, padded = self.sizes.T, round_up(self.sizes.T, block_rows)
         return RowOperands(
             self.products.dout if self.products else pad_axis(self.dout, -3, round_up(T, dout_tma.multiple)),
-            pad_axis(lse, -1, padded, _NO_WEIGHT),
+            lse,
             pad_axis(self.delta, -1, padded),
-            scales_lse=is_short and not has_terms,
+            scales_lse=scales_lse,
         )
+
+
+def prepare_lse(
+    inputs: Inputs, lse: jax.Array, block_rows: int, dead: jax.Array | None = None
+) -> tuple[jax.Array, bool]:
+    """As `Backward.row_operands` says, without weights in `dead` rows; and whether the kernel is to scale it."""
+    has_terms = inputs.bias is not None or inputs.mask.allowed is not None
+    is_short = inputs.sizes.T * inputs.sizes.S <= _SHORT
+    lse = lse if has_terms or is_short else lse * LOG2E
+    lse = lse if dead is None else jnp.where(dead, _NO_WEIGHT, lse)
+    return pad_axis(lse, -1, round_up(inputs.sizes.T, block_rows), _NO_WEIGHT), is_short and not has_terms

@@ -46,12 +46,8 @@ def prepare(
     shift = None if reads_intervals else mask.shift
     is_computed = config.band.is_complete and (inputs.bias is None if mask.shift is None else shift is not None)
     intervals = None if is_computed else row_intervals(mask, z.T, z.S, block_rows, block_kv)
-    bias, allowed = inputs.bias, mask.allowed
-    bias_term = mask_term = None
-    if bias is not None:
-        if bias.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-            bias = bias.astype(jnp.float32)
-        bias_term = _term(bias, z.T, z.S, block_rows, block_kv)
+    allowed, mask_term = mask.allowed, None
+    bias_term = None if inputs.bias is None else prepare_bias(inputs.bias, z.T, z.S, block_rows, block_kv)
     if allowed is not None:
         mask_term = _mask_term(allowed, z.T, z.S, block_rows, block_kv, transposes=transposes_mask)
         if mask_term.kind is TermKind.TILED and intervals is not None and not transposes_mask:
@@ -94,6 +90,13 @@ def _elements(mask: MaskOperands, T: int, S: int, block_rows: int, block_kv: int
         highest_position=rows(mask.highest_position),
         key_positions=keys(mask.key_positions),
     )
+
+
+def prepare_bias(bias: jax.Array, T: int, S: int, block_rows: int, block_kv: int) -> LogitTerm:
+    """A bias, or a tangent of one."""
+    if bias.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        bias = bias.astype(jnp.float32)
+    return _term(bias, T, S, block_rows, block_kv)
 
 
 def kind_of(x: jax.Array) -> TermKind:
