@@ -18,8 +18,8 @@ from ._keywords import explains_keywords
 from ._options import EXTENSIONS, Options, WindowLike
 from ._semantics.errors import describe
 
-Implementation = Literal["xla", "pure_jax", "mosaic_gpu", "dense", "cudnn"]
-_IMPLEMENTATIONS = (None, "xla", "pure_jax", "mosaic_gpu", "dense", "cudnn")
+Implementation = Literal["xla", "pure_jax", "mosaic_gpu", "mosaic_tpu", "dense", "cudnn"]
+_IMPLEMENTATIONS = (None, "xla", "pure_jax", "mosaic_gpu", "mosaic_tpu", "dense", "cudnn")
 
 # jax.nn's own function, for implementation='cudnn': by the time of a call a user may have put ours in its place. Ours
 # carries it, should this module be imported once more by then.

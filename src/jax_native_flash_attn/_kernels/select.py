@@ -12,9 +12,14 @@ import jax
 from .._semantics.call import Call
 from .hopper.support import HopperKernels
 from .protocol import Forward, Kernels, LinearPass, Pass, Target
+from .tpu.support import TpuKernels
 from .xla.family import XlaKernels
 
-FAMILIES: tuple[Kernels, ...] = (HopperKernels(), XlaKernels())  # in order of preference; the last supports every call
+FAMILIES: tuple[Kernels, ...] = (
+    HopperKernels(),
+    TpuKernels(),
+    XlaKernels(),
+)  # in order of preference; the last supports every call
 _replacements: dict[str, Kernels] = {}
 
 

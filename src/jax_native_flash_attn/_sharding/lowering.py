@@ -111,7 +111,8 @@ def partitioning(is_opaque: Callable[..., bool], operands: Sequence[Any], **para
     """Parameter of the primitives, see `auto.py`: not None where a unit may be lowered for several devices."""
     if jax.device_count() == 1 or not uses_shardy():
         return None
-    return needs_devices() if is_opaque(operands, Target("cuda"), **params) else None
+    may_be_unit = any(is_opaque(operands, Target(platform), **params) for platform in ("cuda", "tpu"))
+    return needs_devices() if may_be_unit else None
 
 
 def _over_explicit_batch(kernel: Callable, operands: Sequence[Any], results: Sequence[Any], spec: Sequence) -> Callable:

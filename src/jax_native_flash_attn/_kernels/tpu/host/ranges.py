@@ -1,0 +1,115 @@
+"""Which tiles are visited, and which of these need no mask: four numbers for each resident block, in scalar memory.
+
+XLA makes them of the intervals of the rows before a kernel, O(T) work, also where the intervals are static: so there is
+one way to say it, and index maps and kernels read the same numbers. The rules are those of `_semantics/masks.py`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ...._semantics.call import Call
+from ..blocks import Blocks
+
+_MOST = np.iinfo(np.int32).max
+
+
+class RowBlocks(NamedTuple):
+    """Of the rows of each query block, (batch..., blocks): the ends of their intervals, lowest and highest of each."""
+
+    least_start: jax.Array
+    most_start: jax.Array
+    least_stop: jax.Array
+    most_stop: jax.Array
+
+
+def row_blocks(call: Call, block_q: int) -> RowBlocks:
+    """A tile that is full knows nothing of dead rows, nor of ids and boolean masks: where these count, none is."""
+    config, inputs = call
+    mask, z = inputs.mask, inputs.sizes
+    if mask.key_start is None or mask.key_stop is None:
+        start, stop = config.band.interval(jnp.arange(z.T, dtype=jnp.int32), z.S, jnp)
+        start, stop = (x.reshape((1,) * (len(z.batch) + 1) + (z.T,)) for x in (start, stop))
+    else:
+        start, stop = mask.key_start, mask.key_stop
+    full_stop = stop
+    if mask.dead is not None:
+        full_stop = jnp.where(mask.dead, 0, full_stop)
+    if mask.is_exact is not None:
+        full_stop = jnp.where(mask.is_exact, full_stop, 0)
+    blocks = -(-z.T // block_q)
+
+    def reduced(x: jax.Array, kind: Any, neutral: int) -> jax.Array:
+        x = jnp.broadcast_to(x, (*x.shape[:-1], z.T))
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, blocks * block_q - z.T)], constant_values=neutral)
+        # Of all heads: a scalar memory would not hold more.
+        return kind(x.reshape(*x.shape[:-1], blocks, block_q), (-1, -3))
+
+    bounds = RowBlocks(
+        reduced(start, jnp.min, _MOST),
+        reduced(start, jnp.max, 0),
+        reduced(full_stop, jnp.min, _MOST),
+        reduced(stop, jnp.max, 0),
+    )
+    return RowBlocks(*jnp.broadcast_arrays(*bounds))
+
+
+def key_tiles(call: Call, blocks: Blocks) -> jax.Array:
+    """Of each block of query rows, (batch..., query blocks, 4): tiles of keys, as a `ColumnRange`."""
+    bounds, tile = row_blocks(call, blocks.resident), blocks.tile
+    count, has_rest = divmod(call.sizes.S, tile)
+    first = jnp.minimum(bounds.least_start // tile, count + (has_rest > 0))
+    stop = jnp.maximum(-(-bounds.most_stop // tile), first)
+    full_first = jnp.clip(-(-bounds.most_start // tile), first, stop)
+    # No tile is full that reaches past the last key.
+    full_stop = jnp.clip(jnp.minimum(bounds.least_stop // tile, count), full_first, stop)
+    return _only_where_masks_allow(call, first, full_first, full_stop, stop)
+
+
+def query_tiles(call: Call, blocks: Blocks) -> jax.Array:
+    """Of each block of keys, (batch..., key blocks, 4): tiles of query rows, likewise."""
+    bounds, tile, keys = row_blocks(call, blocks.tile), blocks.tile, blocks.resident
+    z = call.sizes
+    first_key = jnp.arange(-(-z.S // keys), dtype=jnp.int32)[:, None] * keys
+    least_start, most_start, least_stop, most_stop = (x[..., None, :] for x in bounds)
+    attends = (least_start < first_key + keys) & (most_stop > first_key)
+    number = jnp.arange(bounds.least_start.shape[-1], dtype=jnp.int32)
+    first = jnp.where(attends, number, _MOST).min(-1)
+    stop = jnp.where(attends, number + 1, 0).max(-1)
+    first = jnp.minimum(first, stop)
+    is_full = (most_start <= first_key) & (least_stop >= first_key + keys) & ((number + 1) * tile <= z.T)
+    # The first run of full tiles.
+    full_first = jnp.clip(jnp.where(is_full, number, _MOST).min(-1), first, stop)
+    is_end = ~is_full & (number >= full_first[..., None])
+    full_stop = jnp.clip(jnp.where(is_end, number, _MOST).min(-1), full_first, stop)
+    return _only_where_masks_allow(call, first, full_first, full_stop, stop)
+
+
+def _only_where_masks_allow(call: Call, first: Any, full_first: Any, full_stop: Any, stop: Any) -> jax.Array:
+    if call.inputs.mask.allowed is not None:
+        full_stop = full_first
+    return jnp.stack([first, full_first, full_stop, stop], -1).astype(jnp.int32)
+
+
+def has_edges(call: Call, blocks: Blocks, *, sums_rows: bool) -> bool:
+    """Whether any tile may need a mask; `sums_rows`: rows past the last count, as a kernel sums over rows."""
+    config, inputs = call
+    z, mask = inputs.sizes, inputs.mask
+    rows, keys = (blocks.tile, blocks.resident) if sums_rows else (blocks.resident, blocks.tile)
+    is_cut = z.S % keys != 0 or (sums_rows and z.T % rows != 0)
+    has_band = config.band.lower is not None or config.band.upper is not None
+    return is_cut or has_band or mask.key_start is not None or mask.allowed is not None
+
+
+def most_steps(call: Call, blocks: Blocks, *, over_rows: bool) -> int:
+    """How many blocks of `streamed` keys (or query rows, `over_rows`) a resident block has at most."""
+    z, band = call.sizes, call.config.band
+    length, width = (z.T if over_rows else z.S), band.width
+    steps = -(-length // blocks.streamed)
+    if width is None or call.inputs.mask.key_start is not None:
+        return steps
+    # Of so many in a row, anywhere.
+    reach = max(1, width + blocks.resident - 1)
+    return max(1, min(steps, -(-(reach - 1) // blocks.streamed) + 1))
