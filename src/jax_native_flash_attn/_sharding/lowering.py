@@ -63,7 +63,8 @@ def lowering_rule(
         has_several = getattr(module.axis_context, "num_devices", 1) > 1 or AxisType.Manual in kinds
         is_split = has_several and (not kinds or AxisType.Auto in kinds)
         # `custom_partitioning` cannot name the mesh axes that are left where some are of another kind.
-        can_be_unit = is_split and kinds <= {AxisType.Auto} and partitioning is not None
+        # Nor is there any in the compiler for TPUs.
+        can_be_unit = is_split and kinds <= {AxisType.Auto} and partitioning is not None and platform != "tpu"
         is_unit = can_be_unit and is_opaque(avals, target, **params)
         target = target._replace(is_sharded=is_split and not is_unit)
         kernel = functools.partial(function, target=target, **params)
@@ -111,8 +112,7 @@ def partitioning(is_opaque: Callable[..., bool], operands: Sequence[Any], **para
     """Parameter of the primitives, see `auto.py`: not None where a unit may be lowered for several devices."""
     if jax.device_count() == 1 or not uses_shardy():
         return None
-    may_be_unit = any(is_opaque(operands, Target(platform), **params) for platform in ("cuda", "tpu"))
-    return needs_devices() if may_be_unit else None
+    return needs_devices() if is_opaque(operands, Target("cuda"), **params) else None
 
 
 def _over_explicit_batch(kernel: Callable, operands: Sequence[Any], results: Sequence[Any], spec: Sequence) -> Callable:

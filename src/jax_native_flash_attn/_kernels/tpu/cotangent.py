@@ -1,6 +1,5 @@
 """From the operands of a cotangent to the kernels that compute it."""
 
-import math
 from typing import Any
 
 import jax

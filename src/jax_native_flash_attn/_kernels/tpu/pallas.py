@@ -11,6 +11,7 @@ import jax.experimental.pallas
 import jax.experimental.pallas.tpu
 import jax.numpy as jnp
 from jax import lax
+from jax.core import ShapedArray
 
 # Untyped: their annotations differ from version to version.
 pl: Any = jax.experimental.pallas
@@ -58,7 +59,8 @@ def launch(
             out_specs=[spec for _, spec in outputs.values()],
             scratch_shapes=list(scratch.values()),
         ),
-        out_shape=[like for like, _ in outputs.values()],
+        # A kernel is of one device: its results have types without mesh axes, inside of a `shard_map` too.
+        out_shape=[ShapedArray(like.shape, like.dtype) for like, _ in outputs.values()],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
         ),

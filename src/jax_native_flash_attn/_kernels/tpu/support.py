@@ -44,7 +44,10 @@ class TpuKernels:
         if target.platform not in platforms:
             reason = f"the call is compiled for {target.platform}, not for a TPU alone"
         elif target.is_sharded:
-            reason = "XLA partitions this call (symbolic shapes, or manual and automatic mesh axes at once)"
+            reason = (
+                "XLA partitions this call over automatic mesh axes, and cannot split a kernel on TPUs: "
+                "call it inside jax.shard_map, or make the axes explicit"
+            )
         elif which is Pass.TANGENT:
             reason = "it has no kernel for tangents"
         return reason or _why_not_call(call) or _why_not_backend()

@@ -104,7 +104,7 @@ class Grid:
         return Place(batch, head, block, streamed, major)
 
     def spec(self, x: Operand) -> Any:
-        """b batch rows, n query heads, k their key heads, t query rows, s keys, whole axes are -; heads may broadcast."""
+        """b batch rows, n query heads, k key heads, t query rows, s keys, whole axes are -. Heads may broadcast."""
         rows, keys = self.blocks.resident, self.blocks.streamed
         sizes = {"t": keys, "s": rows} if self.streams_rows else {"t": rows, "s": keys}
         shape = tuple(
