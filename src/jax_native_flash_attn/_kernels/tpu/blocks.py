@@ -18,12 +18,14 @@ class Blocks:
       tile: keys (query rows) of one tile.
       streamed: of those, how many a step reads; a multiple of `tile`.
       unit: of the resident rows, how many are computed together; fewer need fewer registers.
+      unrolled: how many tiles stand side by side in the loop.
     """
 
     resident: int
     tile: int
     streamed: int
     unit: int
+    unrolled: int = 2
 
 
 # Largest resident rows, tile and unit, by pass. Of v5e, smaller units cost nothing, and spill less.

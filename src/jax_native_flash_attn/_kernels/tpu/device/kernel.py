@@ -82,9 +82,11 @@ class Kernel:
             ranges=ranges.shape[:-2],
             streams_rows=self.streams_rows,
         )
+        is_masked = has_edges(call, blocks, sums_rows=self.streams_rows)
         tiles = {
             "has_full": call.inputs.mask.allowed is None,
-            "has_edges": has_edges(call, blocks, sums_rows=self.streams_rows),
+            "has_edges": is_masked,
+            "is_whole": not is_masked and (z.T if self.streams_rows else z.S) % blocks.streamed == 0,
         }
         axes = range(len(grid.sizes))
         vectors = vector_buffers(operands, grid)
@@ -101,9 +103,13 @@ class Kernel:
             for i in axes[4:]:
                 is_first, is_last = is_first & (ids[i] == 0), is_last & (ids[i] == grid.sizes[i] - 1)
 
+            @pl.when(ids[-1] == 0)
+            def _spread() -> None:
+                # Of each query head, which a vector may differ in.
+                scores.spread_vectors()
+
             @pl.when(is_first)
             def _begin() -> None:
-                scores.spread_vectors()
                 begin(step)
 
             def each(number: Any, is_edge: bool) -> None:
@@ -111,7 +117,8 @@ class Kernel:
                     tile(step, tile_of(grid, place, number, unit, is_edge=is_edge))
 
             per_step = blocks.streamed // blocks.tile
-            for_each_tile(grid.range_of(range_refs, ids[0], ids[2]), place.major * per_step, per_step, each, **tiles)
+            own_range = grid.range_of(range_refs, ids[0], ids[2])
+            for_each_tile(own_range, place.major * per_step, per_step, blocks.unrolled, each, **tiles)
 
             @pl.when(is_last)
             def _end() -> None:
