@@ -5,7 +5,7 @@
     python benchmarks/tpu_compiler.py bundles --blocks 512,512,2048,256,2
 
 It needs `jax[tpu]`, whose libtpu runs on a machine without a TPU. Nothing is executed. A bundle is a cycle of one core,
-stalls and waits for memory aside. The schedule comes from libtpu's dump of each kernel; the inner loop, from its labels.
+stalls and waits for memory aside. The schedule comes from libtpu's dump of each kernel.
 """
 
 import argparse
@@ -129,7 +129,9 @@ def in_child(topology: str, name: str) -> str:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         others = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
         command = [sys.executable, __file__, "child", "--topology", topology, "--names", name, "--folder", folder]
-        done = subprocess.run(command, env=os.environ | others | {"LIBTPU_INIT_ARGS": flags}, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=os.environ | others | {"LIBTPU_INIT_ARGS": flags}, capture_output=True, text=True
+        )
         return done.stdout or f"failed: {done.stderr.strip().splitlines()[-1:]}\n"
 
 

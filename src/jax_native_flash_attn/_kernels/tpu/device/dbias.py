@@ -95,7 +95,7 @@ def dbias(
         bias_rows=1 if sums_rows else row_blocks,
         key_blocks=-(-z.S // blocks.tile),
     )
-    is_edge = has_edges(call, blocks, sums_rows=False) or (sums_rows and z.T % blocks.resident != 0)
+    is_edge = has_edges(call, blocks, streams_rows=False) or (sums_rows and z.T % blocks.resident != 0)
     vectors = vector_buffers(operands, grid)
     types = Call(call.config, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), call.inputs))
 

@@ -82,7 +82,7 @@ class Kernel:
             ranges=ranges.shape[:-2],
             streams_rows=self.streams_rows,
         )
-        is_masked = has_edges(call, blocks, sums_rows=self.streams_rows)
+        is_masked = has_edges(call, blocks, streams_rows=self.streams_rows)
         tiles = {
             "has_full": call.inputs.mask.allowed is None,
             "has_edges": is_masked,

@@ -127,12 +127,12 @@ class Scores:
         return Logits(x, slope, visible)
 
     def _in_length(self, at: At, shape: tuple[int, ...]) -> jax.Array | None:
-        """Which scores are of keys and, where rows are summed, of rows that there are; None: all."""
+        """Which scores are of streamed keys, or of rows that are summed, that there are; None: all."""
         rows, keys = self.rows_and_keys(at, shape)
-        z, blocks = self.call.sizes, self.grid.blocks
-        block_q, block_kv = (blocks.tile, blocks.resident) if self.grid.streams_rows else (blocks.resident, blocks.tile)
-        terms = [keys < z.S] if z.S % block_kv else []
-        terms += [rows < z.T] if self.sums_rows and z.T % block_q else []
+        z, blocks, streams_rows = self.call.sizes, self.grid.blocks, self.grid.streams_rows
+        terms = [keys < z.S] if z.S % blocks.tile and not streams_rows else []
+        if self.sums_rows and z.T % (blocks.tile if streams_rows else blocks.resident):
+            terms.append(rows < z.T)
         return _all(terms)
 
     def _visible(self, at: At, shape: tuple[int, ...]) -> jax.Array | None:

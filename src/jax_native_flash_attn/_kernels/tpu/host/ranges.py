@@ -72,14 +72,17 @@ def query_tiles(call: Call, blocks: Blocks) -> jax.Array:
     """Of each block of keys, (batch..., key blocks, 4): tiles of query rows, likewise."""
     bounds, tile, keys = row_blocks(call, blocks.tile), blocks.tile, blocks.resident
     z = call.sizes
-    first_key = jnp.arange(-(-z.S // keys), dtype=jnp.int32)[:, None] * keys
+    lead = (1,) * (bounds.least_start.ndim - 1)
+    first_key = jnp.arange(-(-z.S // keys), dtype=jnp.int32).reshape(*lead, -1, 1) * keys
     least_start, most_start, least_stop, most_stop = (x[..., None, :] for x in bounds)
     attends = (least_start < first_key + keys) & (most_stop > first_key)
-    number = jnp.arange(bounds.least_start.shape[-1], dtype=jnp.int32)
+    number = jnp.arange(bounds.least_start.shape[-1], dtype=jnp.int32).reshape(*lead, 1, -1)
     first = jnp.where(attends, number, _MOST).min(-1)
     stop = jnp.where(attends, number + 1, 0).max(-1)
     first = jnp.minimum(first, stop)
-    is_full = (most_start <= first_key) & (least_stop >= first_key + keys) & ((number + 1) * tile <= z.T)
+    # What is computed for keys behind the last one, no other key's gradient is made of.
+    holds_all = (most_start <= first_key) & (least_stop >= jnp.minimum(first_key + keys, z.S))
+    is_full = holds_all & ((number + 1) * tile <= z.T)
     # The first run of full tiles.
     full_first = jnp.clip(jnp.where(is_full, number, _MOST).min(-1), first, stop)
     is_end = ~is_full & (number >= full_first[..., None])
@@ -93,13 +96,12 @@ def _only_where_masks_allow(call: Call, first: Any, full_first: Any, full_stop: 
     return jnp.stack([first, full_first, full_stop, stop], -1).astype(jnp.int32)
 
 
-def has_edges(call: Call, blocks: Blocks, *, sums_rows: bool) -> bool:
-    """Whether any tile may need a mask; `sums_rows`: rows past the last count, as a kernel sums over rows."""
+def has_edges(call: Call, blocks: Blocks, *, streams_rows: bool) -> bool:
+    """Whether any tile may need a mask: also the last one of the streamed axis, if it ends behind that."""
     config, inputs = call
-    z, mask = inputs.sizes, inputs.mask
-    rows, keys = (blocks.tile, blocks.resident) if sums_rows else (blocks.resident, blocks.tile)
-    is_cut = z.S % keys != 0 or (sums_rows and z.T % rows != 0)
-    has_band = config.band.lower is not None or config.band.upper is not None
+    z, mask, band = inputs.sizes, inputs.mask, config.band
+    is_cut = (z.T if streams_rows else z.S) % blocks.tile != 0
+    has_band = band.lower is not None or band.upper is not None
     return is_cut or has_band or mask.key_start is not None or mask.allowed is not None
 
 
