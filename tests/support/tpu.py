@@ -16,12 +16,14 @@ SMALL = Blocks(resident=256, tile=128, streamed=384, unit=128, unrolled=2)
 _SMALL_BIAS = Blocks(128, 128, 128, 128)
 
 
-def interpreted(interpret: Any = True, *, has_small_blocks: bool = True) -> contextlib.AbstractContextManager[None]:
-    """With the TPU kernels on a CPU; `interpret` as of Pallas."""
-    blocks: dict[str, Any] = {}
-    if has_small_blocks:
-        blocks = {"forward_blocks": SMALL, "backward_blocks": BackwardBlocks(SMALL, SMALL, _SMALL_BIAS)}
-    return replacing(TpuKernels(interpret=interpret, **blocks))
+def small_blocks() -> dict[str, Any]:
+    """Of `TpuKernels`."""
+    return {"forward_blocks": SMALL, "backward_blocks": BackwardBlocks(SMALL, SMALL, _SMALL_BIAS)}
+
+
+def interpreted(*, has_small_blocks: bool = True) -> contextlib.AbstractContextManager[None]:
+    """With the TPU kernels on a CPU, by Pallas' interpreter that makes XLA operations of them."""
+    return replacing(TpuKernels(interpret=True, **(small_blocks() if has_small_blocks else {})))
 
 
 def kernel_count(function: Callable[..., Any], *types: Any, platforms: tuple[str, ...] = ("tpu",)) -> int:

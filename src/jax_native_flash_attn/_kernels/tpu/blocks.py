@@ -45,8 +45,13 @@ _LARGEST = {
         "dquery": _Most(512, 512, 256, 2),
         "dkey_dvalue": _Most(512, 512, 256, 2),
     },
+    "v7": {
+        "forward": _Most(512, 256, 512, 4),
+        "dquery": _Most(512, 512, 512, 2),
+        "dkey_dvalue": _Most(512, 512, 512, 2),
+    },
     "default": {
-        "forward": _Most(512, 512, 512, 2),
+        "forward": _Most(512, 256, 512, 4),
         "dquery": _Most(512, 512, 512, 2),
         "dkey_dvalue": _Most(512, 256, 512, 4),
     },
