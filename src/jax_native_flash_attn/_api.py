@@ -106,8 +106,9 @@ def flash_attention(
         May be traced.
       implementation: None, or 'xla', which callers of `jax.nn` say for "not cuDNN", for the fastest of our own kernels
         that support the call where it is compiled for. 'pure_jax' for those in pure JAX, 'mosaic_gpu' for those for
-        Hopper GPUs, which is an error where they cannot run; 'cudnn' passes the call to `jax.nn`. 'dense' is for
-        quantisers and converters: JAX's own functions in the open, with arrays of T x S elements.
+        Hopper GPUs and 'mosaic_tpu' for those for TPUs, which are errors where they cannot run; 'cudnn' passes the call
+        to `jax.nn`. 'dense' is for quantisers and converters: JAX's own functions in the open, with arrays of T x S
+        elements.
       return_residual: also return the log-sum-exp of the logits, with its gradient stopped.
       dropout_rate: (extension) probability, in [0, 1], of dropping an attention weight; kept ones are divided by
         `1 - dropout_rate`. A static Python number.
@@ -143,8 +144,8 @@ def flash_attention(
       ValueError: wrong rank, shape or dtype, unknown `implementation`, a rate outside [0, 1], a missing `dropout_rng`.
       TypeError: bias or mask not broadcastable; arguments that must be static but are not; a `dropout_rng` that is no
         key; an unknown keyword.
-      NotImplementedError: an extension together with implementation='cudnn'; implementation='mosaic_gpu' where it
-        cannot run (when the call is compiled).
+      NotImplementedError: an extension together with implementation='cudnn'; implementation='mosaic_gpu' or
+        'mosaic_tpu' where it cannot run (when the call is compiled).
 
     Warns:
       AttentionWarning: legal, but hardly meant: `is_causal` with T < S and no offset or positions, a window without

@@ -72,7 +72,7 @@ def test_kernel_families_do_not_know_each_other():
     """Only `select` knows them all."""
 
     def family(name: str) -> str | None:
-        return name.split(".")[1] if name.startswith(("_kernels.xla.", "_kernels.hopper.")) else None
+        return name.split(".")[1] if name.startswith(("_kernels.xla.", "_kernels.hopper.", "_kernels.tpu.")) else None
 
     across = {
         name: {x for x in targets if family(x) not in (None, family(name))}
