@@ -44,7 +44,7 @@ class Counts(NamedTuple):
 
 
 def ours(blocks: str) -> Program:
-    """A call without a mask; `blocks` are numbers, or the name of a generation."""
+    """A call without a mask; `blocks` are the numbers of `Blocks`."""
     import jax
     import jax.numpy as jnp
 
@@ -54,11 +54,9 @@ def ours(blocks: str) -> Program:
     from jax_native_flash_attn._kernels.tpu.support import TpuKernels
 
     x = jax.ShapeDtypeStruct((1, LENGTH, 2, HEAD_DIM), jnp.bfloat16)
-    family, tiles = TpuKernels(generation=blocks), 0
-    if "," in blocks:
-        same = Blocks(*map(int, blocks.split(",")))
-        family = TpuKernels(forward_blocks=same, backward_blocks=BackwardBlocks(same, same, None))
-        tiles = same.unrolled * same.resident * same.tile // TILE**2
+    same = Blocks(*map(int, blocks.split(",")))
+    family = TpuKernels(forward_blocks=same, backward_blocks=BackwardBlocks(same, same, None))
+    tiles = same.unrolled * same.resident * same.tile // TILE**2
     return Program(_gradients(functools.partial(flash_attention, implementation="mosaic_tpu")), (x,) * 4, family, tiles)
 
 
@@ -70,7 +68,7 @@ def splash() -> Program:
 
     x = jax.ShapeDtypeStruct((2, LENGTH, HEAD_DIM), jnp.bfloat16)
     mask = masks.MultiHeadMask([masks.FullMask((LENGTH, LENGTH))] * 2)
-    sizes = kernel.BlockSizes(*(TILE,) * 8)
+    sizes: Any = kernel.BlockSizes(*(TILE,) * 8)  # pyright: ignore[reportArgumentType]
     call: Any = kernel.make_splash_mha(mask=mask, head_shards=1, q_seq_shards=1, block_sizes=sizes)
     return Program(_gradients(call), (x,) * 4, None, 1)
 

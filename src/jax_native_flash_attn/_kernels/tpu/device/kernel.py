@@ -60,7 +60,7 @@ class Kernel:
         begin: Callable[[Step], None],
         tile: Callable[[Step, At], None],
         end: Callable[[Step], None],
-        outputs: Mapping[str, tuple[jax.ShapeDtypeStruct, str]],
+        outputs: Mapping[str, tuple[Any, str]],
         scratch: Mapping[str, Any],
     ) -> dict[str, jax.Array]:
         """Results by name; `outputs` are types and the letters of their axes.

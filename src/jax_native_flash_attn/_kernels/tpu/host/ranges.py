@@ -52,13 +52,13 @@ def row_blocks(call: Call, block_q: int) -> RowBlocks:
         # Of all heads: a scalar memory would not hold more.
         return kind(x.reshape(*x.shape[:-1], blocks, block_q), (-1, -3))
 
-    bounds = xp.broadcast_arrays(
+    least_start, most_start, least_stop, most_stop = xp.broadcast_arrays(
         reduced(start, xp.min, _MOST),
         reduced(start, xp.max, 0),
         reduced(full_stop, xp.min, _MOST),
         reduced(stop, xp.max, 0),
     )
-    return RowBlocks(*bounds, xp)
+    return RowBlocks(least_start, most_start, least_stop, most_stop, xp)
 
 
 def key_tiles(call: Call, blocks: Blocks) -> jax.Array:
