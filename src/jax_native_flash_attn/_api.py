@@ -101,8 +101,8 @@ def flash_attention(
       key_value_seq_lengths: (B,); keys and values from there on are ignored, even NaN.
       local_window_size: (left, right) or one integer, may be traced: query t attends t - left <= s <= t + right only.
       implementation: None or 'xla', which callers of `jax.nn` say for "not cuDNN": the fastest of our own kernels for
-        the call and the platform. Or one of them: 'pure_jax', 'mosaic_gpu' (Hopper GPUs), 'cudnn_gpu' (cuDNN's, with
-        the meaning and derivatives of this function), an error where it cannot run; others do passes that it lacks.
+        the call and the platform. Or one of them: 'pure_jax', 'mosaic_gpu' (Hopper GPUs), 'mosaic_tpu', 'cudnn_gpu'
+        (cuDNN's, but as this function means it): an error where it cannot run; others do passes that it lacks.
         'cudnn' passes the call to `jax.nn`. 'dense', for quantisers and converters: JAX's functions, T x S arrays.
       return_residual: also return the log-sum-exp of the logits, with its gradient stopped.
       dropout_rate: (extension) probability, in [0, 1], of dropping an attention weight; kept ones are divided by

@@ -98,7 +98,7 @@ def explain(
     call = next(_calls_of(program.jaxpr), None)
     if call is None:
         raise ValueError("explain needs a batch, queries, keys and heads: an axis has size 0, so that no kernel runs")
-    target = Target(platform if platform in ("cpu", "cuda") else "accelerator")
+    target = Target(platform if platform in ("cpu", "cuda", "tpu") else "accelerator")
     # Derivatives need the log-sum-exp, and out unrounded.
     derivative = call._replace(config=replace(call.config, needs_lse=True, rounds_out=False))
     passes = (call, Pass.FORWARD), (derivative, Pass.COTANGENT), (derivative, Pass.TANGENT)

@@ -10,8 +10,8 @@ from ._kernels.jax_nn import jax_attention
 from ._options import EXTENSIONS
 from ._semantics.errors import describe
 
-Implementation = Literal["xla", "pure_jax", "mosaic_gpu", "cudnn_gpu", "dense", "cudnn"]
-_IMPLEMENTATIONS = (None, "xla", "pure_jax", "mosaic_gpu", "cudnn_gpu", "dense", "cudnn")
+Implementation = Literal["xla", "pure_jax", "mosaic_gpu", "mosaic_tpu", "cudnn_gpu", "dense", "cudnn"]
+_IMPLEMENTATIONS = (None, "xla", "pure_jax", "mosaic_gpu", "mosaic_tpu", "cudnn_gpu", "dense", "cudnn")
 
 
 def own_implementation(implementation: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Compiled for four TPUs by libtpu, without any: no collective that jax.nn's program does not have."""
+"""Compiled for TPUs by libtpu, without any: no collective that jax.nn's program does not have, and no copy of keys."""
 
 import functools
 import importlib.util
@@ -26,9 +26,9 @@ B, T, FEATURES, H = 4, 512, 256, 128
 
 
 @functools.cache
-def devices() -> Any:
+def devices(topology: str = "v5e:2x2") -> Any:
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no machine with a TPU is to be asked
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
 def transformed(f: Callable[..., jax.Array], transformation: str) -> Callable[..., Any]:
@@ -90,3 +90,51 @@ def test_a_fused_projection(heads: tuple[int, int], transformation: str) -> None
     assert ours.keys() - reference.keys() <= {"all-gather"}
     if len(devices()) <= N:
         assert sum(ours.values()) <= sum(reference.values())
+
+
+# Of one chip: each kernel, with each kind of operand.
+CALLS: dict[str, tuple[dict[str, tuple[tuple[int, ...], Any]], dict[str, Any]]] = {
+    "causal": ({}, {"is_causal": True}),
+    "lengths": ({"key_value_seq_lengths": ((B,), jnp.int32)}, {"is_causal": True}),
+    "segments": ({f"{x}_segment_ids": ((B, T), jnp.int32) for x in ("query", "key_value")}, {"is_causal": True}),
+    "mask": ({"mask": ((B, 1, T, T), jnp.bool_)}, {}),
+    "bias": ({"bias": ((1, 4, T, T), jnp.bfloat16)}, {"logits_soft_cap": 30.0}),
+    "sinks": ({"sinks": ((4,), jnp.float32)}, {"local_window_size": (100, 0)}),
+    "dropout": ({"dropout_rng": ((2,), jnp.uint32)}, {"dropout_rate": 0.1}),
+}
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+@pytest.mark.parametrize("call", CALLS)
+def test_kernels_of_one_chip(call: str, topology: str) -> None:
+    """They compile; beside them, nothing has T x S elements, and projections write keys as kernels read them."""
+    others, options = CALLS[call]
+    N, K = 4, 2
+
+    def attention(weights: list[jax.Array], x: jax.Array, given: dict[str, jax.Array]) -> jax.Array:
+        query, key, value = (jnp.einsum("btf,fnh->btnh", x, w) for w in weights)
+        return flash_attention(query, key, value, **given, **options, implementation="mosaic_tpu")
+
+    def gradients(weights: list[jax.Array], x: jax.Array, given: dict[str, jax.Array]) -> Any:
+        bias = {"bias": given["bias"]} if "bias" in given else {}
+        out, pullback = jax.vjp(lambda w, bias: attention(w, x, given | bias), weights, bias)
+        return out, pullback(out)
+
+    sharding = NamedSharding(Mesh(np.array(devices(topology)).reshape(-1)[:1], ("x",)), P())
+
+    def shape(dims: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+
+    types = (
+        [shape((FEATURES, n, H)) for n in (N, K, K)],
+        shape((B, T, FEATURES)),
+        {n: shape(*x) for n, x in others.items()},
+    )
+    compiled = jax.jit(gradients).trace(*types).lower(lowering_platforms=("tpu",)).compile()
+    text = compiled.as_text() or ""
+    assert text.count('custom_call_target="tpu_custom_call"') == (4 if "bias" in others else 3)
+    moved = [line for line in text.splitlines() if " copy(" in line or " transpose(" in line]
+    assert not [line for line in moved if f"[{B},{K},{T},{H}]" in line or f"[{B},{T},{K},{H}]" in line]
+    # (Finding the interval of ids compares all with all, inside of one fusion.)
+    if call not in ("segments", "mask", "bias"):
+        assert f"{T},{T}]" not in text

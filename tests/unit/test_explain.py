@@ -58,7 +58,7 @@ def test_on_a_hopper_gpu(dtype: str, monkeypatch: pytest.MonkeyPatch):
     pretend_gpu(monkeypatch, "9.0")
     found = explain(*types(dtype), platform="cuda")
     assert found.forward.family == "mosaic_gpu"
-    assert found.forward.reasons.keys() == {"cudnn_gpu", "pure_jax"}
+    assert found.forward.reasons.keys() == {"cudnn_gpu", "mosaic_tpu", "pure_jax"}
     assert found.forward.reasons["pure_jax"] == "mosaic_gpu comes first and supports the call"
     assert found.gradient.family == "mosaic_gpu"
     if dtype == "bfloat16":

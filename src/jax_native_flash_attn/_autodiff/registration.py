@@ -46,6 +46,6 @@ def register(
     if jvp is not None:
         ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batch
-    for platform in ("cpu", "cuda", None):
+    for platform in ("cpu", "cuda", "tpu", None):
         rule = lowering.lowering_rule(function, layouts, is_opaque, with_ring, platform or "accelerator")
         mlir.register_lowering(primitive, rule, platform=platform)

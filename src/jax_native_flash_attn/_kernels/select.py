@@ -14,10 +14,11 @@ from .._semantics.call import Call
 from .cudnn.family import CudnnKernels
 from .hopper.support import HopperKernels
 from .protocol import Forward, Kernels, LinearPass, Pass, Target
+from .tpu.support import TpuKernels
 from .xla.family import XlaKernels
 
 # In order of preference; the last supports every call.
-FAMILIES: tuple[Kernels, ...] = (HopperKernels(), CudnnKernels(), XlaKernels())
+FAMILIES: tuple[Kernels, ...] = (HopperKernels(), CudnnKernels(), TpuKernels(), XlaKernels())
 _replacements: dict[str, Kernels] = {}
 
 

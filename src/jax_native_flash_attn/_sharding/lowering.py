@@ -64,7 +64,8 @@ def lowering_rule(
         has_several = getattr(module.axis_context, "num_devices", 1) > 1 or AxisType.Manual in kinds
         is_split = has_several and (not kinds or AxisType.Auto in kinds)
         # `custom_partitioning` cannot name the mesh axes that are left where some are of another kind.
-        can_be_unit = is_split and kinds <= {AxisType.Auto} and partitioning is not None
+        # Nor is there any in the compiler for TPUs.
+        can_be_unit = is_split and kinds <= {AxisType.Auto} and partitioning is not None and platform != "tpu"
         is_unit = can_be_unit and is_opaque(avals, target, **params)
         target = target._replace(is_sharded=is_split and not is_unit)
         kernel = functools.partial(function, target=target, **params)

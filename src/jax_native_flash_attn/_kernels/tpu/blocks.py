@@ -1,0 +1,85 @@
+"""Tile shapes of the TPU kernels, by chip generation: see docs/measurements/tpu.md."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..._semantics.sizes import Sizes
+
+LANES = 128
+_STREAMED_BYTES = 1 << 20  # of what a step reads along the axis of its loop; twice that, as the next is read meanwhile
+_MOST_STREAMED = 2048  # keys, or query rows
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Shape of one step's work.
+
+    Attributes:
+      resident: query rows (keys, in the kernel for the gradients of key and value) that stay for all of a loop.
+      tile: keys (query rows) of one tile.
+      streamed: of those, how many a step reads; a multiple of `tile`.
+      unit: of the resident rows, how many are computed together; fewer need fewer registers.
+      unrolled: how many tiles stand side by side in the loop.
+    """
+
+    resident: int
+    tile: int
+    streamed: int
+    unit: int
+    unrolled: int = 2
+
+
+class _Most(NamedTuple):
+    """The largest of each; see `Blocks`."""
+
+    resident: int
+    tile: int
+    unit: int
+    unrolled: int
+
+
+# By generation and kernel: fewest bundles for a score of those tried, and of nearly equal ones the fewest spills.
+_LARGEST = {
+    "v5": {
+        "forward": _Most(512, 512, 256, 2),
+        "dquery": _Most(512, 512, 256, 2),
+        "dkey_dvalue": _Most(512, 512, 256, 2),
+    },
+    "v7": {
+        "forward": _Most(512, 256, 512, 4),
+        "dquery": _Most(512, 512, 512, 2),
+        "dkey_dvalue": _Most(512, 512, 512, 2),
+    },
+    "default": {
+        "forward": _Most(512, 256, 512, 4),
+        "dquery": _Most(512, 512, 512, 2),
+        "dkey_dvalue": _Most(512, 256, 512, 4),
+    },
+}
+_SMALLER = _Most(256, 256, 256, 2)  # with large operands
+
+
+def choose_blocks(sizes: Sizes, which: str, *, itemsize: int, term_bytes: int, generation: str) -> Blocks:
+    """Blocks of a kernel.
+
+    Args:
+      sizes: axis sizes of the call.
+      which: 'forward', 'dquery', 'dkey_dvalue' or 'dbias'.
+      itemsize: bytes of an element of query.
+      term_bytes: of one score, of bias and mask over T and S.
+      generation: as of `support.generation_here`.
+    """
+    table = _LARGEST.get(generation, _LARGEST["default"])
+    most = table["dquery" if which == "dbias" else which]
+    if max(sizes.H, sizes.D) > LANES or itemsize == 4 or term_bytes:
+        most = _SMALLER
+    lengths = (sizes.S, sizes.T) if which == "dkey_dvalue" else (sizes.T, sizes.S)
+    # (A length of whole registers: what lies behind the last row is computed, and not written.)
+    whole = [-(-n // LANES) * LANES for n in lengths]
+    resident, tile = min(most.resident, whole[0]), min(most.tile, whole[1])
+    if which == "dbias":
+        return Blocks(resident, tile, tile, resident)
+    row_bytes = (sizes.H + sizes.D) * itemsize + resident * term_bytes
+    tiles = max(1, min(-(-lengths[1] // tile), _MOST_STREAMED // tile, _STREAMED_BYTES // (tile * row_bytes)))
+    unit = most.unit if resident % most.unit == 0 else resident
+    return Blocks(resident, tile, tile * tiles, unit, min(most.unrolled, tiles))

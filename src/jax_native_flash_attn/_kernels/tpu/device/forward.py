@@ -1,0 +1,110 @@
+"""The forward kernel: query rows are resident, keys are streamed.
+
+    step (batch row, head, query block, streamed block)
+      first step   row vectors are spread over lanes; maximum, sum and output start
+      each tile    S = Q K^T -> logits -> maximum of each row -> weights P -> output += P V
+                   the sum of a row is kept in 128 parts, one for each lane: added up at the end
+      last step    sinks; output / sum; log-sum-exp, gathered along the lanes
+
+Pallas reads the streamed block of the next step while one is computed. What waits for what inside a step is one chain
+for each tile: products, their maximum, weights, products. Two tiles stand side by side in a loop, so that the chain of
+one fills the gaps of the other: see `visits.py`.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ...._semantics.call import Call
+from ...._semantics.numerics import LN2, LOG2E
+from ..blocks import Blocks
+from ..host.operands import Operand, flat, with_heads_first
+from ..pallas import LANES, gathered, lane_sums, pltpu, product, repeated
+from .kernel import Kernel, Step
+from .logits import LOWEST, At
+
+_HAS_KEY = LOWEST / 2  # the largest logit of a row that has met a key is above
+
+
+def forward(call: Call, blocks: Blocks, precision: Any, interpret: Any) -> dict[str, jax.Array]:
+    """'out' (batch, N, T, D) in float32 or query's dtype, 'rounded', and 'lse', 'max_logits' (batch, N, 1, T)."""
+    config, inputs = call
+    z = inputs.sizes
+    batch, dtype, rows = math.prod(z.batch), inputs.query.dtype, blocks.resident
+    operands = {
+        "query": with_heads_first(inputs.query, "bnt-"),
+        "key": with_heads_first(inputs.key, "bks-"),
+        "value": with_heads_first(inputs.value, "bks-"),
+    }
+    scalars: dict[str, Operand] = {}
+    if inputs.sinks is not None:
+        scalars["sinks"] = flat(inputs.sinks, "bn")
+
+    def begin(step: Step) -> None:
+        step.scratch["largest"][...] = jnp.full((rows, LANES), LOWEST, jnp.float32)
+        step.scratch["sum"][...] = jnp.zeros((rows, LANES), jnp.float32)
+        step.scratch["acc"][...] = jnp.zeros((rows, z.D), jnp.float32)
+
+    def tile(step: Step, at: At) -> None:
+        scores, refs, scratch = step.scores, step.refs, step.scratch
+        products = product(refs["query"][at.unit, :], refs["key"][at.tile, :], "nt", precision)
+        logits = scores.logits(products, at).logits
+        before = scratch["largest"][at.unit, :]
+        largest = jnp.maximum(before, lane_sums(logits, jnp.maximum).max(-1, keepdims=True))
+        rescaling = jnp.exp2(before - largest)
+        weights = jnp.exp2(logits - repeated(largest, blocks.tile))
+        scratch["largest"][at.unit, :] = largest
+        scratch["sum"][at.unit, :] = rescaling * scratch["sum"][at.unit, :] + lane_sums(weights)
+        weights = scores.drop(weights, scores.keep(at, weights.shape))
+        value = scores.without_padding(refs["value"][at.tile, :], at, is_key=True)
+        out = product(weights.astype(value.dtype), value, "nn", precision)
+        scratch["acc"][at.unit, :] = repeated(rescaling, z.D) * scratch["acc"][at.unit, :] + out
+
+    def end(step: Step) -> None:
+        outs, largest = step.outs, step.scratch["largest"][...]
+        total = jnp.broadcast_to(step.scratch["sum"][...].sum(-1, keepdims=True), (rows, LANES))
+        has_key = largest > _HAS_KEY
+        if inputs.sinks is not None:
+            heads = inputs.sinks.shape[-1]
+            sink = step.scores.scalar("sinks", step.scores.place.head if heads > 1 else 0, heads) * LOG2E
+            base = jnp.maximum(largest, sink)
+            share = jnp.where(has_key, jnp.exp2(largest - base), 0.0)
+            total = jnp.where(has_key, total * share, 0.0) + jnp.exp2(sink - base)
+            lse = base * LN2 + jnp.log(total)
+            share = share / total
+        else:
+            lse = jnp.where(has_key, largest * LN2 + jnp.log(total), 0.0)
+            share = jnp.where(has_key, 1 / total, 0.0)
+        # Where no key was met, what was summed up is of masked ones.
+        out = jnp.where(repeated(has_key.astype(jnp.float32), z.D) != 0, step.scratch["acc"][...], 0.0)
+        out = out * repeated(share, z.D)
+        outs["out"][...] = out.astype(outs["out"].dtype)
+        if "rounded" in outs:
+            outs["rounded"][...] = out.astype(dtype)
+        if "lse" in outs:
+            outs["lse"][...] = gathered(lse)
+        if "max_logits" in outs:
+            outs["max_logits"][...] = gathered(jnp.where(has_key, largest * LN2, -jnp.inf))
+
+    rows_type = jax.ShapeDtypeStruct((batch, z.N, 1, z.T), jnp.float32)
+
+    def matrix_type(dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, z.N, z.T, z.D), dtype)
+
+    outputs = {"out": (matrix_type(dtype if config.rounds_out else jnp.float32), "bnt-")}
+    outputs |= {"rounded": (matrix_type(dtype), "bnt-")} if config.adds_rounded else {}
+    outputs |= {"lse": (rows_type, "bn-t")} if config.needs_lse else {}
+    outputs |= {"max_logits": (rows_type, "bn-t")} if config.needs_max_logits else {}
+    return Kernel(call, z.batch, blocks, operands, interpret, scalars=scalars).run(
+        begin=begin,
+        tile=tile,
+        end=end,
+        outputs=outputs,
+        scratch={
+            "largest": pltpu.VMEM((rows, LANES), jnp.float32),
+            "sum": pltpu.VMEM((rows, LANES), jnp.float32),
+            "acc": pltpu.VMEM((rows, z.D), jnp.float32),
+        },
+    )

@@ -1,0 +1,138 @@
+"""What all kernels are made of: operands, the steps of a grid, and the frame of a step around its tiles."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from ...._semantics.call import Call
+from ..blocks import Blocks
+from ..host.operands import Grid, Operand, of_masks, scalar_vectors
+from ..host.ranges import has_edges, key_tiles, most_steps, query_tiles
+from ..pallas import launch, pl
+from .logits import At, Scores, tile_of, vector_buffers
+from .visits import for_each_tile
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: what makes its logits, the blocks it reads and writes, and memory that lasts.
+
+    Attributes:
+      scores: also the place, and the references to inputs.
+      outs, scratch: references by name.
+    """
+
+    scores: Scores
+    outs: Mapping[str, Any]
+    scratch: Mapping[str, Any]
+
+    @property
+    def refs(self) -> Mapping[str, Any]:
+        return self.scores.refs
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel over resident blocks, each of which meets tiles of the other axis.
+
+    Attributes:
+      call: of the kernel's arrays, with the batch axes of all of them in `batch`.
+      blocks: shape of a step's work.
+      operands: what it reads beside masks.
+      streams_rows: whether keys are resident.
+      interpret: as of `pallas_call`.
+      scalars: further ones.
+    """
+
+    call: Call
+    batch: tuple[int, ...]
+    blocks: Blocks
+    operands: Mapping[str, Operand]
+    interpret: Any
+    streams_rows: bool = False
+    scalars: Mapping[str, Operand] | None = None
+
+    def run(
+        self,
+        *,
+        begin: Callable[[Step], None],
+        tile: Callable[[Step, At], None],
+        end: Callable[[Step], None],
+        outputs: Mapping[str, tuple[Any, str]],
+        scratch: Mapping[str, Any],
+    ) -> dict[str, jax.Array]:
+        """Results by name; `outputs` are types and the letters of their axes.
+
+        For each resident block `begin` runs once, then `tile` for each tile and unit, then `end`.
+        """
+        call, blocks, z = self.call, self.blocks, self.call.sizes
+        masks = of_masks(call)
+        operands = {**self.operands, **masks.operands}
+        scalars = {**masks.scalars, **(self.scalars or {})}
+        ranges = query_tiles(call, blocks) if self.streams_rows else key_tiles(call, blocks)
+        grid = Grid(
+            batch=self.batch,
+            heads=z.N,
+            group=z.G,
+            resident=ranges.shape[-2],
+            steps=most_steps(call, blocks, over_rows=self.streams_rows),
+            blocks=blocks,
+            ranges=ranges.shape[:-2],
+            streams_rows=self.streams_rows,
+        )
+        is_masked = has_edges(call, blocks, streams_rows=self.streams_rows)
+        tiles = {
+            "has_full": call.inputs.mask.allowed is None,
+            "has_edges": is_masked,
+            "is_whole": not is_masked and (z.T if self.streams_rows else z.S) % blocks.streamed == 0,
+        }
+        axes = range(len(grid.sizes))
+        vectors = vector_buffers(operands, grid)
+        types = Call(call.config, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), call.inputs))
+
+        def body(scalar_refs: Any, refs: Any, outs: Any, buffers: Any) -> None:
+            ids = tuple(pl.program_id(i) for i in axes)
+            range_refs = scalar_refs["ranges"]
+            place = grid.place(ids, range_refs)
+            spread = {name: buffers[name] for name in vectors}
+            scores = Scores(types, grid, operands, scalars, self.streams_rows, scalar_refs, refs, spread, place)
+            step = Step(scores, outs, {name: buffers[name] for name in scratch})
+            is_first, is_last = ids[3] == 0, ids[3] == grid.sizes[3] - 1
+            for i in axes[4:]:
+                is_first, is_last = is_first & (ids[i] == 0), is_last & (ids[i] == grid.sizes[i] - 1)
+
+            @pl.when(ids[-1] == 0)
+            def _spread() -> None:
+                # Of each query head, which a vector may differ in.
+                scores.spread_vectors()
+
+            @pl.when(is_first)
+            def _begin() -> None:
+                begin(step)
+
+            def each(number: Any, is_edge: bool) -> None:
+                for unit in range(blocks.resident // blocks.unit):
+                    tile(step, tile_of(grid, place, number, unit, is_edge=is_edge))
+
+            per_step = blocks.streamed // blocks.tile
+            own_range = grid.range_of(range_refs, ids[0], ids[2])
+            for_each_tile(own_range, place.major * per_step, per_step, blocks.unrolled, each, **tiles)
+
+            @pl.when(is_last)
+            def _end() -> None:
+                end(step)
+
+        return launch(
+            body,
+            scalars={"ranges": ranges.reshape(-1), **scalar_vectors(scalars)},
+            inputs={name: (x.array, grid.spec(x)) for name, x in operands.items()},
+            outputs={
+                name: (like, grid.spec(Operand(like, letters, self.batch))) for name, (like, letters) in outputs.items()
+            },
+            scratch={**vectors, **scratch},
+            grid=grid.sizes,
+            parallel=grid.parallel,
+            interpret=self.interpret,
+        )
