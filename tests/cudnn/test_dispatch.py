@@ -45,12 +45,12 @@ def families(*arrays: Any, **options: Any) -> tuple[str, str, str]:
 )
 def test_by_compute_capability(capability: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, capability)
+    tangent = "mosaic_gpu" if capability == "9.0" else "pure_jax"
     for implementation in (None, "xla"):
-        tangent = "mosaic_gpu" if family == "mosaic_gpu" else "pure_jax"
         assert families(*types(), is_causal=True, implementation=implementation) == (family, family, tangent)
     assert families(*types(), implementation="pure_jax") == ("pure_jax",) * 3
     if capability != "7.5":
-        assert families(*types(), implementation=NAME) == (NAME, NAME, "pure_jax")
+        assert families(*types(), implementation=NAME) == (NAME, NAME, tangent)
     wide = "mosaic_gpu" if capability == "9.0" else "pure_jax"
     assert families(*types(H=256))[0] == wide
 
