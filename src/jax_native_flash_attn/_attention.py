@@ -136,9 +136,11 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
         "find_visible": find_visible,
         "has_dead_rows": arrays.sinks is None,
     }
-    numbers = order.numbers(T, S, settings.static_offset)
-    if settings.mask_mod is not None:
-        masks["mask_mod"] = _mask_mod(settings, arrays, numbers)
+    mods = None
+    if arrays.mod_args is not None:
+        mods = _mod_operands(arrays, *order.numbers(T, S, settings.static_offset))
+        if settings.mask_mod is not None:
+            masks["mask_mod"] = _mask_mod(settings, arrays, mods)
     ring = settings.ring
     if ring is None or ring.window is not None:
         band, mask = make_mask(T, S, **masks)
@@ -159,7 +161,7 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
     given: dict[str, Any] = {
         name: _with_batch_axis(name, x) for name, x in changed._asdict().items() if name in Inputs._fields
     }
-    given |= {"mask": mask, "mods": _mod_operands(arrays, *numbers)}
+    given |= {"mask": mask, "mods": mods}
     inputs = Inputs(**given)
     config = Config(
         band,
@@ -182,22 +184,26 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
     return Prepared(Call(config, inputs), is_row, in_length)
 
 
-def _mask_mod(settings: Settings, arrays: Arrays, numbers: tuple[jax.Array, jax.Array]) -> MaskMod:
-    """With the numbers of rows and keys."""
+def _mask_mod(settings: Settings, arrays: Arrays, mods: ModOperands) -> MaskMod:
     assert settings.mask_mod is not None
     assert arrays.batch_number is not None
     assert arrays.head_number is not None
     known = None
     if arrays.tile_classes is not None and arrays.row_has_key is not None:
         known = Tiles(arrays.tile_classes, arrays.row_has_key)
-    elements = elements_of(settings.mask_mod, (arrays.batch_number, arrays.head_number, *numbers), arrays.mod_args)
+    elements = elements_of(
+        settings.mask_mod,
+        (arrays.batch_number, arrays.head_number, mods.query_number, mods.key_number),
+        arrays.mod_args,
+    )
     return MaskMod(elements, settings.mask_block, known)
 
 
-def _mod_operands(arrays: Arrays, rows: jax.Array, keys: jax.Array) -> ModOperands | None:
+def _mod_operands(arrays: Arrays, rows: jax.Array, keys: jax.Array) -> ModOperands:
     """With the numbers of rows and keys."""
-    if arrays.mod_args is None or arrays.batch_number is None or arrays.head_number is None:
-        return None
+    assert arrays.mod_args is not None
+    assert arrays.batch_number is not None
+    assert arrays.head_number is not None
     args = {name: x[None] for name, x in arrays.mod_args.items()}
     return ModOperands(arrays.batch_number, arrays.head_number[None], rows, keys, args)
 

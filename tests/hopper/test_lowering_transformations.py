@@ -110,7 +110,7 @@ def _is_second(point: Point) -> bool:
 
 
 @without_backend
-@pytest.mark.parametrize("point", [p if _place(p) % 8 == 1 else rest(p) for p in _grid()], ids=str)
+@pytest.mark.parametrize("point", [p if _place(p) % 16 == 1 else rest(p) for p in _grid()], ids=str)
 def test_every_mask_beside_every_option(point: Point):
     full = (*FIRST, *SECOND) if _is_second(point) else FIRST
     assert not _faults(point, full, tuple(Programs(point.case).all()) if _grid()[point] else ())

@@ -39,6 +39,10 @@ EXTENSIONS = {
     "logits_soft_cap": None,
     "sinks": None,
     "broadcast_dropout": False,
+    "score_mod": None,
+    "score_mod_args": (),
+    "mask_mod": None,
+    "mask_mod_args": (),
 }
 
 
