@@ -27,11 +27,12 @@ def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores
     inputs, cotangents = pad_head_dims(call.inputs), given.operands
     wanted = {name: padded_type(x) if name in _WITH_HEAD_DIM else x for name, x in given.wanted.items()}
     backward = _backward(call.config, inputs, given.out, given.lse, cotangents)
+    needs_dquery = "query" in wanted or "scale" in wanted  # one kernel
     if inputs.query.dtype == jnp.float32:
-        turned = products(backward, dquery="query" in wanted, dkey="key" in wanted, dvalue="value" in wanted)
+        turned = products(backward, dquery=needs_dquery, dkey="key" in wanted, dvalue="value" in wanted)
         backward = replace(backward, products=turned)
     results: dict[str, jax.Array] = {}
-    if "query" in wanted or "scale" in wanted:
+    if needs_dquery:
         is_summed = "query" in wanted and wanted["query"].shape[:-3] != backward.sizes.batch
         dtype = inputs.query.dtype
         out_dtype = jnp.dtype(jnp.float32 if is_summed else wanted.get("query", inputs.query).dtype)
