@@ -67,6 +67,8 @@ def test_derivatives_of_derivatives_are_pure_jax() -> None:
         ("up to 256, got 264", {"H": 264}, {}),
         ("block_q and block_kv", {}, {"block_q": 64}),
         ("names an algorithm", {}, {"precision": "BF16_BF16_F32"}),
+        ("score_mod is a function", {}, {"score_mod": lambda score, *_: 2 * score}),
+        ("mask_mod is a function", {}, {"mask_mod": lambda b, h, q, k: q >= k}),
     ],
 )
 def test_what_is_not_supported(reason: str, change: dict[str, Any], options: dict[str, Any]) -> None:

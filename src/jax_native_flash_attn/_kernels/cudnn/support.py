@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ..._semantics.call import Call, Config, Inputs
 from ..gpus import compute_capabilities
 from ..protocol import Pass, Target
+from ..reasons import why_not_differentiated, why_not_on_nvidia, why_pure_jax_alone
 from . import public
 from .operands import prepare, request_of, sizes_of_terms
 from .public import Operands, Request
@@ -25,11 +26,12 @@ _FEWEST_SCORES = 1 << 23
 
 def why_not(call: Call, which: Pass, target: Target) -> str | None:
     """See `Kernels.supports`."""
-    if target.differentiated is not None:
-        return "JAX cannot differentiate its kernels: derivatives of derivatives are pure JAX's, asked for or not"
     is_asked = call.config.implementation == NAME
     return (
-        _why_not_target(target, is_asked=is_asked)
+        why_not_differentiated(target)
+        or why_not_on_nvidia(target)
+        or _why_not_exported(target, is_asked=is_asked)
+        or why_pure_jax_alone(call)
         or _why_not_arrays(call)
         or _why_not_config(call)
         or _why_not_mask(call)
@@ -39,11 +41,7 @@ def why_not(call: Call, which: Pass, target: Target) -> str | None:
     )
 
 
-def _why_not_target(target: Target, *, is_asked: bool) -> str | None:
-    if target.platform != "cuda":
-        return f"the call is compiled for {target.platform}, not for an NVIDIA GPU alone"
-    if target.is_sharded:
-        return "XLA partitions this call (symbolic shapes, or manual and automatic mesh axes at once)"
+def _why_not_exported(target: Target, *, is_asked: bool) -> str | None:
     if target.is_exported and not is_asked:
         return "jax.export refuses cuDNN's calls, whose form may change"
     return None
@@ -52,8 +50,6 @@ def _why_not_target(target: Target, *, is_asked: bool) -> str | None:
 def _why_not_arrays(call: Call) -> str | None:
     inputs = call.inputs
     dtype, H, D = inputs.query.dtype, inputs.query.shape[-1], inputs.value.shape[-1]
-    if not all(isinstance(n, int) for x in jax.tree.leaves(inputs) for n in x.shape):
-        return "its shapes are symbolic"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, got {dtype}"
     if H != D:
@@ -76,15 +72,8 @@ def _why_not_config(call: Call) -> str | None:
         return "it has no sinks"
     if config.logits_soft_cap is not None:
         return "it has no soft cap"
-    for name in ("score_mod", "mask_mod"):
-        if getattr(config, name) is not None:
-            return f"it has no {name}"
     if config.needs_max_logits:
         return "it gives no largest logits"
-    if config.block_q is not None or config.block_kv is not None:
-        return "block_q and block_kv are for the pure JAX kernels"
-    if isinstance(config.precision, jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset):
-        return f"precision {config.precision} names an algorithm"
     if config.static_scale is None:
         return "it takes scale as a number, and this one is an array"
     if not 0 < config.static_scale < math.inf:  # with -0.3, no result was finite

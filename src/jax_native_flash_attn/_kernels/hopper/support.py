@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ..._semantics.call import Call
 from ..gpus import compute_capabilities as _compute_capabilities
 from ..protocol import Forward, LinearPass, Pass, Target
+from ..reasons import why_not_differentiated, why_not_on_nvidia, why_pure_jax_alone
 from .blocks import BackwardBlocks, Blocks, Chip
 
 _JAX_WITH_BACKEND = (0, 10)
@@ -36,10 +37,10 @@ class HopperKernels:
     is_opaque = True
 
     def supports(self, call: Call, which: Pass, target: Target) -> str | None:
-        if target.differentiated is not None:
-            return "JAX cannot differentiate its kernels: derivatives of derivatives are pure JAX's, asked for or not"
+        if (reason := why_not_differentiated(target)) is not None:
+            return reason
         is_asked = call.config.implementation == self.name
-        reason = _why_not_platform(target) or _why_not_call(call) or _why_not_pass(call, which)
+        reason = why_not_on_nvidia(target) or _why_not_call(call) or _why_not_pass(call, which)
         reason = reason or _why_not_device(is_asked=is_asked)
         if reason is None and (reason := _why_not_backend()) and not is_asked:
             _warn_of_backend(reason)
@@ -95,19 +96,11 @@ def _warn_of_backend(reason: str) -> None:
     )
 
 
-def _why_not_platform(target: Target) -> str | None:
-    if target.platform != "cuda":
-        return f"the call is compiled for {target.platform}, not for an NVIDIA GPU alone"
-    if target.is_sharded:
-        return "XLA partitions this call (symbolic shapes, or manual and automatic mesh axes at once)"
-    return None
-
-
 def _why_not_call(call: Call) -> str | None:
     config, inputs = call
     dtype, H, D = inputs.query.dtype, inputs.query.shape[-1], inputs.value.shape[-1]
-    if not all(isinstance(n, int) for x in jax.tree.leaves(inputs) for n in x.shape):
-        return "its shapes are symbolic"
+    if (reason := why_pure_jax_alone(call)) is not None:
+        return reason
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"it takes bfloat16, float16 and float32, got {dtype}"
     if dtype == jnp.float32:
@@ -120,13 +113,6 @@ def _why_not_call(call: Call) -> str | None:
             )
     if max(H, D) > 256:
         return f"it takes head dimensions up to 256, got {_named(H, D)}"
-    for name in ("score_mod", "mask_mod"):
-        if getattr(config, name) is not None:
-            return f"{name} is a function, which only the pure JAX kernels evaluate"
-    if config.block_q is not None or config.block_kv is not None:
-        return "block_q and block_kv are for the pure JAX kernels"
-    if isinstance(config.precision, jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset):
-        return f"precision {config.precision} names an algorithm"
     return None
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from ..._semantics.call import Call
 from ..protocol import Forward, LinearPass, Pass, Target
+from ..reasons import why_not_differentiated, why_pure_jax_alone
 
 _JAX_WITH_BACKEND = (0, 10)
 _MOST_HEAD_DIM = 256
@@ -37,8 +38,8 @@ class TpuKernels:
     is_opaque = True
 
     def supports(self, call: Call, which: Pass, target: Target) -> str | None:
-        if target.differentiated is not None:
-            return "JAX cannot differentiate its kernels: derivatives of derivatives are pure JAX's, asked for or not"
+        if (differentiated := why_not_differentiated(target)) is not None:
+            return differentiated
         platforms = ("tpu",) if self.interpret is False else ("tpu", "cpu")
         reason = None
         if target.platform not in platforms:
@@ -77,19 +78,12 @@ class TpuKernels:
 def _why_not_call(call: Call) -> str | None:
     config, inputs = call
     dtype, H, D = inputs.query.dtype, inputs.query.shape[-1], inputs.value.shape[-1]
-    if not all(isinstance(n, int) for x in jax.tree.leaves(inputs) for n in x.shape):
-        return "its shapes are symbolic"
+    if (reason := why_pure_jax_alone(call)) is not None:
+        return reason
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"it takes bfloat16 and float32, got {dtype}"
     if max(H, D) > _MOST_HEAD_DIM:
         return f"it takes head dimensions up to {_MOST_HEAD_DIM}, got {H if H == D else f'{H} of key and {D} of value'}"
-    for name in ("score_mod", "mask_mod"):
-        if getattr(config, name) is not None:
-            return f"{name} is a function, which only the pure JAX kernels evaluate"
-    if config.block_q is not None or config.block_kv is not None:
-        return "block_q and block_kv are for the pure JAX kernels"
-    if isinstance(config.precision, jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset):
-        return f"precision {config.precision} names an algorithm"
     if config.dropout is not None and config.dropout.uniform_bits != 23:
         return "dropout under jax_enable_x64 draws float64, which TPUs lack"
     return _why_not_scalars(call)
