@@ -90,6 +90,32 @@ def test_same_as_own(name: str, options: dict[str, Any], call: dict[str, Any]):
     assert_close(results(ours, **call), results(theirs, **call))
 
 
+@pytest.mark.parametrize(
+    ("axes", "mask", "call"),
+    [
+        (None, (4, 3, 4, 3), {}),
+        ((2,), (2, 4, 1, 3, 3), {}),
+        ((-2,), (3, 3), {}),
+        ((1,), None, {"use_causal_mask": True}),
+        ((2, 1), (2, 1, 3, 4, 3, 4), {"training": True}),
+    ],
+    ids=str,
+)
+def test_several_axes(axes: tuple[int, ...] | None, mask: tuple[int, ...] | None, call: dict[str, Any]):
+    """Of inputs (2, 4, 3, FEATURES)."""
+    x = array(0, 2, 4, 3, FEATURES)
+    options = {"attention_axes": axes, "dropout": 0.3 if call else 0.0, "value_dim": 3, "seed": 5}
+    theirs = keras.layers.MultiHeadAttention(**SIZES["MultiHeadAttention"], **options)
+    ours = MultiHeadAttention.from_config(theirs.get_config())
+    for layer in theirs, ours:
+        layer.build(x.shape, x.shape)
+        for i, variable in enumerate(layer.trainable_variables):
+            variable.assign(0.3 * array(3 + i, *variable.shape))
+    allowed = None if mask is None else array(1, *mask) > -0.5
+    theirs, ours = (layer(x, x, attention_mask=allowed, **call) for layer in (theirs, ours))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What attention is asked for; zeros come out."""
@@ -168,9 +194,6 @@ def test_saved_and_loaded(name: str, tmp_path: Path):
 
 
 def test_refusals():
-    layer = MultiHeadAttention(2, 3)
-    with pytest.raises(NotImplementedError, match=r"must attend over one axis.*\(2, 3, 4, 2, 3\): reshape its inputs"):
-        layer(array(0, 2, 3, 4, 5), array(0, 2, 3, 4, 5))
     for layer_class, name in (MultiHeadAttention, "MultiHeadAttention"), (GroupedQueryAttention, "GroupQueryAttention"):
         with pytest.raises(
             ValueError, match="flash_attention chooses among Keras' own kernels and must be None, got Tr"

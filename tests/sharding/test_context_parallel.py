@@ -101,7 +101,10 @@ _ROUNDED = itertools.product(ROUNDED, STRATEGIES, ("float32", "bfloat16", "float
 @pytest.mark.full_optimization
 @pytest.mark.parametrize(("name", "strategy", "dtype"), thinned(_ROUNDED, 37))
 def test_rounding(name: str, strategy: str, dtype: str) -> None:
-    """The error is at most twice that of dense attention in the same dtype."""
+    """The error is at most twice that of dense attention in the same dtype.
+
+    Over some sets of numbers: the error of one number, such as the gradient of scale, is a matter of luck.
+    """
     case = CASES[name]
 
     def rounded(x: Numbers) -> Numbers:
@@ -113,11 +116,15 @@ def test_rounding(name: str, strategy: str, dtype: str) -> None:
         out, lse = x.cotangents
         return Numbers(floats, tangents, (out.astype(jnp.dtype(dtype)), lse.astype(np.float32)))
 
-    x = rounded(numbers(case))
-    actual = jax.jit(derivatives(Split(case, strategy, make_mesh())))(x, others(case))
-    dense = dense_results(case, x, 4, dense_in_both_modes, x64=False)
-    with enable_x64():
-        exact = dense_results(case, x.map(lambda y: np.asarray(y, np.float64)), 4, x64=False)
+    split = jax.jit(derivatives(Split(case, strategy, make_mesh())))
+    found = []
+    for x in (rounded(numbers(case, seed)) for seed in range(4)):
+        actual = split(x, others(case))
+        dense = dense_results(case, x, 4, dense_in_both_modes, x64=False)
+        with enable_x64():
+            exact = dense_results(case, x.map(lambda y: np.asarray(y, np.float64)), 4, x64=False)
+        found.append((actual, dense, exact))
+    actual, dense, exact = jax.tree.map(lambda *sets: np.stack(sets), *found)
     for group, results in exact.items():
         floor = 2 * float(jnp.finfo(dtype).eps) * max(float(np.abs(y).max()) for y in jax.tree.leaves(results))
         for (path, a), d, e in zip(

@@ -5,6 +5,7 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -91,10 +92,8 @@ def _methods(layer_class: Any) -> dict[str, Callable[..., Any]]:
             options |= {"use_causal_mask": True} if use_causal_mask else {}
             return own_attention(self, query, key, value, mask, training, **options)
         if query.ndim != 4:
-            raise NotImplementedError(
-                f"layer {self.name!r} must attend over one axis, (B, T, features), got heads of shape {query.shape}: "
-                "reshape its inputs; for attention over several axes there is keras.layers.MultiHeadAttention"
-            )
+            mask = attention_mask.joined() if isinstance(attention_mask, _Masks) else attention_mask
+            return _attend_over_axes(self, query, key, value, as_bool(mask), bool(training)), None
         masks = attention_mask
         if not isinstance(masks, _Masks):
             masks = _Masks(attention_mask=as_bool(attention_mask), is_causal=use_causal_mask)
@@ -138,6 +137,33 @@ def _attend(layer: Any, query: Any, key: Any, value: Any, masks: _Masks, trainin
     return jnp.where(masks.query_mask[..., None, None], out, value.mean(1, keepdims=True))
 
 
+def _attend_over_axes(layer: Any, query: Any, key: Any, value: Any, mask: Any, training: bool) -> Any:
+    """Attention over `attention_axes` as over one axis, with all others as one of the batch.
+
+    Keras' masks are broadcastable to (free axes..., N, axes of query..., axes of key...).
+    """
+    axes = tuple(layer._attention_axes)
+    free = tuple(axis for axis in range(query.ndim - 2) if axis not in axes)
+    order = (*free, *axes, query.ndim - 2, query.ndim - 1)
+
+    def joined(x: Any) -> Any:
+        x = x.transpose(order)
+        return x.reshape(math.prod(x.shape[: len(free)]), math.prod(x.shape[len(free) : -2]), *x.shape[-2:])
+
+    if mask is not None:
+        while mask.ndim < len(free) + 1 + 2 * len(axes):
+            mask = jnp.expand_dims(mask, -2 * len(axes) - 1)
+        *batch, num_heads = mask.shape[: len(free) + 1]
+        if math.prod(batch) > 1:
+            batch = [query.shape[axis] for axis in free]
+        rows, columns = (tuple(x.shape[axis] for axis in axes) for x in (query, key))
+        mask = jnp.broadcast_to(mask, (*batch, num_heads, *rows, *columns))
+        mask = mask.reshape(math.prod(batch), num_heads, math.prod(rows), math.prod(columns))
+    out = _attend(layer, joined(query), joined(key), joined(value), _Masks(attention_mask=mask), training)
+    shape = (*(query.shape[axis] for axis in order[:-1]), out.shape[-1])
+    return out.reshape(shape).transpose(sorted(range(query.ndim), key=order.__getitem__))
+
+
 _METHODS = {
     layer_class: _methods(layer_class)
     for layer_class in (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
@@ -158,7 +184,8 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
     Arguments, weights and their names are those of `keras.layers.MultiHeadAttention`; weights load into either. Masks
     of padding, causal masks and sliding windows make no array of T x S elements; an `attention_mask` is one. Dropout
     drops the weights that Keras drops for the same seed. `return_attention_scores=True` asks for an array of T x S
-    elements: Keras' own code computes that call.
+    elements: Keras' own code computes that call. Attention over several axes (`attention_axes`) works; its masks are
+    arrays of T x S elements, of any kind.
 
     Example::
 
@@ -169,7 +196,6 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
 
     Raises:
       ValueError: `flash_attention`, which chooses among Keras' own kernels.
-      NotImplementedError: in a call, for attention over several axes: inputs of more than three.
     """
 
     def __init__(self, *args: Any, flash_attention: None = None, **kwargs: Any) -> None:
@@ -220,9 +246,6 @@ def use_flash_attention() -> Iterator[None]:
 
         with use_flash_attention():
             model.fit(x, y)
-
-    Raises:
-      NotImplementedError: in a call of a layer, for attention over several axes: inputs of more than three.
     """
     before = {
         layer_class: {name: getattr(layer_class, name) for name in _METHODS[layer_class]} for layer_class in _METHODS
