@@ -112,6 +112,8 @@ def test_several_axes(axes: tuple[int, ...] | None, mask: tuple[int, ...] | None
         for i, variable in enumerate(layer.trainable_variables):
             variable.assign(0.3 * array(3 + i, *variable.shape))
     allowed = None if mask is None else array(1, *mask) > -0.5
+    if allowed is not None:
+        allowed.reshape(-1, mask[-1] * (mask[-2] if axes is None or len(axes) > 1 else 1))[0] = False  # one row
     theirs, ours = (layer(x, x, attention_mask=allowed, **call) for layer in (theirs, ours))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 

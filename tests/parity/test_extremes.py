@@ -108,17 +108,16 @@ def test_lengths(options: dict[str, Any], masked: bool):
             np.testing.assert_array_equal(ours, theirs, err_msg=str(pair))
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_block_sizes(causal: bool):
+def test_block_sizes():
     arrays = qkv((1, 11, 13, 2, 8))
     with enable_x64():
-        expected, _ = float64_oracle(*arrays, is_causal=causal)
-    gradient = jax.grad(lambda *x, **o: (flash_attention(*x, is_causal=causal, **o) ** 2).sum(), (0, 1, 2))
+        expected, _ = float64_oracle(*arrays, is_causal=True)
+    gradient = jax.grad(lambda *x, **o: (flash_attention(*x, is_causal=True, **o) ** 2).sum(), (0, 1, 2))
     wanted = gradient(*arrays)
     blocks = (1, np.int64(4), 2**31 - 1, 2**40)
     for block_q, block_kv in itertools.product(blocks, repeat=2):
         options: dict[str, Any] = {"block_q": block_q, "block_kv": block_kv}
-        attention = functools.partial(flash_attention, is_causal=causal, **options)
+        attention = functools.partial(flash_attention, is_causal=True, **options)
         out = jax.jit(attention, compiler_options=FAST)(*arrays)
         np.testing.assert_allclose(out, expected, atol=2e-6, err_msg=str(options))
         if block_q == 4:
@@ -149,7 +148,7 @@ WITH_ZEROS: dict[str, Any] = {
             for options in WITH_ZEROS
             if options == "plain" or len(zeros) == 1
         ],
-        2,
+        4,
     ),
     ids=lambda x: "".join(x),
 )

@@ -103,8 +103,10 @@ def _methods(layer_class: Any) -> dict[str, Callable[..., Any]]:
     return methods
 
 
-def _attend(layer: Any, query: Any, key: Any, value: Any, masks: _Masks, training: bool) -> Any:
-    """As Keras does it: rows without keys give 0 in a layer that has dropout, else the mean of all values."""
+def _attend(
+    layer: Any, query: Any, key: Any, value: Any, masks: _Masks, training: bool, *, has_several_axes: bool = False
+) -> Any:
+    """As Keras does it: rows without keys give 0 with dropout or several axes, else the mean of all values."""
     B, T, N, _ = query.shape
     S = key.shape[1]
     ids: dict[str, Any] = {}
@@ -115,8 +117,8 @@ def _attend(layer: Any, query: Any, key: Any, value: Any, masks: _Masks, trainin
     mask = masks.attention_mask
     while mask is not None and mask.ndim < 4:
         mask = jnp.expand_dims(mask, -3)
-    has_dropout = layer.dropout > 0
-    drops = training and has_dropout
+    gives_zeros = layer.dropout > 0 or has_several_axes
+    drops = training and layer.dropout > 0
     # Keras repeats the keys and values of a group, once for each query head.
     repeats = getattr(layer, "num_repeats", 1)
     out = flash_attention(
@@ -129,10 +131,10 @@ def _attend(layer: Any, query: Any, key: Any, value: Any, masks: _Masks, trainin
         local_window_size=masks.window,
         dropout_rate=layer.dropout if drops else 0.0,
         dropout_rng=layer._dropout_layer.seed_generator.next() if drops else None,
-        sinks=jnp.full(N, _NO_KEY, jnp.float32) if has_dropout else None,
+        sinks=jnp.full(N, _NO_KEY, jnp.float32) if gives_zeros else None,
         **ids,
     )
-    if masks.query_mask is None or has_dropout:
+    if masks.query_mask is None or gives_zeros:
         return out
     return jnp.where(masks.query_mask[..., None, None], out, value.mean(1, keepdims=True))
 
@@ -159,7 +161,8 @@ def _attend_over_axes(layer: Any, query: Any, key: Any, value: Any, mask: Any, t
         rows, columns = (tuple(x.shape[axis] for axis in axes) for x in (query, key))
         mask = jnp.broadcast_to(mask, (*batch, num_heads, *rows, *columns))
         mask = mask.reshape(math.prod(batch), num_heads, math.prod(rows), math.prod(columns))
-    out = _attend(layer, joined(query), joined(key), joined(value), _Masks(attention_mask=mask), training)
+    arrays = joined(query), joined(key), joined(value)
+    out = _attend(layer, *arrays, _Masks(attention_mask=mask), training, has_several_axes=True)
     shape = (*(query.shape[axis] for axis in order[:-1]), out.shape[-1])
     return out.reshape(shape).transpose(sorted(range(query.ndim), key=order.__getitem__))
 
