@@ -35,7 +35,10 @@ class Program(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Of a kernel, for each tile: of its inner loop or, without one, of its longest stretch without a branch."""
+    """Of a kernel, for each tile: of an inner loop or, without one, of its longest stretch without a branch.
+
+    A forward that tries to go without the maximum of rows has a loop for that, and then one with it.
+    """
 
     kernel: str
     bundles: float
@@ -180,7 +183,7 @@ def check_shape(topology: str, name: str) -> str:
 
 
 def counts(folder: Path, tiles: int) -> Iterator[Counts]:
-    """Of the kernels that libtpu has dumped into a folder; `tiles` in a stretch."""
+    """Of the loops of kernels that libtpu has dumped into a folder; `tiles` in a stretch."""
     for file in sorted(folder.glob("*-final_bundles.txt")):
         kernel = re.sub(r"^\d+-|-\d+-final_bundles.txt$", "", file.name)
         utilization = next(folder.glob(f"{file.name.split('-')[0]}-*final_hlo-static-per-bundle-utilization.txt"), None)
@@ -190,15 +193,21 @@ def counts(folder: Path, tiles: int) -> Iterator[Counts]:
         bundles = re.findall(r"^ *(0x[0-9a-f]+|0) +(?:[A-Z]{2})?: (>* *)", text, re.MULTILINE)
         labels = [int(x, 16) for x in re.findall(r"^ *(0x[0-9a-f]+) +[A-Z]{2}:", text, re.MULTILINE)]
         length = 1 + int(bundles[-1][0], 16)
-        inner = [int(number, 16) for number, depth in bundles if depth.startswith(">>")]
-        stretches = zip([0, *labels], [*labels, length], strict=True)
-        start, stop = (inner[0], inner[-1] + 1) if inner else max(stretches, key=lambda x: x[1] - x[0])
+        loops: list[list[int]] = [[]]
+        for number, depth in bundles:
+            if depth.startswith(">>"):
+                loops[-1].append(int(number, 16))
+            elif loops[-1]:
+                loops.append([])
+        loops = [x for x in loops if len(x) > 1]
+        longest = max(zip([0, *labels], [*labels, length], strict=True), key=lambda x: x[1] - x[0])
         lines = utilization.read_text().splitlines()
         units = next(line for line in lines if line.startswith("MXU")).split(", ")
         numbers = [line.split() for line in lines if re.fullmatch(r"[\d ]+", line) and len(line.split()) == len(units)]
         rows = [[int(x) for x in row] for row in numbers][-length:]
-        sums = {unit: sum(row[i] for row in rows[start:stop]) / tiles for i, unit in enumerate(units)}
-        yield Counts(kernel, (stop - start) / tiles, length, sums)
+        for start, stop in [(x[0], x[-1] + 1) for x in loops] or [longest]:
+            sums = {unit: sum(row[i] for row in rows[start:stop]) / tiles for i, unit in enumerate(units)}
+            yield Counts(kernel, (stop - start) / tiles, length, sums)
 
 
 def in_child(topology: str, name: str) -> str:

@@ -18,6 +18,7 @@ from jax_native_flash_attn._semantics.masks import Band, MaskOperands
 from tests.support.cases import FAST_COMPILATION, Case, check_case, features, named_case, with_lengths
 from tests.support.grids import rest
 from tests.support.hopper import VMAPS, shared_operand_gradients, vmap_arguments
+from tests.support.oracle import check_out
 from tests.support.tpu import interpreted, small_blocks
 
 _FLOATS = ("query", "key", "value", "scale")
@@ -89,6 +90,22 @@ def test_gradients_of_shared_operands(in_axes: Any, kind: str) -> None:
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         a, e = (np.asarray(x, np.float64) for x in (a, e))
         np.testing.assert_allclose(a, e, atol=0.02 * np.abs(e).max(), rtol=0)
+
+
+@pytest.mark.usefixtures("_kernels")
+def test_weights_without_a_maximum_that_overflow() -> None:
+    """Blocks of rows for which they do not, do for the first keys, and in a half for later ones; and values that do."""
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((1, 768, 2, 16)).astype(np.float32) for _ in range(3))
+    query[..., :2] = 0
+    query[:, 256:512, :, 0], key[..., 0] = -100, 4
+    query[:, 512:640, :, 1], key[..., 1] = 100, 4 * (np.arange(768) >= 384)[:, None]
+    value[..., 1, :] *= 1e35
+    out = asked(*map(jnp.asarray, (query, key, value)))
+    dense = jax.nn.dot_product_attention(*map(jnp.asarray, (query, key, value)))
+    for head in range(2):
+        at = slice(head, head + 1)
+        check_out("out", out[:, :, at], dense[:, :, at], *(x[:, :, at] for x in (query, key, value)))
 
 
 @pytest.mark.whole_grid

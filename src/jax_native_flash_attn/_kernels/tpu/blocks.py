@@ -20,6 +20,7 @@ class Blocks:
       streamed: of those, how many a step reads; a multiple of `tile`.
       unit: of the resident rows, how many are computed together; fewer need fewer registers.
       unrolled: how many tiles stand side by side in the loop.
+      tries_without_maximum: of the forward: whether a step first goes without the maximum of rows.
     """
 
     resident: int
@@ -27,6 +28,7 @@ class Blocks:
     streamed: int
     unit: int
     unrolled: int = 2
+    tries_without_maximum: bool = False
 
 
 class _Most(NamedTuple):
