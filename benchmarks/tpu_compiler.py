@@ -58,7 +58,9 @@ def ours(blocks: str) -> Program:
     from jax_native_flash_attn._kernels.tpu.support import TpuKernels
 
     x = jax.ShapeDtypeStruct((1, LENGTH, 2, HEAD_DIM), jnp.bfloat16)
-    same = Blocks(*map(int, blocks.split(",")))
+    numbers = [int(x) for x in blocks.split(",")]
+    # (The sixth is 0 for no parts.)
+    same = Blocks(*numbers[:5], *(x or None for x in numbers[5:6]), *map(bool, numbers[6:]))
     family = TpuKernels(forward_blocks=same, backward_blocks=BackwardBlocks(same, same, None))
     tiles = same.unrolled * same.resident * same.tile // TILE**2
     return Program(_gradients(functools.partial(flash_attention, implementation="mosaic_tpu")), (x,) * 4, family, tiles)
@@ -248,7 +250,9 @@ def child(topology: str, name: str, folder: Path) -> None:
 
     program = {"splash": splash, "tokamax": tokamax}.get(name, functools.partial(ours, name))()
     # (Tokamax asks it which chip it is.)
-    with jax.sharding.use_abstract_mesh(mesh(topology).abstract_mesh) if name == "tokamax" else contextlib.nullcontext():
+    with (
+        jax.sharding.use_abstract_mesh(mesh(topology).abstract_mesh) if name == "tokamax" else contextlib.nullcontext()
+    ):
         compiled(topology, program.function, program.types, program.family)
     for x in counts(folder, max(program.tiles, 1)):
         shown = " ".join(f"{unit} {n:.0f}" for unit, n in x.units.items() if n)

@@ -12,7 +12,7 @@ from jax_native_flash_attn._kernels.tpu.plan import BackwardBlocks
 from jax_native_flash_attn._kernels.tpu.support import TpuKernels
 
 # So small that short sequences have several steps, tiles side by side and single ones, and units.
-SMALL = Blocks(resident=256, tile=128, streamed=384, unit=128, unrolled=3, tries_without_maximum=True)
+SMALL = Blocks(resident=256, tile=128, streamed=384, unit=128, unrolled=3, part=64, tries_without_maximum=True)
 _SMALL_BIAS = Blocks(128, 128, 128, 128)
 
 

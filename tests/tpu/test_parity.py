@@ -108,6 +108,35 @@ def test_weights_without_a_maximum_that_overflow() -> None:
         check_out("out", out[:, :, at], dense[:, :, at], *(x[:, :, at] for x in (query, key, value)))
 
 
+@pytest.mark.usefixtures("_kernels")
+@pytest.mark.parametrize("kind", ["tiles", rest("keys"), rest("tiles and rows")])
+def test_tiles_that_a_boolean_mask_empties(kind: str) -> None:
+    """They are not visited: values there may be NaN. But rows without a key attend all."""
+    rng = np.random.default_rng(0)
+    query, key, value, dout = (jnp.asarray(rng.standard_normal((1, 600, 2, 16)), jnp.bfloat16) for _ in range(4))
+    number = np.arange(600) // 256
+    allowed = (number[:, None] != number) if kind != "keys" else number[None, None] != 1
+    if kind == "tiles and rows":
+        allowed = allowed & (np.arange(600) != 300)[:, None]
+    mask, poison = jnp.asarray(allowed.reshape(1, 1, -1, 600)), jnp.where(number == 1, jnp.nan, 0)[None, :, None, None]
+
+    def results(implementation: str, value: jax.Array) -> Any:
+        def call(*x: jax.Array) -> jax.Array:
+            return flash_attention(*x, mask=mask, implementation=implementation)
+
+        out, pullback = jax.vjp(call, query, key, value)
+        return out, *pullback(dout)
+
+    expected = results("pure_jax", value)
+    actual = results("mosaic_tpu", value)
+    for a, e in zip(actual, expected, strict=True):
+        a, e = (np.asarray(x, np.float64) for x in (a, e))
+        np.testing.assert_allclose(a, e, atol=0.02 * np.abs(e).max(), rtol=0)
+    poisoned = results("mosaic_tpu", value + poison.astype(value.dtype))[0]
+    is_free = np.ones(600, bool) if kind == "keys" else number == 1
+    assert np.isfinite(np.asarray(poisoned, np.float32)[:, is_free]).all() == (kind != "tiles and rows")
+
+
 @pytest.mark.whole_grid
 def test_with_copies_and_semaphores() -> None:
     """By the interpreter that follows each copy between memories, and fills what was not written with NaN.

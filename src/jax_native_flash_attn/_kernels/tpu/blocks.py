@@ -22,6 +22,8 @@ class Blocks:
       unit: of the resident rows, how many are computed together; fewer need fewer registers.
       unrolled: how many tiles stand side by side in the loop; half as many where some have a mask, as those that are
         left go one by one.
+      part: in the kernel for the gradient of query, of how many keys of a tile the first two products are computed
+        together; None: of all.
       tries_without_maximum: of the forward: whether a step first goes without the maximum of rows.
     """
 
@@ -30,6 +32,7 @@ class Blocks:
     streamed: int
     unit: int
     unrolled: int = 2
+    part: int | None = None
     tries_without_maximum: bool = False
 
 
@@ -40,6 +43,7 @@ class _Most(NamedTuple):
     tile: int
     unit: int
     unrolled: int
+    part: int | None = None
     tries_without_maximum: bool = False
 
 
@@ -52,10 +56,10 @@ _OF_128 = {
 }
 _OF_256 = {
     "forward": _Most(512, 512, 512, 4, tries_without_maximum=True),
-    "dquery": _Most(512, 512, 512, 8),
+    "dquery": _Most(512, 512, 512, 4, part=256),
     "dkey_dvalue": _Most(512, 256, 512, 8),
 }
-_LARGEST = {"v4": _OF_128, "v5": _OF_128}
+_LARGEST = {"v4": _OF_128, "v5": _OF_128, "v7": {**_OF_256, "dquery": _Most(512, 512, 512, 8)}}
 _SMALLER = _Most(256, 256, 256, 4)  # with large operands
 
 
@@ -84,7 +88,8 @@ def choose_blocks(sizes: Sizes, which: str, *, itemsize: int, term_bytes: int, g
     tiles = _divisor(-(-lengths[1] // tile), tiles)
     unit = most.unit if resident % most.unit == 0 else resident
     tries = most.tries_without_maximum and tile * tiles >= _WORTH_A_CHECK
-    return Blocks(resident, tile, tile * tiles, unit, _divisor(tiles, most.unrolled), tries)
+    part = most.part if most.part is not None and tile % most.part == 0 else None
+    return Blocks(resident, tile, tile * tiles, unit, _divisor(tiles, most.unrolled), part, tries)
 
 
 def _divisor(number: int, most: int) -> int:

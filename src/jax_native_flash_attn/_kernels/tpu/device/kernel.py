@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ...._semantics.call import Call
 from ..blocks import Blocks
 from ..host.operands import Grid, Operand, of_masks, scalar_vectors
-from ..host.ranges import has_edges, key_tiles, most_steps, query_tiles
+from ..host.ranges import has_edges, key_tiles, most_steps, occupied_tiles, query_tiles
 from ..pallas import launch, pl, pltpu
 from .logits import At, Scores, tile_of, vector_buffers
 from .visits import for_each_tile
@@ -108,6 +108,7 @@ class Kernel:
             "has_edges": is_masked,
             "is_whole": not is_masked and (z.T if self.streams_rows else z.S) % blocks.streamed == 0,
         }
+        occupied = occupied_tiles(call, blocks, streams_rows=self.streams_rows)
         axes = range(len(grid.sizes))
         vectors = vector_buffers(operands, grid)
         types = Call(call.config, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), call.inputs))
@@ -136,9 +137,17 @@ class Kernel:
             own_range = grid.range_of(range_refs, ids[0], ids[2])
 
             def visit(tile: Callable[[Step, At], None]) -> None:
-                def each(number: Any, is_edge: bool) -> None:
+                def all_units(number: Any, is_edge: bool) -> None:
                     for unit in range(blocks.resident // blocks.unit):
                         tile(step, tile_of(grid, place, number, unit, is_edge=is_edge))
+
+                def each(number: Any, is_edge: bool) -> None:
+                    if occupied is None:
+                        return all_units(number, is_edge)
+                    row = grid.own_row(ids[0], occupied.shape[:-2]) * grid.resident + ids[2]
+                    is_occupied = scalar_refs["occupied"][row * occupied.shape[-1] + number] != 0
+                    pl.when(is_occupied)(lambda: all_units(number, is_edge))
+                    return None
 
                 for_each_tile(own_range, place.major * per_step, per_step, blocks.unrolled, each, **tiles)
 
@@ -158,7 +167,11 @@ class Kernel:
 
         return launch(
             body,
-            scalars={"ranges": ranges.reshape(-1), **scalar_vectors(scalars)},
+            scalars={
+                "ranges": ranges.reshape(-1),
+                **({} if occupied is None else {"occupied": occupied.reshape(-1)}),
+                **scalar_vectors(scalars),
+            },
             inputs={name: (x.array, grid.spec(x)) for name, x in operands.items()},
             outputs={
                 name: (like, grid.spec(Operand(like, letters, self.batch))) for name, (like, letters) in outputs.items()
