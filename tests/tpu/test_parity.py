@@ -120,7 +120,7 @@ def test_tiles_that_a_boolean_mask_empties(kind: str) -> None:
         allowed = allowed & (np.arange(600) != 300)[:, None]
     mask, poison = jnp.asarray(allowed.reshape(1, 1, -1, 600)), jnp.where(number == 1, jnp.nan, 0)[None, :, None, None]
 
-    def results(implementation: str, value: jax.Array) -> Any:
+    def results(implementation: Any, value: jax.Array) -> Any:
         def call(*x: jax.Array) -> jax.Array:
             return flash_attention(*x, mask=mask, implementation=implementation)
 
