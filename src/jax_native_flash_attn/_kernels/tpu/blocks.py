@@ -59,7 +59,11 @@ _OF_256 = {
     "dquery": _Most(512, 512, 512, 4, part=256),
     "dkey_dvalue": _Most(512, 256, 512, 8),
 }
-_LARGEST = {"v4": _OF_128, "v5": _OF_128, "v7": {**_OF_256, "dquery": _Most(512, 512, 512, 8)}}
+_LARGEST = {
+    "v4": dict.fromkeys(_OF_128, _Most(512, 256, 256, 8)),  # larger units spill more there
+    "v5": _OF_128,
+    "v7": {**_OF_256, "dquery": _Most(512, 512, 512, 8)},
+}
 _SMALLER = _Most(256, 256, 256, 4)  # with large operands
 
 
