@@ -201,9 +201,13 @@ def shapes() -> dict[str, Program]:
 
 
 def check_shape(topology: str, name: str) -> str:
-    """Compiles a call: its kernels, and temporary memory outside of them, in MiB."""
+    """Compiles a call with the tile shapes of that chip: its kernels, and temporary memory outside of them, in MiB."""
+    from jax_native_flash_attn._kernels.tpu.support import TpuKernels
+
     program = shapes()[name]
-    text = compiled(topology, program.function, program.types)
+    # ('v7' of 'tpu7x:2x2x1'.)
+    family = TpuKernels(generation=re.sub(r"\D*(\d+).*", r"v\1", topology))
+    text = compiled(topology, program.function, program.types, family)
     kernels = (text.as_text() or "").count("tpu_custom_call")
     return f"{kernels} kernels, {text.memory_analysis().temp_size_in_bytes / 2**20:.2f} MiB beside them"
 
