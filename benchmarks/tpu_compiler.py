@@ -9,6 +9,7 @@ stalls and waits for memory aside. The schedule comes from libtpu's dump of each
 """
 
 import argparse
+import contextlib
 import functools
 import os
 import re
@@ -35,7 +36,10 @@ class Program(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Of a kernel, for each tile: of its inner loop or, without one, of its longest stretch without a branch."""
+    """Of a kernel, for each tile: of an inner loop or, without one, of its longest stretch without a branch.
+
+    A forward that tries to go without the maximum of rows has a loop for that, and then one with it.
+    """
 
     kernel: str
     bundles: float
@@ -54,7 +58,9 @@ def ours(blocks: str) -> Program:
     from jax_native_flash_attn._kernels.tpu.support import TpuKernels
 
     x = jax.ShapeDtypeStruct((1, LENGTH, 2, HEAD_DIM), jnp.bfloat16)
-    same = Blocks(*map(int, blocks.split(",")))
+    numbers = [int(x) for x in blocks.split(",")]
+    # (The sixth is 0 for no parts.)
+    same = Blocks(*numbers[:5], *(x or None for x in numbers[5:6]), *map(bool, numbers[6:]))
     family = TpuKernels(forward_blocks=same, backward_blocks=BackwardBlocks(same, same, None))
     tiles = same.unrolled * same.resident * same.tile // TILE**2
     return Program(_gradients(functools.partial(flash_attention, implementation="mosaic_tpu")), (x,) * 4, family, tiles)
@@ -73,6 +79,24 @@ def splash() -> Program:
     return Program(_gradients(call), (x,) * 4, None, 1)
 
 
+def tokamax() -> Program:
+    """Its own kernels: a forward, and one that computes all three gradients."""
+    import jax
+    import jax.numpy as jnp
+    from tokamax._src.ops.experimental.tpu.splash_attention import (  # pyright: ignore[reportMissingImports]
+        splash_attention_kernel as kernel,
+    )
+    from tokamax._src.ops.experimental.tpu.splash_attention import (  # pyright: ignore[reportMissingImports]
+        splash_attention_mask as masks,
+    )
+
+    x = jax.ShapeDtypeStruct((2, LENGTH, HEAD_DIM), jnp.bfloat16)
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv")
+    config = kernel.SplashConfig(**dict.fromkeys(names, TILE))
+    call = kernel.make_splash_mha_single_device(masks.FullMask((LENGTH, LENGTH)), config=config)
+    return Program(_gradients(call), (x,) * 4, None, 1)
+
+
 def _gradients(attention: Callable[..., Any]) -> Callable[..., Any]:
     def run(query: Any, key: Any, value: Any, dout: Any) -> Any:
         import jax
@@ -83,19 +107,24 @@ def _gradients(attention: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def compiled(topology: str, function: Callable[..., Any], types: Any, family: Any = None) -> Any:
-    """The program for one chip."""
-    import contextlib
-
-    import jax
+def mesh(topology: str) -> Any:
+    """Of one chip."""
     import numpy as np
     from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from jax.sharding import Mesh
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return Mesh(np.array(devices).reshape(-1)[:1], ("x",))
+
+
+def compiled(topology: str, function: Callable[..., Any], types: Any, family: Any = None) -> Any:
+    """The program for one chip."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
 
     from jax_native_flash_attn._kernels import select
 
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    sharding = NamedSharding(Mesh(np.array(devices).reshape(-1)[:1], ("x",)), PartitionSpec())
+    sharding = NamedSharding(mesh(topology), PartitionSpec())
     types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), types)
     with contextlib.nullcontext() if family is None else select.replacing(family):
         return jax.jit(function).trace(*types).lower(lowering_platforms=("tpu",)).compile()
@@ -172,15 +201,19 @@ def shapes() -> dict[str, Program]:
 
 
 def check_shape(topology: str, name: str) -> str:
-    """Compiles a call: its kernels, and temporary memory outside of them, in MiB."""
+    """Compiles a call with the tile shapes of that chip: its kernels, and temporary memory outside of them, in MiB."""
+    from jax_native_flash_attn._kernels.tpu.support import TpuKernels
+
     program = shapes()[name]
-    text = compiled(topology, program.function, program.types)
+    # ('v7' of 'tpu7x:2x2x1'.)
+    family = TpuKernels(generation=re.sub(r"\D*(\d+).*", r"v\1", topology))
+    text = compiled(topology, program.function, program.types, family)
     kernels = (text.as_text() or "").count("tpu_custom_call")
     return f"{kernels} kernels, {text.memory_analysis().temp_size_in_bytes / 2**20:.2f} MiB beside them"
 
 
 def counts(folder: Path, tiles: int) -> Iterator[Counts]:
-    """Of the kernels that libtpu has dumped into a folder; `tiles` in a stretch."""
+    """Of the loops of kernels that libtpu has dumped into a folder; `tiles` in a stretch."""
     for file in sorted(folder.glob("*-final_bundles.txt")):
         kernel = re.sub(r"^\d+-|-\d+-final_bundles.txt$", "", file.name)
         utilization = next(folder.glob(f"{file.name.split('-')[0]}-*final_hlo-static-per-bundle-utilization.txt"), None)
@@ -190,15 +223,19 @@ def counts(folder: Path, tiles: int) -> Iterator[Counts]:
         bundles = re.findall(r"^ *(0x[0-9a-f]+|0) +(?:[A-Z]{2})?: (>* *)", text, re.MULTILINE)
         labels = [int(x, 16) for x in re.findall(r"^ *(0x[0-9a-f]+) +[A-Z]{2}:", text, re.MULTILINE)]
         length = 1 + int(bundles[-1][0], 16)
-        inner = [int(number, 16) for number, depth in bundles if depth.startswith(">>")]
-        stretches = zip([0, *labels], [*labels, length], strict=True)
-        start, stop = (inner[0], inner[-1] + 1) if inner else max(stretches, key=lambda x: x[1] - x[0])
+        loops: list[tuple[int, int]] = []
+        for at in (int(number, 16) for number, depth in bundles if depth.startswith(">>")):
+            # (What lies between the ends of a loop is not all marked.)
+            is_new = not loops or at > loops[-1][1] + 16
+            loops = [*loops, (at, at + 1)] if is_new else [*loops[:-1], (loops[-1][0], at + 1)]
+        longest = max(zip([0, *labels], [*labels, length], strict=True), key=lambda x: x[1] - x[0])
         lines = utilization.read_text().splitlines()
         units = next(line for line in lines if line.startswith("MXU")).split(", ")
         numbers = [line.split() for line in lines if re.fullmatch(r"[\d ]+", line) and len(line.split()) == len(units)]
         rows = [[int(x) for x in row] for row in numbers][-length:]
-        sums = {unit: sum(row[i] for row in rows[start:stop]) / tiles for i, unit in enumerate(units)}
-        yield Counts(kernel, (stop - start) / tiles, length, sums)
+        for start, stop in loops or [longest]:
+            sums = {unit: sum(row[i] for row in rows[start:stop]) / tiles for i, unit in enumerate(units)}
+            yield Counts(kernel, (stop - start) / tiles, length, sums)
 
 
 def in_child(topology: str, name: str) -> str:
@@ -213,8 +250,14 @@ def in_child(topology: str, name: str) -> str:
 
 
 def child(topology: str, name: str, folder: Path) -> None:
-    program = splash() if name == "splash" else ours(name)
-    compiled(topology, program.function, program.types, program.family)
+    import jax
+
+    program = {"splash": splash, "tokamax": tokamax}.get(name, functools.partial(ours, name))()
+    # (Tokamax asks it which chip it is.)
+    with (
+        jax.sharding.use_abstract_mesh(mesh(topology).abstract_mesh) if name == "tokamax" else contextlib.nullcontext()
+    ):
+        compiled(topology, program.function, program.types, program.family)
     for x in counts(folder, max(program.tiles, 1)):
         shown = " ".join(f"{unit} {n:.0f}" for unit, n in x.units.items() if n)
         print(f"{topology} {name} {x.kernel}: {x.bundles:.0f} bundles for a tile, {x.whole} in all; {shown}")
@@ -237,7 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("bundles", "shapes", "child"))
     parser.add_argument("--topology", nargs="*", default=TOPOLOGIES)
-    parser.add_argument("--names", nargs="*", help="splash, or blocks; of shapes, some of them")
+    parser.add_argument("--names", nargs="*", help="splash, tokamax, or blocks; of shapes, some of them")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.what == "child":

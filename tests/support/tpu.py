@@ -12,13 +12,14 @@ from jax_native_flash_attn._kernels.tpu.plan import BackwardBlocks
 from jax_native_flash_attn._kernels.tpu.support import TpuKernels
 
 # So small that short sequences have several steps, tiles side by side and single ones, and units.
-SMALL = Blocks(resident=256, tile=128, streamed=384, unit=128, unrolled=2)
+SMALL = Blocks(resident=256, tile=128, streamed=384, unit=128, unrolled=3, tries_without_maximum=True)
+_SMALL_DQUERY = Blocks(resident=256, tile=256, streamed=512, unit=128, unrolled=3, part=128)
 _SMALL_BIAS = Blocks(128, 128, 128, 128)
 
 
 def small_blocks() -> dict[str, Any]:
     """Of `TpuKernels`."""
-    return {"forward_blocks": SMALL, "backward_blocks": BackwardBlocks(SMALL, SMALL, _SMALL_BIAS)}
+    return {"forward_blocks": SMALL, "backward_blocks": BackwardBlocks(_SMALL_DQUERY, SMALL, _SMALL_BIAS)}
 
 
 def interpreted(*, has_small_blocks: bool = True) -> contextlib.AbstractContextManager[None]:

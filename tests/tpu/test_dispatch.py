@@ -13,10 +13,11 @@ from jax.sharding import PartitionSpec as P
 from jax_native_flash_attn import context_parallel_attention, explain, flash_attention
 from jax_native_flash_attn._kernels.protocol import Pass, Target
 from jax_native_flash_attn._kernels.tpu.blocks import Blocks
-from jax_native_flash_attn._kernels.tpu.host.ranges import key_tiles, query_tiles
+from jax_native_flash_attn._kernels.tpu.host.ranges import key_tiles, occupied_tiles, query_tiles
 from jax_native_flash_attn._kernels.tpu.support import TpuKernels
 from jax_native_flash_attn._semantics.call import Call, Config, Inputs
 from jax_native_flash_attn._semantics.join_masks import make_mask
+from jax_native_flash_attn._semantics.masks import Band, MaskOperands
 from tests.support.environment import enable_x64
 from tests.support.tpu import kernel_count
 
@@ -149,16 +150,51 @@ def test_tiles(options: dict[str, Any]) -> None:
     # Rows behind the last one do not count where they are resident.
     is_row = (np.arange(1024) < rows).reshape(4, 256)[None, :, :, None, None]
     is_key = (np.arange(1024) < keys).reshape(8, 128)[None, None, None]
-    inputs = Inputs(
-        *(jnp.zeros((2, n, 1, 8)) for n in (rows, keys, keys)), jnp.ones((1,)), None, mask, None, None, None
-    )
-    call = Call(Config(band, None, None, None, None, needs_lse=False), inputs)
+    call = call_of(rows, keys, band, mask)
     by_rows = np.broadcast_to(key_tiles(call, Blocks(256, 128, 128, 256)), (2, 4, 4))
     _check(by_rows, tiles, (full | ~is_row).all((2, 4)) & is_key.all((2, 4)))
     by_keys = np.broadcast_to(query_tiles(call, Blocks(128, 256, 256, 128)), (2, 8, 4))
     _check(
         by_keys, tiles.swapaxes(1, 2), (full | ~is_key).all((2, 4)).swapaxes(1, 2), whole=is_row.all((2, 4))[:, :, 0]
     )
+
+
+def call_of(rows: int, keys: int, band: Any, mask: Any) -> Call:
+    key_value = (jnp.zeros((2, keys, 1, 8)),) * 2
+    inputs = Inputs(jnp.zeros((2, rows, 1, 8)), *key_value, jnp.ones((1,)), None, mask, None, None, None)
+    return Call(Config(band, None, None, None, None, needs_lse=False), inputs)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 900, 1000), (1, 1, 900, 1000), (2, 1, 1, 1000), (1, 1, 900, 1)], ids=str)
+@pytest.mark.parametrize("has_dead_row", [False, True])
+def test_tiles_that_a_boolean_mask_leaves(shape: tuple[int, ...], has_dead_row: bool) -> None:
+    rng = np.random.default_rng(0)
+    allowed = rng.random((2, 4, 8)) < 0.4
+    allowed[0, 2] = allowed[1, 1] = False
+    # One element of a tile, in one head, where there is one.
+    of_elements = np.zeros((*shape[:2], 4, 256, 8, 128), bool)
+    of_elements[:, -1, :, 100, :, 50] = allowed[: shape[0]]
+    of_elements = of_elements.reshape(*shape[:2], 1024, 1024)[..., :900, :1000]
+    of_elements = of_elements.any(-2, keepdims=True) if shape[-2] == 1 else of_elements
+    of_elements = of_elements.any(-1, keepdims=True) if shape[-1] == 1 else of_elements
+    # Rows that attend all.
+    dead = jnp.zeros((1, 1, 900), bool).at[..., 600].set(True) if has_dead_row else None
+    mask = MaskOperands(allowed=jnp.asarray(of_elements), dead=dead)
+    padded = np.pad(of_elements.any(1), [(0, 0)] + [(0, 1024 - n if n > 1 else 0) for n in shape[2:]])
+    expected = np.broadcast_to(padded, (shape[0], 1024, 1024)).reshape(-1, 4, 256, 8, 128).any((2, 4))
+    expected = expected | (has_dead_row & (np.arange(4) == 2))[:, None]
+    call = call_of(900, 1000, Band(), mask)
+    for found, blocks in (
+        (occupied_tiles(call, Blocks(256, 128, 128, 256), streams_rows=False), expected),
+        (occupied_tiles(call, Blocks(128, 256, 256, 128), streams_rows=True), expected.swapaxes(1, 2)),
+    ):
+        np.testing.assert_array_equal(found, blocks)
+
+
+def test_a_mask_of_more_tiles_than_scalar_memory_holds() -> None:
+    allowed = jnp.ones((1, 1, 1, 1 << 16), bool)
+    call = call_of(1 << 16, 1 << 16, Band(), MaskOperands(allowed=allowed))
+    assert occupied_tiles(call, Blocks(256, 128, 128, 256), streams_rows=False) is None
 
 
 def _check(ranges: np.ndarray, visible: np.ndarray, full: np.ndarray, whole: np.ndarray | None = None) -> None:

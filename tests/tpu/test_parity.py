@@ -18,6 +18,7 @@ from jax_native_flash_attn._semantics.masks import Band, MaskOperands
 from tests.support.cases import FAST_COMPILATION, Case, check_case, features, named_case, with_lengths
 from tests.support.grids import rest
 from tests.support.hopper import VMAPS, shared_operand_gradients, vmap_arguments
+from tests.support.oracle import check_out
 from tests.support.tpu import interpreted, small_blocks
 
 _FLOATS = ("query", "key", "value", "scale")
@@ -89,6 +90,51 @@ def test_gradients_of_shared_operands(in_axes: Any, kind: str) -> None:
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         a, e = (np.asarray(x, np.float64) for x in (a, e))
         np.testing.assert_allclose(a, e, atol=0.02 * np.abs(e).max(), rtol=0)
+
+
+@pytest.mark.usefixtures("_kernels")
+def test_weights_without_a_maximum_that_overflow() -> None:
+    """Blocks of rows for which they do not, do for the first keys, and in a half for later ones; and values that do."""
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((1, 768, 2, 16)).astype(np.float32) for _ in range(3))
+    query[..., :2] = 0
+    query[:, 256:512, :, 0], key[..., 0] = -100, 4
+    query[:, 512:640, :, 1], key[..., 1] = 100, 4 * (np.arange(768) >= 384)[:, None]
+    value[..., 1, :] *= 1e35
+    out = asked(*map(jnp.asarray, (query, key, value)))
+    dense = jax.nn.dot_product_attention(*map(jnp.asarray, (query, key, value)))
+    for head in range(2):
+        at = slice(head, head + 1)
+        check_out("out", out[:, :, at], dense[:, :, at], *(x[:, :, at] for x in (query, key, value)))
+
+
+@pytest.mark.usefixtures("_kernels")
+@pytest.mark.parametrize("kind", ["tiles", rest("keys"), rest("tiles and rows")])
+def test_tiles_that_a_boolean_mask_empties(kind: str) -> None:
+    """They are not visited: values there may be NaN. But rows without a key attend all."""
+    rng = np.random.default_rng(0)
+    query, key, value, dout = (jnp.asarray(rng.standard_normal((1, 600, 2, 16)), jnp.bfloat16) for _ in range(4))
+    number = np.arange(600) // 256
+    allowed = (number[:, None] != number) if kind != "keys" else number[None, None] != 1
+    if kind == "tiles and rows":
+        allowed = allowed & (np.arange(600) != 300)[:, None]
+    mask, poison = jnp.asarray(allowed.reshape(1, 1, -1, 600)), jnp.where(number == 1, jnp.nan, 0)[None, :, None, None]
+
+    def results(implementation: Any, value: jax.Array) -> Any:
+        def call(*x: jax.Array) -> jax.Array:
+            return flash_attention(*x, mask=mask, implementation=implementation)
+
+        out, pullback = jax.vjp(call, query, key, value)
+        return out, *pullback(dout)
+
+    expected = results("pure_jax", value)
+    actual = results("mosaic_tpu", value)
+    for a, e in zip(actual, expected, strict=True):
+        a, e = (np.asarray(x, np.float64) for x in (a, e))
+        np.testing.assert_allclose(a, e, atol=0.02 * np.abs(e).max(), rtol=0)
+    poisoned = results("mosaic_tpu", value + poison.astype(value.dtype))[0]
+    is_free = np.ones(600, bool) if kind == "keys" else number == 1
+    assert np.isfinite(np.asarray(poisoned, np.float32)[:, is_free]).all() == (kind != "tiles and rows")
 
 
 @pytest.mark.whole_grid

@@ -4,7 +4,7 @@
                 dP = dO V^T -> dS = P (dP - delta) -> gradient += dS K
 
 The first two products of a tile wait for nothing but their operands, so the second is computed beside the exponentials
-of the first; the third waits for both.
+of the first; the third waits for both. They may be computed for parts of a tile: then less waits in registers.
 
 With the gradient of scale, three sums of each row are kept as well, in 128 parts: see `cotangent.py`.
 """
@@ -20,7 +20,7 @@ from ..host.backward import Backward
 from ..pallas import LANES, gathered, lane_sums, pltpu, product
 from .gradients import gradients
 from .kernel import Kernel, Step
-from .logits import At
+from .logits import At, parts_of
 
 _MOMENTS = ("dz_x", "dz", "p_x", "p")
 
@@ -38,20 +38,25 @@ def dquery(
             step.scratch[name][...] = jnp.zeros((rows, LANES), jnp.float32)
 
     def tile(step: Step, at: At) -> None:
-        refs, scratch = step.refs, step.scratch
-        key, value = refs["key"][at.tile, :], refs["value"][at.tile, :]
-        products = product(refs["query"][at.unit, :], key, "nt", precision)
-        of_tile = gradients(
-            step.scores, at, products, lambda: product(refs["dout"][at.unit, :], value, "nt", precision)
-        )
-        key = step.scores.without_padding(key, at, is_key=True)
-        scratch["acc"][at.unit, :] += product(of_tile.dproducts.astype(key.dtype), key, "nn", precision)
-        if with_scale:
-            x = products if of_tile.slope is None else products * of_tile.slope
-            x = x if of_tile.visible is None else jnp.where(of_tile.visible, x, 0.0)
-            p, dz = of_tile.weights, of_tile.dlogits
-            for name, term in zip(moments, (dz * x, dz, p * x, p), strict=True):
-                scratch[name][at.unit, :] += lane_sums(term)
+        refs, scratch, dproducts = step.refs, step.scratch, []
+        for part in parts_of(at, blocks.part):
+            products = product(refs["query"][part.unit, :], refs["key"][part.tile, :], "nt", precision)
+            of_part = gradients(
+                step.scores,
+                part,
+                products,
+                lambda part=part: product(refs["dout"][part.unit, :], refs["value"][part.tile, :], "nt", precision),
+            )
+            dproducts.append(of_part.dproducts.astype(refs["key"].dtype))
+            if with_scale:
+                x = products if of_part.slope is None else products * of_part.slope
+                x = x if of_part.visible is None else jnp.where(of_part.visible, x, 0.0)
+                p, dz = of_part.weights, of_part.dlogits
+                for name, term in zip(moments, (dz * x, dz, p * x, p), strict=True):
+                    scratch[name][at.unit, :] += lane_sums(term)
+        key = step.scores.without_padding(refs["key"][at.tile, :], at, is_key=True)
+        joined = dproducts[0] if len(dproducts) == 1 else jnp.concatenate(dproducts, -1)
+        scratch["acc"][at.unit, :] += product(joined, key, "nn", precision)
 
     def end(step: Step) -> None:
         step.outs["query"][...] = (step.scratch["acc"][...] * step.scores.scale).astype(out_dtype)

@@ -4,11 +4,16 @@
       first step   row vectors are spread over lanes; maximum, sum and output start
       each tile    S = Q K^T -> logits -> maximum of each row -> weights P -> output += P V
                    the sum of a row is kept in 128 parts, one for each lane: added up at the end
+      or           likewise with weights exp2(logits), and no maximum: tried first, where `Blocks` says so
       last step    sinks; output / sum; log-sum-exp, gathered along the lanes
 
 Pallas reads the streamed block of the next step while one is computed. What waits for what inside a step is one chain
 for each tile: products, their maximum, weights, products. Two tiles stand side by side in a loop, so that the chain of
 one fills the gaps of the other: see `visits.py`.
+
+Without a maximum nothing waits, and nothing is rescaled. It is as accurate, as floating-point weights are rounded
+relative to their size, if no row's sum leaves the range of float32. That is checked behind each step's tiles. Where it
+is not so, the step is undone and done with maxima, and so are those behind it.
 """
 
 import math
@@ -16,16 +21,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ...._semantics.call import Call
 from ...._semantics.numerics import LN2, LOG2E
 from ..blocks import Blocks
 from ..host.operands import Operand, flat, with_heads_first
 from ..pallas import LANES, gathered, lane_sums, pltpu, product, repeated
-from .kernel import Kernel, Step
+from .kernel import Attempt, Kernel, Step
 from .logits import LOWEST, At
 
 _HAS_KEY = LOWEST / 2  # the largest logit of a row that has met a key is above
+_FAR = 2.0**60  # a sum of weights above this, or below its inverse, may have lost some
 
 
 def forward(call: Call, blocks: Blocks, precision: Any, interpret: Any) -> dict[str, jax.Array]:
@@ -43,29 +50,37 @@ def forward(call: Call, blocks: Blocks, precision: Any, interpret: Any) -> dict[
         scalars["sinks"] = flat(inputs.sinks, "bn")
 
     def begin(step: Step) -> None:
-        step.scratch["largest"][...] = jnp.full((rows, LANES), LOWEST, jnp.float32)
+        step.scratch["largest"][...] = jnp.full((rows, LANES), LOWEST if attempt is None else 0.0, jnp.float32)
         step.scratch["sum"][...] = jnp.zeros((rows, LANES), jnp.float32)
         step.scratch["acc"][...] = jnp.zeros((rows, z.D), jnp.float32)
 
+    def add(step: Step, at: At, weights: jax.Array, rescaling: jax.Array | None) -> None:
+        scores, scratch = step.scores, step.scratch
+        dropped = scores.drop(weights, scores.keep(at, weights.shape))
+        value = scores.without_padding(step.refs["value"][at.tile, :], at, is_key=True)
+        out = product(dropped.astype(value.dtype), value, "nn", precision)
+        for name, term in (("sum", lane_sums(weights)), ("acc", out)):
+            before = scratch[name][at.unit, :]
+            before = before if rescaling is None else repeated(rescaling, before.shape[-1]) * before
+            scratch[name][at.unit, :] = before + term
+
+    def logits_of(step: Step, at: At) -> jax.Array:
+        products = product(step.refs["query"][at.unit, :], step.refs["key"][at.tile, :], "nt", precision)
+        return step.scores.logits(products, at).logits
+
     def tile(step: Step, at: At) -> None:
-        scores, refs, scratch = step.scores, step.refs, step.scratch
-        products = product(refs["query"][at.unit, :], refs["key"][at.tile, :], "nt", precision)
-        logits = scores.logits(products, at).logits
-        before = scratch["largest"][at.unit, :]
+        logits, before = logits_of(step, at), step.scratch["largest"][at.unit, :]
         largest = jnp.maximum(before, lane_sums(logits, jnp.maximum).max(-1, keepdims=True))
-        rescaling = jnp.exp2(before - largest)
-        weights = jnp.exp2(logits - repeated(largest, blocks.tile))
-        scratch["largest"][at.unit, :] = largest
-        scratch["sum"][at.unit, :] = rescaling * scratch["sum"][at.unit, :] + lane_sums(weights)
-        weights = scores.drop(weights, scores.keep(at, weights.shape))
-        value = scores.without_padding(refs["value"][at.tile, :], at, is_key=True)
-        out = product(weights.astype(value.dtype), value, "nn", precision)
-        scratch["acc"][at.unit, :] = repeated(rescaling, z.D) * scratch["acc"][at.unit, :] + out
+        step.scratch["largest"][at.unit, :] = largest
+        add(step, at, jnp.exp2(logits - repeated(largest, blocks.tile)), jnp.exp2(before - largest))
+
+    def tile_without_maximum(step: Step, at: At) -> None:
+        add(step, at, jnp.exp2(logits_of(step, at)), None)
 
     def end(step: Step) -> None:
         outs, largest = step.outs, step.scratch["largest"][...]
         total = jnp.broadcast_to(step.scratch["sum"][...].sum(-1, keepdims=True), (rows, LANES))
-        has_key = largest > _HAS_KEY
+        has_key = (largest > _HAS_KEY) & (total != 0)
         if inputs.sinks is not None:
             heads = inputs.sinks.shape[-1]
             sink = step.scores.scalar("sinks", step.scores.place.head if heads > 1 else 0, heads) * LOG2E
@@ -97,14 +112,40 @@ def forward(call: Call, blocks: Blocks, precision: Any, interpret: Any) -> dict[
     outputs |= {"rounded": (matrix_type(dtype), "bnt-")} if config.adds_rounded else {}
     outputs |= {"lse": (rows_type, "bn-t")} if config.needs_lse else {}
     outputs |= {"max_logits": (rows_type, "bn-t")} if config.needs_max_logits else {}
+    sums = {"sum": pltpu.VMEM((rows, LANES), jnp.float32), "acc": pltpu.VMEM((rows, z.D), jnp.float32)}
+    attempt = None
+    if blocks.tries_without_maximum and not config.needs_max_logits:
+        attempt = Attempt(tile_without_maximum, _save, _holds, _undo)
+        sums |= {f"{name} before": buffer for name, buffer in sums.items()}
     return Kernel(call, z.batch, blocks, operands, interpret, scalars=scalars).run(
         begin=begin,
         tile=tile,
         end=end,
         outputs=outputs,
-        scratch={
-            "largest": pltpu.VMEM((rows, LANES), jnp.float32),
-            "sum": pltpu.VMEM((rows, LANES), jnp.float32),
-            "acc": pltpu.VMEM((rows, z.D), jnp.float32),
-        },
+        scratch={"largest": pltpu.VMEM((rows, LANES), jnp.float32), **sums},
+        attempt=attempt,
     )
+
+
+def _save(step: Step) -> None:
+    for name in ("sum", "acc"):
+        step.scratch[f"{name} before"][...] = step.scratch[name][...]
+
+
+def _holds(step: Step) -> Any:
+    """Whether every row has a sum, and sums and outputs are far from the ends of float32's range."""
+    total, out = step.scratch["sum"][...].sum(-1, keepdims=True), step.scratch["acc"][...]
+    is_right = (total > 1 / _FAR) & (total < _FAR) & (jnp.abs(out) < _FAR**2)
+    grid, T = step.scores.grid, step.scores.call.sizes.T
+    if T % grid.blocks.resident:
+        # Behind the last row may be anything.
+        row = step.scores.place.row_block * grid.blocks.resident + lax.broadcasted_iota(jnp.int32, out.shape, 0)
+        is_right = is_right | (row >= T)
+    return jnp.min(jnp.where(is_right, 1.0, 0.0)) > 0
+
+
+def _undo(step: Step, is_first: Any) -> None:
+    for name in ("sum", "acc"):
+        step.scratch[name][...] = step.scratch[f"{name} before"][...]
+    # A row that has met keys has its sum without a maximum: beside one of 0.
+    step.scratch["largest"][...] = jnp.full_like(step.scratch["largest"], jnp.where(is_first, LOWEST, 0.0))

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ...._semantics.call import Call
 from ..blocks import Blocks
 from ..host.operands import Grid, Operand, of_masks, scalar_vectors
-from ..host.ranges import has_edges, key_tiles, most_steps, query_tiles
-from ..pallas import launch, pl
+from ..host.ranges import has_edges, key_tiles, most_steps, occupied_tiles, query_tiles
+from ..pallas import launch, pl, pltpu
 from .logits import At, Scores, tile_of, vector_buffers
 from .visits import for_each_tile
 
@@ -31,6 +32,23 @@ class Step:
     @property
     def refs(self) -> Mapping[str, Any]:
         return self.scores.refs
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A cheaper way to visit the tiles of a step, which its results may turn out not to allow.
+
+    Attributes:
+      tile: for each tile and unit.
+      save: before them.
+      holds: whether the results are right.
+      undo: where they are not: back to what was saved; `undo(step, is_first)`, at the first step of a resident block.
+    """
+
+    tile: Callable[[Step, At], None]
+    save: Callable[[Step], None]
+    holds: Callable[[Step], Any]
+    undo: Callable[[Step, Any], None]
 
 
 @dataclass(frozen=True)
@@ -62,10 +80,12 @@ class Kernel:
         end: Callable[[Step], None],
         outputs: Mapping[str, tuple[Any, str]],
         scratch: Mapping[str, Any],
+        attempt: Attempt | None = None,
     ) -> dict[str, jax.Array]:
         """Results by name; `outputs` are types and the letters of their axes.
 
-        For each resident block `begin` runs once, then `tile` for each tile and unit, then `end`.
+        For each resident block `begin` runs once, then `tile` for each tile and unit, then `end`. An attempt comes
+        before: each step is tried so, up to the first where it fails. That one and those after it take `tile`.
         """
         call, blocks, z = self.call, self.blocks, self.call.sizes
         masks = of_masks(call)
@@ -88,6 +108,7 @@ class Kernel:
             "has_edges": is_masked,
             "is_whole": not is_masked and (z.T if self.streams_rows else z.S) % blocks.streamed == 0,
         }
+        occupied = occupied_tiles(call, blocks, streams_rows=self.streams_rows)
         axes = range(len(grid.sizes))
         vectors = vector_buffers(operands, grid)
         types = Call(call.config, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), call.inputs))
@@ -112,13 +133,33 @@ class Kernel:
             def _begin() -> None:
                 begin(step)
 
-            def each(number: Any, is_edge: bool) -> None:
-                for unit in range(blocks.resident // blocks.unit):
-                    tile(step, tile_of(grid, place, number, unit, is_edge=is_edge))
-
             per_step = blocks.streamed // blocks.tile
             own_range = grid.range_of(range_refs, ids[0], ids[2])
-            for_each_tile(own_range, place.major * per_step, per_step, blocks.unrolled, each, **tiles)
+
+            def visit(tile: Callable[[Step, At], None]) -> None:
+                def all_units(number: Any, is_edge: bool) -> None:
+                    for unit in range(blocks.resident // blocks.unit):
+                        tile(step, tile_of(grid, place, number, unit, is_edge=is_edge))
+
+                def each(number: Any, is_edge: bool) -> None:
+                    if occupied is None:
+                        return all_units(number, is_edge)
+                    row = grid.own_row(ids[0], occupied.shape[:-2]) * grid.resident + ids[2]
+                    is_occupied = scalar_refs["occupied"][row * occupied.shape[-1] + number] != 0
+                    pl.when(is_occupied)(lambda: all_units(number, is_edge))
+                    return None
+
+                for_each_tile(own_range, place.major * per_step, per_step, blocks.unrolled, each, **tiles)
+
+            if attempt is None:
+                visit(tile)
+            else:
+                has_tiles = place.major * per_step < own_range[3]
+                _try(attempt, step, buffers["has_failed"], is_first, has_tiles, visit)
+
+                @pl.when(buffers["has_failed"][0] != 0)
+                def _visit() -> None:
+                    visit(tile)
 
             @pl.when(is_last)
             def _end() -> None:
@@ -126,13 +167,40 @@ class Kernel:
 
         return launch(
             body,
-            scalars={"ranges": ranges.reshape(-1), **scalar_vectors(scalars)},
+            scalars={
+                "ranges": ranges.reshape(-1),
+                **({} if occupied is None else {"occupied": occupied.reshape(-1)}),
+                **scalar_vectors(scalars),
+            },
             inputs={name: (x.array, grid.spec(x)) for name, x in operands.items()},
             outputs={
                 name: (like, grid.spec(Operand(like, letters, self.batch))) for name, (like, letters) in outputs.items()
             },
-            scratch={**vectors, **scratch},
+            scratch={**vectors, **scratch, **({} if attempt is None else {"has_failed": pltpu.SMEM((1,), jnp.int32)})},
             grid=grid.sizes,
             parallel=grid.parallel,
             interpret=self.interpret,
         )
+
+
+def _try(
+    attempt: Attempt,
+    step: Step,
+    has_failed: Any,
+    is_first: Any,
+    has_tiles: Any,
+    visit: Callable[[Callable[[Step, At], None]], None],
+) -> None:
+    @pl.when(is_first)
+    def _begin() -> None:
+        has_failed[0] = jnp.int32(0)
+
+    @pl.when((has_failed[0] == 0) & has_tiles)
+    def _attempt() -> None:
+        attempt.save(step)
+        visit(attempt.tile)
+
+        @pl.when(jnp.logical_not(attempt.holds(step)))
+        def _undo() -> None:
+            attempt.undo(step, is_first)
+            has_failed[0] = jnp.int32(1)

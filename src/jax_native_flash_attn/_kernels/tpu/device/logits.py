@@ -85,7 +85,7 @@ class Scores:
     def vector(self, name: str, at: At) -> jax.Array:
         """Of rows or keys, as broadcasts with a tile."""
         if name in self.vectors:
-            return repeated(self.vectors[name][at.unit, :], self.grid.blocks.tile)
+            return repeated(self.vectors[name][at.unit, :], at.tile.size)
         return self.refs[name][:, at.tile]
 
     def _term(self, name: str, at: At) -> jax.Array:
@@ -229,3 +229,13 @@ def tile_of(grid: Grid, scores_place: Place, tile: Any, unit: int, *, is_edge: b
         tile * blocks.tile,
         is_edge,
     )
+
+
+def parts_of(at: At, size: int | None) -> list[At]:
+    """A tile, in parts of so many of the streamed ones."""
+    if size is None:
+        return [at]
+    return [
+        at._replace(tile=pl.ds(pl.multiple_of(at.tile.start + start, size), size), streamed=at.streamed + start)
+        for start in range(0, at.tile.size, size)
+    ]

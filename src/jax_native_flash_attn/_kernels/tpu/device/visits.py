@@ -27,31 +27,32 @@ def for_each_tile(
     Args:
       ranges: as of `Grid.range_of`.
       start, tiles: of this step.
-      unrolled: how many that need no mask stand side by side.
+      unrolled: how many that need no mask stand side by side; half as many if not all of `tiles` are sure to be full.
       body: see above.
       has_full, has_edges: whether there are tiles that need no mask, and tiles that do.
       is_whole: whether all of `tiles` are full.
     """
 
-    def several(first: Any) -> Callable[[Any, None], None]:
+    def several(first: Any, count: int) -> Callable[[Any, None], None]:
         def run(i: Any, carry: None) -> None:
-            for k in range(unrolled):
-                body(first + unrolled * i + k, False)
+            for k in range(count):
+                body(first + count * i + k, False)
 
         return run
 
     if is_whole and tiles % unrolled == 0:
-        lax.fori_loop(0, tiles // unrolled, several(start), None)
+        lax.fori_loop(0, tiles // unrolled, several(start, unrolled), None)
         return
+    count = -(-unrolled // 2)
     end = start + tiles
     first, full_first, full_stop, stop = (jnp.clip(x, start, end) for x in ranges)
     if not has_edges:
         first, full_first, full_stop = full_first, first, stop
     single_first = full_first
-    if has_full and tiles >= unrolled:
-        rounds = lax.div(full_stop - full_first, unrolled)
-        single_first = full_first + unrolled * rounds
-        lax.fori_loop(0, rounds, several(full_first), None)
+    if has_full and tiles >= count:
+        rounds = lax.div(full_stop - full_first, count)
+        single_first = full_first + count * rounds
+        lax.fori_loop(0, rounds, several(full_first, count), None)
     left = full_first - first if has_edges else 0
 
     def single(i: Any, carry: None) -> None:

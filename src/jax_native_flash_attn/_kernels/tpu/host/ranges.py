@@ -2,9 +2,10 @@
 
 XLA makes them of the intervals of the rows before a kernel, O(T) work. Where the intervals are static, they are
 constants. So there is one way to say it, and index maps and kernels read the same numbers. The rules are those of
-`_semantics/masks.py`.
+`_semantics/masks.py`. Of a boolean mask, one number for each tile says whether it leaves anything of that.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from ...._semantics.call import Call
 from ..blocks import Blocks
 
 _MOST = np.iinfo(np.int32).max
+_SCALAR_BYTES = 256 << 10  # of scalar memory, for which tiles a mask leaves
 
 
 class RowBlocks(NamedTuple):
@@ -93,6 +95,31 @@ def query_tiles(call: Call, blocks: Blocks) -> jax.Array:
     is_end = ~is_full & (number >= full_first[..., None])
     full_stop = xp.clip(xp.where(is_end, number, _MOST).min(-1), full_first, stop)
     return _as_ranges(call, first, full_first, full_stop, stop)
+
+
+def occupied_tiles(call: Call, blocks: Blocks, *, streams_rows: bool) -> jax.Array | None:
+    """Whether a boolean mask leaves any score of a tile, in any head: (batch..., resident blocks, tiles), 0 or 1.
+
+    None without such a mask, and if this would not fit into scalar memory: then every tile of a range is visited.
+    """
+    mask, z = call.inputs.mask, call.sizes
+    if mask.allowed is None:
+        return None
+    block_q, block_kv = (blocks.tile, blocks.resident) if streams_rows else (blocks.resident, blocks.tile)
+    # Rows without a key attend all.
+    attended = mask.allowed if mask.dead is None else mask.allowed | mask.dead[..., None]
+    counts = -(-z.T // block_q), -(-z.S // block_kv)
+    *lead, heads, rows, keys = attended.shape
+    if math.prod(lead) * math.prod(counts) * 4 > _SCALAR_BYTES:
+        return None
+    # (Of an axis that broadcasts, the one element is that of every block.)
+    sizes = block_q if rows > 1 else 1, block_kv if keys > 1 else 1
+    blocks_of = -(-rows // sizes[0]), -(-keys // sizes[1])
+    padding = ((0, blocks_of[0] * sizes[0] - rows), (0, blocks_of[1] * sizes[1] - keys))
+    attended = jnp.pad(attended, ((0, 0),) * (attended.ndim - 2) + padding)
+    attended = attended.reshape(*lead, heads, blocks_of[0], sizes[0], blocks_of[1], sizes[1]).any((-5, -3, -1))
+    attended = jnp.broadcast_to(attended, (*lead, *counts))
+    return (jnp.swapaxes(attended, -1, -2) if streams_rows else attended).astype(jnp.int32)
 
 
 def _as_ranges(call: Call, first: Any, full_first: Any, full_stop: Any, stop: Any) -> jax.Array:
