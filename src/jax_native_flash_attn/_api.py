@@ -58,7 +58,7 @@ def flash_attention(
     local_window_size: WindowLike | None = None,
     implementation: Implementation | None = None,
     return_residual: bool = False,
-    dropout_rate: float = 0.0,
+    dropout_rate: float | None = None,
     dropout_rng: jax.Array | None = None,
     deterministic: bool = False,
     block_q: int | None = None,
@@ -106,7 +106,7 @@ def flash_attention(
         'cudnn' passes the call to `jax.nn`. 'dense', for quantisers and converters: JAX's functions, T x S arrays.
       return_residual: also return the log-sum-exp of the logits, with its gradient stopped.
       dropout_rate: (extension) probability, in [0, 1], of dropping an attention weight; kept ones are divided by
-        `1 - dropout_rate`. A static Python number.
+        `1 - dropout_rate`. A static Python number; None is 0.
       dropout_rng: (extension) PRNG key, required for a positive rate. The kept weights are those of
         `jax.random.bernoulli(dropout_rng, 1 - dropout_rate, (B, N, T, S))`; see `dropout_keep_mask`.
       deterministic: (extension) True for no dropout whatever the rate, as Flax says it.
@@ -147,7 +147,8 @@ def flash_attention(
 
     Warns:
       AttentionWarning: legal, but hardly meant: `is_causal` with T < S and no offset or positions, a window with no
-        keys, a mask (N, T, S) with B = N or (T, S) with B = T, a query of rank 1 or 2, lengths that no sequence has.
+        keys, a mask (N, T, S) with B = N or (T, S) with B = T, a query of rank 1 or 2, lengths that no sequence has; or
+        read by nothing: positions, an offset, a `dropout_rng`.
 
     Examples:
       >>> import jax
@@ -207,7 +208,7 @@ def flash_attention_with_lse(
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: WindowLike | None = None,
     implementation: Implementation | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: float | None = None,
     dropout_rng: jax.Array | None = None,
     deterministic: bool = False,
     block_q: int | None = None,
