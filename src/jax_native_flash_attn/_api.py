@@ -141,14 +141,13 @@ def flash_attention(
 
     Raises:
       ValueError: wrong rank, shape or dtype, unknown `implementation`, a rate outside [0, 1], a missing `dropout_rng`.
-      TypeError: bias or mask not broadcastable; arguments that must be static but are not; a `dropout_rng` that is no
-        key; a function of no single number; an unknown keyword.
+      TypeError: bias or mask not broadcastable; a traced argument that must be static; no PRNG key; an unknown keyword.
       NotImplementedError: an extension with implementation='cudnn'; other kernels asked for that cannot run there.
 
     Warns:
       AttentionWarning: legal, but hardly meant: `is_causal` with T < S and no offset or positions, a window with no
-        keys, a mask (N, T, S) with B = N or (T, S) with B = T, a query of rank 1 or 2, lengths that no sequence has; or
-        read by nothing: positions, an offset, a `dropout_rng`.
+        keys, a mask (N, T, S) with B = N or (T, S) with B = T, a query of rank 1 or 2, lengths that no sequence has, or
+        positions, an offset or a `dropout_rng` that go unread.
 
     Examples:
       >>> import jax
