@@ -58,7 +58,7 @@ def flash_attention(
     local_window_size: WindowLike | None = None,
     implementation: Implementation | None = None,
     return_residual: bool = False,
-    dropout_rate: float = 0.0,
+    dropout_rate: float | None = None,
     dropout_rng: jax.Array | None = None,
     deterministic: bool = False,
     block_q: int | None = None,
@@ -106,7 +106,7 @@ def flash_attention(
         'cudnn' passes the call to `jax.nn`. 'dense', for quantisers and converters: JAX's functions, T x S arrays.
       return_residual: also return the log-sum-exp of the logits, with its gradient stopped.
       dropout_rate: (extension) probability, in [0, 1], of dropping an attention weight; kept ones are divided by
-        `1 - dropout_rate`. A static Python number.
+        `1 - dropout_rate`. A static Python number; None is 0.
       dropout_rng: (extension) PRNG key, required for a positive rate. The kept weights are those of
         `jax.random.bernoulli(dropout_rng, 1 - dropout_rate, (B, N, T, S))`; see `dropout_keep_mask`.
       deterministic: (extension) True for no dropout whatever the rate, as Flax says it.
@@ -141,13 +141,13 @@ def flash_attention(
 
     Raises:
       ValueError: wrong rank, shape or dtype, unknown `implementation`, a rate outside [0, 1], a missing `dropout_rng`.
-      TypeError: bias or mask not broadcastable; arguments that must be static but are not; a `dropout_rng` that is no
-        key; a function of no single number; an unknown keyword.
+      TypeError: bias or mask not broadcastable; a traced argument that must be static; no PRNG key; an unknown keyword.
       NotImplementedError: an extension with implementation='cudnn'; other kernels asked for that cannot run there.
 
     Warns:
       AttentionWarning: legal, but hardly meant: `is_causal` with T < S and no offset or positions, a window with no
-        keys, a mask (N, T, S) with B = N or (T, S) with B = T, a query of rank 1 or 2, lengths that no sequence has.
+        keys, a mask (N, T, S) with B = N or (T, S) with B = T, a query of rank 1 or 2, lengths that no sequence has, or
+        positions, an offset or a `dropout_rng` that go unread.
 
     Examples:
       >>> import jax
@@ -207,7 +207,7 @@ def flash_attention_with_lse(
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: WindowLike | None = None,
     implementation: Implementation | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: float | None = None,
     dropout_rng: jax.Array | None = None,
     deterministic: bool = False,
     block_q: int | None = None,

@@ -32,7 +32,14 @@ from ._semantics.dropout import Dropout, check_dropout, head_indices, make_dropo
 from ._semantics.masks import Band
 from ._semantics.numerics import accumulation_dtype
 from ._shapes import as_query_key_value
-from ._warnings import warn_of_causal, warn_of_lengths, warn_of_shapes, warn_of_window
+from ._warnings import (
+    warn_of_causal,
+    warn_of_dropout,
+    warn_of_lengths,
+    warn_of_positions,
+    warn_of_shapes,
+    warn_of_window,
+)
 
 
 def check(
@@ -78,9 +85,7 @@ def check(
             f"implementation='dense' has no tiles, got block_q={block_q} and block_kv={block_kv}: leave them out, or "
             "take another implementation"
         )
-    if as_static_bool(deterministic, "deterministic"):
-        dropout_rate = 0.0
-    check_dropout(dropout_rate, dropout_rng)
+    dropout_rate = _as_rate(dropout_rate, dropout_rng, deterministic)
     precision = as_precision(precision)
     query_shape, mask_shape = np.shape(query), getattr(mask, "shape", ())
     query, key, value, axes = as_query_key_value(query, key, value, blocks=blocks)
@@ -114,6 +119,9 @@ def check(
     static_window, traced_window = static_or_traced(window, T, S, moves=is_moved or blocks > 1)
     if is_causal and all(x is None for x in (query_offset, query_positions, key_positions)):
         warn_of_causal(blocks * T, S)
+    if is_moved and not is_causal and window is None and not mods:
+        offset = traced_offset if static_offset == 0 else static_offset
+        warn_of_positions(query_positions=query_positions, key_value_positions=key_positions, query_offset=offset)
     warn_of_window(window, is_causal=is_causal)
     warn_of_shapes(query_shape, mask_shape, B, blocks * T, S, N)
     warn_of_lengths(query_seq_lengths, blocks * T, key_value_seq_lengths, S)
@@ -154,6 +162,16 @@ def check(
         **numbers,
     )
     return settings, arrays
+
+
+def _as_rate(rate: Any, rng: Any, deterministic: Any) -> float:
+    if as_static_bool(deterministic, "deterministic"):
+        return 0.0
+    if rate is None:
+        warn_of_dropout(rng)
+        return 0.0
+    check_dropout(rate, rng)
+    return rate
 
 
 def _as_dropout(rate: float, rng: Any, is_shared: Any, B: int, N: int) -> tuple[Dropout | None, dict[str, Any]]:

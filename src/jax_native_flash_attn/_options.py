@@ -26,7 +26,7 @@ class Options(TypedDict, total=False):
     query_seq_lengths: ArrayLike | None
     key_value_seq_lengths: ArrayLike | None
     local_window_size: WindowLike | None
-    dropout_rate: float
+    dropout_rate: float | None
     dropout_rng: jax.Array | None
     deterministic: bool
     block_q: int | None
@@ -48,7 +48,7 @@ class Options(TypedDict, total=False):
 
 # With the values that ask for nothing.
 EXTENSIONS: dict[str, tuple[Any, ...]] = {
-    "dropout_rate": (0.0,),
+    "dropout_rate": (None, 0.0),
     "block_q": (None,),
     "block_kv": (None,),
     "precision": (None,),

@@ -45,6 +45,24 @@ def warn_of_causal(rows: int, keys: int) -> None:
         )
 
 
+def warn_of_positions(**given: Any) -> None:
+    """Of what says where rows and keys stand, where nothing goes by that."""
+    names = " and ".join(name for name, x in given.items() if x is not None)
+    _warn(
+        f"{names} without is_causal=True, local_window_size, score_mod or mask_mod changes nothing, as nothing else "
+        "goes by positions: add the one that is meant; without one leave positions and offsets out"
+    )
+
+
+def warn_of_dropout(rng: Any) -> None:
+    """Of a key where nothing says at which rate weights are dropped."""
+    if rng is not None:
+        _warn(
+            "dropout_rng without dropout_rate drops nothing: pass dropout_rate, such as 0.1; dropout_rate=0.0 or "
+            "deterministic=True if no dropout is meant"
+        )
+
+
 def warn_of_window(window: tuple[Any, Any] | None, *, is_causal: bool) -> None:
     """Of a static window without a key."""
     if window is None or not all(isinstance(side, int) for side in window):

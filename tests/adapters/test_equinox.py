@@ -111,6 +111,8 @@ def test_refusals():
         layer(*arrays)
     with pytest.raises(NotImplementedError, match="bias must be None while weights are dropped"):
         layer(*arrays, key=jax.random.key(0), bias=jnp.zeros((T, S)))
+    with pytest.raises(TypeError, match=r"dropout_rate must be left out .* dropout\.p = 0\.4 and key: .* inference"):
+        layer(*arrays, key=jax.random.key(0), dropout_rate=0.1)
     with pytest.raises(ValueError, match=r"key_ must have shape \(length, features\), got .*: take jax.vmap of more"):
         layer(arrays[0], arrays[1][None], arrays[2], key=jax.random.key(0))
     with pytest.raises(ValueError, match="process_heads must keep the shapes"):

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_native_flash_attn import flash_attention
+from jax_native_flash_attn import explain, flash_attention
 from jax_native_flash_attn._kernels.select import replacing
 from jax_native_flash_attn._kernels.xla import forward as kernel
 from jax_native_flash_attn._kernels.xla.family import XlaKernels
 from jax_native_flash_attn._kernels.xla.limits import Limits
+from jax_native_flash_attn._kernels.xla.quirks import CPU_FUSES_SOFTMAX
 from tests.support.cases import FAST_COMPILATION
 from tests.support.environment import lenient_promotion
 from tests.support.oracle import check_out, enable_x64, masking
@@ -24,6 +25,15 @@ from tests.support.oracle import check_out, enable_x64, masking
 def _bounds_of_small_calls() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
     with replacing(XlaKernels(Limits(cpu_large=1))):
         yield
+
+
+def test_no_bound_beside_a_softmax_that_xla_fuses():
+    """A bound would take a second form of the kernel, and save nothing."""
+    types = [jax.ShapeDtypeStruct((1, 2048, 2, 64), jnp.float32)] * 3
+    plan = explain(*types, platform="cpu").forward.plan
+    assert plan.tile.block_kv == 2048
+    assert plan.may_be_bounded is not CPU_FUSES_SOFTMAX
+    assert explain(*types, platform="cpu", is_causal=True).forward.plan.may_be_bounded
 
 
 @pytest.mark.parametrize("documents", [1, 8])

@@ -23,6 +23,7 @@ QUERY, KEY, VALUE = (
     jnp.asarray(np.random.default_rng(i).standard_normal((B, n, N, H)), "float32") for i, n in enumerate((T, S, S))
 )
 MASK = np.random.default_rng(3).random((B, T, S)) < 0.7
+RNG = jax.random.key(0)
 INDICES = np.tile(np.arange(S), (B, 1))
 
 # The rows of the table in PAGE, by what the first cell says: a call, what the message says, and how to say that it is
@@ -53,6 +54,16 @@ WARNS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         r"key_value_seq_lengths has lengths outside of 0 to 5, got 7, which is taken for 5: ",
         {"key_value_seq_lengths": np.array([S, 1])},
     ),
+    "positions or an offset, without `is_causal`, a window or a function of indices": (
+        {"query_offset": 2},
+        "query_offset without is_causal=True, local_window_size, .* changes nothing, .*: add the one that is meant",
+        {},
+    ),
+    "`dropout_rng` without `dropout_rate`": (
+        {"dropout_rng": RNG},
+        "dropout_rng without dropout_rate drops nothing: pass dropout_rate, .*; dropout_rate=0.0 or deterministic=True",
+        {"dropout_rng": RNG, "dropout_rate": 0.0},
+    ),
 }
 ALSO: dict[str, tuple[dict[str, Any], str]] = {
     "beside causality": (
@@ -69,6 +80,11 @@ ALSO: dict[str, tuple[dict[str, Any], str]] = {
         r"query of shape \(2, 8\) is read as heads at one position, .* x\[:, None, :\]; query\[None, None\] if",
     ),
     "negative query lengths": ({"query_seq_lengths": [1, -3]}, "query_seq_lengths .* 0 to 3, got -3, .* for 0"),
+    "an array offset and no window": ({"query_offset": jnp.zeros(B, int)}, "^query_offset without"),
+    "positions and no window": (
+        {"query_positions": INDICES[:, :T], "key_value_positions": INDICES},
+        "^query_positions and key_value_positions without",
+    ),
     "a padding mask": ({"mask": MASK[:, :1]}, r"mask of shape \(2, 1, 5\)"),
 }
 # What is said to be meant, and what looks alike.
@@ -86,6 +102,13 @@ SILENT: dict[str, dict[str, Any]] = {
     "mask of all": {"mask": MASK[:1]},
     "mask of rows": {"mask": MASK[0]},
     "lengths on a device": {"key_value_seq_lengths": jnp.array([S + 2, 1])},
+    "offset 0": {"query_offset": 0},
+    "offset of a window": {"query_offset": 2, "local_window_size": (S, S)},
+    "offset of a function": {"query_offset": 2, "mask_mod": lambda b, n, t, s: t >= s},
+    "rate 0": {"dropout_rng": RNG, "dropout_rate": 0},
+    "no key": {"dropout_rate": None},
+    "evaluation": {"dropout_rng": RNG, "deterministic": True},
+    "training": {"dropout_rng": RNG, "dropout_rate": 0.1},
     "unbatched": {"mask": MASK, "query": QUERY[0], "key": KEY[0], "value": VALUE[0]},
 }
 

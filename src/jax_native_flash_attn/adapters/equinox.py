@@ -72,6 +72,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
         Raises:
           ValueError: an input of another rank; `process_heads` changes shapes; a missing `key`; and as
             `flash_attention`.
+          TypeError: `dropout_rate` or `dropout_rng` while weights are dropped, by what the layer says.
           NotImplementedError: `bias` or `sinks` while weights are dropped.
         """
         for name, x in ("query", query), ("key_", key_), ("value", value):
@@ -100,6 +101,11 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
         """Each head with a key of its own, as Equinox splits them."""
         if rng is None:
             raise ValueError("key must be a PRNG key if weights are dropped, got None: or pass inference=True")
+        if own := [name for name in ("dropout_rate", "dropout_rng") if name in options]:
+            raise TypeError(
+                f"{own[0]} must be left out while the layer drops weights itself, by its dropout.p = {self.dropout.p} "
+                "and key: set the rate with dropout_p where the layer is built, or pass inference=True for none"
+            )
         if refused := [name for name in ("bias", "sinks") if options.get(name) is not None]:
             raise NotImplementedError(
                 f"{refused[0]} must be None while weights are dropped, as it has an axis of heads, over which dropout "

@@ -116,8 +116,11 @@ class Forms:
         scores = static_size(tile.batch) * self.sizes.G * tile.heads * tile.block_q * tile.block_kv
         return self.is_active and self.target.differentiated is None and scores >= self.limits.accelerator_large_tile
 
-    def may_be_bounded(self, tile: TileShape) -> bool:
-        """Whether a kernel that subtracts bounds of the logits is worth having beside the usual one."""
+    def may_be_bounded(self, tile: TileShape, *, is_fused: bool) -> bool:
+        """Whether a kernel that subtracts bounds of the logits is worth having beside the usual one.
+
+        `is_fused`: XLA:CPU makes one kernel of the usual one's softmax and products, which a bound saves nothing of.
+        """
         if self.has_bias_or_dropout or not self.is_forward:
             return False
         if self.is_active:
@@ -125,4 +128,4 @@ class Forms:
         # For few rows the norms of the keys cost as much as what is saved; in a gradient that is little anyway.
         has_rows = self.sizes.group_rows > self.limits.few_rows and not self.needs_lse
         is_large = self._num_scores >= self.limits.cpu_large
-        return self.target.platform == "cpu" and self._may_loop and has_rows and is_large
+        return self.target.platform == "cpu" and self._may_loop and has_rows and is_large and not is_fused

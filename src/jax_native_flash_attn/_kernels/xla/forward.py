@@ -75,7 +75,8 @@ def forward(tiles: Tiles, bound: Bound | None = None) -> tuple[jax.Array, ...]:
                     state.denominator + weights.astype(tiles.plan.accumulate).sum(-1, keepdims=True),
                     state.max_so_far,
                 )
-            if tiles.changes_products(mask):
+            # Beside a bound nothing but the exponential reads masked logits: that and the mask are then one kernel.
+            if tiles.changes_products(mask if bound is None else None):
                 logits = lax.optimization_barrier(logits)
             if bound is None:
                 new_max = logits.max(-1, keepdims=True)

@@ -157,13 +157,23 @@ class Nest(MaskedTiles):
         if isinstance(at.owned, int):
             number = at.owned // self.tile.block_q
             return ColumnRange(*(int(x[number]) * block for x in table)), has_edges, has_full
-        # Both ends of an interval grow with the row.
-        first, last = (self.band.interval(at.row + i, self.sizes.S, jnp) for i in (0, self.tile.block_q - 1))
-        starts, stops = zip(first, last, strict=True)
-        traced = bounded_range(starts, stops, block, count, jnp)
-        pairs = zip(table, traced, strict=True)
-        known = ColumnRange(*(block * (int(x[0]) if (x == x[0]).all() else value) for x, value in pairs))
-        return known, has_edges, has_full
+        known = [self._as_of_rows(block * x, at) for x in table]
+        if any(x is None for x in known):
+            # Both ends of an interval grow with the row.
+            first, last = (self.band.interval(at.row + i, self.sizes.S, jnp) for i in (0, self.tile.block_q - 1))
+            starts, stops = zip(first, last, strict=True)
+            traced = bounded_range(starts, stops, block, count, jnp)
+            known = [block * value if x is None else x for x, value in zip(known, traced, strict=True)]
+        return ColumnRange(*known), has_edges, has_full
+
+    def _as_of_rows(self, columns: np.ndarray, at: RowTile) -> Index | None:
+        """Columns, known of each query tile, as one number, or so far from its first row; None if they are neither."""
+        first = int(columns[0])
+        if (columns == first).all():
+            return first
+        if (columns - first == self.tile.block_q * np.arange(len(columns))).all():
+            return at.owned + first if first else at.owned
+        return None
 
     @functools.cached_property
     def _range_table(self) -> ColumnRange:

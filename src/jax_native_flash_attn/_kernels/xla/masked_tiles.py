@@ -147,10 +147,7 @@ class MaskedTiles(TileAccess):
     def tile_mask(self, at: RowTile, columns: ColumnTile) -> TileMask:
         """Which elements of a tile count: two comparisons per element, whatever the intervals are."""
         mask = self.mask
-        start, stop = (x[..., None] for x in self.intervals(at))
-        start = jnp.maximum(start, columns.owned)
-        position = self.column_positions(columns).reshape((1,) * (start.ndim - 1) + (-1,))
-        allowed = (position >= start) & (position < stop)
+        allowed = self._in_band(at, columns) if mask.key_start is None else self._in_intervals(at, columns)
         dead = None if mask.dead is None else self.row_slice(mask.dead, at)[..., None]
         in_mask = None if mask.allowed is None else self.score_slice(mask.allowed, at, columns)
         in_mod = None
@@ -160,6 +157,27 @@ class MaskedTiles(TileAccess):
             if elements is not None:
                 allowed &= elements if dead is None else elements | dead
         return TileMask(allowed, dead)
+
+    def _in_intervals(self, at: RowTile, columns: ColumnTile) -> jax.Array:
+        start, stop = (x[..., None] for x in self.intervals(at))
+        start = jnp.maximum(start, columns.owned)
+        position = self.column_positions(columns).reshape((1,) * (start.ndim - 1) + (-1,))
+        return (position >= start) & (position < stop)
+
+    def _in_band(self, at: RowTile, columns: ColumnTile) -> jax.Array:
+        """As `_in_intervals`, by places inside the tile, moved by one number: no loop gets an array from outside."""
+        rows, keys = (jnp.arange(n, dtype=jnp.int32) for n in (self.tile.block_q, self.tile.block_kv))
+        rows, keys = jnp.repeat(rows, self.rows_per_position)[:, None], keys[None, :]
+        shift, band = columns.column - at.row, self.band
+        terms = []
+        if band.lower is not None:
+            terms.append(keys + (shift - band.lower) >= rows)
+        if band.upper is not None:
+            terms.append(keys + (shift - band.upper) <= rows)
+        if columns.owned is not columns.column:
+            terms.append(keys >= columns.owned - columns.column)
+        allowed = functools.reduce(jnp.logical_and, terms) if terms else jnp.ones((1, 1), bool)
+        return jnp.broadcast_to(allowed, (*(1,) * (len(self.row_shape) - 1), rows.size, keys.size))
 
     # ---- positions
 

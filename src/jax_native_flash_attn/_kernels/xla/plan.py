@@ -198,7 +198,7 @@ def make_plan(
         # A row of weights is also less to divide by its sum than a row of out, where scores are few.
         normalizes=forms.normalizes(loops) or (transposes_weights and has_one_tile),
         # Weights as small as bounds make them need the exponents of float32.
-        may_be_bounded=forms.may_be_bounded(tile) and product != jnp.float16,
+        may_be_bounded=forms.may_be_bounded(tile, is_fused=fuses_softmax and has_one_tile) and product != jnp.float16,
         # Where nothing but logits is made of keys, the mask removes what padding holds.
         cleans_keys=not (forms.is_active and forms.is_forward),
         transposes_weights=transposes_weights,
