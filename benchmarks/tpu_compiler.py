@@ -58,9 +58,9 @@ def ours(blocks: str) -> Program:
     from jax_native_flash_attn._kernels.tpu.support import TpuKernels
 
     x = jax.ShapeDtypeStruct((1, LENGTH, 2, HEAD_DIM), jnp.bfloat16)
-    numbers = [int(x) for x in blocks.split(",")]
     # (The sixth is 0 for no parts.)
-    same = Blocks(*numbers[:5], *(x or None for x in numbers[5:6]), *map(bool, numbers[6:]))
+    resident, tile, streamed, unit, unrolled, part, tries = [*map(int, blocks.split(",")), 0, 0][:7]
+    same = Blocks(resident, tile, streamed, unit, unrolled, part or None, bool(tries))
     family = TpuKernels(forward_blocks=same, backward_blocks=BackwardBlocks(same, same, None))
     tiles = same.unrolled * same.resident * same.tile // TILE**2
     return Program(_gradients(functools.partial(flash_attention, implementation="mosaic_tpu")), (x,) * 4, family, tiles)
