@@ -55,7 +55,7 @@ _OF_128 = {
     "dkey_dvalue": _Most(512, 512, 128, 4),
 }
 _OF_256 = {
-    "forward": _Most(512, 512, 512, 4, tries_without_maximum=True),
+    "forward": _Most(512, 256, 512, 8, tries_without_maximum=True),
     "dquery": _Most(512, 512, 512, 4, part=256),
     "dkey_dvalue": _Most(512, 256, 512, 8),
 }

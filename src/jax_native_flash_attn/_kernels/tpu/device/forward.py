@@ -11,9 +11,11 @@ Pallas reads the streamed block of the next step while one is computed. What wai
 for each tile: products, their maximum, weights, products. Two tiles stand side by side in a loop, so that the chain of
 one fills the gaps of the other: see `visits.py`.
 
-Without a maximum nothing waits, and nothing is rescaled. It is as accurate, as floating-point weights are rounded
-relative to their size, if no row's sum leaves the range of float32. That is checked behind each step's tiles. Where it
-is not so, the step is undone and done with maxima, and so are those behind it.
+Without a maximum nothing waits, and nothing is rescaled. Weights are rounded relative to their size, so it is as
+accurate if no row's sum leaves the range of float32. That is checked behind each step's tiles. Where it is not so, the
+step is undone and done with maxima, and so are those behind it. But beside a maximum, the weight of a key that has
+nearly all is 1, which no rounding changes. Without one, it is rounded for the product. So the output is divided by the
+sum of rounded weights, and this error drops out.
 """
 
 import math
@@ -51,15 +53,19 @@ def forward(call: Call, blocks: Blocks, precision: Any, interpret: Any) -> dict[
 
     def begin(step: Step) -> None:
         step.scratch["largest"][...] = jnp.full((rows, LANES), LOWEST if attempt is None else 0.0, jnp.float32)
-        step.scratch["sum"][...] = jnp.zeros((rows, LANES), jnp.float32)
-        step.scratch["acc"][...] = jnp.zeros((rows, z.D), jnp.float32)
+        for name in sums:
+            step.scratch[name][...] = jnp.zeros_like(step.scratch[name])
 
     def add(step: Step, at: At, weights: jax.Array, rescaling: jax.Array | None) -> None:
         scores, scratch = step.scores, step.scratch
         dropped = scores.drop(weights, scores.keep(at, weights.shape))
         value = scores.without_padding(step.refs["value"][at.tile, :], at, is_key=True)
         out = product(dropped.astype(value.dtype), value, "nn", precision)
-        for name, term in (("sum", lane_sums(weights)), ("acc", out)):
+        terms = {"sum": lane_sums(weights), "acc": out}
+        if rescaling is None:
+            # Of the weights as they are multiplied.
+            terms["rounded sum"] = lane_sums(weights.astype(value.dtype).astype(jnp.float32))
+        for name, term in terms.items():
             before = scratch[name][at.unit, :]
             before = before if rescaling is None else repeated(rescaling, before.shape[-1]) * before
             scratch[name][at.unit, :] = before + term
@@ -79,7 +85,7 @@ def forward(call: Call, blocks: Blocks, precision: Any, interpret: Any) -> dict[
 
     def end(step: Step) -> None:
         outs, largest = step.outs, step.scratch["largest"][...]
-        total = jnp.broadcast_to(step.scratch["sum"][...].sum(-1, keepdims=True), (rows, LANES))
+        total = _of_rows(step, "sum")
         has_key = (largest > _HAS_KEY) & (total != 0)
         if inputs.sinks is not None:
             heads = inputs.sinks.shape[-1]
@@ -112,24 +118,39 @@ def forward(call: Call, blocks: Blocks, precision: Any, interpret: Any) -> dict[
     outputs |= {"rounded": (matrix_type(dtype), "bnt-")} if config.adds_rounded else {}
     outputs |= {"lse": (rows_type, "bn-t")} if config.needs_lse else {}
     outputs |= {"max_logits": (rows_type, "bn-t")} if config.needs_max_logits else {}
-    sums = {"sum": pltpu.VMEM((rows, LANES), jnp.float32), "acc": pltpu.VMEM((rows, z.D), jnp.float32)}
     attempt = None
+    sums = {"sum": pltpu.VMEM((rows, LANES), jnp.float32), "acc": pltpu.VMEM((rows, z.D), jnp.float32)}
+    saved: dict[str, Any] = {}
     if blocks.tries_without_maximum and not config.needs_max_logits:
-        attempt = Attempt(tile_without_maximum, _save, _holds, _undo)
-        sums |= {f"{name} before": buffer for name, buffer in sums.items()}
+        attempt = Attempt(tile_without_maximum, _save, _holds, _undo, _finish)
+        sums["rounded sum"] = sums["sum"]
+        saved = {_saved(name): buffer for name, buffer in sums.items()}
     return Kernel(call, z.batch, blocks, operands, interpret, scalars=scalars).run(
         begin=begin,
         tile=tile,
         end=end,
         outputs=outputs,
-        scratch={"largest": pltpu.VMEM((rows, LANES), jnp.float32), **sums},
+        scratch={"largest": pltpu.VMEM((rows, LANES), jnp.float32), **sums, **saved},
         attempt=attempt,
     )
 
 
+_SUMS = ("sum", "rounded sum", "acc")
+
+
+def _saved(name: str) -> str:
+    return f"{name} before"
+
+
+def _of_rows(step: Step, name: str) -> jax.Array:
+    """(rows, LANES), the same in all lanes."""
+    total = step.scratch[name][...]
+    return jnp.broadcast_to(total.sum(-1, keepdims=True), total.shape)
+
+
 def _save(step: Step) -> None:
-    for name in ("sum", "acc"):
-        step.scratch[f"{name} before"][...] = step.scratch[name][...]
+    for name in _SUMS:
+        step.scratch[_saved(name)][...] = step.scratch[name][...]
 
 
 def _holds(step: Step) -> Any:
@@ -144,8 +165,16 @@ def _holds(step: Step) -> Any:
     return jnp.min(jnp.where(is_right, 1.0, 0.0)) > 0
 
 
+def _finish(step: Step) -> None:
+    """The output as it is beside a maximum: the rounding of weights by which all of a row differ drops out."""
+    total, rounded = _of_rows(step, "sum"), _of_rows(step, "rounded sum")
+    acc = step.scratch["acc"]
+    acc[...] = acc[...] * repeated(jnp.where(rounded > 0, total / rounded, 1.0), acc.shape[-1])
+
+
 def _undo(step: Step, is_first: Any) -> None:
-    for name in ("sum", "acc"):
-        step.scratch[name][...] = step.scratch[f"{name} before"][...]
+    for name in _SUMS:
+        step.scratch[name][...] = step.scratch[_saved(name)][...]
+    _finish(step)
     # A row that has met keys has its sum without a maximum: beside one of 0.
     step.scratch["largest"][...] = jnp.full_like(step.scratch["largest"], jnp.where(is_first, LOWEST, 0.0))

@@ -43,12 +43,14 @@ class Attempt:
       save: before them.
       holds: whether the results are right.
       undo: where they are not: back to what was saved; `undo(step, is_first)`, at the first step of a resident block.
+      finish: behind the last step, if all were right.
     """
 
     tile: Callable[[Step, At], None]
     save: Callable[[Step], None]
     holds: Callable[[Step], Any]
     undo: Callable[[Step, Any], None]
+    finish: Callable[[Step], None]
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,10 @@ class Kernel:
                 @pl.when(buffers["has_failed"][0] != 0)
                 def _visit() -> None:
                     visit(tile)
+
+                @pl.when(is_last & (buffers["has_failed"][0] == 0))
+                def _finish() -> None:
+                    attempt.finish(step)
 
             @pl.when(is_last)
             def _end() -> None:
