@@ -1,5 +1,6 @@
 """What all kernels are made of: operands, the steps of a grid, and the frame of a step around its tiles."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -159,13 +160,8 @@ class Kernel:
                 has_tiles = place.major * per_step < own_range[3]
                 _try(attempt, step, buffers["has_failed"], is_first, has_tiles, visit)
 
-                @pl.when(buffers["has_failed"][0] != 0)
-                def _visit() -> None:
-                    visit(tile)
-
-                @pl.when(is_last & (buffers["has_failed"][0] == 0))
-                def _finish() -> None:
-                    attempt.finish(step)
+                pl.when(buffers["has_failed"][0] != 0)(functools.partial(visit, tile))
+                pl.when(is_last & (buffers["has_failed"][0] == 0))(functools.partial(attempt.finish, step))
 
             @pl.when(is_last)
             def _end() -> None:
