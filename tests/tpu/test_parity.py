@@ -137,6 +137,15 @@ def test_tiles_that_a_boolean_mask_empties(kind: str) -> None:
     assert np.isfinite(np.asarray(poisoned, np.float32)[:, is_free]).all() == (kind != "tiles and rows")
 
 
+@pytest.mark.usefixtures("_kernels")
+@pytest.mark.parametrize("sinks", [None, jnp.ones(2)], ids=["plain", "sinks"])
+def test_nan_of_a_query_is_that_of_its_row(sinks: jax.Array | None) -> None:
+    query, key, value = (jax.random.normal(jax.random.key(i), (1, 300, 2, 24)) for i in range(3))
+    expected = flash_attention(query, key, value, sinks=sinks, implementation="pure_jax").at[:, 7].set(jnp.nan)
+    actual = asked(query.at[:, 7].set(jnp.nan), key, value, sinks=sinks)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
 @pytest.mark.whole_grid
 def test_with_copies_and_semaphores() -> None:
     """By the interpreter that follows each copy between memories, and fills what was not written with NaN.

@@ -86,7 +86,8 @@ def forward(call: Call, blocks: Blocks, precision: Any, interpret: Any) -> dict[
     def end(step: Step) -> None:
         outs, largest = step.outs, step.scratch["largest"][...]
         total = _of_rows(step, "sum")
-        has_key = (largest > _HAS_KEY) & (total != 0)
+        # (Not every maximum of NaN is NaN, but every sum.)
+        has_key = (largest > _HAS_KEY) & (total != 0) | jnp.isnan(total)
         if inputs.sinks is not None:
             heads = inputs.sinks.shape[-1]
             sink = step.scores.scalar("sinks", step.scores.place.head if heads > 1 else 0, heads) * LOG2E
