@@ -168,7 +168,7 @@ MOVED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 
 @pytest.mark.usefixtures("no_pure_jax")
-@pytest.mark.parametrize(("options", "offset"), zip(MOVED, itertools.cycle([(), (2,)]), strict=False))
+@pytest.mark.parametrize(("options", "offset"), [*zip(MOVED, itertools.cycle([(), (2,)]), strict=False)])
 def test_an_offset_reaches_the_kernels_as_a_number(options: str, offset: tuple[int, ...]) -> None:
     """No kernel reads an interval of each row, as it does of a traced window."""
     shape, added = MOVED[options]

@@ -25,7 +25,7 @@ from tests.support.reference import HAS_RESIDUAL, SIGNATURE, reference_attention
 pytestmark = pytest.mark.full_optimization
 
 EXTENSIONS = {
-    "dropout_rate": 0.0,
+    "dropout_rate": None,
     "dropout_rng": None,
     "deterministic": False,
     "block_q": None,
