@@ -31,6 +31,8 @@ ROWS = (
     "gpu-2x8192x16x128-causal",
     "gpu-2x8192x16x128",
     "gpu-gqa-4x4096x32/8x64-causal",
+    "mixtral-8x4096x32/8x128-causal",
+    "llama-1x8192x64/8x128-causal",
     "gpu-8x512x16x64",
     "siglip-16x729x16x72",
     "stable-diffusion-4x4096x8x40",
