@@ -49,6 +49,11 @@ class Ring:
         lower = distance * length - self.window - (length - met)
         return Meeting(met, Band(lower) if lower > 1 - met else Band())
 
+    def most_rows_met(self, length: int) -> int:
+        """How many of a device's rows attend keys of other blocks; all, where no meeting is known."""
+        met = [self.meeting(distance, length) for distance in self.distances[1:]]
+        return max((length if x is None else x.length for x in met), default=length)
+
 
 class Meeting(NamedTuple):
     """The first `length` rows of a device and as many last keys of a block, which `band` leaves to each other."""

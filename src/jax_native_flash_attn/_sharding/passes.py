@@ -56,9 +56,14 @@ def forward(call: Call, target: Target) -> Forward:
     assert ring is not None
     # Rows without a key in one block, which sinks make of others, are empty there. Sinks themselves come in the end.
     of_blocks = Call(replace(config, needs_lse=True, rounds_out=False, adds_rounded=False), inputs._replace(sinks=None))
+    # Rows that no other block adds to are rounded where they are computed, and not read again.
+    shared_rows = ring.most_rows_met(inputs.sizes.T)
+    rounds_own = config.rounds_out and inputs.sinks is None and shared_rows < inputs.sizes.T
 
     def visit(merged: Forward | None, at: Visit) -> Forward:
         step = at.call(of_blocks)
+        if at.is_own and rounds_own:
+            step = Call(replace(step.config, adds_rounded=True), step.inputs)
         found = select.forward(step, target)
         mask, lse = step.inputs.mask, found.lse
         if lse is not None and mask.key_start is not None and mask.key_stop is not None:
@@ -72,8 +77,11 @@ def forward(call: Call, target: Target) -> Forward:
     if inputs.sinks is not None:
         sinks = jnp.broadcast_to(inputs.sinks[..., None], merged.lse.shape)
         merged = _merged(merged, Forward(jnp.zeros_like(merged.out), sinks, merged.max_logits))
-    out, lse, max_logits, _ = merged
+    out, lse, max_logits, rounded = merged
     assert lse is not None
+    if rounded is not None:
+        shared = lax.slice_in_dim(out, 0, shared_rows, axis=-3).astype(dtype)
+        out = lax.dynamic_update_slice_in_dim(rounded, shared, 0, -3)
     return Forward(
         out.astype(dtype) if config.rounds_out else out,
         jnp.where(jnp.isneginf(lse), 0, lse) if config.needs_lse else None,  # -inf: of padded rows
@@ -92,7 +100,8 @@ def _joined(merged: Forward, found: Forward, at: Visit) -> Forward:
     )
     rows = Forward(**{name: at.rows(name, x) for name, x in whole.items()})
     both = _merged(rows, Forward(**{name: at.known(x, _NO_KEYS[name]) for name, x in more.items()}))
-    return Forward(**{name: at.with_rows(name, x, getattr(both, name)) for name, x in whole.items()})
+    results = {name: at.with_rows(name, x, getattr(both, name)) for name, x in whole.items()}
+    return Forward(**results, rounded=merged.rounded)
 
 
 def _merged(a: Forward, b: Forward) -> Forward:
