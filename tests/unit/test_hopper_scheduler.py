@@ -155,3 +155,16 @@ def test_each_tile_is_visited_once_and_edges_before_others(ranges: tuple[int, in
     assert item.num_edges == len(edges)
     assert visited == [*edges, *range(full_stop - 1, full_first - 1, -1)]
     assert [int(item._replace(edges_first=False).tile(i)) for i in range(stop - first)] == [*range(first, stop)][::-1]
+
+
+@pytest.mark.parametrize("band", [Band(None, 0), Band(None, -300), Band(0, None), Band(-300, None)])
+def test_the_longest_items_come_first(band: Band) -> None:
+    """Of a group of heads; else the last items would leave most multiprocessors idle."""
+    rows, T = 128, 1024
+    work = schedule((4,), T // rows, 2, None, band)
+    start, stop = band.intervals(T, T)
+    keys = np.maximum(stop - start, 0).reshape(-1, rows).sum(1)
+    blocks = [int(work.item(jnp.int32(n))[1]) for n in range(work.items // 2)]
+    lengths = keys[blocks]
+    assert (np.diff(lengths) <= 0).all()
+    assert lengths[0] > lengths[-1]

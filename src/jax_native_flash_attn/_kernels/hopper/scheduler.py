@@ -69,11 +69,12 @@ class TileScheduler:
 
     Attributes:
       heads: sizes of the batch axes and N.
-      blocks: of query rows, the last one first: with a causal mask it has the most tiles.
+      blocks: of query rows, the last one first, as it has the most tiles with a causal mask; but for `first_first`.
       splits: of each block's key/value tiles.
       group: heads that run side by side, a divisor of their number.
       workers: blocks of threads; one for each item if there are that many.
       batch_fastest: whether heads that differ in their batch row are neighbours: those share a bias.
+      first_first: whether the first block has the most tiles, as with a band of keys behind each row alone.
     """
 
     heads: tuple[int, ...]
@@ -82,6 +83,7 @@ class TileScheduler:
     group: int
     workers: int
     batch_fastest: bool = False
+    first_first: bool = False
 
     @property
     def items(self) -> int:
@@ -105,7 +107,7 @@ class TileScheduler:
         num_heads = math.prod(self.heads)
         group, block, split, member = unravel(n, (num_heads // self.group, self.blocks, self.splits, self.group))
         head = group * self.group + member
-        block = jnp.int32(self.blocks - 1) - block
+        block = block if self.first_first else jnp.int32(self.blocks - 1) - block
         if self.batch_fastest:
             *batch, heads = self.heads
             index, *rows = unravel(head, (heads, *batch))
@@ -161,14 +163,16 @@ def schedule(
 ) -> TileScheduler:
     """For so many multiprocessors; one worker for each item for None, and where the turns would not balance.
 
-    With a causal `band`, blocks have more tiles the later they are. Each group of heads is then a list that starts long
-    and ends short, and only a long list balances; the GPU gives new blocks to whichever multiprocessor is free.
+    With a causal `band`, blocks have more tiles the later they are; with one that ends below alone, the earlier. Each
+    group of heads is then a list that starts long and ends short, and only a long list balances; the GPU gives new
+    blocks to whichever multiprocessor is free.
     """
     items = math.prod(heads) * blocks * splits
-    is_uneven = band.upper is not None and band.lower is None
+    is_uneven = (band.upper is None) != (band.lower is None)
     if cores is None or (is_uneven and group * blocks * splits < _BALANCED_ROUNDS * cores):
         cores = items
-    return TileScheduler(heads, blocks, splits, group, min(items, cores), batch_fastest)
+    first_first = is_uneven and band.upper is None
+    return TileScheduler(heads, blocks, splits, group, min(items, cores), batch_fastest, first_first)
 
 
 def is_even_band(band: Band, T: int, S: int, rows: int) -> bool:

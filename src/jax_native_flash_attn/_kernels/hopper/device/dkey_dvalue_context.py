@@ -70,7 +70,7 @@ class KeyContext(BackwardContext):
 
         def run(k: Any, n: Any, count: Any) -> Any:
             head, block, _ = scheduler.item(n)
-            item = KeyBlock.of(self, k, count, head, (scheduler.blocks - 1) - block)  # causal: the longest first
+            item = KeyBlock.of(self, k, count, head, (scheduler.blocks - 1) - block)  # of keys, the others are longest
             body(item)
             return count + item.num_steps
 
