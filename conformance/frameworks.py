@@ -36,7 +36,10 @@ class JaxAdapter(Adapter):
         call = lambda q, k, v: self.apply(q, k, v, **options)  # noqa: E731
         if (mode or "jit") == "jit" and self.jit:
             call = jax.jit(call)
-        return np.asarray(call(*map(jax.numpy.asarray, (query, key, value))))
+        try:
+            return np.asarray(call(*map(jax.numpy.asarray, (query, key, value))))
+        finally:
+            jax.config.update("jax_enable_x64", False)
 
     def gradient(self, query: Array, key: Array, value: Array, bias: Array, weights: Array) -> Array:
         import jax
