@@ -36,7 +36,10 @@ class JaxAdapter(Adapter):
         call = lambda q, k, v: self.apply(q, k, v, **options)  # noqa: E731
         if (mode or "jit") == "jit" and self.jit:
             call = jax.jit(call)
-        return np.asarray(call(*map(jax.numpy.asarray, (query, key, value))))
+        try:
+            return np.asarray(call(*map(jax.numpy.asarray, (query, key, value))))
+        finally:
+            jax.config.update("jax_enable_x64", False)
 
     def gradient(self, query: Array, key: Array, value: Array, bias: Array, weights: Array) -> Array:
         import jax
@@ -73,24 +76,26 @@ class JaxLseAdapter(JaxAdapter):
 
 
 class TorchAdapter(Adapter):
+    device = "cpu"  # of all tensors of this process
+
     def apply(self, query: Any, key: Any, value: Any, **options: Any) -> Any:
         """The call, with tensors in (B, T, N, H). `with_lse` asks for (out, lse)."""
         raise NotImplementedError
 
     def attention(self, query: Array, key: Array, value: Array, **options: Any) -> Array:
-        return self.apply(*tensors(query, key, value), **options).detach().numpy()
+        return array(self.apply(*tensors(query, key, value), **options))
 
     def gradient(self, query: Array, key: Array, value: Array, bias: Array, weights: Array) -> Array:
         b, w = tensors(bias, weights)
         b.requires_grad_()
         (self.apply(*tensors(query, key, value), bias=b) * w).sum().backward()
-        return b.grad.numpy()
+        return array(b.grad)
 
     def jvp(self, query: Array, key: Array, value: Array, tangent: Array) -> Array:
         import torch
 
         q, k, v, t = tensors(query, key, value, tangent)
-        return torch.func.jvp(lambda q: self.apply(q, k, v), (q,), (t,))[1].numpy()
+        return array(torch.func.jvp(lambda q: self.apply(q, k, v), (q,), (t,))[1])
 
     def second(self, query: Array, key: Array, value: Array) -> Array:
         import torch
@@ -98,23 +103,40 @@ class TorchAdapter(Adapter):
         q, k, v = tensors(query, key, value)
         q.requires_grad_()
         gradient = torch.autograd.grad((self.apply(q, k, v) ** 2).sum(), q, create_graph=True)[0]
-        return torch.autograd.grad((gradient**2).sum(), q)[0].numpy()
+        return array(torch.autograd.grad((gradient**2).sum(), q)[0])
 
 
 class TorchLseAdapter(TorchAdapter):
     """One whose `apply` returns (out, lse) for `with_lse=True`."""
 
     def lse(self, query: Array, key: Array, value: Array, **options: Any) -> Any:
-        return self.apply(*tensors(query, key, value), with_lse=True, **options)[1].detach().numpy()
+        return array(self.apply(*tensors(query, key, value), with_lse=True, **options)[1])
 
     def lse_gradient(self, query: Array, key: Array, value: Array) -> Array:
         q, k, v = tensors(query, key, value)
         q.requires_grad_()
         self.apply(q, k, v, with_lse=True)[1].sum().backward()
-        return np.zeros_like(query) if q.grad is None else q.grad.numpy()
+        return np.zeros_like(query) if q.grad is None else array(q.grad)
 
 
 def tensors(*arrays: Array) -> list[Any]:
     import torch
 
-    return [torch.tensor(x) for x in arrays]
+    def tensor(x: Array) -> Any:
+        if x.dtype.name == "bfloat16":  # which is not NumPy's own: PyTorch gets its bits
+            return tensor(x.view(np.int16)).view(torch.bfloat16)
+        return torch.tensor(x, device=TorchAdapter.device)
+
+    return [tensor(x) for x in arrays]
+
+
+def array(tensor: Any) -> Array:
+    """The inverse of `tensors`, from any device."""
+    import torch
+
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

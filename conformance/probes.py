@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 Array = np.ndarray
+TOLERANCES = {"bfloat16": 2e-2}  # of each element, relative and absolute; 2e-3 for wider dtypes
 
 
 class Lacks(Exception):
@@ -47,6 +48,7 @@ class Adapter:
 
     name: str  # of the column
     packages: tuple[str, ...]
+    dtype: Any = np.float32  # of all arrays, unless the meaning names another
     functions: tuple[Callable[..., Any], ...]  # whose signatures hold all arguments
     lengths = (4, 8)  # smallest numbers of queries and keys to try, the first half of the second
     head_dim = 16
@@ -64,6 +66,9 @@ class Adapter:
 
     def attention(self, query: Array, key: Array, value: Array, **options: Any) -> Array:
         raise NotImplementedError
+
+    def normal(self, *shape: int, seed: int = 0) -> Array:
+        return np.random.default_rng(seed).standard_normal(shape).astype(self.dtype)
 
     def native(self, query: Array, key: Array, value: Array) -> Array:
         """The call without any change of layout."""
@@ -110,13 +115,9 @@ class Adapter:
 # -- What a convention would give
 
 
-def normal(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
 def inputs(a: Adapter, T: int, S: int, *, B: int = 1, N: int = 1, K: int = 0, D: int = 0) -> tuple[Array, Array, Array]:
     H = a.head_dim
-    return normal(B, T, N, H), normal(B, S, K or N, H, seed=1), normal(B, S, K or N, D or H, seed=2)
+    return a.normal(B, T, N, H), a.normal(B, S, K or N, H, seed=1), a.normal(B, S, K or N, D or H, seed=2)
 
 
 def logits(a: Adapter, query: Array, key: Array, scale: float | None = None) -> Array:
@@ -137,8 +138,10 @@ def dense(
     return np.einsum("bnts,bsnh->btnh", softmax(np.where(mask, x, -np.inf)), value.astype(np.float64))
 
 
-def close(a: Any, b: Any, tolerance: float = 2e-3) -> bool:
+def close(a: Any, b: Any, tolerance: float | None = None) -> bool:
+    """Whether results are those expected: to what the dtype of `a` allows, unless told."""
     a, b = np.asarray(a), np.asarray(b)
+    tolerance = TOLERANCES.get(a.dtype.name, 2e-3) if tolerance is None else tolerance
     return a.shape == b.shape and np.allclose(a.astype(np.float64), b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
@@ -148,28 +151,39 @@ def first(out: Array, candidates: dict[str, Any]) -> str:
 
 
 def outcome(call: Callable[[], str]) -> str:
+    """What it returns; of an error the name, and its message goes to `messages`."""
     try:
         return call()
-    except (Lacks, AssertionError) as error:
-        if isinstance(error, Lacks) or "use it" in str(error):
-            raise
-        return "AssertionError"
+    except Lacks:
+        raise
     except Exception as error:
+        if isinstance(error, AssertionError) and "use it" in str(error):
+            raise
+        messages.append(message(error))
         return type(error).__name__
+
+
+def message(error: Exception) -> str:
+    """Its first lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(itertools.islice(lines, 2))[:200]
+
+
+messages: list[str] = []  # of the errors in one cell that are no cell of their own
 
 
 def seen(a: Adapter, T: int, S: int, **options: Any) -> Array:
     """Attention weights (T, S) for equal logits: the output for the identity as values."""
     H = max(a.head_dim, S)
-    value = np.eye(S, H, dtype=np.float32)[None, :, None]
-    zeros = np.zeros((1, max(T, S), 1, H), np.float32)
+    value = np.eye(S, H, dtype=a.dtype)[None, :, None]
+    zeros = np.zeros((1, max(T, S), 1, H), a.dtype)
     weights = np.asarray(a.attention(zeros[:, :T], zeros[:, :S], value, **options))[0, :, 0, :S]
-    return np.where(weights > 1e-20, weights, 0)  # Paddle's softmax gives no number below exp(-64)
+    return np.where(weights > 1e-20, weights, np.zeros_like(weights))  # Paddle's softmax gives no number below exp(-64)
 
 
 def empty_row(row: Array, value: Array) -> str:
     """What a row that may attend no key gives, with values (S, H)."""
-    return first(row, {"0": 0, "mean of all values": value.mean(0), "NaN": np.nan})
+    return first(row, {"0": 0, "mean of all values": value.astype(np.float64).mean(0), "NaN": np.nan})
 
 
 # -- The probes
@@ -177,7 +191,7 @@ def empty_row(row: Array, value: Array) -> str:
 
 def layout(a: Adapter) -> str:
     T = a.lengths[0]
-    query, key, value = (normal(2, T, 3, a.head_dim, seed=i) for i in range(3))
+    query, key, value = (a.normal(2, T, 3, a.head_dim, seed=i) for i in range(3))
     expected, found = dense(a, query, key, value), []
     for axes in ("BTNH", "BNTH", "TBNH", "BTHN", "BNHT", "TNH", "NTH"):
         order = ["BTNH".index(axis) for axis in axes]
@@ -187,7 +201,8 @@ def layout(a: Adapter) -> str:
         *arrays, wanted = (x.transpose(order) for x in arrays)
         try:
             out = a.native(*arrays)
-        except Exception:
+        except Exception as error:
+            messages.append(message(error))
             continue
         if close(out, wanted):
             found.append(f"({', '.join(axes)})")
@@ -198,7 +213,7 @@ def layout(a: Adapter) -> str:
                 found.append(words)
         except Exception:
             continue
-    return " or ".join(found)
+    return " or ".join(found) or "none"
 
 
 def _alignment(visible: Array) -> str:
@@ -214,7 +229,7 @@ def causal(a: Adapter) -> str:
 def causal_more_queries(a: Adapter) -> str:
     S, T = a.lengths
     H = max(a.head_dim, S)
-    query, key, value = normal(1, T, 1, H), normal(1, S, 1, H, seed=1), normal(1, S, 1, H, seed=2)
+    query, key, value = a.normal(1, T, 1, H), a.normal(1, S, 1, H, seed=1), a.normal(1, S, 1, H, seed=2)
     out = np.asarray(a.attention(query, key, value, causal=True))
     if close(out, dense(a, query, key, value, mask=np.tri(T, S, dtype=bool))):
         return "top left"
@@ -246,7 +261,7 @@ def row_without_keys(a: Adapter) -> str:
     T = S = a.lengths[0]
     query, key, value = inputs(a, T, S)
     if not a.masks:  # the rows that a causal mask, aligned to the end, leaves without keys
-        query = normal(1, 2 * T, 1, a.head_dim)
+        query = a.normal(1, 2 * T, 1, a.head_dim)
         out = np.asarray(a.attention(query, key, value, causal=True))
         if close(out[0, 0, 0], value[0, 0, 0]):
             return "no such row: no mask, causal is top left"
@@ -268,7 +283,7 @@ def mask_types(a: Adapter) -> str:
     query, key, value = inputs(a, T, S)
     visible = (np.arange(T)[:, None] * a.row_masks + np.arange(T)) % 2 == 0
     visible = visible[None, None]
-    x, ones = logits(a, query, key), visible.astype(np.float32)
+    x, ones = logits(a, query, key), visible.astype(a.dtype)
     meanings = {
         "attends": dense(a, query, key, value, mask=visible),
         "masks": dense(a, query, key, value, mask=~visible),
@@ -305,7 +320,7 @@ def mask_shapes(a: Adapter) -> str:
 def bias(a: Adapter) -> str:
     T, S = a.lengths
     query, key, value = inputs(a, T, S)
-    b = normal(1, 1, T, S, seed=3)
+    b = a.normal(1, 1, T, S, seed=3)
     try:
         out, x = a.attention(query, key, value, bias=b, scale=0.5), logits(a, query, key, 0.5)
     except Lacks:
@@ -320,7 +335,7 @@ def bias(a: Adapter) -> str:
 def bias_gradient(a: Adapter) -> str:
     T, S = a.lengths
     query, key, value = inputs(a, T, S, B=2, N=2)
-    b, weights = normal(1, 2, T, S, seed=3), normal(2, T, 2, a.head_dim, seed=4)
+    b, weights = a.normal(1, 2, T, S, seed=3), a.normal(2, T, 2, a.head_dim, seed=4)
     got = np.asarray(a.gradient(query, key, value, b, weights))
     p = softmax(logits(a, query, key) + b)
     dp = np.einsum("btnh,bsnh->bnts", weights.astype(np.float64), value)
@@ -393,7 +408,7 @@ def lse_row_without_keys(a: Adapter) -> str:
     if a.masks:
         got = a.lse(query, key, value, mask=mask)
     else:
-        got = a.lse(normal(1, 2 * T, 1, a.head_dim), key, value, causal=True)
+        got = a.lse(a.normal(1, 2 * T, 1, a.head_dim), key, value, causal=True)
     got = [np.asarray(x).reshape(-1)[1] for x in (got if isinstance(got, tuple) else (got,))]
     return ", ".join(f"{float(x):.3g}" for x in got)
 
@@ -410,8 +425,8 @@ def dropped(a: Adapter, seed: int) -> Array:
     """Weights (B, N, T, S) after dropout of a half, for logits that are equal but not 0."""
     N, T = 2, 2 * a.lengths[1]
     H = max(T, a.head_dim)
-    query = np.full((2, T, N, H), 0.5, np.float32)
-    value = np.broadcast_to(np.eye(T, H, dtype=np.float32)[None, :, None], (2, T, N, H)).copy()
+    query = np.full((2, T, N, H), 0.5, a.dtype)
+    value = np.broadcast_to(np.eye(T, H, dtype=a.dtype)[None, :, None], (2, T, N, H)).copy()
     return np.asarray(a.attention(query, query, value, dropout=(0.5, seed))).transpose(0, 2, 1, 3)[..., :T]
 
 
@@ -420,7 +435,7 @@ def dropout(a: Adapter) -> str:
     kept = weights[weights > 0]
     if (weights == weights.flat[0]).all():
         return "no effect"
-    if close(weights.sum(-1), np.ones(weights.shape[:-1])):
+    if close(weights.sum(-1, dtype=np.float32).astype(weights.dtype), np.ones(weights.shape[:-1])):
         what = "of logits: rows sum to 1"
     elif 0.35 < (weights > 0).mean() < 0.65 and close(kept, np.full_like(kept, 2 / weights.shape[-1])):
         what = "of weights"
@@ -443,7 +458,7 @@ def dropout_masks(a: Adapter) -> str:
 def soft_cap(a: Adapter) -> str:
     T, S = a.lengths
     query, key, value = inputs(a, T, S)
-    cap, b = 0.5, normal(1, 1, T, S, seed=3)
+    cap, b = 0.5, a.normal(1, 1, T, S, seed=3)
     x = logits(a, query, key, 1.0)
 
     def tanh(x: Array) -> Array:
@@ -499,7 +514,7 @@ def nan_in_padding(a: Adapter) -> str:
     query, key, value = inputs(a, T, S)
     visible = np.broadcast_to(np.arange(S) < S - 3, (1, 1, T, S)).copy()
     padded = ~visible[0, 0, 0][None, :, None, None]
-    nan_key, nan_value = (np.where(padded, np.float32(np.nan), x) for x in (key, value))
+    nan_key, nan_value = (np.where(padded, a.dtype(np.nan), x) for x in (key, value))
 
     def says(key: Array, value: Array) -> str:
         return "NaN" if np.isnan(a.attention(query, key, value, mask=visible)).any() else "no effect"
@@ -510,7 +525,7 @@ def nan_in_padding(a: Adapter) -> str:
 def nan_past_lengths(a: Adapter) -> str:
     T, S = a.lengths
     query, key, value = inputs(a, T, S)
-    key, value = (np.where(np.arange(S)[None, :, None, None] < S - 3, x, np.float32(np.nan)) for x in (key, value))
+    key, value = (np.where(np.arange(S)[None, :, None, None] < S - 3, x, a.dtype(np.nan)) for x in (key, value))
     out = np.asarray(a.attention(query, key, value, lengths=np.array([S - 3], np.int32)))
     return first(out, {"no effect": dense(a, query, key[:, : S - 3], value[:, : S - 3]), "NaN in every row": np.nan})
 
@@ -541,7 +556,7 @@ def float64(a: Adapter) -> str:
 
 def empty(a: Adapter) -> str:
     def shape(T: int, S: int) -> str:
-        arrays = [normal(1, n, 2, a.head_dim, seed=i) for i, n in enumerate((T, S, S))]
+        arrays = [a.normal(1, n, 2, a.head_dim, seed=i) for i, n in enumerate((T, S, S))]
         out = np.asarray(
             [a.attention(*arrays) for _ in range(1 if T == 0 else 8)]
         )  # OpenVINO's differ from call to call
@@ -557,7 +572,7 @@ def empty(a: Adapter) -> str:
 def forward_mode(a: Adapter) -> str:
     T, S = a.lengths
     query, key, value = inputs(a, T, S)
-    tangent = normal(*query.shape, seed=5)
+    tangent = a.normal(*query.shape, seed=5)
     got = np.asarray(a.jvp(query, key, value, tangent))
     step = 1e-5
     up, down = (
@@ -569,7 +584,7 @@ def forward_mode(a: Adapter) -> str:
 
 def second_order(a: Adapter) -> str:
     T, S = a.lengths
-    query, key, value = (x.astype(np.float32) for x in inputs(a, T, S))
+    query, key, value = inputs(a, T, S)
     got = np.asarray(a.second(query, key, value))
     s = a.scale or a.head_dim**-0.5
 
@@ -581,7 +596,9 @@ def second_order(a: Adapter) -> str:
 
     g = gradient(query.astype(np.float64))
     step = 1e-5  # the Hessian is symmetric: H g is the derivative of the gradient along g
-    return first(got, {"right": 2 * (gradient(query + step * g) - gradient(query - step * g)) / (2 * step), "0": 0})
+    right = 2 * (gradient(query + step * g) - gradient(query - step * g)) / (2 * step)
+    largest = np.abs(right).max()  # by which errors of 16 bits are to be measured: elements cancel
+    return first((got / largest).astype(got.dtype), {"right": right / largest, "0": 0})
 
 
 # Key, words for the rows of tables, probe. In the order of the tables.
@@ -608,7 +625,7 @@ MEANINGS: dict[str, tuple[str, Callable[[Adapter], str]]] = {
     "soft_cap": ("soft cap c", soft_cap),
     "sinks": ("sinks", sinks),
     "segments": ("packed sequences", segments),
-    "float16": ("float16 on a CPU", float16),
+    "float16": ("float16", float16),
     "float64": ("float64", float64),
     "empty": ("no queries, no keys", empty),
     "forward_mode": ("forward mode (`jvp`)", forward_mode),
@@ -616,21 +633,23 @@ MEANINGS: dict[str, tuple[str, Callable[[Adapter], str]]] = {
 }
 
 
+def cell(a: Adapter, key: str) -> tuple[str, str]:
+    """Its text, and the message of the first error behind it, if there was one."""
+    messages.clear()
+    try:
+        text = MEANINGS[key][1](a)
+    except Lacks as error:
+        return str(error) or "no argument", ""
+    except Exception as error:
+        return type(error).__name__, message(error)
+    text = f"{text} ({a.by[key]})" if key in a.by and not text.startswith("no ") else text
+    return text, messages[0] if messages else ""
+
+
 def cells(a: Adapter, only: Iterable[str] = ()) -> dict[str, dict[str, str]]:
-    """Every cell, and the first line of the message behind each error."""
-    texts, messages = {}, {}
-    for key, (_, probe) in MEANINGS.items():
-        if only and key not in only:
-            continue
-        try:
-            texts[key] = probe(a)
-        except Lacks as error:
-            texts[key] = str(error) or "no argument"
-            continue
-        except Exception as error:
-            texts[key] = type(error).__name__
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            messages[key] = " ".join(itertools.islice(lines, 2))[:200]
-        if key in a.by and key not in messages and not texts[key].startswith("no "):
-            texts[key] += f" ({a.by[key]})"
-    return {"cells": texts, "messages": messages}
+    """Every cell, and the message behind each error."""
+    found = {key: cell(a, key) for key in MEANINGS if not only or key in only}
+    return {
+        "cells": {key: text for key, (text, _) in found.items()},
+        "messages": {key: text for key, (_, text) in found.items() if text},
+    }

@@ -4,6 +4,7 @@
     python conformance/run.py torch_sdpa keras_tests  # some
     python conformance/run.py --only-tables           # none: are tables.md and the pages those of the committed cells?
     python conformance/run.py --update                # write what was seen: results, tables.md and the pages
+    python conformance/run.py --gpu h200.json         # the columns of this machine's GPU, into that file; needs no uv
 
 Needs uv, a network, about 14 GB of disk (PyTorch, two versions) and Python 3.12 or newer. Each script runs in its own
 environment, that of the versions in its head.
@@ -21,10 +22,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import gpu
+from probes import MEANINGS
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-sys.path.insert(0, str(HERE))
-
 MARKED = re.compile(r"(<!-- conformance: (.*?) -->\n).*?(<!-- end of conformance -->)", re.DOTALL)
 ORDER = ["ours", "jax_nn", "tokamax_api", "splash", "keras_ops", "keras_layer", "flax_nnx", "flax_linen"]
 ORDER += ["equinox_layer", "haiku_layer", "haliax_nn", "levanter_attention", "levanter_flash", "ejkernel_flash"]
@@ -39,12 +41,17 @@ Result = dict[str, Any]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("libraries", nargs="*", help=f"of {', '.join(ORDER + TESTS)}; all, if none is given")
+    parser.add_argument("--gpu", metavar="FILE", type=Path, help=f"run columns on this GPU: {', '.join(gpu.COLUMNS)}")
+    parser.add_argument("--seconds", type=float, default=225, help="with --gpu: to take at most, 225 by default")
     parser.add_argument("--only-tables", action="store_true", help="run nothing: tables of the committed results")
     parser.add_argument("--update", action="store_true", help="write results, tables.md and the pages")
     arguments = parser.parse_args()
+    there_are = [*gpu.COLUMNS] if arguments.gpu else ORDER + TESTS
     for name in arguments.libraries:
-        if name not in ORDER + TESTS:
-            parser.error(f"no library {name!r}; there are {', '.join(ORDER + TESTS)}")
+        if name not in there_are:
+            parser.error(f"no library {name!r}; there are {', '.join(there_are)}")
+    if arguments.gpu:
+        return on_gpu(arguments.libraries or there_are, arguments.gpu, arguments.seconds)
 
     results, failures = {name: committed(name) for name in ORDER + TESTS}, []
     for name in [] if arguments.only_tables else arguments.libraries or ORDER + TESTS:
@@ -55,7 +62,7 @@ def main() -> int:
         if arguments.update:
             path(name).write_text(json.dumps(seen, indent=2) + "\n")
     results = {name: result for name, result in results.items() if result}
-    text = tables([results[name] for name in ORDER if name in results])
+    text = tables([results[name] for name in ORDER if name in results], gpu.recorded())
     print(text, peer_table(results), sep="\n")
     pages = {HERE / "tables.md": text}
     for page in [ROOT / "docs" / "conformance.md", *sorted((ROOT / "docs" / "guides").glob("coming_from_*.md"))]:
@@ -68,6 +75,16 @@ def main() -> int:
     for failure in failures:
         print(failure, file=sys.stderr)
     return int(bool(failures) and not arguments.update)
+
+
+def on_gpu(names: list[str], path: Path, seconds: float) -> int:
+    seen = gpu.measure(names, seconds=seconds)
+    path.write_text(json.dumps(seen, indent=2) + "\n")
+    print(gpu_table(seen))
+    failures = gpu.differences(gpu.recorded(), seen)
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return int(bool(failures))
 
 
 def path(name: str) -> Path:
@@ -125,10 +142,8 @@ def versions(result: Result) -> str:
     return ", ".join(f"{package} {version}" for package, version in result["versions"].items())
 
 
-def tables(results: list[Result]) -> str:
+def tables(results: list[Result], on_gpu: Result) -> str:
     """One table for each meaning, with all libraries."""
-    from probes import MEANINGS
-
     lines = [
         "# What attention functions do with the same call",
         "",
@@ -136,6 +151,10 @@ def tables(results: list[Result]) -> str:
         "",
     ]
     lines += version_table(results)
+    if on_gpu:
+        lines += ["", *gpu_versions(on_gpu)]
+        columns = [gpu.shown(column) for column in on_gpu["columns"].values()]
+        results = results + [column | {"name": f"{column['name']}, on the GPU"} for column in columns]
     for key, (words, _) in MEANINGS.items():
         lines += ["", f"## {words[0].upper()}{words[1:]}", "", "| library | |", "|---|---|"]
         lines += [f"| {result['name']} | {result['cells'][key]} |" for result in results]
@@ -149,8 +168,6 @@ def version_table(results: list[Result]) -> list[str]:
 
 def answers(results: list[Result]) -> list[str]:
     """For each meaning: what libraries do, and which."""
-    from probes import MEANINGS
-
     lines = []
     for key, (words, _) in MEANINGS.items():
         groups: dict[str, list[str]] = {}
@@ -192,10 +209,10 @@ def peer_table(results: dict[str, Result]) -> str:
 
 def page_table(which: str, results: dict[str, Result]) -> str:
     """The table of a page: names of libraries, after "without" the meanings to leave out; or one of three words."""
-    from probes import MEANINGS
-
     if which == "tests":
         return peer_table(results)
+    if which.startswith("h200"):
+        return gpu_page(which, results) if which.partition(" ")[2] else gpu_table(gpu.recorded())
     if which in ("versions", "answers"):
         table = {"versions": version_table, "answers": answers}[which]
         return "\n".join(table([results[name] for name in ORDER if name in results])) + "\n"
@@ -210,6 +227,37 @@ def page_table(which: str, results: dict[str, Result]) -> str:
             cells, here = [result["cells"][key] for result in theirs], ours["cells"][key]
             here = "the same" if {*cells} == {here} else here
             lines.append(f"| {words} | {' | '.join(cells)} | {here} |")
+    long = [line for line in lines if len(line) > 160]
+    assert not long, long
+    return "\n".join(lines) + "\n"
+
+
+def gpu_versions(seen: Result) -> list[str]:
+    lines = [f"{seen['machine']}, {seen['date']}. Arrays in bfloat16.", "", "| on the GPU | versions |", "|---|---|"]
+    return lines + [f"| {column['name']} | {versions(column)} |" for column in seen["columns"].values()]
+
+
+def gpu_table(seen: Result) -> str:
+    columns = [gpu.shown(column) for column in seen["columns"].values()]
+    return "\n".join([*gpu_versions(seen), "", *answers(columns)]) + "\n"
+
+
+def gpu_page(which: str, results: dict[str, Result]) -> str:
+    """Where these columns differ from a library's on a CPU: "h200 COLUMNS beside LIBRARY"."""
+    names, _, beside = which.removeprefix("h200 ").partition(" beside ")
+    seen, on_cpu = gpu.recorded(), results[beside]
+    theirs = [seen["columns"][name] for name in names.split()]
+    known = "; ".join(dict.fromkeys(versions(column) for column in theirs))
+    lines = [f"Run on {seen['machine']}, {seen['date']}, in bfloat16: {known}."]
+    lines += ["What is not listed is the same as on a CPU.", "", "| | on the GPU | |", "|---|---|---|"]
+    for key, (words, _) in MEANINGS.items():
+        if {on_cpu["cells"][key]} != {column["cells"][key] for column in theirs}:
+            groups: dict[str, list[str]] = {}
+            for column in map(gpu.shown, theirs):
+                groups.setdefault(column["cells"][key], []).append(re.sub(r".*\((.*)\)$", r"\1", column["name"]))
+            for text, who in groups.items():
+                lines.append(f"| {words} | {text} | {'all' if len(groups) == 1 else ', '.join(who)} |")
+                words = ""
     long = [line for line in lines if len(line) > 160]
     assert not long, long
     return "\n".join(lines) + "\n"

@@ -18,10 +18,11 @@ class JaxNN(JaxLseAdapter):
     packages = ("jax", "numpy")
     function = staticmethod(jax.nn.dot_product_attention)
     functions = (jax.nn.dot_product_attention,)
+    implementation = None
     windows = {"local_window_size=3": {"window": 3}, "(3, 0)": {"window": (3, 0)}}
 
     def native(self, query, key, value):
-        return self.function(query, key, value)
+        return self.function(query, key, value, implementation=self.implementation)
 
     def apply(
         self, query, key, value, *, causal=False, raw_mask=None, mask=None, window=None, with_lse=False, **options
@@ -30,7 +31,16 @@ class JaxNN(JaxLseAdapter):
         mask = mask if raw_mask is None else raw_mask
         options |= {"key_value_seq_lengths": options.pop("lengths")} if "lengths" in options else {}
         options |= {"return_residual": True} if with_lse else {}
-        return self.function(query, key, value, mask=mask, is_causal=causal, local_window_size=window, **options)
+        return self.function(
+            query,
+            key,
+            value,
+            mask=mask,
+            is_causal=causal,
+            local_window_size=window,
+            implementation=self.implementation,
+            **options,
+        )
 
 
 if __name__ == "__main__":

@@ -29,10 +29,11 @@ class Ours(JaxLseAdapter):
     name = "here"
     packages = ("jax", "numpy")
     functions = (flash_attention, flash_attention_with_lse)
+    implementation = None
     windows = {"local_window_size=3": {"window": 3}, "(3, 0)": {"window": (3, 0)}}
 
     def native(self, query, key, value):
-        return flash_attention(query, key, value)
+        return flash_attention(query, key, value, implementation=self.implementation)
 
     def apply(self, query, key, value, **options):
         causal, with_lse = options.pop("causal", False), options.pop("with_lse", False)
@@ -52,6 +53,7 @@ class Ours(JaxLseAdapter):
             key_value_segment_ids=segments,
             dropout_rate=rate,
             dropout_rng=jax.random.key(seed) if rate else None,
+            implementation=self.implementation,
             **{names.get(name, name): x for name, x in options.items()},
         )
 

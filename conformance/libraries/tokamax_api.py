@@ -19,10 +19,12 @@ class Tokamax(JaxAdapter):
     name = "tokamax"
     packages = ("tokamax", "jax")
     functions = (tokamax.dot_product_attention,)
+    implementation = None
     windows = {"local_window_size=3": {"window": 3}, "(3, 0)": {"window": (3, 0)}}
 
     def native(self, query, key, value):
-        return tokamax.dot_product_attention(*map(jnp.asarray, (query, key, value)))
+        arrays = map(jnp.asarray, (query, key, value))
+        return tokamax.dot_product_attention(*arrays, implementation=self.implementation)
 
     def apply(
         self, query, key, value, *, causal=False, raw_mask=None, mask=None, window=None, soft_cap=None, **options
@@ -38,6 +40,7 @@ class Tokamax(JaxAdapter):
             is_causal=causal,
             local_window_size=window,
             logits_soft_cap=soft_cap,
+            implementation=self.implementation,
             **options,
         )
 

@@ -8,14 +8,16 @@
 # ruff: noqa: RUF012
 """`torch.nn.attention.flex_attention`, not compiled, on a CPU."""
 
+import numpy as np
 import torch
-from frameworks import TorchLseAdapter, main, tensors
+from frameworks import TorchLseAdapter, array, main, tensors
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 
 class Flex(TorchLseAdapter):
     name = "FlexAttention"
     packages = ("torch", "numpy")
+    function = staticmethod(flex_attention)
     functions = (flex_attention,)
     windows = {"abs(q_idx - kv_idx) <= 3": {"window": lambda b, h, q, k: (q - k).abs() <= 3}}
     by = {
@@ -28,7 +30,7 @@ class Flex(TorchLseAdapter):
     }
 
     def native(self, query, key, value):
-        return flex_attention(*tensors(query, key, value)).numpy()
+        return array(self.function(*tensors(query, key, value)))
 
     def apply(
         self, query, key, value, *, causal=False, raw_mask=None, mask=None, window=None, bias=None, soft_cap=None,
@@ -41,15 +43,16 @@ class Flex(TorchLseAdapter):
         if causal:
             mods.append(lambda b, h, q, k: q >= k)
         if mask is not None:
-            array = torch.from_numpy(mask)
-            mods.append(lambda b, h, q, k: array[0, 0, q, k])
+            attends = tensors(mask)[0]
+            mods.append(lambda b, h, q, k: attends[0, 0, q, k])
         if segments is not None:
-            ids = torch.from_numpy(segments)
+            ids = tensors(segments)[0]
             mods.append(lambda b, h, q, k: ids[q] == ids[k])
         if mods:
-            options["block_mask"] = create_block_mask(mods[0], None, None, query.shape[1], key.shape[1], device="cpu")
+            lengths = query.shape[1], key.shape[1]
+            options["block_mask"] = create_block_mask(mods[0], None, None, *lengths, device=query.device)
         if bias is not None or soft_cap is not None:
-            added = None if bias is None else torch.as_tensor(bias)
+            added = tensors(bias)[0] if isinstance(bias, np.ndarray) else bias
 
             def score_mod(score, b, h, q, k):
                 score = score if added is None else score + added[0, h, q, k]
@@ -58,13 +61,13 @@ class Flex(TorchLseAdapter):
             options["score_mod"] = score_mod
         if key.shape[2] != query.shape[2]:
             try:
-                flex_attention(*(x.transpose(1, 2) for x in (query, key, value)))
+                self.function(*(x.transpose(1, 2) for x in (query, key, value)))
             except Exception as error:
                 self.by = dict(self.by) | {"heads": f"`enable_gqa=True`; {type(error).__name__} without"}
             options["enable_gqa"] = True
         if with_lse:
             options["return_aux"] = AuxRequest(lse=True)
-        out = flex_attention(*(x.transpose(1, 2) for x in (query, key, value)), **options)
+        out = self.function(*(x.transpose(1, 2) for x in (query, key, value)), **options)
         return (out[0].transpose(1, 2), out[1].lse) if with_lse else out.transpose(1, 2)
 
 

@@ -10,7 +10,7 @@
 import inspect
 
 import torch
-from frameworks import TorchAdapter, main, tensors
+from frameworks import TorchAdapter, array, main, tensors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -25,13 +25,13 @@ class SDPA(TorchAdapter):
     functions = (signature,)  # that of its docstring: the function is a builtin
 
     def native(self, query, key, value):
-        return sdpa(*tensors(query, key, value)).numpy()
+        return array(sdpa(*tensors(query, key, value)))
 
     def apply(self, query, key, value, *, causal=False, raw_mask=None, mask=None, bias=None, dropout=None, **options):
         self.refuse(options, "soft_cap", "sinks", "lengths", "segments")
         for x in (raw_mask, mask, bias):
             if x is not None:
-                options["attn_mask"] = x if isinstance(x, torch.Tensor) else torch.from_numpy(x)
+                options["attn_mask"] = x if isinstance(x, torch.Tensor) else tensors(x)[0]
         if dropout:
             torch.manual_seed(dropout[1])
             options["dropout_p"] = dropout[0]
