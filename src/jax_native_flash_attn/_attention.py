@@ -180,8 +180,14 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
         score_mod=settings.score_mod,
         mask_mod=settings.mask_mod,
         mask_block=settings.mask_block,
+        first_row=settings.static_offset if mods is not None and not _moves(order) else None,
     )
     return Prepared(Call(config, inputs), is_row, in_length)
+
+
+def _moves(order: Order) -> bool:
+    """Whether rows and keys are numbered by arrays."""
+    return order.has_positions or order.query_offset is not None
 
 
 def _mask_mod(settings: Settings, arrays: Arrays, mods: ModOperands) -> MaskMod:

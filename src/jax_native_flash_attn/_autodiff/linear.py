@@ -105,8 +105,12 @@ class FirstDerivative:
 
     @property
     def _config(self) -> Config:
-        lse = len(self.residual_names) - 1
-        return replace(self.config, differentiates_lse=any(slot.like == lse for slot in self.results))
+        names = self.residual_names
+        return replace(
+            self.config,
+            differentiates_lse=any(names[slot.like] == "lse" for slot in self.results),
+            differentiates_args=any(names[slot.like].startswith("score_mod_args.") for slot in self.tangents),
+        )
 
     def apply(self, residuals: Leaves, linear: Leaves, target: Target) -> Leaves:
         *leaves, out, lse = residuals

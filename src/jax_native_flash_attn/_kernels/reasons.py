@@ -22,14 +22,17 @@ def why_not_on_nvidia(target: Target) -> str | None:
     return None
 
 
+def why_not_functions(call: Call) -> str | None:
+    """Of kernels that evaluate no functions of scores and indices."""
+    given = (name for name in ("score_mod", "mask_mod") if getattr(call.config, name) is not None)
+    return next((f"{name} is a function, which these kernels do not evaluate" for name in given), None)
+
+
 def why_pure_jax_alone(call: Call) -> str | None:
     """What of a call no other kernels take."""
     config = call.config
     if not all(isinstance(n, int) for x in jax.tree.leaves(call.inputs) for n in x.shape):
         return "its shapes are symbolic"
-    for name in ("score_mod", "mask_mod"):
-        if getattr(config, name) is not None:
-            return f"{name} is a function, which only the pure JAX kernels evaluate"
     if config.block_q is not None or config.block_kv is not None:
         return "block_q and block_kv are for the pure JAX kernels"
     if isinstance(config.precision, jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset):

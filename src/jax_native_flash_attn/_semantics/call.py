@@ -154,6 +154,9 @@ class Config:
     `has_band_intervals`, whether intervals of rows with a key are those of the band, cut off at `key_value_length`, and
     there are no ids or positions; `differentiates_lse`, of a derivative, whether it is one of lse, too.
 
+    Of functions of scores and indices: `first_row`, from which on rows are numbered, if keys are from 0 on, and both in
+    order; None: as `ModOperands` says. `differentiates_args`, of a derivative: whether it is one of their arguments too.
+
     With a `ring`, key and value are the block of this device, and `band` is the mask of that alone. All other operands
     with a key axis have the keys of all blocks, one after the other; intervals and `is_exact` have one for each block,
     likewise, along T, unless `Ring.window` says it all.
@@ -178,6 +181,8 @@ class Config:
     score_mod: Program | None = None
     mask_mod: Program | None = None
     mask_block: int = BLOCK
+    first_row: int | None = None
+    differentiates_args: bool = False
 
     @property
     def adds_bias(self) -> bool:

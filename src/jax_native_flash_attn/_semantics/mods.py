@@ -4,6 +4,7 @@ A function is traced for numbers, so that it holds for arrays of any shape by `v
 closes over becomes an argument like those that it is given: so derivatives reach it, and batching and sharding too.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,22 +65,26 @@ class Program:
         Returns:
           An array of that rank, in the dtype of the score, or bool; axes in which all have size 1 have size 1.
         """
-        rank = numbers[0].ndim
         operands = [x.astype(v.aval.dtype) for x, v in zip((*numbers, *args), self.jaxpr.invars, strict=True)]
 
         def of_one(*operands: jax.Array) -> jax.Array:
             (result,) = _evaluate(self.jaxpr, operands)
             return result.astype(numbers[0].dtype if self.has_score else jnp.bool_)
 
-        function, single = of_one, []
-        for axis in reversed(range(rank)):
-            in_axes = tuple(0 if x.shape[axis] != 1 else None for x in operands)
-            if all(x is None for x in in_axes):
-                single.append(axis)
-            else:
-                function = jax.vmap(function, in_axes=in_axes)
-        result = function(*(x.reshape([n for i, n in enumerate(x.shape) if i >= rank or n != 1]) for x in operands))
-        return jnp.expand_dims(result, single)
+        return map_axes(of_one, operands, numbers[0].ndim)
+
+
+def map_axes(function: Any, operands: Sequence[jax.Array], rank: int) -> jax.Array:
+    """A function of operands without their `rank` leading axes, which broadcast; axes in which all have size 1 stay."""
+    single = []
+    for axis in reversed(range(rank)):
+        in_axes = tuple(0 if x.shape[axis] != 1 else None for x in operands)
+        if all(x is None for x in in_axes):
+            single.append(axis)
+        else:
+            function = jax.vmap(function, in_axes=in_axes)
+    result = function(*(x.reshape([n for i, n in enumerate(x.shape) if i >= rank or n != 1]) for x in operands))
+    return jnp.expand_dims(result, single)
 
 
 def trace_mod(function: Any, name: str, args: Any, score_dtype: DTypeLike | None) -> tuple[Program, dict[str, Any]]:
@@ -135,6 +140,22 @@ def trace_mod(function: Any, name: str, args: Any, score_dtype: DTypeLike | None
     jaxpr = _opened(jax.make_jaxpr(without_constants)(*numbers, *types))
     named = {f"{name}_args.{i}.{'W' * x.ndim}": x for i, x in enumerate(operands)}
     return Program(jaxpr, bool(scores)), named
+
+
+@functools.lru_cache(maxsize=256)
+def with_slope(program: Program) -> Any:
+    """A jaxpr of a function of a score, that gives its derivative with respect to the score too, in the same dtype."""
+    variables = program.jaxpr.invars
+
+    def both(score: Any, *others: Any) -> tuple[Any, Any]:
+        def of_score(score: Any) -> Any:
+            (result,) = _evaluate(program.jaxpr, (score, *others))
+            return result.astype(score.dtype)
+
+        result, pull = jax.vjp(of_score, score)
+        return result, *pull(jnp.ones((), score.dtype))
+
+    return jax.make_jaxpr(both)(*(jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in variables))
 
 
 def _as_argument(x: Any, name: str) -> Any:

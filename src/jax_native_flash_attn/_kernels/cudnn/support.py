@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ..._semantics.call import Call, Config, Inputs
 from ..gpus import compute_capabilities
 from ..protocol import Pass, Target
-from ..reasons import why_not_differentiated, why_not_on_nvidia, why_pure_jax_alone
+from ..reasons import why_not_differentiated, why_not_functions, why_not_on_nvidia, why_pure_jax_alone
 from . import public
 from .operands import prepare, request_of, sizes_of_terms
 from .public import Operands, Request
@@ -32,6 +32,7 @@ def why_not(call: Call, which: Pass, target: Target) -> str | None:
         or why_not_on_nvidia(target)
         or _why_not_exported(target, is_asked=is_asked)
         or why_pure_jax_alone(call)
+        or why_not_functions(call)
         or _why_not_arrays(call)
         or _why_not_config(call)
         or _why_not_mask(call)

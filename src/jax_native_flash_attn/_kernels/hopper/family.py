@@ -71,7 +71,7 @@ def plan(config: Config, inputs: Inputs, chip: Chip) -> Blocks:
 
 def _packs_groups(config: Config, inputs: Inputs) -> bool:
     z = inputs.sizes
-    return z.G > 1 and z.group_rows <= _FEW_ROWS and config.dropout is None
+    return z.G > 1 and z.group_rows <= _FEW_ROWS and config.dropout is None and inputs.mods is None
 
 
 def _packed(config: Config, inputs: Inputs) -> Config:

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from .formulas import Formula
+
 # The key_start of a row without any key: it attends all of them, with logits of 0.
 DEAD = -1
 # Added to the logits of keys that a mask of keys excludes: see `device/logits.py`.
@@ -78,6 +80,30 @@ class Dropout:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Mods:
+    """What is evaluated of a `score_mod` and a `mask_mod`, and what that reads.
+
+    Attributes:
+      batch_number: (batch...); head_number: (batch..., N).
+      query_number, key_number: (batch..., T) and (batch..., S), to whole blocks; None for `first_row`, and 0, on.
+      arrays: those of the formulas' reads, of the score's first: (batch..., axes at one index..., rows or keys).
+      score, mask: the formulas.
+      largest: no number of a row or key is larger, where these are computed.
+    """
+
+    batch_number: Any
+    head_number: Any
+    query_number: Any | None
+    key_number: Any | None
+    arrays: tuple[Any, ...]
+    score: Formula | None = field(metadata={"static": True})
+    mask: Formula | None = field(metadata={"static": True})
+    first_row: int = field(metadata={"static": True})
+    largest: int = field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Operands:
     """The operands of a forward call, laid out for TMA.
 
@@ -90,6 +116,7 @@ class Operands:
       shift: (batch...), what the rows of the band are moved by, or None; `has_dead_rows`: whether rows that have no key
         then attend all.
       sinks: of the forward; (batch..., N, 1), or (batch..., N, T) padded to whole blocks.
+      mods: of functions of scores and indices.
     """
 
     query: Any
@@ -104,6 +131,7 @@ class Operands:
     dropout: Dropout | None
     sinks: Any | None = None
     shift: Any | None = None
+    mods: Mods | None = None
     has_dead_rows: bool = field(default=False, metadata={"static": True})
 
     @property

@@ -16,6 +16,7 @@ from ..gpus import compute_capabilities as _compute_capabilities
 from ..protocol import Forward, LinearPass, Pass, Target
 from ..reasons import why_not_differentiated, why_not_on_nvidia, why_pure_jax_alone
 from .blocks import BackwardBlocks, Blocks, Chip
+from .formula_builder import why_not_lowered
 
 _JAX_WITH_BACKEND = (0, 10)
 _COMPUTE_CAPABILITY = 9  # Hopper: wgmma exists on no other
@@ -81,9 +82,11 @@ def _why_not_pass(call: Call, which: Pass) -> str | None:
     if which is Pass.TANGENT and call.inputs.query.dtype == jnp.float32:
         return "its kernel for tangents is for 16 bits"
     bias = call.inputs.bias
-    if which is Pass.COTANGENT and call.config.logits_soft_cap is not None and bias is not None and bias.shape[-1] == 1:
-        return "it has no gradient of a bias without keys inside a soft cap"
-    return None
+    if which is Pass.COTANGENT and not call.config.adds_bias and bias is not None and bias.shape[-1] == 1:
+        return "it has no gradient of a bias without keys inside a soft cap or score_mod"
+    if which is not Pass.FORWARD and call.config.differentiates_args:
+        return "it has no derivatives of score_mod_args"
+    return why_not_lowered(call, needs_slope=which is not Pass.FORWARD)
 
 
 @functools.cache  # once in a process

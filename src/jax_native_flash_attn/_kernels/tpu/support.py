@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ..._semantics.call import Call
 from ..protocol import Forward, LinearPass, Pass, Target
-from ..reasons import why_not_differentiated, why_pure_jax_alone
+from ..reasons import why_not_differentiated, why_not_functions, why_pure_jax_alone
 
 _JAX_WITH_BACKEND = (0, 10)
 _MOST_HEAD_DIM = 256
@@ -78,7 +78,7 @@ class TpuKernels:
 def _why_not_call(call: Call) -> str | None:
     config, inputs = call
     dtype, H, D = inputs.query.dtype, inputs.query.shape[-1], inputs.value.shape[-1]
-    if (reason := why_pure_jax_alone(call)) is not None:
+    if (reason := why_pure_jax_alone(call) or why_not_functions(call)) is not None:
         return reason
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"it takes bfloat16 and float32, got {dtype}"

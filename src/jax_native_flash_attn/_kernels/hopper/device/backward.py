@@ -4,7 +4,8 @@ Notation of `xla/forward.py`: z the logits, p = exp(z - lse) the weights, c = ke
 
     delta_t = do_t . out_t - dl_t        dz_ts = p_ts (c_ts do_t . v_s - delta_t)
 
-Inside a soft cap, z = c tanh(x / c) for once, the cotangent of x is dz (1 - (z / c)^2).
+Inside a soft cap, z = c tanh(x / c) for once, the cotangent of x is dz (1 - (z / c)^2), and that of y, where a
+`score_mod` gives x = F(y), F'(y) times that.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from ...._semantics.numerics import LOG2E
 from ..operands import RowOperands
+from .changes import changed
 from .context import KernelContext
 from .logits import RowVectors, TileLogits, TileTerms
 from .units import to_base_2
@@ -31,10 +33,10 @@ def scaled_lse(rows: RowOperands, lse: jax.Array) -> jax.Array:
 
 
 class Weights(NamedTuple):
-    """p of a tile before dropout, and that times the derivative of the soft cap, or itself without a cap."""
+    """p of a tile before dropout, and that times the derivative of `changed`, or itself where that is 1."""
 
     p: jax.Array
-    through_cap: jax.Array
+    through: jax.Array
 
 
 def softmax_weights(
@@ -62,15 +64,16 @@ def softmax_weights(
             return (x - lse) * factor
         return (x if factor is None else x * factor) - lse
 
-    products, terms, multiplier = logits.capped(products, terms, logits.scale * LOG2E)
+    products, terms, multiplier, slope = changed(logits, products, terms, rows, tile, logits.scale * LOG2E)
     p = jnp.exp2(logits(products, terms, rows, tile, multiplier, masked, exponents))
-    return Weights(p, p if logits.config.logits_soft_cap is None else p * (1.0 - products * products))
+    through = p if logits.config.logits_soft_cap is None else p * (1.0 - products * products)
+    return Weights(p, through if slope is None else through * slope)
 
 
 def logits_cotangent(
     logits: TileLogits, weights: jax.Array, dweights: jax.Array, rows: RowVectors, tile: Any, row_delta: jax.Array
 ) -> jax.Array:
-    """dz of a tile, from p and its products do . v; or, from p through the soft cap, dz through it.
+    """dz of a tile, from p and its products do . v; or, from p through `changed`, dz through it.
 
     It is still to go `through_mask` where there are dead rows or NaN in padding.
     """

@@ -172,7 +172,7 @@ def _dlogits(context: DBiasContext, visit: Visit, count: Any) -> jax.Array:
     s, dp = pl.run_state(products)((plgpu.ACC.init(zeros(*logits.shape)), plgpu.ACC.init(zeros(*logits.shape))))
     weights = softmax_weights(logits, s, terms, rows, tile, lse, visit.is_edge)
     context.ring.release(slot)
-    ds = logits_cotangent(logits, weights.through_cap, dp, rows, tile, delta)
+    ds = logits_cotangent(logits, weights.through, dp, rows, tile, delta)
     return logits.through_mask(ds, rows, tile, visit.is_edge)
 
 

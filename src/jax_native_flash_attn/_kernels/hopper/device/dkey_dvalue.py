@@ -19,6 +19,7 @@ registers, in the same order every time. Where items are short, a block of threa
 other: keys and values of the next, and its first rows, are then loaded while the last one ends.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,16 +91,17 @@ def _compute_block(block: KeyBlock) -> None:
     context, plan, blocks = block.context, block.context.plan, block.context.blocks
     tile = block.block * blocks.warpgroups + context.wg  # of this warpgroup's keys
     mine = plan.scheduler.buffer(block.k, context.wg, blocks.warpgroups)
-    scale = _logits_of(context, block.head_of(jnp.int32(0))).scale
+    scale = _logits_of(context, block.head_of(jnp.int32(0)), None, ()).scale
     plgpu.barrier_wait(context.buffers.keys_ready.at[mine])
-    first_is_edge = block.is_edge(block.first_visit)
+    first_is_edge, scalars = block.is_edge(block.first_visit), block.scalars(block.first_visit)
 
     def step(i: Any, carry: tuple) -> tuple:
-        visit, masked, sums = carry
+        visit, masked, scalars, sums = carry
         (head, row), slot, next_visit = block.place_of(visit), block.slot(i), block.following(visit)
         masked = first_is_edge if isinstance(first_is_edge, bool) else masked
         next_is_edge = block.is_edge(next_visit)  # traced masks: read from global memory, so a step ahead
-        logits = _logits_of(context, head, None if plan.scale_is_summed else scale)
+        next_scalars = scalars if math.prod(plan.members) == 1 else block.scalars(next_visit)
+        logits = _logits_of(context, head, None if plan.scale_is_summed else scale, scalars)
         # Else descriptors of keys and values would stay in registers, and spill: see `dquery.py`.
         at = hide_from_compiler(mine) if plan.sizes.H + plan.sizes.D > _MOST_HELD else mine
         rows = logits.rows(row, late=True)
@@ -116,10 +118,10 @@ def _compute_block(block: KeyBlock) -> None:
         else:
             _, _, sums = pl.run_state(key_tile.products)(jax.tree.map(plgpu.ACC.init, (*scores, sums)))
         context.rows_ring.release(slot)
-        return next_visit, next_is_edge, sums
+        return next_visit, next_is_edge, next_scalars, sums
 
     sums = jax.tree.map(lambda x: zeros(blocks.block_kv, x.shape[-1]), plan.wanted)
-    *_, sums = lax.fori_loop(0, block.num_steps, step, (block.first_visit, first_is_edge, sums))
+    *_, sums = lax.fori_loop(0, block.num_steps, step, (block.first_visit, first_is_edge, scalars, sums))
     outs = context.outs
     if sums.key is not None:
         dkey = sums.key if plan.scale_is_summed else sums.key * scale
@@ -131,8 +133,8 @@ def _compute_block(block: KeyBlock) -> None:
         plgpu.barrier_arrive(context.buffers.keys_free.at[mine])
 
 
-def _logits_of(context: KeyContext, head: tuple, scale: Any = None) -> TileLogits:
-    return TileLogits(context, head, row_in_block=context.wg, transposed=True, scale=scale)
+def _logits_of(context: KeyContext, head: tuple, scale: Any, scalars: Any) -> TileLogits:
+    return TileLogits(context, head, row_in_block=context.wg, transposed=True, scale=scale, scalars=scalars)
 
 
 def _write(block: KeyBlock, x: jax.Array, out: Any, buffers: Any, mine: Any) -> None:
@@ -186,7 +188,7 @@ class KeyTile:
     def added_from_registers(self, s: Any, dp: Any, sums: KeyGradients) -> KeyGradients:
         """In float32: `sums` and the products of this tile, from its scores."""
         weights = self._weights(s)
-        ds = None if sums.key is None else self._dlogits(weights.through_cap, dp)
+        ds = None if sums.key is None else self._dlogits(weights.through, dp)
         p = None if sums.value is None else self._dropped(weights.p)
         ds, p = lax.optimization_barrier((ds, p))
         wanted = (sums.value, p, self.context.transposed_dout), (sums.key, ds, self.context.transposed_query)
@@ -202,13 +204,13 @@ class KeyTile:
         if sum_refs.value is not None:
             plgpu.wgmma(sum_refs.value, p, dout)
         if sum_refs.key is not None:
-            plgpu.wgmma(sum_refs.key, self._dlogits(weights.through_cap, dp), query)
+            plgpu.wgmma(sum_refs.key, self._dlogits(weights.through, dp), query)
 
     def _add(self, s_ref: Any, dp_ref: Any, sum_refs: KeyGradients, query: Any, dout: Any) -> None:
         weights = self._weights(plgpu.wgmma_accumulator_load(s_ref, wait_n=0))
         ds = p = None
         if sum_refs.key is not None:
-            ds = self._dlogits(weights.through_cap, plgpu.wgmma_accumulator_load(dp_ref, wait_n=0))
+            ds = self._dlogits(weights.through, plgpu.wgmma_accumulator_load(dp_ref, wait_n=0))
         if sum_refs.value is not None:
             p = self._dropped(weights.p)
         ds, p = lax.optimization_barrier((ds, p))

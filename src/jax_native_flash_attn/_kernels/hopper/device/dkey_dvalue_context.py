@@ -16,6 +16,7 @@ from ..operands import BackwardOperands, TransposedOperands
 from ..pallas import Views, broadcast_index, pl, unravel
 from .backward import BackwardContext
 from .context import shared_fields
+from .mods import read_scalars
 from .transfers import Ring, Transposed
 
 Visit = tuple[Any, Any]  # a member of what shares the keys, and the number of one of its query tiles
@@ -138,6 +139,11 @@ class KeyBlock:
         return self.context.intervals.is_query_edge(
             *self.place_of(visit), self.block, plan.blocks.block_q, plan.block_keys
         )
+
+    def scalars(self, visit: Visit) -> tuple[Any, ...]:
+        """What functions of scores and indices read once for a head; read from global memory, so a step ahead."""
+        mods = self.context.operands.mods
+        return () if mods is None else read_scalars(mods, self.head_of(visit[0]))
 
     def slot(self, i: Any) -> Any:
         """Of the query rows of step i."""

@@ -96,13 +96,13 @@ class DQueryRows:
         """dS in the dtype of products, and the moments with those of this tile, within each thread."""
         logits, vectors, tile = self.logits, self.vectors, self.item.tile
         weights = softmax_weights(logits, s, terms, vectors, tile(i), self.lse, masked)
-        ds = logits_cotangent(logits, weights.through_cap, dp, vectors, tile(i), self.delta)
+        ds = logits_cotangent(logits, weights.through, dp, vectors, tile(i), self.delta)
         order_before_wgmma_wait(fold_columns(ds, jnp.add))
         if self.context.plan.with_scale:
             dz = ds
-            if logits.config.logits_soft_cap is not None:
+            if weights.through is not weights.p:
                 dz = logits_cotangent(logits, weights.p, dp, vectors, tile(i), self.delta)
-            sums = ds * s, dz, weights.through_cap * s
+            sums = ds * s, dz, weights.through * s
             moments = tuple(x + fold_columns(y, jnp.add) for x, y in zip(moments, sums, strict=True))
         return ds.astype(self.context.dtype), moments
 

@@ -13,6 +13,7 @@ from jax import lax
 from ...._semantics.numerics import LN2, LOG2E, lowest
 from ..pallas import ROW, columns_of, load, pl, plgpu, zeros
 from ..scheduler import Item
+from .changes import changed
 from .forward_context import ForwardContext, Rows
 from .forward_results import write
 from .logits import RowVectors, TileTerms
@@ -157,7 +158,7 @@ class Softmax:
             return x * factor - columns_of(new_top, rows.shape), new_top
 
         tile = rows.item.tile(i)
-        products, terms, multiplier = logits.capped(products, terms, self.magnitude)
+        products, terms, multiplier, _ = changed(logits, products, terms, self.vectors, tile, self.magnitude)
         exponent, new_top = logits(products, terms, self.vectors, tile, multiplier, masked, exponents)
         weights = jnp.exp2(exponent)
         correction = top

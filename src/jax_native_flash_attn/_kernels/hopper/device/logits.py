@@ -12,8 +12,8 @@ from ...._semantics.numerics import LN2, LOG2E, lowest
 from ..operands import LogitTerm, TermKind
 from ..pallas import COLUMN, ROW, broadcast_index, columns_of, iota, load, pl, plgpu, spread, zeros
 from .context import KernelContext
+from .mods import Place, TileMods
 from .overlap import where_allowed, widened
-from .soft_cap import soft_cap
 from .transfers import TermRefs
 from .units import Unit, split_scale
 
@@ -54,11 +54,13 @@ class TileLogits:
         scale: Any = None,
         starts_with_bias: bool = False,
         scales_cap: bool = False,
+        scalars: Any = None,
     ):
         """`row_in_block` is where this warpgroup's rows start in the buffers (or, transposed, the number of its tile),
         `head` the index (batch..., N).
 
-        `scale` is read here unless it was read before. With `scales_cap` the tangents of `capped` come multiplied.
+        `scale`, and `scalars` of `read_scalars`, are read here unless they were before. With `scales_cap` the tangents
+        of `changed` come multiplied.
         """
         self.context, self.config, self.intervals = context, context.config, context.intervals
         self.terms, self.head, self.row_in_block = context.terms, head, row_in_block
@@ -69,10 +71,12 @@ class TileLogits:
         ref = context.operands.scale
         self.scale = ref[broadcast_index(head[:-1], ref.shape)] if scale is None else scale
         mask = self.terms.mask
-        self.has_terms = self.terms.bias is not None or mask is not None
+        self.has_terms = self.terms.bias is not None or mask is not None or self.config.score_mod is not None
         # A mask of keys is added.
         self.adds_mask = mask is not None and mask.term.kind is TermKind.COLUMNS
         self.scales_cap = scales_cap
+        mods, layouts = context.operands.mods, (self.q_layout, self.kv_layout)
+        self.mods = None if mods is None else TileMods(mods, head, self.shape, self.q_axis, layouts, scalars)
         self.starts_with_bias = starts_with_bias
         # With such a start, what queries are to be multiplied by, and the unit that logits then come in.
         self.power, self.unit = None, Unit()
@@ -139,6 +143,9 @@ class TileLogits:
         early = lax.optimization_barrier(early)
         return early._replace(mask=terms.mask) if is_late else early
 
+    def place(self, rows: RowVectors, tile: Any) -> Place:
+        return Place(rows.row, tile * self.block_kv)
+
     def start(self, terms: TileTerms) -> tuple[jax.Array, TileTerms]:
         """What the products of a tile are added to, and the terms that are left to be added behind.
 
@@ -148,21 +155,10 @@ class TileLogits:
         if not self.starts_with_bias or terms.bias is None:
             return zeros(*self.shape), terms
         if self.adds_mask:
-            addend = self._clipped(terms.bias) * (1.0 / self.unit.size)
+            addend = self.clipped(terms.bias) * (1.0 / self.unit.size)
             return addend + terms.mask, TileTerms(None, None)
-        whole, divided = self._clipped, lambda bias: self._clipped(bias) * (1.0 / self.unit.size)
+        whole, divided = self.clipped, lambda bias: self.clipped(bias) * (1.0 / self.unit.size)
         return lax.cond(self.unit.size == 1.0, whole, divided, terms.bias), terms._replace(bias=None)
-
-    def capped(self, products: jax.Array, terms: TileTerms, multiplier: Any) -> tuple[jax.Array, TileTerms, Any]:
-        """What `__call__` takes: the same; or tangents of a soft cap, the other terms, and the tangents' multiplier."""
-        cap = self.config.logits_soft_cap
-        if cap is None:
-            return products, terms, multiplier
-        size = 1.0 if not self.scales_cap else cap if self.has_terms else cap * LOG2E
-        factor = multiplier * (LN2 / cap)
-        if terms.bias is not None:
-            products, factor = products * (multiplier * LN2) + self._clipped(terms.bias), 1.0 / cap
-        return soft_cap(products, factor, size), terms._replace(bias=None), cap * LOG2E / size
 
     def __call__(
         self,
@@ -176,11 +172,11 @@ class TileLogits:
     ) -> Any:
         """`then(x, factor)`, where the base-2 logits are x * factor; factor is None for 1.
 
-        With bias or mask, x is in base e and factor LOG2E: what is added then needs no scaling, and base 2 comes with
-        the subtraction of the maximum (see `to_base_2`). If the products have started with the bias, x is in `unit`,
-        and factor without meaning.
+        With bias, mask or `score_mod`, x is in base e and factor LOG2E: what is added then needs no scaling, and base 2
+        comes with the subtraction of the maximum (see `to_base_2`). If the products have started with the bias, x is in
+        `unit`, and factor without meaning.
 
-        Products, terms and multiplier (of the products, in base 2) are as `capped` returned them. `masked` is True,
+        Products, terms and multiplier (of the products, in base 2) are as `changed` returned them. `masked` is True,
         False, or a scalar known at run time; `then` is part of what is chosen by it. (A pipeline of
         one loop whose step branches is faster than one of a loop for each kind of tile: the compiler keeps the products
         of several from overlapping.)
@@ -192,7 +188,7 @@ class TileLogits:
             if not self.has_terms:
                 return products, multiplier
             x = products if self.starts_with_bias else products * (multiplier * LN2)
-            addends = [] if terms.bias is None else [self._clipped(terms.bias)]
+            addends = [] if terms.bias is None else [self.clipped(terms.bias)]
             addends += [in_mask] if self.adds_mask and in_mask is not None else []
             if addends:
                 x = x + functools.reduce(jnp.add, addends)
@@ -208,6 +204,8 @@ class TileLogits:
             allowed = self.intervals.allowed(pair, self.head, rows.row, tile * self.block_kv, self.shape, self.q_axis)
             dead = self.intervals.dead(pair, self.head, rows.row, self.shape, self.q_axis)
             elements = [in_mask == 0] if self.adds_mask and in_mask is not None else []
+            if self.config.mask_mod is not None and self.mods is not None:
+                elements.append(self.mods.mask(self.place(rows, tile)))
             if compares:
                 layouts = self.kv_layout, self.q_layout
                 column = tile * self.block_kv
@@ -241,7 +239,7 @@ class TileLogits:
         rows = plgpu.layout_cast(jnp.full((self.shape[0],), factor, jnp.float32), ROW)
         return columns_of(lax.optimization_barrier(rows), self.shape)
 
-    def _clipped(self, bias: jax.Array) -> jax.Array:
+    def clipped(self, bias: jax.Array) -> jax.Array:
         """In float32. A bfloat16 bias is clipped before, two elements at a time.
 
         What it is divided by is above half the ceiling: so is the floor then.

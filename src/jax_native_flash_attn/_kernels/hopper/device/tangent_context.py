@@ -179,7 +179,7 @@ class TangentRows:
         That over the first tile with any weight is subtracted from all dz of a row. Otherwise p dz would be large, and
         its rounding, where the dz of a row are large beside their differences.
         """
-        p, dz = (fold_columns(x, jnp.add).sum(axis=1) for x in (weights.p, weights.through_cap * dx))
+        p, dz = (fold_columns(x, jnp.add).sum(axis=1) for x in (weights.p, weights.through * dx))
         return jnp.where(p > _LEAST_WEIGHT, dz / p, NO_MEAN)
 
     def operands(
@@ -189,11 +189,11 @@ class TangentRows:
         logits, tile, parts, reference = self.logits, self.item.tile(i), [], _or_zero(means)
         if dx is not None:
             if reference is None:
-                change = weights.through_cap * dx
-            elif weights.through_cap is weights.p:
+                change = weights.through * dx
+            elif weights.through is weights.p:
                 change = weights.p * (dx - logits.of_rows(reference))
             else:
-                change = weights.through_cap * dx - weights.p * logits.of_rows(reference)
+                change = weights.through * dx - weights.p * logits.of_rows(reference)
             added = (change, weights.p)[: len(sums)]
             sums = tuple(x + fold_columns(y, jnp.add) for x, y in zip(sums, added, strict=True))
             parts.append(change)

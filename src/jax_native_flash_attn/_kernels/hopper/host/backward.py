@@ -38,14 +38,15 @@ class Backward:
     def row_operands(self, block_rows: int, dout_tma: TmaLoad, *, drops_dead_rows: bool = False) -> RowOperands:
         """As the kernels read them: vectors to whole blocks (TMA clips matrices only).
 
-        lse is in base 2, but with bias or mask in base e, as are the logits that it is subtracted from. Of short calls
-        it is in base e too, and the kernel scales it: a launch less, but in the kernel up to 4% of longer calls.
+        lse is in base 2, but with bias, mask or `score_mod` in base e, as are the logits that it is subtracted from. Of
+        short calls it is in base e too, and the kernel scales it: a launch less, but in the kernel up to 4% of longer
+        calls.
 
         Rows past the last get an lse for which all weights are zero: they must not be infinite, whatever the bias.
         So do dead rows, whose logits are constant, for kernels that want dz alone (values get a gradient from them).
         """
         dead = self.inputs.mask.dead if drops_dead_rows else None
-        lse, scales_lse = prepare_lse(self.inputs, self.lse, block_rows, dead)
+        lse, scales_lse = prepare_lse(self.config, self.inputs, self.lse, block_rows, dead)
         T, padded = self.sizes.T, round_up(self.sizes.T, block_rows)
         return RowOperands(
             self.products.dout if self.products else pad_axis(self.dout, -3, round_up(T, dout_tma.multiple)),
@@ -56,10 +57,10 @@ class Backward:
 
 
 def prepare_lse(
-    inputs: Inputs, lse: jax.Array, block_rows: int, dead: jax.Array | None = None
+    config: Config, inputs: Inputs, lse: jax.Array, block_rows: int, dead: jax.Array | None = None
 ) -> tuple[jax.Array, bool]:
     """As `Backward.row_operands` says, without weights in `dead` rows; and whether the kernel is to scale it."""
-    has_terms = inputs.bias is not None or inputs.mask.allowed is not None
+    has_terms = inputs.bias is not None or inputs.mask.allowed is not None or config.score_mod is not None
     is_short = inputs.sizes.T * inputs.sizes.S <= _SHORT
     lse = lse if has_terms or is_short else lse * LOG2E
     lse = lse if dead is None else jnp.where(dead, _NO_WEIGHT, lse)

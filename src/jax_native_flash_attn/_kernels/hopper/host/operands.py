@@ -15,6 +15,7 @@ from ..operands import MASKED, Dropout, Elements, LogitTerm, Operands, TermBuffe
 from ..pallas import TmaLoad, matrix_buffer, pad_axis, plgpu, round_up, swizzle_bytes
 from .intervals import narrowed, pad_rows, row_intervals
 from .mask_bits import WORDS, pack_columns, pack_rows, visited_range
+from .mods import prepare_mods
 from .tf32 import Products
 
 
@@ -29,12 +30,13 @@ def prepare(
     products: Products | None = None,
     transposes_mask: bool = False,
     reads_intervals: bool = False,
+    needs_slope: bool = False,
 ) -> Operands:
     """For `tma` of query and key, and of value.
 
     `products`: query, key and value of float32. `transposes_mask`: the mask's tiles are read transposed, which cannot
     be done with bits: it is packed so. `reads_intervals`: those of rows that are moved, even if kernels could compute
-    them.
+    them. `needs_slope`: the derivative of a `score_mod`.
     """
     z, mask = inputs.sizes, inputs.mask
     query, key, value = products or Products(
@@ -68,6 +70,7 @@ def prepare(
         length=mask.key_value_length,
         dropout=dropout,
         shift=shift,
+        mods=prepare_mods(config, inputs, block_rows, block_kv, needs_slope=needs_slope),
         has_dead_rows=shift is not None and mask.dead is not None,
     )
 
@@ -133,7 +136,7 @@ def _term(x: jax.Array, T: int, S: int, block_rows: int, block_kv: int) -> Logit
 def starts_with_bias(config: Config, inputs: Inputs) -> bool:
     """Whether the forward's products are added to the bias: `TileLogits.start`."""
     bias = inputs.bias
-    if bias is None or config.logits_soft_cap is not None:
+    if bias is None or not config.adds_bias:
         return False
     return kind_of(bias) is TermKind.TILED and inputs.query.dtype == jnp.bfloat16
 

@@ -27,6 +27,7 @@ class KernelPlan:
         """`options` as of `operands.prepare`."""
         products = None if call.products is None else call.products.forward
         tma, value_tma = self.tma, self.value_tma
+        options |= {"needs_slope": True}
         return prepare(call.config, call.inputs, block_rows, block_kv, tma, value_tma, products=products, **options)
 
     @property

@@ -120,7 +120,7 @@ class TangentPlan(KernelPlan):
     def operands(self, call: Tangent) -> TangentOperands:
         blocks, tma, value_tma, tangents = self.blocks, self.tma, self.value_tma, call.tangents
         (T, S), inputs = (self.sizes.T, self.sizes.S), call.inputs
-        lse, scales_lse = prepare_lse(inputs, call.lse, blocks.rows)
+        lse, scales_lse = prepare_lse(call.config, inputs, call.lse, blocks.rows)
 
         def padded(name: str, length: int, tma: TmaLoad) -> jax.Array | None:
             return pad_axis(tangents[name], -3, round_up(length, tma.multiple)) if name in tangents else None
@@ -139,7 +139,7 @@ class TangentPlan(KernelPlan):
             dropout=None,
         )
         operands = TangentOperands(
-            forward=prepare(call.config, inputs, blocks.rows, blocks.block_kv, tma, value_tma),
+            forward=prepare(call.config, inputs, blocks.rows, blocks.block_kv, tma, value_tma, needs_slope=True),
             tangents=changes,
             out=pad_axis(call.out, -3, round_up(T, blocks.rows)),
             lse=lse,
