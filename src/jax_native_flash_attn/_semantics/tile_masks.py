@@ -49,6 +49,20 @@ def find_tiles(elements: Elements, T: int, S: int, block: int = BLOCK) -> Tiles:
     return Tiles(jnp.moveaxis(classes, 0, -2), has_key.reshape(*has_key.shape[:-2], -1)[..., :T])
 
 
+def regrouped(classes: jax.Array, block: int, axis: int, length: int, size: int) -> jax.Array:
+    """Classes of tiles that have `size` in place of `block` rows or keys along an axis, from those that they meet."""
+    if size == block:
+        return classes
+    first = jnp.arange(0, length, size, dtype=jnp.int32)
+    last = (jnp.minimum(first + size, length) - 1) // block
+    most = max((min(x + size, length) - 1) // block - x // block for x in range(0, length, size)) + 1
+    met = jnp.minimum(first[:, None] // block + jnp.arange(most, dtype=jnp.int32), last[:, None])
+    found = jnp.take(classes, met, classes.ndim + axis)
+    within = found.ndim + axis
+    least, largest = found.min(within), found.max(within)
+    return jnp.where(least == FULL, FULL, jnp.where(largest == EMPTY, EMPTY, PARTIAL)).astype(jnp.int8)
+
+
 def elements_of(program: Program, numbers: tuple[jax.Array, ...], args: Any) -> Elements:
     """Of a `mask_mod`.
 

@@ -44,12 +44,15 @@ class LogitTerm:
 class RowIntervals:
     """Traced intervals of keys: of each row, (..., T), and the tiles of each block of rows, (..., blocks, 4).
 
-    A row without any key has `DEAD` as its key_start.
+    A row without any key has `DEAD` as its key_start. With `tile_order`, (..., blocks, tiles), ranges are of places in
+    that; with `tile_classes`, likewise, as of `tile_masks.Tiles`, they have no meaning.
     """
 
     key_start: Any
     key_stop: Any
     tile_ranges: Any | None
+    tile_order: Any | None = None
+    tile_classes: Any | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -148,7 +151,11 @@ class Operands:
     def without_tile_ranges(self) -> "Operands":
         """For a kernel that goes through query tiles."""
         intervals = self.intervals
-        return self if intervals is None else replace(self, intervals=replace(intervals, tile_ranges=None))
+        return (
+            self
+            if intervals is None
+            else replace(self, intervals=replace(intervals, tile_ranges=None, tile_order=None, tile_classes=None))
+        )
 
     @property
     def is_cut(self) -> bool:
@@ -186,11 +193,13 @@ class TransposedOperands:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QueryTiles:
-    """Which query tiles a block of keys meets: see `host.intervals.query_tiles`."""
+    """Which query tiles a block of keys meets: see `query_tiles` and, with `order`, `query_tiles_of_classes`."""
 
     ranges: Any | None = None
     bounds: Any | None = None
     longest: Any | None = None
+    order: Any | None = None
+    classes: Any | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -23,6 +23,11 @@ _LEAST_EVEN = 0.85  # mean number of keys of an item over the largest
 _CACHE_BYTES = 24e6  # of what blocks that run at once should share: half of Hopper's L2 cache
 
 
+def is_outside(ranges: ColumnRange, tile: Any) -> Any:
+    """Whether a tile is none of those that all rows attend in full."""
+    return (tile < ranges.full_first) | (tile >= ranges.full_stop)
+
+
 class Item(NamedTuple):
     """One item of a worker. Its tiles are visited last one first, or those that need a mask before the others.
 
@@ -33,6 +38,7 @@ class Item(NamedTuple):
       ranges: its tiles.
       is_empty: whether the split has no tiles; the one in `ranges` then counts for nothing.
       edges_first: whether the tiles that need a mask are visited first.
+      tile_at: the tile at a place in `ranges`; None where that is its number.
     """
 
     count: Any
@@ -42,6 +48,7 @@ class Item(NamedTuple):
     ranges: ColumnRange
     is_empty: Any
     edges_first: bool = False
+    tile_at: Callable[[Any], Any] | None = None
 
     @property
     def num_tiles(self) -> Any:
@@ -54,6 +61,15 @@ class Item(NamedTuple):
 
     def tile(self, i: Any) -> Any:
         """The i-th one visited."""
+        place = self.place(i)
+        return place if self.tile_at is None else self.tile_at(place)
+
+    def is_edge(self, i: Any) -> Any:
+        """Whether that may need a mask."""
+        return is_outside(self.ranges, self.place(i))
+
+    def place(self, i: Any) -> Any:
+        """In `ranges`."""
         first, full_first, full_stop, stop = self.ranges
         if not self.edges_first:
             return stop - 1 - i
@@ -138,13 +154,17 @@ class TileScheduler:
         body: Callable[[Any, Item], None],
         *,
         edges_first: bool = False,
+        tile_at: Callable[[Any, Any], Callable[[Any], Any] | None] = lambda head, block: None,
     ) -> None:
-        """`body(k, item)` for the k-th item of a worker; `ranges_of(head, block)` are tiles of all splits."""
+        """`body(k, item)` for the k-th item of a worker; `ranges_of(head, block)` are tiles of all splits.
+
+        `tile_at(head, block)` is that of the item.
+        """
 
         def run(k: Any, n: Any, count: Any) -> Any:
             head, block, split = self.item(n)
             ranges, is_empty = split_of(ranges_of(head, block), split, self.splits)
-            item = Item(count, head, block, split, ranges, is_empty, edges_first)
+            item = Item(count, head, block, split, ranges, is_empty, edges_first, tile_at(head, block))
             body(k, item)
             return count + item.num_tiles
 

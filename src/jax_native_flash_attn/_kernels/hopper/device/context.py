@@ -61,4 +61,6 @@ class KernelContext:
 
         # Without tiles that need a mask before the others, these come last anyway.
         edges_first = self.edges_first and self.intervals.has_left_edge
-        scheduler.for_each_item(lax.axis_index("worker"), ranges_of, body, edges_first=edges_first)
+        scheduler.for_each_item(
+            lax.axis_index("worker"), ranges_of, body, edges_first=edges_first, tile_at=self.intervals.tile_at
+        )

@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ...._semantics.tile_masks import EMPTY, FULL
 from ..host.dbias_plan import DBiasBuffers, DBiasPlan
 from ..operands import BackwardOperands
-from ..pallas import ROW, Views, load, pl, plgpu, store, unravel, warp_specialize, zeros
+from ..pallas import ROW, Views, broadcast_index, load, pl, plgpu, store, unravel, warp_specialize, zeros
+from ..scheduler import is_outside
 from .backward import BackwardContext, logits_cotangent, softmax_weights
 from .context import shared_fields
 from .logits import TileLogits
-from .masks import Intervals, is_outside
+from .masks import Intervals
 from .transfers import Ring, key_slice, query_slice, row_slice
 
 
@@ -102,6 +104,9 @@ class BiasTiles:
         number = lax.div(i, self.per_tile)
         index, tile = unravel(self.begin + i - number * self.per_tile, plan.visited), self.first_tile + number
         *head, block = (a if n > 1 else b for a, b, n in zip(index, self.own, plan.visited, strict=True))
+        if intervals.traced is not None and (classes := intervals.traced.tile_classes) is not None:
+            found = classes[(*broadcast_index(head, classes.shape[:-2]), block, tile)]
+            return Visit(tuple(head), block, tile, found != EMPTY, found != FULL)
         ranges = intervals.ranges(tuple(head), block, plan.blocks.rows)
         attends = (tile >= ranges.first) & (tile < ranges.stop)
         return Visit(tuple(head), block, tile, attends, is_outside(ranges, tile))

@@ -31,7 +31,6 @@ from ..operands import BackwardOperands
 from ..pallas import hide_from_compiler, pl, plgpu, warp_specialize, zeros
 from ..scheduler import Item
 from .dquery_context import DQueryContext, DQueryRows
-from .masks import is_outside
 from .tf32 import add_products
 from .transfers import key_slice, query_slice
 
@@ -139,7 +138,7 @@ def _step(rows: DQueryRows, i: Any, carry: tuple) -> tuple:
         dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
         so_far = tuple(ref[...] for ref in moment_refs)
         has_edges = context.intervals.has_many_edges(context.blocks.rows) and not context.edges_first
-        is_edge = has_edges and is_outside(item.ranges, item.tile(i))
+        is_edge = has_edges and item.is_edge(i)
         ds_ref[...], so_far = rows.dlogits(s, dp, terms, i, is_edge, so_far)
         for ref, x in zip(moment_refs, so_far, strict=True):
             ref[...] = x
@@ -174,7 +173,7 @@ def _tile_alone(rows: DQueryRows, i: Any, carry: tuple, *, masked: bool | None) 
     products: Any = pl.run_state(lambda state: rows.issue(state[0], state[1], buffer, slot, value_slot))
     s, dp = products((plgpu.ACC.init(zeros(*shape)), plgpu.ACC.init(zeros(*shape))))
     if masked is None:
-        masked = rows.has_edges and is_outside(item.ranges, item.tile(i))
+        masked = rows.has_edges and item.is_edge(i)
     if not context.terms.tiled:  # those come with the values, and are yet to be read
         context.value_ring.release(value_slot)
     terms = rows.logits.tile_terms(rows.vectors, item.tile(i), value_slot)

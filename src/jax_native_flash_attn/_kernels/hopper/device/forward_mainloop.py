@@ -17,7 +17,6 @@ from .changes import changed
 from .forward_context import ForwardContext, Rows
 from .forward_results import write
 from .logits import RowVectors, TileTerms
-from .masks import is_outside
 from .overlap import THREAD_COLUMNS, fold_columns, order_before_wgmma_wait, rounded_to_tf32
 from .units import to_base_2
 
@@ -243,7 +242,7 @@ def _step(softmax: Softmax, no_weights: Any, i: Any, carry: tuple) -> tuple:
         if takes_turns:
             plgpu.barrier_arrive(turn.at[lax.rem(rows.wg + 1, jnp.int32(warpgroups))])
         s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-        is_edge = has_edges and is_outside(rows.item.ranges, rows.item.tile(i))
+        is_edge = has_edges and rows.item.is_edge(i)
         p_ref[...], top_ref[...], total_ref[...], correction_ref[...] = softmax(s, terms, i, top, total, is_edge)
         context.key_ring.release(slot)
         order_before_wgmma_wait(total_ref[...])

@@ -6,6 +6,7 @@ traced intervals are read: see `host/intervals.py`.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -16,14 +17,10 @@ from jax import lax
 
 from ...._semantics.masks import Band, ColumnRange
 from ...._semantics.sizes import Sizes
+from ...._semantics.tile_masks import FULL
 from ..host.intervals import Bounds, tile_ranges
 from ..operands import DEAD, Elements, Operands, QueryTiles, RowIntervals
 from ..pallas import ROW, broadcast_index, iota, load, pl, spread
-
-
-def is_outside(ranges: ColumnRange, tile: Any) -> Any:
-    """Whether a tile is none of those that all rows attend in full."""
-    return (tile < ranges.full_first) | (tile >= ranges.full_stop)
 
 
 @dataclass(frozen=True)
@@ -164,6 +161,14 @@ class Intervals:
             bounds = Bounds(bounds.least_start, bounds.largest_start, *stops)
         return tile_ranges(bounds, self.block_kv, self.S)
 
+    def tile_at(self, head: tuple, block: Any) -> Callable[[Any], Any] | None:
+        """The tile at a place in `ranges`, or None where that is its number."""
+        if self.traced is None or self.traced.tile_order is None:
+            return None
+        ref = self.traced.tile_order
+        index = (*broadcast_index(head, ref.shape[:-2]), block)
+        return lambda place: ref[(*index, place)]
+
     def bounds_between(self, head: tuple, first: Any, last: Any) -> Bounds:
         """Of what the band leaves to the rows between two positions, both included."""
         end, (lower, upper) = jnp.int32(self.end(head)), self.bounds(head)
@@ -203,6 +208,9 @@ class Intervals:
     def is_query_edge(self, head: tuple, row: Any, block: Any, block_q: int, block_keys: int) -> Any:
         """Whether a tile needs a mask; keys and rows past the ends do not, as nothing that comes of them is kept."""
         key, edge, (lower, upper) = jnp.int32(block * block_keys), False, self.bounds(head)
+        if self.query_tiles is not None and self.query_tiles.classes is not None:
+            ref = self.query_tiles.classes
+            return ref[(*broadcast_index(head, ref.shape[:-2]), lax.div(row, jnp.int32(block_q)), block)] != FULL
         if self.query_tiles is not None and self.query_tiles.bounds is not None:
             ref = self.query_tiles.bounds
             tile = (*broadcast_index(head, ref.shape[:-2]), lax.div(row, jnp.int32(block_q)))

@@ -25,7 +25,6 @@ from ..host.tangent_plan import TangentBuffers, TangentOuts, TangentPlan
 from ..operands import TangentOperands
 from ..pallas import hide_from_compiler, pl, plgpu, warp_specialize, zeros
 from ..scheduler import Item
-from .masks import is_outside
 from .overlap import fold_columns, order_before_wgmma_wait
 from .tangent_context import NO_MEAN, TangentContext, TangentRows
 from .transfers import key_slice, query_slice
@@ -163,7 +162,7 @@ def _is_masked(rows: TangentRows, i: Any, *, is_first: bool) -> Any:
     intervals, item = rows.context.intervals, rows.item
     if is_first:
         return intervals.has_left_edge or intervals.has_right_edge
-    is_edge = intervals.has_many_edges(rows.context.blocks.rows) and is_outside(item.ranges, item.tile(i))
+    is_edge = intervals.has_many_edges(rows.context.blocks.rows) and item.is_edge(i)
     # A head without keys attends all tiles, with logits of 0.
     is_all_dead = intervals.is_cut and not intervals.is_moved and intervals.is_dead(item.head)
     return is_all_dead if is_edge is False else is_edge | is_all_dead

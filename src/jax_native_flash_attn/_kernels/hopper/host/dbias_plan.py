@@ -112,7 +112,7 @@ class DBiasPlan(KernelPlan):
         return {"split": self.splits, "own": math.prod(heads), "rows": rows, "run": -(-self.key_blocks // self.run)}
 
     def operands(self, call: Backward) -> BackwardOperands:
-        forward = self.prepare(call, self.blocks.rows, self.blocks.block_kv)
+        forward = self.prepare(call, self.blocks.rows, self.blocks.block_kv, reads_classes=True)
         return BackwardOperands(forward, call.row_operands(self.blocks.rows, self.value_tma))
 
     def out_type(self) -> jax.ShapeDtypeStruct:

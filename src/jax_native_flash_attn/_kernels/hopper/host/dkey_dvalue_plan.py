@@ -16,6 +16,7 @@ from .intervals import query_tiles
 from .mask_bits import visited
 from .operands import term_buffers
 from .plan import KernelPlan
+from .tile_classes import query_tiles_of_classes
 
 # Mean head dimensions (above the first, up to the second) with which the softmax runs beside products of its warpgroup:
 # masked calls take 2 to 6% less there. Elsewhere it takes up to 3% more.
@@ -139,20 +140,25 @@ class KeyPlan(KernelPlan):
         mask = call.inputs.mask
         moved = [] if mask.shift is None else [mask.shift, mask.key_value_length]
         reads_intervals = any(_differs_along(self.summed, x) for x in moved if x is not None)
-        forward = self.prepare(call, block_q, self.block_keys, transposes_mask=True, reads_intervals=reads_intervals)
+        options = {"transposes_mask": True, "reads_intervals": reads_intervals, "reads_classes": True}
+        forward = self.prepare(call, block_q, self.block_keys, **options)
         rows = call.row_operands(block_q, self.value_tma)
         is_computed = forward.intervals is None
         bits = next((x.array for x in forward.tiled if x is forward.mask), None)
-        tiles = query_tiles(
-            mask,
-            z.T,
-            z.S,
-            block_q,
-            self.block_keys,
-            self.summed,
-            is_computed=is_computed,
-            visited=None if bits is None else visited(bits, self.block_keys),
-        )
+        classes = None if forward.intervals is None else forward.intervals.tile_classes
+        if classes is not None:
+            tiles = query_tiles_of_classes(classes, self.summed)
+        else:
+            tiles = query_tiles(
+                mask,
+                z.T,
+                z.S,
+                block_q,
+                self.block_keys,
+                self.summed,
+                is_computed=is_computed,
+                visited=None if bits is None else visited(bits, self.block_keys),
+            )
         turned = None
         if call.products is not None:
             query, dout = call.products.transposed.query, call.products.transposed.dout

@@ -5,6 +5,8 @@ where rows of bias and mask are multiples of 32 bytes. Bias and boolean mask kee
 both T and S they come tile by tile with the keys, through shared memory; with one of them they are a vector.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from .intervals import narrowed, pad_rows, row_intervals
 from .mask_bits import WORDS, pack_columns, pack_rows, visited_range
 from .mods import prepare_mods
 from .tf32 import Products
+from .tile_classes import kernel_classes, with_order
 
 
 def prepare(
@@ -31,12 +34,13 @@ def prepare(
     transposes_mask: bool = False,
     reads_intervals: bool = False,
     needs_slope: bool = False,
+    reads_classes: bool = False,
 ) -> Operands:
     """For `tma` of query and key, and of value.
 
     `products`: query, key and value of float32. `transposes_mask`: the mask's tiles are read transposed, which cannot
     be done with bits: it is packed so. `reads_intervals`: those of rows that are moved, even if kernels could compute
-    them. `needs_slope`: the derivative of a `score_mod`.
+    them. `needs_slope`: the derivative of a `score_mod`. `reads_classes`: those of tiles, in place of a list of them.
     """
     z, mask = inputs.sizes, inputs.mask
     query, key, value = products or Products(
@@ -55,6 +59,10 @@ def prepare(
         if mask_term.kind is TermKind.TILED and intervals is not None and not transposes_mask:
             bits = mask_term.array
             intervals = narrowed(intervals, *visited_range(bits, block_rows), bits.shape[-2])
+    if intervals is not None and mask.tile_classes is not None:
+        classes = kernel_classes(config, mask, z.T, z.S, block_rows, block_kv)
+        listed = replace(intervals, tile_ranges=None, tile_classes=classes.astype(jnp.int32))
+        intervals = listed if reads_classes else with_order(intervals, classes)
     dropout = None
     if config.dropout is not None and inputs.dropout_key is not None and inputs.head_index is not None:
         dropout = Dropout(inputs.dropout_key, inputs.head_index)
