@@ -56,7 +56,7 @@ def regrouped(classes: jax.Array, block: int, axis: int, length: int, size: int)
     first = jnp.arange(0, length, size, dtype=jnp.int32)
     last = (jnp.minimum(first + size, length) - 1) // block
     most = max((min(x + size, length) - 1) // block - x // block for x in range(0, length, size)) + 1
-    met = jnp.minimum(first[:, None] // block + jnp.arange(most, dtype=jnp.int32), last[:, None])
+    met = jnp.minimum(first[:, None] // block + jnp.arange(most, dtype=jnp.int32)[None], last[:, None])
     found = jnp.take(classes, met, classes.ndim + axis)
     within = found.ndim + axis
     least, largest = found.min(within), found.max(within)

@@ -260,7 +260,7 @@ class _Builder:
             elif kind is Kind.SCALAR and self.nodes[index].dtype == INTEGER:
                 at.append(index)
             else:
-                raise NotLowered(why_not_read(self.nodes[index], vector is not None))
+                raise NotLowered(why_not_read(kind, are_places=self.numbers.first_row == 0))
         vectors = [x for x in at if isinstance(x, Kind)]
         if len(vectors) > 1:
             raise NotLowered("reads an argument by query_index and key_index: give that as bias or mask")

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from .formulas import BOOL, Kind, Node, Whole
+from .formulas import BOOL, Kind, Whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +33,12 @@ def known_axis(axis: int | None) -> int:
     return axis
 
 
-def why_not_read(index: Node, is_number: bool) -> str:
-    if is_number:
-        return f"reads an argument by {index.op}, which positions or an offset make another than its place"
-    found = {Kind.ROWS: "query_index", Kind.KEYS: "key_index", Kind.TILE: "query_index and key_index, or a score"}
-    return f"gathers from an argument by an index that it computes from {found.get(index.kind, 'others')}"
+def why_not_read(kind: Kind, *, are_places: bool) -> str:
+    """By an index of a kind; `are_places`: whether numbers of rows and keys are their places in arrays."""
+    name = {Kind.ROWS: "query_index", Kind.KEYS: "key_index", Kind.TILE: "query_index and key_index, or a score"}
+    if not are_places and kind in (Kind.ROWS, Kind.KEYS):
+        return f"reads an argument by {name[kind]}, which positions or an offset make another than its place"
+    return f"gathers from an argument by an index that it computes from {name.get(kind, 'others')}"
 
 
 def fill_value_of(given: Any, dtype: np.dtype) -> Any:

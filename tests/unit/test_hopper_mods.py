@@ -1,0 +1,330 @@
+"""Functions of scores and indices as the Hopper kernels evaluate them: formulas, their tiles, and which are visited."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_native_flash_attn import mods
+from jax_native_flash_attn._kernels.hopper.formula_builder import make_formula
+from jax_native_flash_attn._kernels.hopper.formulas import LOWERED, Formula, Kind, Numbers
+from jax_native_flash_attn._semantics.call import Config, Inputs, ModOperands
+from jax_native_flash_attn._semantics.masks import Band, MaskOperands
+from jax_native_flash_attn._semantics.mods import INDICES, Program, trace_mod
+from jax_native_flash_attn._semantics.tile_masks import EMPTY, FULL, PARTIAL
+from tests.support.targets import needs_backend
+
+B, N, T, S = 2, 2, 70, 100
+BLOCK = 64
+RNG = np.random.default_rng(0)
+IDS = np.sort(RNG.integers(0, 4, (B, S)), -1).astype(np.int32)
+TABLE, GATE, ROWS = (RNG.standard_normal(shape).astype(np.float32) for shape in ((N, 9), (B, S), (T,)))
+FLAGS = RNG.random(T) < 0.5
+
+
+def _many(score, b, h, q, k):
+    powers = score**3 / (1 + h).astype(score.dtype) + jnp.square(score) + score**-1
+    curves = jax.nn.sigmoid(score) + jnp.exp(-score * score) + jnp.tanh(score) + jnp.tanh(q.astype(score.dtype) / 100)
+    roots = jnp.sqrt(jnp.abs(score)) + jax.lax.rsqrt(jnp.abs(score) + 1) + jnp.log(jnp.abs(score) + 1)
+    counted = (q // 3).astype(score.dtype) * (k % 5).astype(score.dtype) + (k << 1).astype(score.dtype)
+    chosen = jnp.where((q > k) ^ (h > 1), jnp.sign(score), jnp.clip(score, -1, 1)) + jnp.sin(score) + jnp.exp2(score)
+    return powers + curves + roots + counted + chosen + ((~(q & 1)) >> 1).astype(score.dtype)
+
+
+SCORES: dict[str, tuple[Any, tuple]] = {
+    "alibi": (mods.alibi, (mods.alibi_slopes(N),)),
+    "soft cap": (mods.SoftCap(2.0), ()),
+    "by row and key": (lambda s, b, h, q, k, gate, rows: s * gate[b, k] + rows[q], (GATE, ROWS)),
+    "in two steps": (lambda s, b, h, q, k, gate: s * jnp.exp(gate)[b][k], (GATE,)),
+    "by a constant": (lambda s, b, h, q, k, table: s + table[h, 3] * table[1, 2], (TABLE,)),
+    "outside": (lambda s, b, h, q, k, x: s + x.at[k].get(mode="fill", fill_value=7.0) + x[k], (ROWS[:50],)),
+    "outside, one number": (lambda s, b, h, q, k, x: s + x.at[h + 2].get(mode="fill", fill_value=5.0), (ROWS[:4],)),
+    "-inf": (lambda s, b, h, q, k: jnp.where(k > q + 3, -jnp.inf, jax.nn.relu(s)), ()),
+    "distances": (
+        lambda s, b, h, q, k: s + (q - k).astype(s.dtype) * 0.5 + jnp.maximum(q - 2 * k, 3 - k).astype(s.dtype),
+        (),
+    ),
+    "floats of each": (lambda s, b, h, q, k: s - 0.1 * (k.astype(s.dtype) - q.astype(s.dtype)) ** 2, ()),
+    "key alone": (lambda s, b, h, q, k: s + 0.5 * k.astype(s.dtype) + jnp.cos(k.astype(s.dtype)), ()),
+    "many": (_many, ()),
+    "no score": (lambda s, b, h, q, k: 0.25 * h.astype(s.dtype), ()),
+}
+MASKS: dict[str, tuple[Any, tuple]] = {
+    "causal": (mods.causal, ()),
+    "prefix": (mods.prefix_lm, (np.array([3, 66], np.int32),)),
+    "document": (mods.document, (IDS[:, :T], IDS)),
+    "document of bytes": (mods.document, (IDS[:, :T].astype(np.int8), IDS.astype(np.int8))),
+    "sliding window": (mods.SlidingWindow(40, 20), ()),
+    "dilated": (mods.Dilated(3, 20), ()),
+    "neighbourhood": (mods.Neighbourhood(10, 10, 3, 5), ()),
+    "keys": (lambda b, h, q, k: k % 2 == 0, ()),
+    "flags": (lambda b, h, q, k, t, u: (t[q] & u[h]) | (~t[q] & (k < 5)), (FLAGS, FLAGS[:N])),
+    "heads": (lambda b, h, q, k: h >= 1, ()),
+}
+
+
+def _traced(function: Any, args: tuple, *, is_score: bool) -> tuple[Program, dict[str, Any]]:
+    name = "score_mod" if is_score else "mask_mod"
+    return trace_mod(function, name, args, jnp.float32 if is_score else None)
+
+
+class _Ref:
+    """A reference of a kernel, of an array."""
+
+    def __init__(self, x: Any):
+        self.x, self.shape = x, x.shape
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.x[tuple(i if isinstance(i, slice) else int(i) for i in index)]
+
+    @property
+    def at(self) -> "_Ref":
+        return self
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`device/mods.py` with arrays in place of registers."""
+    from jax_native_flash_attn._kernels.hopper.device import mod_operations
+    from jax_native_flash_attn._kernels.hopper.device import mods as device_mods
+
+    def columns(x: Any, step: Any) -> Any:
+        return x + step * jnp.arange(x.shape[1], dtype=jnp.float32)[None]
+
+    class Plgpu:
+        class Layout:
+            WGMMA = None
+
+        @staticmethod
+        def layout_cast(x: Any, _: Any) -> Any:
+            return x
+
+        @staticmethod
+        def broadcasted_iota(dtype: Any, shape: Any, axis: int, *, layout: Any) -> Any:
+            return jax.lax.broadcasted_iota(dtype, shape, axis)
+
+    class Pl:
+        @staticmethod
+        def ds(start: Any, count: int) -> slice:
+            return slice(int(start), int(start) + count)
+
+    monkeypatch.setattr(device_mods, "plgpu", Plgpu)
+    monkeypatch.setattr(device_mods, "pl", Pl)
+    monkeypatch.setattr(device_mods, "load", lambda x, layout: x)
+    monkeypatch.setattr(device_mods, "add_columns", columns)
+    monkeypatch.setattr(mod_operations, "soft_cap", lambda x, factor, size: size * jnp.tanh(factor * x))
+    return device_mods
+
+
+def _config(program: Program, first_row: int | None) -> Config:
+    named = {"score_mod": program} if program.has_score else {"mask_mod": program}
+    return Config(Band(), None, None, None, None, False, first_row=first_row, **named)
+
+
+def _inputs(named: dict[str, Any], first_row: int, *, is_plain: bool) -> Inputs:
+    """Positions that are in order, or, with steps between them, not plain."""
+    step = 1 if is_plain else 3
+    lead = {"batch_number": jnp.arange(B), "head_number": jnp.arange(N)[None]}
+    rows, keys = (
+        jnp.int32(first) + step * jnp.arange(n, dtype=jnp.int32)[None] for first, n in ((first_row, T), (0, S))
+    )
+    operands = ModOperands(
+        **lead, query_number=rows, key_number=keys, args={n: jnp.asarray(x)[None] for n, x in named.items()}
+    )
+    query, key = jnp.zeros((B, T, N, 16)), jnp.zeros((B, S, N, 16))
+    return Inputs(query, key, key, jnp.ones(1), None, MaskOperands(), None, None, None, operands)
+
+
+def _tiles(device_mods: Any, program: Program, inputs: Inputs, config: Config, score: Any, *, transposed: bool) -> Any:
+    """(outputs..., B, N, T, S), put together from tiles."""
+    from jax_native_flash_attn._kernels.hopper.host.mods import prepare_mods
+
+    prepared = prepare_mods(config, inputs, BLOCK, BLOCK, needs_slope=program.has_score)
+    prepared = jax.tree.map(_Ref, prepared)
+    outputs = np.zeros((1 + program.has_score, B, N, T + BLOCK, S + BLOCK), np.float32 if program.has_score else bool)
+    score = np.pad(score, [(0, 0)] * 2 + [(0, BLOCK)] * 2)
+    for b, h, row, key in np.ndindex(B, N, -(-T // BLOCK), -(-S // BLOCK)):
+        at = np.s_[b, h, row * BLOCK : (row + 1) * BLOCK, key * BLOCK : (key + 1) * BLOCK]
+        tile = device_mods.TileMods(prepared, (b, h), (BLOCK, BLOCK), int(transposed), (None, None), None)
+        place = device_mods.Place(row * BLOCK, key * BLOCK)
+        if program.has_score:
+            x = jnp.asarray(score[at].T if transposed else score[at])
+            value, slope = tile.score(x, place)
+            found = [value, jnp.ones_like(x) if slope is None else slope]
+        else:
+            found = [tile.mask(place)]
+        for output, x in zip(outputs, found, strict=True):
+            output[at] = x.T if transposed else x
+    return outputs[..., :T, :S]
+
+
+@needs_backend
+@pytest.mark.parametrize("is_score", [True, False])
+@pytest.mark.parametrize("numbering", ["plain", "offset", "positions"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tiles(is_score: bool, numbering: str, transposed: bool, on_cpu: Any):
+    """Each function as its program says, and the derivative of a score's; transposed, as for the gradient of keys."""
+    first_row = {"plain": 0, "offset": 5, "positions": 2}[numbering]
+    for name, (function, args) in (SCORES if is_score else MASKS).items():
+        program, named = _traced(function, args, is_score=is_score)
+        config = _config(program, None if numbering == "positions" else first_row)
+        formula = make_formula(program, Numbers(T, S, config.first_row), needs_slope=is_score)
+        if isinstance(formula, str):
+            assert numbering != "plain", (name, formula)
+            assert "which positions or an offset make another" in formula
+            continue
+        inputs = _inputs(named, first_row, is_plain=numbering != "positions")
+        score = RNG.standard_normal((B, N, T, S)).astype(np.float32)
+        got = _tiles(on_cpu, program, inputs, config, score, transposed=transposed)
+        mods_in = inputs.mods
+        assert mods_in is not None
+        indices = [
+            mods_in.batch_number[:, None, None, None],
+            mods_in.head_number[:, :, None, None],
+            mods_in.query_number[:, None, :, None],
+            mods_in.key_number[:, None, None, :],
+        ]
+        args_in = [x.reshape(1, 1, 1, 1, *x.shape[1:]) for x in mods_in.args.values()]
+
+        def whole(x: Any, program: Program = program, indices: Any = indices, args_in: Any = args_in) -> Any:
+            return program(((x,) if program.has_score else ()) + tuple(indices), args_in)
+
+        if is_score:
+            value, slope = jax.jvp(whole, (jnp.asarray(score),), (jnp.ones_like(score),))
+            expected = [value, slope]
+        else:
+            expected = [whole(None)]
+        for x, y in zip(got, expected, strict=True):
+            np.testing.assert_allclose(x, np.broadcast_to(y, x.shape), rtol=2e-4, atol=2e-4, err_msg=name)
+
+
+@needs_backend
+def test_every_operation_that_formulas_have_is_computed():
+    from jax_native_flash_attn._kernels.hopper.device.mod_operations import OPERATIONS
+
+    assert set(OPERATIONS) == LOWERED
+
+
+def _formula(function: Any, *args: Any, first_row: int | None = 0, is_score: bool = True) -> Formula | str:
+    program, _ = _traced(function, args, is_score=is_score)
+    return make_formula(program, Numbers(T, S, first_row), needs_slope=is_score)
+
+
+def test_what_one_row_or_key_decides_is_a_vector():
+    formula = _formula(mods.Neighbourhood(10, 10, 3, 5), is_score=False)
+    assert isinstance(formula, Formula)
+    tiles = [formula.nodes[i] for i in formula.needed if formula.nodes[i].kind is Kind.TILE]
+    assert {x.op for x in tiles} == {"ge", "lt", "and"}
+    formula = _formula(mods.document, IDS[:, :T], IDS, is_score=False)
+    assert isinstance(formula, Formula)
+    assert [formula.nodes[i].kind for i in formula.reads] == [Kind.ROWS, Kind.KEYS]
+    # What `jnp` does with a negative index is left out.
+    assert {formula.nodes[i].op for i in formula.needed} <= {*INDICES, "read", "eq"}
+
+
+def test_an_additive_function_has_no_derivative_to_multiply_by():
+    additive = (mods.alibi, mods.alibi_slopes(N)), (lambda s, b, h, q, k, x: s + x[q] * x[k], ROWS)
+    for function, args in additive:
+        formula = _formula(function, args)
+        assert isinstance(formula, Formula)
+        assert formula.literal(1) == 1
+    formula = _formula(lambda s, b, h, q, k: 2 * s)
+    assert isinstance(formula, Formula)
+    assert formula.literal(1) == 2
+
+
+@pytest.mark.parametrize(
+    ("reason", "function", "args", "first_row"),
+    [
+        ("primitive erf_inv", lambda s, b, h, q, k: jax.lax.erf_inv(s), (), 0),
+        ("gathers from an argument by an index .* query_index and key_index", mods.T5RelativeBias(), (TABLE,), 0),
+        (
+            "gathers from an argument by an index .* from query_index$",
+            lambda s, b, h, q, k, x: s + x[q + 1],
+            (ROWS,),
+            0,
+        ),
+        ("by query_index and key_index: give that as bias", lambda s, b, h, q, k, x: s + x[q, k], (TABLE,), 0),
+        ("by query_index, which positions or an offset", lambda s, b, h, q, k, x: s + x[q], (ROWS,), None),
+        ("by key_index, which positions or an offset", lambda s, b, h, q, k, x: s + x[k], (ROWS,), 5),
+        ("computes in bfloat16", lambda s, b, h, q, k: (s.astype(jnp.bfloat16) * 2).astype(s.dtype), (), 0),
+        ("more than 400 operations", lambda s, b, h, q, k: sum((jnp.sin(s * i) for i in range(300)), s), (), 0),
+        ("array and an index or score together", lambda s, b, h, q, k, x: s + (x * s).sum(), (ROWS,), 0),
+        (
+            "reads a part of an argument",
+            lambda s, b, h, q, k, x: s + jax.lax.dynamic_slice(x, (h,), (3,)).sum(),
+            (ROWS,),
+            0,
+        ),
+    ],
+)
+def test_reasons(reason: str, function: Any, args: tuple, first_row: int | None):
+    found = _formula(function, *args, first_row=first_row)
+    assert isinstance(found, str)
+    assert re.search(reason, found), found
+
+
+# ---- which tiles are visited
+
+
+def _masks(T: int, S: int, classes: np.ndarray, dead: np.ndarray | None = None) -> MaskOperands:
+    start = jnp.zeros((1, 1, T), jnp.int32)
+    rows = None if dead is None else jnp.asarray(dead)[None, None]
+    return MaskOperands(start, start + S, tile_classes=jnp.asarray(classes, jnp.int8)[None, None], dead=rows)
+
+
+@needs_backend
+@pytest.mark.parametrize("shape", [(300, 500), (256, 256), (130, 70)])
+@pytest.mark.parametrize("blocks", [(128, 128), (192, 64), (64, 128), (256, 192)])
+@pytest.mark.parametrize("mask_block", [128, 48])
+def test_lists_hold_what_is_not_empty(shape: tuple[int, int], blocks: tuple[int, int], mask_block: int):
+    from jax_native_flash_attn._kernels.hopper.host.intervals import row_intervals
+    from jax_native_flash_attn._kernels.hopper.host.tile_classes import (
+        kernel_classes,
+        query_tiles_of_classes,
+        with_order,
+    )
+
+    (T, S), (rows, keys) = shape, blocks
+    rng = np.random.default_rng(1)
+    allowed = np.kron(rng.choice([0, 1, 1], (-(-T // 90), -(-S // 40))), np.ones((90, 40), int))[:T, :S] > 0
+    allowed &= rng.random((T, S)) < np.where(np.arange(S) < S // 2, 2, 0.999)
+    dead = ~allowed.any(1)
+
+    def tiles(block_q: int, block_kv: int) -> np.ndarray:
+        found = np.empty((-(-T // block_q), -(-S // block_kv)), np.int8)
+        for i, j in np.ndindex(*found.shape):
+            tile = allowed[i * block_q : (i + 1) * block_q, j * block_kv : (j + 1) * block_kv]
+            found[i, j] = FULL if tile.all() else PARTIAL if tile.any() else EMPTY
+        return found
+
+    config = Config(Band(), None, None, None, None, False, mask_block=mask_block)
+    mask = _masks(T, S, tiles(mask_block, mask_block), dead)
+    classes = np.asarray(kernel_classes(config, mask, T, S, rows, keys))[0, 0]
+    exact = tiles(rows, keys)
+    assert (classes[exact == PARTIAL] == PARTIAL).all()  # others may count as in part, never the other way round
+    assert (classes[classes == FULL] == exact[classes == FULL]).all()
+    dead_blocks = np.pad(dead, (0, -T % rows)).reshape(-1, rows).any(1)
+    assert (classes[dead_blocks] == PARTIAL).all()
+    if rows % mask_block == keys % mask_block == 0:
+        is_known = ~dead_blocks[:, None] & ((np.arange(classes.shape[1]) < classes.shape[1] - 1) | (S % keys == 0))
+        np.testing.assert_array_equal(classes[is_known], exact[is_known])
+    plain = row_intervals(mask, T, S, rows, keys)
+    assert plain is not None
+    listed = with_order(plain, jnp.asarray(classes)[None, None])
+    assert listed.tile_order is not None
+    for i, (first, edges, stop, end) in enumerate(np.asarray(listed.tile_ranges)[0, 0]):
+        order = np.asarray(listed.tile_order)[0, 0, i]
+        assert (first, stop) == (0, end)
+        assert end >= 1
+        if (classes[i] != EMPTY).any():
+            np.testing.assert_array_equal(np.sort(order[:edges]), np.flatnonzero(classes[i] == PARTIAL))
+            np.testing.assert_array_equal(np.sort(order[edges:end]), np.flatnonzero(classes[i] == FULL))
+    found = query_tiles_of_classes(jnp.asarray(classes)[None, None], (1,))
+    assert found.order is not None
+    for j, (first, end) in enumerate(np.asarray(found.ranges)[0]):
+        met = np.asarray(found.order)[0, j, first:end]
+        np.testing.assert_array_equal(np.sort(met), np.flatnonzero(classes[:, j] != EMPTY))
