@@ -18,7 +18,7 @@ FLOAT, INTEGER, BOOL = (np.dtype(x) for x in ("float32", "int32", "bool"))
 ARITHMETIC = frozenset(
     {"add", "sub", "mul", "div", "max", "min", "neg", "abs", "sign", "square", "integer_pow", "clamp"}
 )
-OF_FLOATS = frozenset({"exp", "exp2", "log", "tanh", "logistic", "sqrt", "rsqrt", "sin", "cos", "one_minus_square"})
+OF_FLOATS = frozenset({"exp", "exp2", "log", "tanh", "logistic", "sqrt", "rsqrt", "one_minus_square"})
 OF_INTEGERS = frozenset({"rem", "shift_left", "shift_right_arithmetic"})
 LOGICAL = frozenset({"and", "or", "xor", "not"})
 COMPARISONS = frozenset({"lt", "le", "gt", "ge", "eq", "ne"})

@@ -67,7 +67,8 @@ def softmax_weights(
     products, terms, multiplier, slope = changed(logits, products, terms, rows, tile, logits.scale * LOG2E)
     p = jnp.exp2(logits(products, terms, rows, tile, multiplier, masked, exponents))
     through = p if logits.config.logits_soft_cap is None else p * (1.0 - products * products)
-    return Weights(p, through if slope is None else through * slope)
+    # Where there is no weight, as in padding, a derivative need not be finite.
+    return Weights(p, through if slope is None else jnp.where(p > 0, through * slope, 0.0))
 
 
 def logits_cotangent(

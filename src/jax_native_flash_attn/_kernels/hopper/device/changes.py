@@ -3,8 +3,10 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from ...._semantics.numerics import LN2, LOG2E
+from ..pallas import iota
 from .logits import RowVectors, TileLogits, TileTerms
 from .soft_cap import soft_cap
 
@@ -30,6 +32,9 @@ def changed(
         scores = products * (multiplier * LN2)
         scores = scores if terms.bias is None else scores + logits.clipped(terms.bias)
         scores, slope = logits.mods.score(scores, logits.place(rows, tile))
+        T, axis = logits.context.sizes.T, logits.q_axis
+        if logits.is_transposed and T % logits.block_q:  # rows that are none have no mask, and 0 for their score
+            scores = jnp.where(iota(logits.shape, axis) < T - rows.row, scores, 0.0)
         products, terms, multiplier = logits.clipped(scores), terms._replace(bias=None), LOG2E
     cap = config.logits_soft_cap
     if cap is None:

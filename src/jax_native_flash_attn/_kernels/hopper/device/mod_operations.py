@@ -18,8 +18,13 @@ from .overlap import THREAD_COLUMNS
 from .soft_cap import soft_cap
 
 
+def as_integer(x: Any) -> jax.Array:
+    """1 or 0, of a bool."""
+    return jnp.where(x, jnp.int32(1), jnp.int32(0))
+
+
 def spread_bool(x: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
-    return spread(jnp.where(x, 1, 0), shape, axis) != 0
+    return spread(as_integer(x), shape, axis) != 0
 
 
 def apply(node: Node, inputs: Sequence[Any], kinds: Sequence[Kind]) -> Any:
@@ -68,7 +73,7 @@ def _selected(node: Node, which: Any, *cases: Any) -> Any:
     if len(cases) == 1:
         return cases[0]
     if node.dtype == BOOL:
-        return jnp.where(which, *(jnp.where(x, 1, 0) for x in reversed(cases))) != 0
+        return jnp.where(which, *map(as_integer, reversed(cases))) != 0
     return jnp.where(which, cases[1], cases[0])
 
 
@@ -83,7 +88,7 @@ def _converted(node: Node, x: Any) -> Any:
 def _logical(combine: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     def operation(node: Node, x: Any, y: Any) -> Any:
         if node.dtype == BOOL and np.ndim(x) != np.ndim(y):
-            x, y = (z if np.ndim(z) else jnp.where(z, 1, 0) for z in (x, y))
+            x, y = (z if np.ndim(z) else as_integer(z) for z in (x, y))
             x, y = (z if z.dtype == BOOL else z != 0 for z in _same_shapes(x, y))
         return combine(x, y)
 
@@ -91,12 +96,12 @@ def _logical(combine: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 
 
 def _not(node: Node, x: Any) -> Any:
-    return jnp.where(x, 0, 1) != 0 if node.dtype == BOOL else x ^ -1
+    return as_integer(x) == 0 if node.dtype == BOOL else x ^ -1
 
 
 def _compared(compare: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     def operation(node: Node, x: Any, y: Any) -> Any:
-        x, y = (jnp.where(z, 1, 0) if z.dtype == BOOL else z for z in map(jnp.asarray, (x, y)))
+        x, y = (as_integer(z) if z.dtype == BOOL else z for z in map(jnp.asarray, (x, y)))
         return compare(x, y)
 
     return operation
@@ -127,8 +132,6 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "logistic": lambda node, x: 0.5 * _tanh(node, 0.5 * x) + 0.5,
     "sqrt": lambda node, x: jnp.where(x == 0, x, x * lax.rsqrt(x)),
     "rsqrt": lambda node, x: lax.rsqrt(x),
-    "sin": lambda node, x: jnp.sin(x),
-    "cos": lambda node, x: jnp.cos(x),
     "rem": lambda node, x, y: lax.rem(*_same_shapes(x, y)),
     "shift_left": _shifted(lax.shift_left),
     "shift_right_arithmetic": _shifted(lax.shift_right_arithmetic),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ..formulas import BOOL, FLOAT, INTEGER, Formula, Kind, Node, Read
 from ..operands import Mods
 from ..pallas import broadcast_index, load, pl, plgpu, spread
-from .mod_operations import add_columns, apply, spread_bool
+from .mod_operations import add_columns, apply, as_integer, spread_bool
 
 _EXACT = 1 << 24  # up to which all integers are floats
 _EXACT_OPERATIONS = frozenset({"add", "sub", "mul", "neg", "abs", "max", "min", "select_n"})
@@ -248,12 +248,12 @@ class _Evaluation:
         index, inside = _index(node.params, scalars, ref, self.of.head, self._slice(node.kind))
         x = load(ref.at[index], layout=self.of.layouts[node.kind is Kind.KEYS])
         if inside is not None:
-            x = jnp.where(jnp.where(inside, x * 0 + 1, x * 0) != 0, x, jnp.asarray(node.params.fill, x.dtype))
+            x = jnp.where(jnp.full(x.shape, as_integer(inside)) != 0, x, jnp.asarray(node.params.fill, x.dtype))
         return x != 0 if node.dtype == BOOL else x
 
 
 def _full(shape: tuple[int, int], x: Any, dtype: Any) -> jax.Array:
     """A tile of one number."""
     if dtype == BOOL:
-        return _full(shape, jnp.where(x, 1, 0), jnp.int32) != 0
+        return _full(shape, as_integer(x), INTEGER) != 0
     return plgpu.layout_cast(jnp.full(shape, x, dtype), plgpu.Layout.WGMMA)

@@ -1,0 +1,99 @@
+"""`score_mod` and `mask_mod` in the Hopper kernels, on a GPU: against dense attention in float64."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_native_flash_attn import explain, flash_attention, mods
+from tests.support.cases import named_case
+from tests.support.environment import enable_x64
+from tests.support.families import skip_unless_taken
+from tests.support.hopper_mods import CALLS, ModCall, attention, dense, floats, split, value_and_gradients
+from tests.support.oracle import assert_as_accurate_as_dense
+
+pytestmark = pytest.mark.gpu(says_why=True)
+IMPLEMENTATIONS = ("mosaic_gpu", "pure_jax")
+
+
+@pytest.fixture(autouse=True)
+def _hopper() -> None:  # pyright: ignore[reportUnusedFunction]
+    skip_unless_taken(named_case("tile", "plain"), "mosaic_gpu")
+
+
+@functools.cache
+def _expected(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of dense attention in float64, and in the dtype of the call."""
+    call = CALLS[name]
+    narrow = jax.jit(functools.partial(_dense, call))(floats(call))
+    with enable_x64():
+        wide = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in floats(call).items()}
+        return jax.tree.map(np.asarray, jax.jit(functools.partial(_dense, call))(wide)), jax.tree.map(
+            np.asarray, narrow
+        )
+
+
+def _dense(call: ModCall, arrays: dict[str, Any]) -> dict[str, Any]:
+    with jax.default_matmul_precision("highest" if arrays["query"].dtype == jnp.float64 else "default"):
+        return value_and_gradients(lambda x: dense(call, x, call.options), call, arrays)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", CALLS)
+def test_value_and_gradients(name: str, implementation: str) -> None:
+    call = CALLS[name]
+    traced, _ = split(call.options)
+
+    def run(arrays: dict[str, Any], traced: dict[str, Any]) -> dict[str, Any]:
+        given = functools.partial(attention, call, given=traced, implementation=implementation)
+        return value_and_gradients(lambda x: given(x), call, arrays)
+
+    got = jax.jit(run)(floats(call), traced)
+    expected, narrow = _expected(name)
+    for result, x in got.items():
+        assert_as_accurate_as_dense(f"{name}, {result}", x, narrow[result], expected[result])
+
+
+def test_two_runs_are_bitwise_equal() -> None:
+    call = CALLS["prefix, alibi, bias"]
+    traced, _ = split(call.options)
+    run = jax.jit(lambda x, t: value_and_gradients(lambda x: attention(call, x, t), call, x))
+    first, second = (jax.tree.map(np.asarray, run(floats(call), traced)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize("name", ["alibi", "prefix", "gate", "soft cap"])
+def test_tangents(name: str) -> None:
+    """Of query, key and value, beside those of pure JAX."""
+    call = CALLS[name]
+    traced, _ = split(call.options)
+    arrays = floats(call)
+    scale = arrays.pop("scale")
+    directions = jax.tree.map(lambda x: jnp.sin(x.astype(jnp.float32)).astype(x.dtype), arrays)
+
+    def run(implementation: str) -> Any:
+        function = lambda x: attention(call, {**x, "scale": scale}, traced, implementation=implementation)  # noqa: E731
+        return jax.jit(lambda x, dx: jax.jvp(function, (x,), (dx,))[1])(arrays, directions).astype(jnp.float32)
+
+    ours, theirs = map(run, IMPLEMENTATIONS)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.03 * float(jnp.abs(theirs).max()))
+
+
+def test_what_is_empty_is_not_visited() -> None:
+    """What is infinite there would show: 0 * inf is NaN."""
+    query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 512, 2, 64), jnp.bfloat16)
+    value = value.at[:, 256:384].set(jnp.inf)
+    out = flash_attention(
+        query, key, value, mask_mod=lambda b, h, q, k: (k < 200) | (k >= 400), implementation="mosaic_gpu"
+    )
+    assert jnp.isfinite(out).all()
+
+
+def test_explain_tells_which_kernels() -> None:
+    x = jax.ShapeDtypeStruct((1, 1024, 8, 64), "bfloat16")
+    slopes = (jax.ShapeDtypeStruct((8,), "float32"),)
+    found = explain(x, x, x, score_mod=mods.alibi, score_mod_args=slopes, is_causal=True)
+    assert {found.forward.family, found.gradient.family, found.tangent.family} == {"mosaic_gpu"}

@@ -1,0 +1,157 @@
+"""Calls with functions of scores and indices that the Hopper kernels evaluate, and dense attention with them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_native_flash_attn import flash_attention, mods
+
+B, T, S, K, G = 2, 520, 700, 2, 2
+N = K * G
+_RNG = np.random.default_rng(0)
+_IDS = np.sort(_RNG.integers(0, 5, (B, S)), -1).astype(np.int32)
+_GATE, _ROWS = (_RNG.standard_normal(shape).astype(np.float32) for shape in ((B, S), (T,)))
+_FLAGS = _RNG.random(T) < 0.9
+_ALIBI: dict[str, Any] = {"score_mod": mods.alibi, "score_mod_args": (mods.alibi_slopes(N),)}
+_PREFIX: dict[str, Any] = {"mask_mod": mods.prefix_lm, "mask_mod_args": (np.array([3, 199], np.int32),)}
+
+
+def _gated(score: Any, b: Any, h: Any, q: Any, k: Any, gate: Any, rows: Any) -> Any:
+    return score * jnp.tanh(gate[b, k] + score) + rows[q] * (1 + h).astype(score.dtype)
+
+
+def _windowed(score: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+    return jnp.where((k > q + 100) | (k < q - 300), -jnp.inf, jax.nn.relu(score))
+
+
+def _flagged(b: Any, h: Any, q: Any, k: Any, flags: Any) -> Any:
+    """Some rows have no key."""
+    return flags[q] & ((k // 64 + q // 64 + h) % 3 == 0)
+
+
+class ModCall(NamedTuple):
+    """Options of `flash_attention`, and what else decides: dtype, head dimension, operands that are differentiated."""
+
+    options: dict[str, Any]
+    dtype: str = "bfloat16"
+    H: int = 64
+    wanted: tuple[str, ...] = ("query", "key", "value")
+
+
+CALLS: dict[str, ModCall] = {
+    "alibi": ModCall({**_ALIBI, "is_causal": True, "query_offset": 0}),
+    "alibi, 128": ModCall(_ALIBI, H=128),
+    "alibi, 256": ModCall(_ALIBI, H=256),
+    "alibi, float32": ModCall(_ALIBI, "float32"),
+    "alibi, float16, offset": ModCall({**_ALIBI, "is_causal": True, "query_offset": np.int32(7)}, "float16"),
+    "alibi, positions": ModCall({**_ALIBI, "query_positions": np.arange(T)[None] * 2 + np.array([[0], [5]])}),
+    "soft cap": ModCall({"score_mod": mods.SoftCap(2.0)}, wanted=("query", "key", "value", "scale")),
+    "gate": ModCall({"score_mod": _gated, "score_mod_args": (_GATE, _ROWS)}),
+    "gate, bias, cap": ModCall(
+        {"score_mod": _gated, "score_mod_args": (_GATE, _ROWS), "logits_soft_cap": 5.0},
+        wanted=("query", "key", "value", "bias"),
+    ),
+    "-inf": ModCall({"score_mod": _windowed}),
+    "prefix": ModCall(_PREFIX),
+    "prefix, 128": ModCall(_PREFIX, H=128),
+    "prefix, float32": ModCall(_PREFIX, "float32", H=128),
+    "prefix, alibi, bias": ModCall({**_PREFIX, **_ALIBI}, wanted=("query", "key", "value", "bias")),
+    "document": ModCall({"mask_mod": mods.document, "mask_mod_args": (_IDS[:, :T], _IDS)}),
+    "document, lengths": ModCall(
+        {
+            "mask_mod": mods.document,
+            "mask_mod_args": (_IDS[:, :T], _IDS),
+            "key_value_seq_lengths": np.array([S, 400], np.int32),
+            "query_seq_lengths": np.array([T, 300], np.int32),
+        }
+    ),
+    "sliding window": ModCall({"mask_mod": mods.SlidingWindow(150, 30)}),
+    "dilated": ModCall({"mask_mod": mods.Dilated(3, 100)}),
+    "neighbourhood": ModCall({"mask_mod": mods.Neighbourhood(26, 20, 7, 9)}),
+    "rows without keys": ModCall({"mask_mod": _flagged, "mask_mod_args": (_FLAGS,)}),
+    "rows without keys, sinks": ModCall(
+        {"mask_mod": _flagged, "mask_mod_args": (_FLAGS,), "sinks": np.float32([0.5, -1, 0, 2])}
+    ),
+    "a tiled mask": ModCall({"mask_mod": mods.make_tile_mask(mods.Dilated(3, 100), T, S, block=48)}),
+}
+_STATIC = ("score_mod", "mask_mod", "is_causal", "logits_soft_cap")
+
+
+def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a program gets, and what it is made with."""
+    static = {n: x for n, x in options.items() if isinstance(x, int) or (n in _STATIC and not hasattr(x, "classes"))}
+    return {name: x for name, x in options.items() if name not in static}, static
+
+
+def floats(call: ModCall, seed: int = 1) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    shapes = {"query": (B, T, N, call.H), "key": (B, S, K, call.H), "value": (B, S, K, call.H), "bias": (1, N, T, S)}
+    arrays = {name: jnp.asarray(rng.standard_normal(x), call.dtype) for name, x in shapes.items()}
+    if "bias" not in call.wanted:
+        del arrays["bias"]
+    return {**arrays, "scale": jnp.float32(0.3)}
+
+
+def attention(call: ModCall, arrays: dict[str, Any], given: dict[str, Any], **options: Any) -> jax.Array:
+    return flash_attention(**arrays, **given, **split(call.options)[1], **options)
+
+
+def dense(call: ModCall, arrays: dict[str, Any], options: dict[str, Any]) -> jax.Array:
+    """By whole arrays: in the dtype of query, with products and softmax in float32 of 16 bits."""
+    dtype = arrays["query"].dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+    key, value = (jnp.repeat(arrays[name], G, 2) for name in ("key", "value"))
+    logits = jnp.einsum("btnh,bsnh->bnts", arrays["query"], key, preferred_element_type=wide)
+    logits = logits * arrays["scale"].astype(wide)
+    if "bias" in arrays:
+        logits += arrays["bias"].astype(wide)
+    at = [
+        jnp.arange(n, dtype=jnp.int32).reshape([-1 if i == a else 1 for i in range(4)])
+        for a, n in enumerate((B, N, T, S))
+    ]
+    places = at[2:]
+    if "query_positions" in options:
+        at[2] = jnp.asarray(options["query_positions"], jnp.int32)[:, None, :, None]
+    at[2] = at[2] + options.get("query_offset", 0)
+    if options.get("score_mod") is not None:
+        args = [jnp.asarray(x, wide) for x in options.get("score_mod_args", ())]
+        logits = jnp.maximum(options["score_mod"](logits, *at, *args), jnp.finfo(jnp.float32).min / 4)
+    cap = options.get("logits_soft_cap")
+    logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+    allowed = jnp.ones(logits.shape, bool)
+    if (mask := options.get("mask_mod")) is not None:
+        args = map(jnp.asarray, options.get("mask_mod_args", ()))
+        allowed &= getattr(mask, "mask_mod", mask)(*at, *args)
+    if options.get("is_causal"):
+        allowed &= at[3] <= at[2]
+    if (lengths := options.get("key_value_seq_lengths")) is not None:
+        allowed &= places[1] < lengths[:, None, None, None]
+    has_key = allowed.any(-1, keepdims=True)
+    logits = jnp.where(allowed, logits, jnp.finfo(wide).min)
+    if (sinks := options.get("sinks")) is None:
+        weights = jax.nn.softmax(jnp.where(has_key, logits, 0.0), -1)
+    else:
+        column = jnp.broadcast_to(jnp.asarray(sinks, wide)[None, :, None, None], (*logits.shape[:-1], 1))
+        weights = jnp.where(has_key, jax.nn.softmax(jnp.concatenate([logits, column], -1), -1)[..., :-1], 0.0)
+    out = jnp.einsum("bnts,bsnh->btnh", weights.astype(dtype), value, preferred_element_type=wide).astype(dtype)
+    if (lengths := options.get("query_seq_lengths")) is not None:
+        out = jnp.where(jnp.arange(T)[None, :, None, None] < lengths[:, None, None, None], out, 0)
+    return out
+
+
+def value_and_gradients(
+    function: Callable[..., jax.Array], call: ModCall, arrays: dict[str, Any]
+) -> dict[str, jax.Array]:
+    """out, and the gradients of what is wanted of a fixed linear function of it."""
+    wanted = {name: arrays[name] for name in call.wanted}
+
+    def loss(wanted: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+        out = function({**arrays, **wanted})
+        weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32) * 0.37).reshape(out.shape)
+        return (out.astype(weights.dtype) * weights).sum(), out
+
+    gradients, out = jax.grad(loss, has_aux=True)(wanted)
+    return {"out": out, **gradients}
