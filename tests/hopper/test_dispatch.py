@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from tests.support.cases import Case
@@ -63,8 +64,9 @@ def test_unsupported_calls_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     for precision in ("default", "fastest", "bfloat16", "high", "bfloat16_3x", "tensorfloat32", ("high", "default")):
         assert "mosaic_gpu" in lowered_text(None, "cuda", case=FLOAT32, precision=precision)
     assert "mosaic_gpu" not in lowered_text(None, "cuda", precision="BF16_BF16_F32")
-    assert "mosaic_gpu" not in lowered_text(None, "cuda", score_mod=lambda score, *_: 2 * score)
-    assert "mosaic_gpu" not in lowered_text(None, "cuda", mask_mod=lambda batch, head, q, k: q >= k)
+    assert "mosaic_gpu" not in lowered_text(None, "cuda", score_mod=lambda score, *_: jnp.sin(score))
+    assert "mosaic_gpu" in lowered_text(None, "cuda", score_mod=lambda score, *_: 2 * score)
+    assert "mosaic_gpu" in lowered_text(None, "cuda", mask_mod=lambda batch, head, q, k: q >= k)
 
 
 def test_one_warning_on_a_hopper_gpu_without_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,7 +200,7 @@ def test_explain_says_why_other_kernels_do_not_run():
     found = explain(x, x, x, score_mod=mods.SoftCap(2.0), platform="cuda", implementation="pure_jax")
     assert found.forward.family == "pure_jax"
     found = explain(x, x, x, mask_mod=mods.causal, platform="cuda")
-    assert "mask_mod is a function" in found.forward.reasons["mosaic_gpu"]
+    assert "mask_mod is a function" in found.forward.reasons["cudnn_gpu"]
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ from jax import lax
 
 from .masks import MaskOperands
 from .mods import Program, args_of
+from .sizes import static_size
 
 EMPTY, PARTIAL, FULL = range(3)
 BLOCK = 128  # rows and keys of a tile; kernels join several for theirs
+_MOST_ELEMENTS = 1 << 26  # of a step, with which a GPU is busy
 
 Elements = Callable[[jax.Array, jax.Array], jax.Array]
 """From the places of some rows and keys, (t,) and (s,), what is allowed: (B or 1, N or 1, t, s)."""
@@ -31,22 +33,54 @@ class Tiles(NamedTuple):
 
 
 def find_tiles(elements: Elements, T: int, S: int, block: int = BLOCK) -> Tiles:
-    """The classes of all tiles, block by block of rows."""
+    """The classes of all tiles, some blocks of rows at a time."""
+    found = lax.platform_dependent(
+        cpu=lambda: _by_rows(elements, T, S, block), default=lambda: _by_counts(elements, T, S, block)
+    )
+    classes, has_key = (jnp.moveaxis(x, 0, -3) for x in found)
+    classes = classes.reshape(*classes.shape[:-3], -1, classes.shape[-1])
+    return Tiles(classes[..., : -(-T // block), :], has_key.reshape(*has_key.shape[:-3], -1)[..., :T])
+
+
+def _by_rows(elements: Elements, T: int, S: int, block: int) -> tuple[jax.Array, jax.Array]:
+    """Of each step (steps, B or 1, N or 1, 1, tiles), and (steps, B or 1, N or 1, 1, rows): XLA:CPU vectorises that."""
     num_keys = -(-S // block)
-    # What is beyond the last repeats it, which changes neither 'any' nor 'all'.
-    columns = jnp.minimum(jnp.arange(num_keys * block, dtype=jnp.int32), S - 1)
 
     def of_rows(first: jax.Array) -> tuple[jax.Array, jax.Array]:
-        found = elements(jnp.minimum(first + jnp.arange(block, dtype=jnp.int32), T - 1), columns)
-        found = jnp.broadcast_to(found, (*found.shape[:-2], block, columns.size))
-        # Rows first: XLA:CPU vectorises that.
+        found = _of_block(elements, first, block, T, S, num_keys * block)
         tiles = (x.reshape(*x.shape[:-1], num_keys, block) for x in (found.any(-2), found.all(-2)))
         some, every = next(tiles).any(-1), next(tiles).all(-1)
-        return jnp.where(every, FULL, jnp.where(some, PARTIAL, EMPTY)).astype(jnp.int8), found.any(-1)
+        return _classes(some, every)[..., None, :], found.any(-1)[..., None, :]
 
-    classes, has_key = lax.map(of_rows, jnp.arange(0, T, block, dtype=jnp.int32))
-    has_key = jnp.moveaxis(has_key, 0, -2)
-    return Tiles(jnp.moveaxis(classes, 0, -2), has_key.reshape(*has_key.shape[:-2], -1)[..., :T])
+    return lax.map(of_rows, jnp.arange(0, T, block, dtype=jnp.int32))
+
+
+def _by_counts(elements: Elements, T: int, S: int, block: int) -> tuple[jax.Array, jax.Array]:
+    """Likewise, with several blocks of rows in a step: one kernel evaluates all elements, and writes sums of rows."""
+    num_rows, num_keys = -(-T // block), -(-S // block)
+    lead = jax.eval_shape(lambda: elements(jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))).shape[:-2]
+    most = _MOST_ELEMENTS // (static_size(lead) * block * num_keys * block)
+    step = max(1, min(num_rows, most))
+
+    def of_rows(first: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = _of_block(elements, first, step * block, T, S, num_keys * block)
+        counts = found.reshape(*found.shape[:-1], num_keys, block).sum(-1, dtype=jnp.int32)
+        tiles = counts.reshape(*counts.shape[:-2], step, block, num_keys).sum(-2)
+        has_key = (counts > 0).any(-1)
+        return _classes(tiles > 0, tiles == block * block), has_key.reshape(*has_key.shape[:-1], step, block)
+
+    return lax.map(of_rows, jnp.arange(0, num_rows, step, dtype=jnp.int32) * block)
+
+
+def _of_block(elements: Elements, first: jax.Array, rows: int, T: int, S: int, columns: int) -> jax.Array:
+    """What is beyond the last repeats it, which changes neither 'any' nor 'all'."""
+    at_rows, at_keys = (jnp.arange(n, dtype=jnp.int32) for n in (rows, columns))
+    found = elements(jnp.minimum(first + at_rows, T - 1), jnp.minimum(at_keys, S - 1))
+    return jnp.broadcast_to(found, (*found.shape[:-2], rows, columns))
+
+
+def _classes(some: jax.Array, every: jax.Array) -> jax.Array:
+    return jnp.where(every, FULL, jnp.where(some, PARTIAL, EMPTY)).astype(jnp.int8)
 
 
 def regrouped(classes: jax.Array, block: int, axis: int, length: int, size: int) -> jax.Array:
