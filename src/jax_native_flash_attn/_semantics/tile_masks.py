@@ -34,12 +34,13 @@ class Tiles(NamedTuple):
 
 def find_tiles(elements: Elements, T: int, S: int, block: int = BLOCK) -> Tiles:
     """The classes of all tiles, some blocks of rows at a time."""
-    found = lax.platform_dependent(
-        cpu=lambda: _by_rows(elements, T, S, block), default=lambda: _by_counts(elements, T, S, block)
-    )
-    classes, has_key = (jnp.moveaxis(x, 0, -3) for x in found)
-    classes = classes.reshape(*classes.shape[:-3], -1, classes.shape[-1])
-    return Tiles(classes[..., : -(-T // block), :], has_key.reshape(*has_key.shape[:-3], -1)[..., :T])
+
+    def by(find: Callable[[Elements, int, int, int], tuple[jax.Array, jax.Array]]) -> Tiles:
+        classes, has_key = (jnp.moveaxis(x, 0, -3) for x in find(elements, T, S, block))
+        classes = classes.reshape(*classes.shape[:-3], -1, classes.shape[-1])
+        return Tiles(classes[..., : -(-T // block), :], has_key.reshape(*has_key.shape[:-3], -1)[..., :T])
+
+    return lax.platform_dependent(cpu=lambda: by(_by_rows), default=lambda: by(_by_counts))
 
 
 def _by_rows(elements: Elements, T: int, S: int, block: int) -> tuple[jax.Array, jax.Array]:
