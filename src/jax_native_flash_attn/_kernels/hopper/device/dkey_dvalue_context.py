@@ -131,10 +131,10 @@ class KeyBlock:
     def place_of(self, visit: Visit) -> tuple[tuple, Any]:
         """Query head and first row."""
         member, n = visit
-        tiles, tile = self.context.intervals.query_tiles, self.first + n
+        head, tiles, tile = self.head_of(member), self.context.intervals.query_tiles, self.first + n
         if tiles is not None and tiles.order is not None:
             tile = tiles.order[(*broadcast_index(self.kv_batch, tiles.order.shape[:-2]), self.block, tile)]
-        return self.head_of(member), tile * self.context.blocks.block_q
+        return head, tile * self.context.blocks.block_q
 
     def is_edge(self, visit: Visit) -> Any:
         """Whether the tile of a visit needs a mask."""
