@@ -17,6 +17,7 @@ import functools
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -144,8 +145,9 @@ def interleaved(named: dict[str, Call], repeats: int) -> dict[str, float]:
     return {name: float(np.median(x)) for name, x in samples.items()}
 
 
-def _compare(name: str, pair: Any, flex: dict[str, Call] | None, arrays: Any, repeats: int) -> None:
-    ours, plain = (programs(options, arrays) for options in pair)
+def _compare(
+    name: str, ours: dict[str, Call], plain: dict[str, Call], flex: dict[str, Call] | None, repeats: int
+) -> None:
     for kind in ours:
         named = {"ours": ours[kind], "plain": plain[kind]} | ({} if flex is None else {"flex": flex[kind]})
         if flex is not None and kind == "value":
@@ -155,6 +157,11 @@ def _compare(name: str, pair: Any, flex: dict[str, Call] | None, arrays: Any, re
         ratios = ", ".join(f"{found['ours'] / found[other]:.2f} of {other}" for other in found if other != "ours")
         times = ", ".join(f"{other} {ms:.3f} ms" for other, ms in found.items())
         print(f"{name:34} {kind:15} {times}; {ratios}", flush=True)
+
+
+def _all_calls(found: dict[str, list[dict[str, Call]]]) -> list[Call]:
+    """Each once."""
+    return list({id(call): call for pair in found.values() for kinds in pair for call in kinds.values()}.values())
 
 
 def _find_tiles() -> None:
@@ -183,16 +190,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=4, default=(4, 4096, 16, 128), metavar=("B", "T", "N", "H"))
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=4, help="that compile")
     parser.add_argument("--flex", action="store_true", help="PyTorch's FlexAttention as well")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases with such a name; 'tiles' is one")
     arguments = parser.parse_args()
     B, T, N, H = arguments.shape
     print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}, {B} x {T} x {N} x {H}, bfloat16")
     arrays = tuple(jax.random.normal(jax.random.key(0), (3, B, T, N, H), jnp.bfloat16))
+    pairs = {name: pair for name, pair in calls(B, T, N).items() if re.search(arguments.only, name)}
+    causal = programs({"is_causal": True}, arrays)
+    found = {
+        name: [causal if options == {"is_causal": True} else programs(options, arrays) for options in pair]
+        for name, pair in pairs.items()
+    }
+    with ThreadPoolExecutor(arguments.threads) as pool:  # to compile
+        list(pool.map(lambda call: jax.block_until_ready(call()), _all_calls(found)))
     flex = flex_programs(B, T, N, arrays) if arguments.flex else {}
-    for name, pair in calls(B, T, N).items():
-        if re.search(arguments.only, name):
-            _compare(name, pair, flex.get(name), arrays, arguments.repeats)
+    for name, (ours, plain) in found.items():
+        _compare(name, ours, plain, flex.get(name), arguments.repeats)
     if re.search(arguments.only, "tiles"):
         _find_tiles()
 
