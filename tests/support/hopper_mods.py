@@ -47,7 +47,9 @@ CALLS: dict[str, ModCall] = {
     "alibi, 256": ModCall(_ALIBI, H=256),
     "alibi, float32": ModCall(_ALIBI, "float32"),
     "alibi, float16, offset": ModCall({**_ALIBI, "is_causal": True, "query_offset": np.int32(7)}, "float16"),
-    "alibi, positions": ModCall({**_ALIBI, "query_positions": np.arange(T)[None] * 2 + np.array([[0], [5]])}),
+    "alibi, positions": ModCall(
+        {**_ALIBI, "query_positions": np.arange(T, dtype=np.int32)[None] * 2 + np.int32([[0], [5]])}
+    ),
     "soft cap": ModCall({"score_mod": mods.SoftCap(2.0)}, wanted=("query", "key", "value", "scale")),
     "gate": ModCall({"score_mod": _gated, "score_mod_args": (_GATE, _ROWS)}),
     "gate, bias, cap": ModCall(
