@@ -151,6 +151,8 @@ def _tiles(device_mods: Any, program: Program, inputs: Inputs, config: Config, s
         at = np.s_[b, h, row * BLOCK : (row + 1) * BLOCK, key * BLOCK : (key + 1) * BLOCK]
         tile = device_mods.TileMods(prepared, (b, h), (BLOCK, BLOCK), int(transposed), (None, None), None)
         place = device_mods.Place(row * BLOCK, key * BLOCK)
+        if not transposed:
+            tile.load_rows(place.row)
         if program.has_score:
             x = jnp.asarray(score[at].T if transposed else score[at])
             value, slope = tile.score(x, place)

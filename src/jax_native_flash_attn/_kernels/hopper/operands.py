@@ -91,7 +91,6 @@ class Mods:
       query_number, key_number: (batch..., T) and (batch..., S), to whole blocks; None for `first_row`, and 0, on.
       arrays: those of the formulas' reads, of the score's first: (batch..., axes at one index..., rows or keys).
       score, mask: the formulas.
-      largest: no number of a row or key is larger, where these are computed.
     """
 
     batch_number: Any
@@ -102,7 +101,6 @@ class Mods:
     score: Formula | None = field(metadata={"static": True})
     mask: Formula | None = field(metadata={"static": True})
     first_row: int = field(metadata={"static": True})
-    largest: int = field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

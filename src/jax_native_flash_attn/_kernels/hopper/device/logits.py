@@ -87,6 +87,8 @@ class TileLogits:
     def rows(self, row: Any, *, late: bool = False) -> RowVectors:
         """Of the rows from `row` on; `late` loads intervals only in tiles that need a mask."""
         bias, mask = self.row_vector(self.terms.bias, row), self.row_vector(self.terms.mask, row)
+        if self.mods is not None and not self.is_transposed:  # along the columns, vectors take many registers
+            self.mods.load_rows(row)
         load = functools.partial(self.intervals.rows, self.head, row, self.block_q, self.q_layout)
         return RowVectors(row, load if late else load(), bias, mask)
 

@@ -44,6 +44,18 @@ class TileMods:
         self.mods, self.head, self.shape, self.q_axis, self.layouts = mods, head, shape, q_axis, layouts
         self.along = Kind.ROWS if q_axis == 1 else Kind.KEYS  # what lies along the columns
         self.scalars = read_scalars(mods, head) if scalars is None else scalars
+        self.of_rows: dict[tuple[Formula, int], jax.Array] = {}
+
+    def load_rows(self, row: Any) -> None:
+        """Load what formulas read of the rows from one on, before the tiles of these rows."""
+        place = Place(row, jnp.int32(0))
+        for formula, _ in _formulas(self.mods):
+            evaluation = _Evaluation(self, formula, place)
+            for i in formula.needed:
+                node = formula.nodes[i]
+                is_number = node.op == "query_index" and self.mods.query_number is not None
+                if node.kind is Kind.ROWS and (node.op == "read" or is_number):
+                    self.of_rows[formula, i] = evaluation.value(i)
 
     def score(self, score: jax.Array, place: Place) -> tuple[jax.Array, jax.Array | None]:
         """What becomes of scores, in base e; and its derivative, if the formula has it, and it is not always 1."""
@@ -125,7 +137,7 @@ class _Evaluation:
         for formula, first in _formulas(tile.mods):
             numbers = dict(zip(scalar_nodes(formula), scalars, strict=False))
             if formula is self.formula:
-                self.values |= numbers
+                self.values |= numbers | {i: x for (owner, i), x in tile.of_rows.items() if owner is formula}
                 self.first_array = first
 
     def tile(self, i: int) -> jax.Array:

@@ -50,7 +50,6 @@ def prepare_mods(config: Config, inputs: Inputs, block_rows: int, block_kv: int,
         score=score,
         mask=mask,
         first_row=config.first_row or 0,
-        largest=max(z.T, z.S) + abs(config.first_row or 0),
     )
 
 
