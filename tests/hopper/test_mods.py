@@ -1,4 +1,7 @@
-"""`score_mod` and `mask_mod` in the Hopper kernels, on a GPU: against dense attention in float64."""
+"""`score_mod` and `mask_mod` in the Hopper kernels, on a GPU: against dense attention in float64.
+
+Compiling takes nearly all of the time: XLA_PYTHON_CLIENT_MEM_FRACTION=0.08 and `-n 8` take an eighth of it.
+"""
 
 import functools
 from typing import Any
@@ -41,8 +44,10 @@ def _dense(call: ModCall, arrays: dict[str, Any]) -> dict[str, Any]:
         return value_and_gradients(lambda x: dense(call, x, call.options), call, arrays)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [*((name, "mosaic_gpu") for name in CALLS), *((name, "pure_jax") for name in ("gate", "rows without keys"))],
+)
 def test_value_and_gradients(name: str, implementation: str) -> None:
     call = CALLS[name]
     traced, _ = split(call.options)
@@ -54,7 +59,9 @@ def test_value_and_gradients(name: str, implementation: str) -> None:
     got = jax.jit(run)(floats(call), traced)
     expected, narrow = _expected(name)
     for result, x in got.items():
-        assert_as_accurate_as_dense(f"{name}, {result}", x, narrow[result], expected[result])
+        # One number, in whose sum errors cancel, may come out exact by chance.
+        floor = 0.01 * np.abs(expected[result]) if result == "scale" else None
+        assert_as_accurate_as_dense(f"{name}, {result}", x, narrow[result], expected[result], floor)
 
 
 def test_two_runs_are_bitwise_equal() -> None:
