@@ -164,24 +164,24 @@ def _all_calls(found: dict[str, list[dict[str, Call]]]) -> list[Call]:
     return list({id(call): call for pair in found.values() for kinds in pair for call in kinds.values()}.values())
 
 
+def _classes(function: Any, args: Any, batch: int | None) -> jax.Array:
+    return mods.make_tile_mask(function, _LONG, _LONG, mask_mod_args=args, batch=batch).classes
+
+
 def _find_tiles() -> None:
     """Of a causal mask and of documents of a long sequence."""
     ids = _ids(1, _LONG)
     functions: dict[str, tuple[Any, Any]] = {"causal": (mods.causal, ()), "document": (mods.document, (ids, ids))}
     for name, (function, args) in functions.items():
         batch = 1 if args else None
-        find = jax.jit(
-            lambda args, f=function, b=batch: mods.make_tile_mask(f, _LONG, _LONG, mask_mod_args=args, batch=b).classes
-        )
+        find = jax.jit(lambda args, f=function, b=batch: _classes(f, args, b))
         analysis: Any = find.lower(args).compile().memory_analysis()
         call = functools.partial(find, args)
         ms = interleaved({"jit": call}, 5)["jit"]
-        start = time.perf_counter()
-        jax.block_until_ready(mods.make_tile_mask(function, _LONG, _LONG, mask_mod_args=args, batch=batch).classes)
-        eager = 1e3 * (time.perf_counter() - start)
+        eager = [1e3 * seconds(lambda f=function, a=args, b=batch: _classes(f, a, b), 1) for _ in range(2)]
         print(
             f"tiles of {name}, {_LONG}: {ms:.1f} ms, {analysis.temp_size_in_bytes / 2**20:.1f} MiB beside "
-            f"{analysis.output_size_in_bytes / 2**20:.1f} of results; without jit, first call {eager:.0f} ms",
+            f"{analysis.output_size_in_bytes / 2**20:.1f} of results; without jit {eager[0]:.0f} ms, then {eager[1]:.1f} ms",
             flush=True,
         )
 

@@ -1,13 +1,15 @@
 """What is known of a mask before it is used, and its picture."""
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .._convert import as_count
-from .._semantics.mods import INDICES, trace_mod
-from .._semantics.tile_masks import BLOCK, FULL, PARTIAL, TiledMask, elements_of, find_tiles
+from .._semantics.mods import INDICES, Program, trace_mod
+from .._semantics.tile_masks import BLOCK, FULL, PARTIAL, TiledMask, Tiles, elements_of, find_tiles
 
 
 def make_tile_mask(
@@ -58,9 +60,16 @@ def make_tile_mask(
             raise ValueError(f"{public} is needed, as mask_mod reads its {name}, got None: pass that of the calls")
     flags = zip(sizes.items(), program.uses, strict=False)
     counts = [as_count(n or 1, name) if reads else 1 for (name, n), reads in flags]
-    batches, heads, rows, keys = (jnp.arange(n, dtype=jnp.int32) for n in (*counts, T, S))
-    tiles = find_tiles(elements_of(program, (batches, heads, rows[None], keys[None]), args), T, S, block)
+    tiles = _find((program, *counts, T, S, block), args)
     return TiledMask(tiles.classes, tiles.has_key, tuple(mask_mod_args), mask_mod, (T, S), block)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _find(sizes: tuple[Program, int, int, int, int, int], args: dict[str, jax.Array]) -> Tiles:
+    """Compiled once for all functions that say the same."""
+    program, *counts, block = sizes
+    batches, heads, rows, keys = (jnp.arange(n, dtype=jnp.int32) for n in counts)
+    return find_tiles(elements_of(program, (batches, heads, rows[None], keys[None]), args), *counts[2:], block)
 
 
 def visualize_mask(
