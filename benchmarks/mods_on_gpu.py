@@ -181,7 +181,7 @@ def _find_tiles() -> None:
         eager = [1e3 * seconds(lambda f=function, a=args, b=batch: _classes(f, a, b), 1) for _ in range(2)]
         print(
             f"tiles of {name}, {_LONG}: {ms:.1f} ms, {analysis.temp_size_in_bytes / 2**20:.1f} MiB beside "
-            f"{analysis.output_size_in_bytes / 2**20:.1f} of results; without jit {eager[0]:.0f}, then {eager[1]:.1f} ms",
+            f"{analysis.output_size_in_bytes / 2**20:.1f} of results; eager {eager[0]:.0f}, then {eager[1]:.1f} ms",
             flush=True,
         )
 
