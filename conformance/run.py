@@ -253,9 +253,9 @@ def gpu_page(which: str, results: dict[str, Result]) -> str:
     names, _, beside = which.removeprefix("h200 ").partition(" beside ")
     seen, on_cpu = gpu.recorded(), results[beside]
     theirs = [seen["columns"][name] for name in names.split()]
-    known = "; ".join(dict.fromkeys(versions(column) for column in theirs))
+    known = versions({"versions": {name: text for column in theirs for name, text in column["versions"].items()}})
     lines = [f"Run on {seen['machine']}, {seen['date']}, in bfloat16: {known}."]
-    lines += ["What is not listed is the same as on a CPU.", "", "| | on the GPU | |", "|---|---|---|"]
+    lines += ["What is not listed is the same as on a CPU, in the versions above.", "", "| | on the GPU | |", "|---|---|---|"]
     for key, (words, _) in MEANINGS.items():
         if {on_cpu["cells"][key]} != {column["cells"][key] for column in theirs}:
             groups: dict[str, list[str]] = {}
