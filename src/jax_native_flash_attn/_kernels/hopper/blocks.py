@@ -60,7 +60,7 @@ class BackwardBlocks(NamedTuple):
     dbias: Blocks | None
 
 
-_FEW_ROWS, _PLAIN, _UNMASKED = "few rows", "plain", "plain, without a mask or with one of bits"
+_FEW_ROWS, _PLAIN, _UNMASKED = "few rows", "plain", "plain, with no mask but lengths or bits"
 _SCORES, _SHORT_SCORES = "bias or mask over T and S", "likewise, with short T"
 _BIAS = "bias over T and S that products start with"
 _FLOAT32 = "float32"
@@ -143,7 +143,7 @@ def forward_blocks(
       has_dropout: whether there is dropout.
       itemsize: bytes of an element of query, 4 for float32.
       chip: what it runs on.
-      is_masked: whether a tile can need a mask.
+      is_masked: whether more tiles of a row than its last can need a mask, but for one of bits.
       starts_with_bias: whether products start with a bias over T and S.
       has_bits_alone: whether a mask, as bits, is all that has both T and S.
     """

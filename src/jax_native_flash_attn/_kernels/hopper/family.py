@@ -55,6 +55,7 @@ def plan(config: Config, inputs: Inputs, chip: Chip) -> Blocks:
         packed = _packed(config, inputs)
         inputs, config = jax.eval_shape(functools.partial(_pack_groups, config), inputs), packed
     mask = inputs.mask
+    has_lengths_alone = config.band == Band(is_complete=True) and mask.shift is None and inputs.bias is None
     return forward_blocks(
         inputs.sizes,
         term_bytes(inputs),
@@ -62,7 +63,7 @@ def plan(config: Config, inputs: Inputs, chip: Chip) -> Blocks:
         has_dropout=config.dropout is not None,
         itemsize=inputs.query.dtype.itemsize,
         chip=chip,
-        is_masked=config.band != Band() or mask.key_start is not None or mask.key_value_length is not None,
+        is_masked=not has_lengths_alone and (config.band != Band() or mask.key_start is not None),
         starts_with_bias=starts_with_bias(config, inputs),
         has_bits_alone=has_bits_alone(inputs),
     )
