@@ -65,7 +65,7 @@ def tokamax() -> type[Adapter]:
 def torch_sdpa() -> type[Adapter]:
     """One kernel alone: no other may take the call."""
     import torch
-    from frameworks import TorchAdapter
+    from frameworks import TorchAdapter, array, tensors
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch_sdpa import SDPA
 
@@ -83,6 +83,18 @@ def torch_sdpa() -> type[Adapter]:
         def apply(self, *arrays, **options):
             with self.forced():
                 return super().apply(*arrays, **options)
+
+        def gradient(self, query, key, value, bias, weights):
+            try:
+                return super().gradient(query, key, value, bias, weights)
+            except RuntimeError as error:  # some kernels keep what it needs only for a gradient of query, key or value
+                b, w, *arrays = tensors(bias, weights, query, key, value)
+                for x in (b, *arrays):
+                    x.requires_grad_()
+                (self.apply(*arrays, bias=b) * w).sum().backward()
+                note = f"beside gradients of the others; {type(error).__name__} without"
+                self.by = dict(self.by) | {"bias_gradient": note}
+                return array(b.grad)
 
         @contextlib.contextmanager
         def forced(self) -> Iterator[None]:

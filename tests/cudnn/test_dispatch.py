@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from jax import export
 
@@ -80,8 +81,9 @@ def test_several_kinds_of_gpus(asked: list[Any], monkeypatch: pytest.MonkeyPatch
         ("a positive scale, got -0.3", {"scale": -0.3}),
         ("a positive scale, got 0", {"scale": 0}),
         ("got 1030 rows and 1024 keys", {"T": 1030, "S": 1024, "is_causal": True, "local_window_size": (5, 0)}),
-        ("window only to the left", {"local_window_size": (5, 5)}),
-        ("window only to the left", {"is_causal": True, "query_offset": 3}),
+        ("window (a constant mask may be one) only to the left", {"local_window_size": (5, 5)}),
+        ("window (a constant mask may be one) only to the left", {"mask": np.zeros((1, 1, 1024, 1024), bool)}),
+        ("only to the left", {"is_causal": True, "query_offset": 3}),
         ("not offsets", {"is_causal": True, "query_offset": Shape((), "int32")}),
         ("not offsets", {"local_window_size": (Shape((), "int32"), 0)}),
         ("ids", {name: Shape((2, 1024), "int32") for name in ("query_segment_ids", "key_value_segment_ids")}),

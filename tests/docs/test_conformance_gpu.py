@@ -3,6 +3,7 @@
 import importlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -48,3 +49,12 @@ def test_what_changed_or_was_not_run_is_told(gpu):
     del changed["cells"]["scale"]
     texts = gpu.differences(old, {"columns": {"torch_math": changed}})
     assert texts == ["torch_math, scale: not run", "torch_math, bias: was 'works', is '0'"]
+
+
+def test_a_row_without_keys_that_counts_padding_as_keys(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "conformance"))
+    empty_row = importlib.import_module("probes").empty_row
+    value = np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32)
+    texts = {"mean of all values": 16, "0.125 times the mean of all values": 128}
+    assert {text: empty_row(value.sum(0) / keys, value) for text, keys in texts.items()} == {t: t for t in texts}
+    assert empty_row(value[0], value) == "something else"

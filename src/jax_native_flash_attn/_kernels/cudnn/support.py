@@ -87,7 +87,7 @@ def _why_not_mask(call: Call) -> str | None:
     if mask.key_start is not None and not call.config.has_band_intervals:
         return "of masks it takes causal ones, static windows, lengths and booleans, not offsets, positions or ids"
     if band.upper not in (None, 0) or (band.lower is not None and (band.upper is None or band.lower > 0)):
-        return "it takes a window only to the left of each row, beside a causal mask"
+        return "it takes a window (a constant mask may be one) only to the left of each row, beside a causal mask"
     if band.lower is not None and call.sizes.T > call.sizes.S:
         return f"it takes a window for no more rows than keys, got {call.sizes.T} rows and {call.sizes.S} keys"
     given, widened = sizes_of_terms(call)
