@@ -104,9 +104,10 @@ def attention(call: ModCall, arrays: dict[str, Any], given: dict[str, Any], **op
 def dense(call: ModCall, arrays: dict[str, Any], options: dict[str, Any]) -> jax.Array:
     """By whole arrays: in the dtype of query, with products and softmax in float32 of 16 bits."""
     dtype = arrays["query"].dtype
-    wide = jnp.promote_types(dtype, jnp.float32)
-    key, value = (jnp.repeat(arrays[name], G, 2) for name in ("key", "value"))
-    logits = jnp.einsum("btnh,bsnh->bnts", arrays["query"], key, preferred_element_type=wide)
+    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    query = arrays["query"].astype(wide)
+    key, value = (jnp.repeat(arrays[name], G, 2).astype(wide) for name in ("key", "value"))
+    logits = jnp.einsum("btnh,bsnh->bnts", query, key)
     logits = logits * arrays["scale"].astype(wide)
     if "bias" in arrays:
         logits += arrays["bias"].astype(wide)
@@ -120,7 +121,7 @@ def dense(call: ModCall, arrays: dict[str, Any], options: dict[str, Any]) -> jax
     at[2] = at[2] + options.get("query_offset", 0)
     if options.get("score_mod") is not None:
         args = [jnp.asarray(x, wide) for x in options.get("score_mod_args", ())]
-        logits = jnp.maximum(options["score_mod"](logits, *at, *args), jnp.finfo(jnp.float32).min / 4)
+        logits = jnp.maximum(options["score_mod"](logits, *at, *args), float(jnp.finfo(jnp.float32).min) / 4)
     cap = options.get("logits_soft_cap")
     logits = logits if cap is None else cap * jnp.tanh(logits / cap)
     allowed = jnp.ones(logits.shape, bool)
@@ -138,9 +139,9 @@ def dense(call: ModCall, arrays: dict[str, Any], options: dict[str, Any]) -> jax
     else:
         column = jnp.broadcast_to(jnp.asarray(sinks, wide)[None, :, None, None], (*logits.shape[:-1], 1))
         weights = jnp.where(has_key, jax.nn.softmax(jnp.concatenate([logits, column], -1), -1)[..., :-1], 0.0)
-    out = jnp.einsum("bnts,bsnh->btnh", weights.astype(dtype), value, preferred_element_type=wide).astype(dtype)
+    out = jnp.einsum("bnts,bsnh->btnh", weights.astype(dtype).astype(wide), value).astype(dtype)
     if (lengths := options.get("query_seq_lengths")) is not None:
-        out = jnp.where(jnp.arange(T)[None, :, None, None] < lengths[:, None, None, None], out, 0)
+        out = jnp.where(jnp.arange(T, dtype=jnp.int32)[None, :, None, None] < lengths[:, None, None, None], out, 0)
     return out
 
 
