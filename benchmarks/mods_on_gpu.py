@@ -57,13 +57,13 @@ def programs(options: dict[str, Any], arrays: Any) -> dict[str, Call]:
     static = {n: x for n, x in options.items() if n not in traced}
 
     def value(arrays: Any, traced: Any) -> Any:
-        return flash_attention(*arrays, **traced, **static)
+        return flash_attention(*arrays, **traced, **static, implementation="mosaic_gpu")
 
     def gradients(arrays: Any, traced: Any) -> Any:
         out, pull = jax.vjp(lambda *arrays: value(arrays, traced), *arrays)
         return out, pull(out)
 
-    families = explain(*arrays, **options)
+    families = explain(*arrays, **options, implementation="mosaic_gpu")
     if {families.forward.family, families.gradient.family} != {"mosaic_gpu"}:
         print(families)
     return {name: functools.partial(jax.jit(f), arrays, traced) for name, f in _both(value, gradients).items()}

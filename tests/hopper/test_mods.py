@@ -102,5 +102,7 @@ def test_what_is_empty_is_not_visited() -> None:
 def test_explain_tells_which_kernels() -> None:
     x = jax.ShapeDtypeStruct((1, 1024, 8, 64), "bfloat16")
     slopes = (jax.ShapeDtypeStruct((8,), "float32"),)
-    found = explain(x, x, x, score_mod=mods.alibi, score_mod_args=slopes, is_causal=True)
+    options = {"score_mod": mods.alibi, "score_mod_args": slopes, "is_causal": True}
+    assert explain(x, x, x, **options).forward.family == "pure_jax"
+    found = explain(x, x, x, **options, implementation="mosaic_gpu")
     assert {found.forward.family, found.gradient.family, found.tangent.family} == {"mosaic_gpu"}
