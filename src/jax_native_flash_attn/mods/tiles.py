@@ -60,16 +60,16 @@ def make_tile_mask(
             raise ValueError(f"{public} is needed, as mask_mod reads its {name}, got None: pass that of the calls")
     flags = zip(sizes.items(), program.uses, strict=False)
     counts = [as_count(n or 1, name) if reads else 1 for (name, n), reads in flags]
-    tiles = _find((program, *counts, T, S, block), args)
+    tiles = _find((program, counts[0], counts[1], T, S, block), args)
     return TiledMask(tiles.classes, tiles.has_key, tuple(mask_mod_args), mask_mod, (T, S), block)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _find(sizes: tuple[Program, int, int, int, int, int], args: dict[str, jax.Array]) -> Tiles:
     """Compiled once for all functions that say the same."""
-    program, *counts, block = sizes
-    batches, heads, rows, keys = (jnp.arange(n, dtype=jnp.int32) for n in counts)
-    return find_tiles(elements_of(program, (batches, heads, rows[None], keys[None]), args), *counts[2:], block)
+    program, batch, num_heads, T, S, block = sizes
+    batches, heads, rows, keys = (jnp.arange(n, dtype=jnp.int32) for n in (batch, num_heads, T, S))
+    return find_tiles(elements_of(program, (batches, heads, rows[None], keys[None]), args), T, S, block)
 
 
 def visualize_mask(
