@@ -55,26 +55,30 @@ def test_tangents(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "options", "takes"),
+    ("reason", "options"),
     [
-        (None, {"score_mod": mods.SoftCap(2.0)}, True),
-        ("score_mod has the primitive erf_inv", {"score_mod": lambda s, *_: jax.lax.erf_inv(s)}, False),
+        ("it evaluates score_mod and mask_mod only if implementation='mosaic_gpu'", {"score_mod": mods.SoftCap(2.0)}),
+        ("score_mod has the primitive erf_inv", {"score_mod": lambda s, *_: jax.lax.erf_inv(s)}),
         (
             "mask_mod gathers from an argument by an index that it computes from query_index",
             {"mask_mod": lambda b, h, q, k, x: x[q // 2], "mask_mod_args": (jax.ShapeDtypeStruct((512,), bool),)},
-            False,
         ),
     ],
 )
-def test_explain_says_why(
-    reason: str | None, options: dict[str, Any], takes: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_explain_says_why(reason: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, "9.0")
     x = jax.ShapeDtypeStruct((1, 1024, 8, 64), "bfloat16")
     found = explain(x, x, x, platform="cuda", **options)
     for each in (found.forward, found.gradient, found.tangent):
-        assert each.family == ("mosaic_gpu" if takes else "pure_jax")
-        assert takes or str(reason) in each.reasons["mosaic_gpu"]
+        assert each.family == "pure_jax"
+        assert reason in each.reasons["mosaic_gpu"]
+
+
+def test_explain_of_functions_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, "9.0")
+    x = jax.ShapeDtypeStruct((1, 1024, 8, 64), "bfloat16")
+    found = explain(x, x, x, platform="cuda", score_mod=mods.SoftCap(2.0), implementation="mosaic_gpu")
+    assert {each.family for each in (found.forward, found.gradient, found.tangent)} == {"mosaic_gpu"}
 
 
 @pytest.mark.usefixtures("no_pure_jax")
@@ -83,8 +87,8 @@ def test_the_gradient_of_arguments_takes_pure_jax(monkeypatch: pytest.MonkeyPatc
     x, slopes = jax.ShapeDtypeStruct((1, 256, 8, 64), "bfloat16"), jax.ShapeDtypeStruct((8,), "float32")
 
     def loss(query: Any, slopes: Any) -> jax.Array:
-        call = flash_attention(query, query, query, score_mod=mods.alibi, score_mod_args=(slopes,))
-        return call.astype(jnp.float32).sum()
+        mod = {"score_mod": mods.alibi, "score_mod_args": (slopes,)}
+        return flash_attention(query, query, query, **mod, implementation="mosaic_gpu").astype(jnp.float32).sum()
 
     jax.jit(jax.grad(loss)).trace(x, slopes).lower(lowering_platforms=("cuda",))
     with pytest.raises(AssertionError, match="took the pure JAX kernels"):

@@ -123,7 +123,8 @@ class TileScheduler:
         num_heads = math.prod(self.heads)
         group, block, split, member = unravel(n, (num_heads // self.group, self.blocks, self.splits, self.group))
         head = group * self.group + member
-        block = block if self.first_first else jnp.int32(self.blocks - 1) - block
+        last, block = jnp.int32(self.blocks - 1), jnp.int32(self.blocks - 1) - block
+        block = last - block if self.first_first else block  # a traced number in any case
         if self.batch_fastest:
             *batch, heads = self.heads
             index, *rows = unravel(head, (heads, *batch))
