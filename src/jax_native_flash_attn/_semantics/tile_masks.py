@@ -15,7 +15,7 @@ from .sizes import static_size
 
 EMPTY, PARTIAL, FULL = range(3)
 BLOCK = 128  # rows and keys of a tile; kernels join several for theirs
-_MOST_ELEMENTS = 1 << 26  # of a step, with which a GPU is busy
+_MOST_ELEMENTS = 1 << 22  # of a step, with which a GPU is busy; or one block of rows
 
 Elements = Callable[[jax.Array, jax.Array], jax.Array]
 """From the places of some rows and keys, (t,) and (s,), what is allowed: (B or 1, N or 1, t, s)."""
