@@ -29,9 +29,7 @@ def changed(
     """Of a tile, whose products come to base 2 by the multiplier; the same, if there is neither."""
     config, slope = logits.config, None
     if config.score_mod is not None and logits.mods is not None:
-        scores = products * (multiplier * LN2)
-        scores = scores if terms.bias is None else scores + logits.clipped(terms.bias)
-        scores, slope = logits.mods.score(scores, logits.place(rows, tile))
+        scores, slope = logits.mods.score(_scores(logits, products, terms.bias, multiplier), logits.place(rows, tile))
         T, axis = logits.context.sizes.T, logits.q_axis
         if logits.is_transposed and T % logits.block_q:  # rows that are none have no mask, and 0 for their score
             scores = jnp.where(iota(logits.shape, axis) < T - rows.row, scores, 0.0)
@@ -42,5 +40,11 @@ def changed(
     size = 1.0 if not logits.scales_cap else cap if logits.has_terms else cap * LOG2E
     factor = multiplier * (LN2 / cap)
     if terms.bias is not None:
-        products, factor = products * (multiplier * LN2) + logits.clipped(terms.bias), 1.0 / cap
+        products, factor = _scores(logits, products, terms.bias, multiplier), 1.0 / cap
     return Changed(soft_cap(products, factor, size), terms._replace(bias=None), cap * LOG2E / size, slope)
+
+
+def _scores(logits: TileLogits, products: jax.Array, bias: jax.Array | None, multiplier: Any) -> jax.Array:
+    """Of products that come to base 2 by the multiplier: in base e, and with the bias."""
+    scores = products * (multiplier * LN2)
+    return scores if bias is None else scores + logits.clipped(bias)

@@ -12,7 +12,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from ...._semantics.numerics import LOG2E
-from ..formulas import BOOL, FLOAT, Kind, Node
+from ..formulas import BOOL, FLOAT, Node
 from ..pallas import plgpu, spread
 from .overlap import THREAD_COLUMNS
 from .soft_cap import soft_cap
@@ -27,10 +27,9 @@ def spread_bool(x: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
     return spread(as_integer(x), shape, axis) != 0
 
 
-def apply(node: Node, inputs: Sequence[Any], kinds: Sequence[Kind]) -> Any:
-    """What an operation gives; `kinds` of what its inputs were before they were spread."""
-    operation = OPERATIONS[node.op]
-    return operation(node, *inputs)
+def apply(node: Node, inputs: Sequence[Any]) -> Any:
+    """What an operation gives."""
+    return OPERATIONS[node.op](node, *inputs)
 
 
 def _same_shapes(*given: Any) -> list[Any]:

@@ -102,7 +102,7 @@ def read_scalars(mods: Mods, head: tuple) -> tuple[jax.Array, ...]:
                 x = x if is_inside is None else jnp.where(is_inside, x, jnp.asarray(node.params.fill, x.dtype))
                 values[i] = x != 0 if node.dtype == BOOL else x
             else:
-                values[i] = apply(node, [values[j] for j in node.inputs], [Kind.SCALAR] * len(node.inputs))
+                values[i] = apply(node, [values[j] for j in node.inputs])
             found.append(values[i])
     return tuple(found)
 
@@ -196,7 +196,7 @@ class _Evaluation:
                 return found
             inputs = [self._vector(x) if isinstance(x, Columns) else x for x in inputs]
         inputs = [self.spread(x, kind, node.kind) for x, kind in zip(inputs, kinds, strict=True)]
-        return apply(node, inputs, kinds)
+        return apply(node, inputs)
 
     def _of_columns(self, node: Node, inputs: list[Any], kinds: list[Kind]) -> Any | None:
         """What needs no vector."""
