@@ -115,7 +115,7 @@ def check(
     is_moved = any(x is not None for x in (query_positions, key_positions, traced_offset)) or static_offset != 0
     dropout, dropped = _as_dropout(dropout_rate, dropout_rng, broadcast_dropout, B, N)
     given_mods = {"score_mod": (score_mod, score_mod_args), "mask_mod": (mask_mod, mask_mod_args)}
-    mods, numbers = as_mods(given_mods, accumulation_dtype(query.dtype), axes, moves_rows=is_moved)
+    mods, numbers = as_mods(given_mods, accumulation_dtype(query.dtype), axes, moves_rows=is_moved, blocks=blocks)
     static_window, traced_window = static_or_traced(window, T, S, moves=is_moved or blocks > 1)
     if is_causal and all(x is None for x in (query_offset, query_positions, key_positions)):
         warn_of_causal(blocks * T, S)

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from ._autodiff import taylor
 from ._autodiff.primitives import flash_attention_core, flash_attention_p, linear_kernel_p
 from ._autodiff.visible import find_visible
-from ._semantics.block_masks import make_block_masks
+from ._semantics.block_masks import make_block_masks, numbers_of_blocks
 from ._semantics.call import Arrays, Call, Config, Inputs, ModOperands, Settings
 from ._semantics.dense import NAME as DENSE
 from ._semantics.dense import dense_attention
 from ._semantics.join_masks import is_query_row, make_mask
 from ._semantics.numerics import DEAD_ROW_LSE, accumulation_dtype
 from ._semantics.operands import OPERANDS
-from ._semantics.positions import Order
+from ._semantics.positions import Order, places
 from ._semantics.tile_masks import MaskMod, Tiles, elements_of
 from ._sharding.explicit import over_explicit_axes
 
@@ -71,7 +71,6 @@ def _attend(settings: Settings, arrays: Arrays) -> Results:
         out, lse, max_logits = dense_attention(settings, arrays)
         return Results(out, lse if settings.needs_lse else None, max_logits if settings.needs_max_logits else None)
     if settings.ring is not None:
-        _refuse_in_ring(settings)
         rank = jax.lax.axis_index(settings.ring.axis_name)
         arrays = arrays._replace(query_lengths=rows_of_length(arrays.query_lengths, rank, T))
     call, is_row, in_length = prepare(settings, arrays)
@@ -87,16 +86,6 @@ def _attend(settings: Settings, arrays: Arrays) -> Results:
         if is_row is not None:
             lse = jnp.where(is_row[..., None], lse, DEAD_ROW_LSE)
     return Results(out, lse, max_logits)
-
-
-def _refuse_in_ring(settings: Settings) -> None:
-    for name in ("score_mod", "mask_mod"):
-        if settings.ring is not None and getattr(settings, name) is not None:
-            raise NotImplementedError(
-                f"{name} is not evaluated around a ring, got a sequence split over {settings.ring.axis_name!r}: "
-                "take strategy='all_gather' or 'all_to_all', or gather what explicit axes split with "
-                "jax.sharding.reshard"
-            )
 
 
 def rows_of_length(lengths: jax.Array | None, block: jax.Array, T: int) -> jax.Array | None:
@@ -135,19 +124,25 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
         "order": order,
         "find_visible": find_visible,
         "has_dead_rows": arrays.sinks is None,
+        "mask_mod": None,
     }
-    mods = None
+    mods, ring = None, settings.ring
+    blocks: dict[str, Any] = {}
+    if ring is not None:
+        rank = jax.lax.axis_index(ring.axis_name)
+        blocks = {"size": ring.size, "rank": rank, "is_balanced": ring.is_balanced}
     if arrays.mod_args is not None:
-        mods = _mod_operands(arrays, *order.numbers(T, S, settings.static_offset))
+        if ring is None:
+            numbers = order.numbers(*places(T, S), settings.static_offset)
+        else:
+            numbers = numbers_of_blocks(T, S, order=order, static_offset=settings.static_offset, **blocks)
+        mods = _mod_operands(arrays, *numbers)
         if settings.mask_mod is not None:
             masks["mask_mod"] = _mask_mod(settings, arrays, mods)
-    ring = settings.ring
     if ring is None or ring.window is not None:
         band, mask = make_mask(T, S, **masks)
     else:
-        band, mask = make_block_masks(
-            T, S, ring.size, jax.lax.axis_index(ring.axis_name), is_balanced=ring.is_balanced, **masks
-        )
+        band, mask = make_block_masks(T, S, **blocks, **masks)
     is_row = is_query_row(T, arrays.query_lengths, arrays.query_segment_ids)
     in_length = is_query_row(T, arrays.query_lengths, None)
     if in_length is not None:
@@ -195,7 +190,8 @@ def _mask_mod(settings: Settings, arrays: Arrays, mods: ModOperands) -> MaskMod:
     assert arrays.batch_number is not None
     assert arrays.head_number is not None
     known = None
-    if arrays.tile_classes is not None and arrays.row_has_key is not None:
+    # Known tiles are those of all rows and keys: around a ring, each device finds those of its rows in each block.
+    if settings.ring is None and arrays.tile_classes is not None and arrays.row_has_key is not None:
         known = Tiles(arrays.tile_classes, arrays.row_has_key)
     elements = elements_of(
         settings.mask_mod,

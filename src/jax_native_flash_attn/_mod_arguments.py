@@ -13,14 +13,14 @@ from ._shapes import Axes
 
 
 def as_mods(
-    given: dict[str, tuple[Any, Any]], score_dtype: DTypeLike, axes: Axes, *, moves_rows: bool
+    given: dict[str, tuple[Any, Any]], score_dtype: DTypeLike, axes: Axes, *, moves_rows: bool, blocks: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings and arrays of a call.
 
     Args:
       given: each function and its further arguments, by the name of the public argument.
       score_dtype: of the scores.
-      axes: of the call.
+      axes: of the call; its T is that of one of `blocks`.
       moves_rows: whether the call has positions or an offset.
     """
     settings: dict[str, Any] = {}
@@ -34,9 +34,10 @@ def as_mods(
         if isinstance(function, TiledMask):
             if name == "score_mod":
                 raise TypeError("score_mod must be a function, got what make_tile_mask gives: pass it as mask_mod")
-            _check_tiled(function, args_of, axes, moves_rows=moves_rows)
+            _check_tiled(function, args_of, axes._replace(T=blocks * axes.T), moves_rows=moves_rows)
             settings["mask_block"] = function.block
-            arrays |= {"tile_classes": function.classes, "row_has_key": function.has_key}
+            if blocks == 1:  # otherwise each device finds the tiles of what it attends
+                arrays |= {"tile_classes": function.classes, "row_has_key": function.has_key}
             function, args_of = function.mask_mod, function.args
         settings[name], named = trace_mod(function, name, args_of, score_dtype if name == "score_mod" else None)
         args |= named

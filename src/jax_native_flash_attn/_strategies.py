@@ -17,7 +17,7 @@ from jax import lax
 
 from ._arguments import check
 from ._attention import Results, attention, rows_of_length
-from ._semantics.block_masks import make_ring, positions_of_block
+from ._semantics.block_masks import make_ring, positions_of_block, positions_of_blocks
 from ._semantics.call import Arrays, Settings
 from ._semantics.dropout import with_place
 from ._semantics.errors import describe, did_you_mean
@@ -120,10 +120,10 @@ def _with_positions(settings: Settings, arrays: Arrays, devices: Devices) -> Arr
     (B, T, *_), S = arrays.query.shape, arrays.key.shape[1]
     rows = positions_of_block(devices.rank, devices.size, T, is_balanced=True)
     shift = jnp.int32(settings.static_offset) if arrays.query_offset is None else arrays.query_offset[:, None]
-    keys = [positions_of_block(block, devices.size, S, is_balanced=True) for block in range(devices.size)]
+    keys = positions_of_blocks(devices.size, S, is_balanced=True)
     return arrays._replace(
         query_positions=jnp.broadcast_to(saturated_sum(rows[None], shift), (B, T)),
-        key_value_positions=jnp.broadcast_to(jnp.concatenate(keys)[None], (B, devices.size * S)),
+        key_value_positions=jnp.broadcast_to(keys[None], (B, devices.size * S)),
         query_offset=None,
     )
 

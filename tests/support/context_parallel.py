@@ -15,8 +15,9 @@ from jax_native_flash_attn import (
     balanced_order,
     context_parallel_attention,
     context_parallel_attention_with_lse,
+    mods,
 )
-from tests.support.environment import bernoulli, enable_x64, fast_compilation
+from tests.support.environment import bernoulli, enable_x64, fast_compilation, lenient_promotion
 from tests.support.oracle import (
     Masking,
     dense_float64,
@@ -26,7 +27,7 @@ from tests.support.oracle import (
 
 STRATEGIES = ("ring", "all_to_all", "all_gather")
 FAST = fast_compilation()
-FLOATS = ("query", "key", "value", "scale", "bias", "sinks")
+FLOATS = ("query", "key", "value", "scale", "bias", "sinks", "score_mod_args")
 B, T, S = 2, 32, 16  # S: of the keys of cross attention
 HEADS = (4, 2, 8, 5)  # N, K, H, D
 TILES = {"block_q": 4, "block_kv": 3}  # several on each device; elsewhere one, which compiles in a quarter of the time
@@ -43,7 +44,8 @@ def make_mesh(shape: tuple[int, ...] = (4,), axes: tuple[str, ...] = ("s",)) -> 
 class Case:
     """A call of the whole sequence: everything but the numbers of its floats.
 
-    `options` are what is not traced; `arrays` what is, beside query, key, value and scale, with a shape for a float.
+    `options` are what is not traced; `arrays` what is, beside query, key, value and scale, with a shape for a float, and
+    a list of shapes for `score_mod_args`.
     `specs` says how a bias or a mask is sharded; ids and positions are sharded as the tokens are.
     """
 
@@ -59,6 +61,17 @@ class Case:
         query, key = (np.tile(balanced_order(n, devices), (B, 1)) for n in (T, self.keys))
         offset = np.asarray((self.options | self.arrays).get("query_offset", 0))
         return {"query_positions": query + offset.reshape(-1, 1), "key_value_positions": key}
+
+    def indices(self, devices: int) -> list[np.ndarray]:
+        """What `score_mod` and `mask_mod` get, as arrays that broadcast to (B, N, T, S)."""
+        given = self.options | self.arrays
+        if self.is_balanced:
+            given = given | self.positions(devices)
+        rows = np.arange(T, dtype=np.int32) + np.asarray(given.get("query_offset", 0)).reshape(-1, 1)
+        rows, keys = given.get("query_positions", rows), given.get("key_value_positions", np.arange(self.keys)[None])
+        batch, heads = np.arange(B), np.arange(self.heads[0])
+        shaped = (batch[:, None, None, None], heads[:, None, None], rows[:, None, :, None], keys[:, None, None])
+        return [np.asarray(x, np.int32) for x in shaped]
 
 
 def _ids(length: int, seed: int) -> np.ndarray:
@@ -192,6 +205,48 @@ FEATURES: dict[str, Case] = {
     ),
 }
 CASES = MASKS | BALANCED | FEATURES
+
+
+def _gated(score: Any, b: Any, h: Any, q: Any, k: Any, slopes: Any, more: Any) -> Any:
+    """Not linear in score and arguments, which are read by head, by distance, by batch row and key; and -inf."""
+    distance = (q - k).astype(score.dtype)
+    x = score * (1 + 0.1 * jnp.tanh(score)) + slopes[h] ** 2 * distance * 0.05 + more[0][h, q - k + T]
+    return jnp.where((k > q + 9) & (k % 5 > 0), -jnp.inf, x * more[1][b, k])
+
+
+def _sparse(b: Any, h: Any, q: Any, k: Any, flags: Any) -> Any:
+    """Some rows have no key, others none of most devices."""
+    return (flags[b, q] > 0) & ((k // 4 + q // 8 + h) % 3 == 0)
+
+
+_PREFIX = {"mask_mod_args": (integers(11, 3),)}
+_DOCUMENT = {"mask_mod_args": (SHUFFLED["query_segment_ids"], SHUFFLED["key_value_segment_ids"])}
+ALIBI: dict[str, Any] = {"score_mod": mods.alibi}
+SLOPES: dict[str, Any] = {"score_mod_args": [(N,)]}
+# Calls with functions of scores and indices, which get the places, or the positions, of the whole sequence.
+MODS: dict[str, Case] = {
+    "alibi": Case(ALIBI | CAUSAL, SLOPES),
+    "alibi, window": Case(ALIBI | CAUSAL | {"local_window_size": (5, 0)}, SLOPES),
+    "T5, balanced": Case(
+        CAUSAL | {"score_mod": mods.T5RelativeBias(8, 12, is_bidirectional=False)},
+        {"score_mod_args": [(8, N)]},
+        is_balanced=True,
+    ),
+    "T5, cross": Case({"score_mod": mods.T5RelativeBias(8, 12)}, {"score_mod_args": [(8, N)]}, keys=S),
+    "gated": Case(
+        DROPOUT | {"score_mod": _gated, "logits_soft_cap": 3.0, "query_offset": 2},
+        {"score_mod_args": [(N,), [(N, 2 * T + 8), (B, T)]], "bias": (B, N, T, 1), **IDS},
+        {"bias": BY_ROWS},
+    ),
+    "document": Case(DROPOUT | {"mask_mod": mods.document}, {"sinks": (N,), **_DOCUMENT}),
+    "document, balanced": Case(CAUSAL | {"mask_mod": mods.document}, _DOCUMENT, is_balanced=True),
+    "prefix and alibi, positions": Case(ALIBI | {"mask_mod": mods.prefix_lm}, SLOPES | POSITIONS | _PREFIX),
+    "sliding window": Case(TILES | {"mask_mod": mods.SlidingWindow(4, 2)}, {"bias": (1, N, T, T)}, {"bias": BY_ROWS}),
+    "rows without keys": Case({"mask_mod": _sparse}, {"mask_mod_args": (_ids(T, 0),)}),
+    "rows without keys, sinks": Case(
+        CAUSAL | {"mask_mod": _sparse}, {"mask_mod_args": (_ids(T, 0),), "sinks": (N,), **LENGTHS}
+    ),
+}
 # ---- numbers
 
 
@@ -213,9 +268,13 @@ jax.tree_util.register_dataclass(Numbers, ["floats", "tangents", "cotangents"], 
 def numbers(case: Case, seed: int = 0) -> Numbers:
     heads, K, H, D = case.heads
     shapes = {"query": (B, T, heads, H), "key": (B, case.keys, K, H), "value": (B, case.keys, K, D), "scale": ()}
-    shapes |= {name: case.arrays[name] for name in ("bias", "sinks") if name in case.arrays}
+    shapes |= {name: case.arrays[name] for name in ("bias", "sinks", "score_mod_args") if name in case.arrays}
     rng = np.random.default_rng(seed)
-    floats, tangents = ({name: np.asarray(rng.standard_normal(x)) for name, x in shapes.items()} for _ in range(2))
+
+    def draw(shape: Any) -> Any:
+        return tuple(map(draw, shape)) if isinstance(shape, list) else np.asarray(rng.standard_normal(shape))
+
+    floats, tangents = ({name: draw(x) for name, x in shapes.items()} for _ in range(2))
     floats["scale"] = np.asarray(0.7)
     return Numbers(floats, tangents, (rng.standard_normal((B, T, heads, D)), rng.standard_normal((B, T, heads))))
 
@@ -251,7 +310,8 @@ class Split:
             return P(batch, tokens, heads)
         if name.endswith(("_ids", "_positions")):
             return P(batch, tokens)
-        return {"scale": P(), "local_window_size": P(), "sinks": P(heads)}.get(name, P(batch))
+        whole = dict.fromkeys(("scale", "local_window_size", "score_mod_args", "mask_mod_args"), P())
+        return (whole | {"sinks": P(heads)}).get(name, P(batch))
 
     def specs(self, arrays: dict[str, Any]) -> dict[str, P]:
         return {name: self.spec(name) for name in arrays}
@@ -310,6 +370,8 @@ def _keep(shape: tuple[int, ...], rate: float, x64: bool) -> np.ndarray:
 def masks_of(case: Case, floats: dict[str, Any], devices: int, *, x64: bool = True) -> Masking:
     """Of the whole sequence."""
     heads, selection = case.heads[0], {**case.options, **others(case)}
+    mask_mod, args = selection.pop("mask_mod", None), selection.pop("mask_mod_args", ())
+    selection.pop("score_mod", None)
     if case.is_balanced:
         selection = {name: x for name, x in selection.items() if name != "query_offset"} | case.positions(devices)
     selection = {name: x for name, x in selection.items() if name not in TILES}
@@ -319,7 +381,10 @@ def masks_of(case: Case, floats: dict[str, Any], devices: int, *, x64: bool = Tr
         keep = np.broadcast_to(_keep((*lead, T, case.keys), selection["dropout_rate"], x64), (B, heads, T, case.keys))
     masks = masking(floats["query"], floats["key"], keep=keep, **selection)
     factor, cap = np.broadcast_to(masks.factor, masks.allowed.shape), np.asarray(masks.cap, np.float64)
-    return dataclasses.replace(masks, factor=factor, cap=cap)
+    allowed = masks.allowed
+    if mask_mod is not None:
+        allowed = allowed & np.asarray(mask_mod(*case.indices(devices), *jax.tree.map(jnp.asarray, args)))
+    return dataclasses.replace(masks, allowed=allowed, factor=factor, cap=cap)
 
 
 @functools.cache
@@ -367,6 +432,20 @@ def dense_results(
 def expected(name: str, devices: int) -> Any:
     with enable_x64():
         return dense_results(CASES[name], numbers(CASES[name]), devices)
+
+
+def dense_with_mods(case: Case, devices: int) -> Callable[..., Any]:
+    """`dense_float64` with the `score_mod` of a case."""
+    score_mod, at = case.options.get("score_mod"), case.indices(devices)
+
+    def core(score_mod_args: Any = (), **arrays: Any) -> Any:
+        def change(logits: jax.Array) -> jax.Array:
+            return logits if score_mod is None else score_mod(logits, *map(jnp.asarray, at), *score_mod_args)
+
+        with lenient_promotion():
+            return dense_float64(**arrays, change=change)
+
+    return core
 
 
 def largest_logits(case: Case, floats: dict[str, Any], devices: int) -> np.ndarray:

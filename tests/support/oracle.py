@@ -173,8 +173,8 @@ def _sink_column(sinks: Any, dtype: Any) -> Any:
     )
 
 
-def dense_float64(query, key, value, bias, scale, masks: Masking, sinks=None):
-    """(out, lse) of 4-D float64 inputs; differentiable in every argument but `masks`."""
+def dense_float64(query, key, value, bias, scale, masks: Masking, sinks=None, change=lambda logits: logits):
+    """(out, lse) of 4-D float64 inputs; differentiable in every argument but `masks`; `change` is a `score_mod`."""
     N, S = query.shape[2], key.shape[1]
     allowed, factor = jnp.asarray(masks.allowed), jnp.asarray(masks.factor)
     query_valid = jnp.asarray(masks.query_valid)[:, :, None, None]
@@ -187,7 +187,7 @@ def dense_float64(query, key, value, bias, scale, masks: Masking, sinks=None):
     real_key = _heads(jnp.where(key_valid, key, 0.0), N)
     real_value = _heads(jnp.where(key_valid, value, 0.0), N)
 
-    logits = _capped(jnp.einsum("btnh,bsnh->bnts", real_query, real_key) * scale + bias, masks.cap)
+    logits = _capped(change(jnp.einsum("btnh,bsnh->bnts", real_query, real_key) * scale + bias), masks.cap)
     logits = jnp.where(allowed, logits, -jnp.inf)
     row_max = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf), sink)
     row_max = jax.lax.stop_gradient(jnp.where(live, row_max, 0.0))

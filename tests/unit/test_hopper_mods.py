@@ -178,7 +178,7 @@ def test_tiles(is_score: bool, numbering: str, transposed: bool, on_cpu: Any):
         formula = make_formula(program, Numbers(T, S, config.first_row), needs_slope=is_score)
         if isinstance(formula, str):
             assert numbering != "plain", (name, formula)
-            assert "which positions or an offset make another" in formula
+            assert "which positions, an offset or a ring make another" in formula
             continue
         inputs = _inputs(named, first_row, is_plain=numbering != "positions")
         score = RNG.standard_normal((B, N, T, S)).astype(np.float32)

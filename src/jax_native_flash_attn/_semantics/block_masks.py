@@ -12,6 +12,7 @@ from .call import MOST_UNROLLED, Arrays, Call, Ring, Settings, mesh_order
 from .join_masks import is_query_row, make_mask
 from .masks import Band, MaskOperands, make_band
 from .positions import Order, Reach, of_keys, of_rows, position_bounds, reach_of, saturated_sum
+from .tile_masks import MaskMod, part
 
 
 def part_starts(block: Any, size: int, length: int, *, is_balanced: bool) -> list[Any]:
@@ -25,6 +26,23 @@ def positions_of_block(block: Any, size: int, length: int, *, is_balanced: bool)
     """(length,) int32"""
     starts = part_starts(block, size, length, is_balanced=is_balanced)
     return jnp.concatenate([start + jnp.arange(length // len(starts), dtype=jnp.int32) for start in starts])
+
+
+def positions_of_blocks(size: int, length: int, *, is_balanced: bool) -> jax.Array:
+    """Of all blocks, one after the other, (size * length,) int32."""
+
+    def of_block(block: jax.Array) -> jax.Array:
+        return positions_of_block(block, size, length, is_balanced=is_balanced)
+
+    return jax.vmap(of_block)(jnp.arange(size, dtype=jnp.int32)).reshape(-1)
+
+
+def numbers_of_blocks(
+    T: int, S: int, size: int, rank: jax.Array, order: Order, static_offset: int, *, is_balanced: bool
+) -> tuple[jax.Array, jax.Array]:
+    """See `Order.numbers`: of the T rows of the block of number `rank`, and of the S keys of each of all blocks."""
+    rows = positions_of_block(rank, size, T, is_balanced=is_balanced)
+    return order.numbers(rows, positions_of_blocks(size, S, is_balanced=is_balanced), static_offset)
 
 
 def sees_itself(reach: Reach, offset: int, others: Sequence[Any]) -> bool:
@@ -55,7 +73,9 @@ def _only_window(settings: Settings, arrays: Arrays, lengths: tuple[int, int]) -
     """See `Ring.window`."""
     masks = ("mask", "query_lengths", "key_value_lengths", "query_segment_ids", "key_value_segment_ids")
     moving = ("traced_window", "query_positions", "key_value_positions", "query_offset")
-    if any(getattr(arrays, name) is not None for name in masks + moving) or settings.static_band != Band():
+    if any(getattr(arrays, name) is not None for name in masks + moving):
+        return None
+    if settings.mask_mod is not None or settings.static_band != Band():
         return None
     reach = reach_of(is_causal=settings.is_causal, static_window=settings.static_window, traced_window=None)
     if lengths[0] != lengths[1] or not sees_itself(reach, settings.static_offset, ()):
@@ -79,7 +99,7 @@ def visited_distances(
     offset, unbounded = settings.static_offset, size * (T + S) + abs(settings.static_offset)
     left, right = settings.static_window or (unbounded, unbounded)
     right = min(right, 0) if settings.is_causal else right
-    others = (arrays.key_value_lengths, arrays.key_value_segment_ids, arrays.mask)
+    others = (arrays.key_value_lengths, arrays.key_value_segment_ids, arrays.mask, settings.mask_mod)
     if arrays.sinks is None and not (T == S and sees_itself(Reach(left, right), offset, others)):
         return everywhere
 
@@ -104,30 +124,27 @@ def make_block_masks(
 ) -> tuple[Band, MaskOperands]:
     """As `make_mask` of these `masks`, of `size` blocks of S keys; the T rows are the block of number `rank`.
 
-    `query_lengths` is of these rows alone; ids and positions of keys, and `allowed`, are of the keys of all blocks, and
-    so is `static_band`.
+    `query_lengths` is of these rows alone; ids and positions of keys, `allowed` and `mask_mod` are of the keys of all
+    blocks, and so is `static_band`.
 
     Returns:
       The band of the block of the same number, if that is all there is; and the operands of all blocks, as
       `Config.ring` says.
     """
     order: Order = masks["order"]
+    mask_mod: MaskMod | None = masks["mask_mod"]
     static_window, traced_window = masks["static_window"], masks["traced_window"]
     allowed, key_value_lengths, query_lengths = masks["allowed"], masks["key_value_lengths"], masks["query_lengths"]
     reach = reach_of(is_causal=masks["is_causal"], static_window=static_window, traced_window=traced_window)
     static_band: Band = masks["static_band"]
     band_reach = Reach(None if static_band.lower is None else -static_band.lower, static_band.upper)
-    others = (query_lengths, key_value_lengths, allowed, order.query_ids)
+    others = (query_lengths, key_value_lengths, allowed, order.query_ids, mask_mod)
     if all(x is None for x in (*reach, *band_reach, *others)):
         return Band(), MaskOperands()
-    rows = places = positions_of_block(rank, size, T, is_balanced=is_balanced)[None, :]
-    shift = jnp.int32(masks["static_offset"]) if order.query_offset is None else order.query_offset[:, None]
-    rows = saturated_sum(rows, shift)
+    places = positions_of_block(rank, size, T, is_balanced=is_balanced)[None, :]
+    rows, keys = numbers_of_blocks(T, S, size, rank, order, masks["static_offset"], is_balanced=is_balanced)
     if order.has_positions:
-        keys = jnp.arange(size * S, dtype=jnp.int32)[None, :] if order.key_positions is None else order.key_positions
-        order = Order(
-            order.query_ids, order.key_ids, rows if order.query_positions is None else order.query_positions, keys
-        )
+        order = Order(order.query_ids, order.key_ids, rows, keys)
 
     def within(block: jax.Array) -> tuple[jax.Array, jax.Array]:
         starts = part_starts(block, size, S, is_balanced=is_balanced)
@@ -156,6 +173,8 @@ def make_block_masks(
             own = own._replace(query_positions=order.query_positions, key_positions=keys(order.key_positions))
         if key_value_lengths is not None:
             changed["key_value_lengths"] = jnp.clip(key_value_lengths - block * S, 0, S)
+        if mask_mod is not None:
+            changed["mask_mod"] = mask_mod.from_key(block * S)
         changed |= {
             "allowed": keys(allowed),
             "static_band": Band(),
@@ -164,14 +183,14 @@ def make_block_masks(
             "static_offset": 0,
         }
         mask = make_mask(T, S, within=within(block), **masks | changed)[1]
-        return mask.key_start, mask.key_stop, mask.is_exact
+        return mask.key_start, mask.key_stop, mask.is_exact, mask.tile_classes
 
-    start, stop, is_exact = jax.vmap(of_block)(jnp.arange(size, dtype=jnp.int32))
+    start, stop, is_exact, classes = jax.vmap(of_block)(jnp.arange(size, dtype=jnp.int32))
     assert start is not None
     assert stop is not None
     start, stop = jnp.broadcast_arrays(start, stop)
     band, dead = Band(), None
-    moving = (key_value_lengths, allowed, *order)
+    moving = (key_value_lengths, allowed, mask_mod, *order)
     if T == S and sees_itself(reach, masks["static_offset"], moving) and sees_itself(band_reach, 0, ()):
         if query_lengths is None and not (is_balanced and static_window):
             band = make_band(T, S, is_causal=masks["is_causal"], window=static_window, also=static_band)
@@ -185,7 +204,8 @@ def make_block_masks(
         operands = operands._replace(query_ids=of_rows(order.query_ids), key_ids=of_keys(order.key_ids))
     if order.has_positions:
         operands = operands._replace(**position_bounds(T, S * size, order, reach, 0))
-    return band, operands._replace(is_exact=None if is_exact is None else _joined(is_exact))
+    is_exact, classes = (None if x is None else _joined(x) for x in (is_exact, classes))
+    return band, operands._replace(is_exact=is_exact, tile_classes=classes)
 
 
 def split_masks(call: Call, rank: jax.Array) -> Call:
@@ -208,11 +228,16 @@ def split_masks(call: Call, rank: jax.Array) -> Call:
         start, stop = (x.reshape(*x.shape[:-2], -1) for x in (start, stop))
     is_exact = mask.is_exact
     is_exact = None if is_exact is None else jnp.broadcast_to(is_exact, (*is_exact.shape[:-1], ring.size))
-    mask = mask._replace(key_start=start, key_stop=stop, is_exact=is_exact, shift=None)
+    classes = mask.tile_classes
+    if classes is not None:
+        classes = part(classes, config.mask_block, -2, rank * T, T)
+        blocks = [part(classes, config.mask_block, -1, jnp.int32(i * S), S) for i in range(ring.size)]
+        classes = jnp.concatenate(blocks, -1)
+    mask = mask._replace(key_start=start, key_stop=stop, is_exact=is_exact, tile_classes=classes, shift=None)
     return Call(replace(config, band=own, ring=replace(ring, has_whole_masks=False)), inputs._replace(mask=mask))
 
 
 def _joined(x: Any) -> jax.Array:
-    """(blocks, B, N, T) -> (B, N, blocks * T)"""
+    """(blocks, ..., n) -> (..., blocks * n)"""
     x = jnp.moveaxis(x, 0, -2)
     return x.reshape(*x.shape[:-2], -1)

@@ -28,7 +28,8 @@ class Ring:
       distances: which blocks a device visits, its own, 0, first: with distance d that of the device d places before it.
       mesh_order: the same axes in the order of the mesh, and its numbers of the places of the ring; see `mesh_order`.
       is_balanced: whether rows and keys are in the order of `balanced_order`, which masks then see through.
-      has_whole_masks: whether band and intervals are still those of all keys, of the rows of a device.
+      has_whole_masks: whether band and intervals are still those of all keys, of the rows of a device, and classes of
+        tiles those of all rows.
       window: how many keys before its own a row attends, where that and causality are all that masks say, and tokens
         stand in order: `meeting` then knows what is attended of a block. Otherwise intervals say so.
     """
@@ -155,11 +156,11 @@ class Config:
     there are no ids or positions; `differentiates_lse`, of a derivative, whether it is one of lse, too.
 
     Of functions of scores and indices: `first_row`, from which on rows are numbered, if keys are from 0 on, and both in
-    order; None: as `ModOperands` says. `differentiates_args`: of a derivative, whether it is one of arguments, too.
+    order; None: as `ModOperands` says, as in a ring. `differentiates_args`: of a derivative, whether it is one of arguments, too.
 
     With a `ring`, key and value are the block of this device, and `band` is the mask of that alone. All other operands
-    with a key axis have the keys of all blocks, one after the other; intervals and `is_exact` have one for each block,
-    likewise, along T, unless `Ring.window` says it all.
+    with a key axis have the keys of all blocks, one after the other, and `tile_classes` their tiles; intervals and
+    `is_exact` have one for each block, likewise, along T, unless `Ring.window` says it all.
     """
 
     band: Band

@@ -19,7 +19,7 @@ from .join_masks import is_query_row
 from .masks import Band, MaskOperands, make_band
 from .mods import Program, args_of
 from .numerics import DEAD_ROW_LSE, accumulation_dtype, bias_floor, lowest
-from .positions import Order, of_keys, of_rows, position_bounds, reach_of
+from .positions import Order, of_keys, of_rows, places, position_bounds, reach_of
 
 NAME = "dense"
 
@@ -91,7 +91,7 @@ def _of_mod(program: Program, arrays: Arrays, static_offset: int, scores: list[j
         key_positions=arrays.key_value_positions,
         query_offset=arrays.query_offset,
     )
-    rows, keys = order.numbers(arrays.query.shape[1], arrays.key.shape[1], static_offset)
+    rows, keys = order.numbers(*places(arrays.query.shape[1], arrays.key.shape[1]), static_offset)
     batch, heads = arrays.batch_number[:, None, None, None], arrays.head_number[None, :, None, None]
     args = [x.reshape(1, 1, 1, 1, *x.shape) for x in args_of(program, arrays.mod_args).values()]
     return program((*scores, batch, heads, of_rows(rows), of_keys(keys)), args)

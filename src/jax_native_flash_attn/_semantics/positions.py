@@ -40,13 +40,13 @@ class Order(NamedTuple):
     def has_positions(self) -> bool:
         return self.query_positions is not None or self.key_positions is not None
 
-    def numbers(self, T: int, S: int, static_offset: int) -> tuple[jax.Array, jax.Array]:
-        """Where each row and each key stands: (B or 1, T) and (B or 1, S)."""
-        rows, keys = self.query_positions, self.key_positions
-        if rows is None:
-            shift = jnp.int32(static_offset) if self.query_offset is None else self.query_offset[:, None]
-            rows = saturated_sum(shift, jnp.arange(T, dtype=jnp.int32)[None, :])
-        return rows, jnp.arange(S, dtype=jnp.int32)[None, :] if keys is None else keys
+    def numbers(self, rows: jax.Array, keys: jax.Array, static_offset: int) -> tuple[jax.Array, jax.Array]:
+        """Where each row and each key stands, (B or 1, T) and (B or 1, S), given their places, (T,) and (S,)."""
+        shift = jnp.int32(static_offset) if self.query_offset is None else self.query_offset[:, None]
+        return (
+            saturated_sum(shift, rows[None, :]) if self.query_positions is None else self.query_positions,
+            keys[None, :] if self.key_positions is None else self.key_positions,
+        )
 
 
 def moving_band(reach: Reach) -> Band | None:
@@ -84,13 +84,18 @@ def cut(
 
 def position_bounds(T: int, S: int, order: Order, reach: Reach, static_offset: int) -> dict[str, jax.Array]:
     """Of `MaskOperands`, those of the fields on positions that say something."""
-    position, keys = order.numbers(T, S, static_offset)
+    position, keys = order.numbers(*places(T, S), static_offset)
     bounds = {}
     if reach.left is not None:
         bounds["lowest_position"] = of_rows(saturated_sum(position, -reach.left))
     if reach.right is not None:
         bounds["highest_position"] = of_rows(saturated_sum(position, reach.right))
     return bounds | {"key_positions": of_keys(keys)} if bounds else {}
+
+
+def places(T: int, S: int) -> tuple[jax.Array, jax.Array]:
+    """Of rows and of keys, (T,) and (S,)."""
+    return jnp.arange(T, dtype=jnp.int32), jnp.arange(S, dtype=jnp.int32)
 
 
 def of_rows(x: jax.Array) -> jax.Array:

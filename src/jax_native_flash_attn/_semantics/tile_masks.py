@@ -89,9 +89,19 @@ def regrouped(classes: jax.Array, block: int, axis: int, length: int, size: int)
     if size == block:
         return classes
     first = jnp.arange(0, length, size, dtype=jnp.int32)
-    last = (jnp.minimum(first + size, length) - 1) // block
     most = max((min(x + size, length) - 1) // block - x // block for x in range(0, length, size)) + 1
-    met = jnp.minimum(first[:, None] // block + jnp.arange(most, dtype=jnp.int32)[None], last[:, None])
+    return _of_met(classes, block, axis, first, jnp.minimum(first + size, length) - 1, most)
+
+
+def part(classes: jax.Array, block: int, axis: int, start: jax.Array, length: int) -> jax.Array:
+    """Classes of the tiles of `length` rows or keys from `start` on, which they may cut."""
+    first = start + jnp.arange(0, length, block, dtype=jnp.int32)
+    return _of_met(classes, block, axis, first, jnp.minimum(first + block, start + length) - 1, 2)
+
+
+def _of_met(classes: jax.Array, block: int, axis: int, first: jax.Array, last: jax.Array, most: int) -> jax.Array:
+    """Of tiles with these first and last rows or keys, from those that they meet, at most so many."""
+    met = jnp.minimum(first[:, None] // block + jnp.arange(most, dtype=jnp.int32)[None], last[:, None] // block)
     found = jnp.take(classes, met, classes.ndim + axis)
     within = found.ndim + axis
     least, largest = found.min(within), found.max(within)
@@ -147,6 +157,10 @@ class MaskMod(NamedTuple):
     elements: Elements
     block: int = BLOCK
     known: Tiles | None = None
+
+    def from_key(self, first: jax.Array) -> "MaskMod":
+        """Of the keys from that place on."""
+        return MaskMod(lambda rows, keys: self.elements(rows, first + keys), self.block)
 
     def tiles(self, T: int, S: int) -> Tiles:
         return find_tiles(self.elements, T, S, self.block) if self.known is None else self.known

@@ -27,6 +27,8 @@ from .._semantics.call import Ring
 from .auto import as_unit, gather_sliced_axes, needs_devices, uses_shardy
 from .types import axis_names, explicit_spec
 
+_OF_ONE = Ring("", 1, (0,), has_whole_masks=True)
+
 Layouts = tuple[tuple[str, ...], tuple[str, ...]]
 """Names (keys of `LAYOUTS`) of a primitive's operands and results."""
 
@@ -71,7 +73,10 @@ def lowering_rule(
         kernel = functools.partial(function, target=target, **params)
         spec = explicit_spec(ctx.avals_in)
         if is_unit:
-            of_ring = None if with_ring is None else _in_ring(function, target, with_ring, params)
+            of_ring = None
+            # Not all that kernels take alone do they take of a block: then rows are gathered.
+            if with_ring is not None and is_opaque(avals, target, **with_ring(_OF_ONE, **params)):
+                of_ring = _in_ring(function, target, with_ring, params)
             kernel = as_unit(kernel, of_ring, operand_names, result_names, avals, ctx.avals_out)
         elif any(spec):
             avals = [ShapedArray(x.shape, x.dtype, sharding=x.sharding) for x in ctx.avals_in]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._semantics.call import MOST_UNROLLED, Call, Config, Inputs, Meeting, Ring
+from .._semantics.call import MOST_UNROLLED, Call, Config, Inputs, Meeting, ModOperands, Ring
 from .._semantics.dropout import with_place
 from .._semantics.masks import Band, MaskOperands
 from .._semantics.operands import LAYOUTS
@@ -52,10 +52,10 @@ class Visit(NamedTuple):
         if dropout is not None:
             dropout = replace(dropout, lengths=(size * z.T, size * z.S))
         band = config.band if self.is_own else Band() if self.meeting is None else self.meeting.band
-        return replace(config, band=band, dropout=dropout, has_all_keys=False, ring=None)
+        return replace(config, band=band, dropout=dropout, has_all_keys=False, ring=None, first_row=None)
 
     def inputs(self, call: Call) -> Inputs:
-        inputs, z, dropout_key = call.inputs, call.sizes, call.inputs.dropout_key
+        inputs, z, dropout_key, mods = call.inputs, call.sizes, call.inputs.dropout_key, call.inputs.mods
         if dropout_key is not None:
             dropout_key = with_place(dropout_key, self.rank * z.T, self.first_key(z.S))
         return inputs._replace(
@@ -63,13 +63,20 @@ class Visit(NamedTuple):
             key=self.blocks["key"],
             value=self.blocks["value"],
             bias=None if inputs.bias is None else self.rows("bias", self.keys(inputs.bias, z.S)),
-            mask=MaskOperands() if self.config(call).band != Band() else self._mask(inputs.mask, z),
+            mask=MaskOperands() if self.config(call).band != Band() else self._mask(inputs.mask, z, call.config),
             dropout_key=dropout_key,
+            mods=None if mods is None else self._mods(mods, z),
         )
 
-    def _mask(self, mask: MaskOperands, z: Sizes) -> MaskOperands:
+    def _mods(self, mods: ModOperands, z: Sizes) -> ModOperands:
+        return mods._replace(
+            query_number=self.rows("query_number", mods.query_number), key_number=self.keys(mods.key_number, z.S)
+        )
+
+    def _mask(self, mask: MaskOperands, z: Sizes, config: Config) -> MaskOperands:
         per_row, per_key = ("key_start", "key_stop"), ("allowed", "key_ids", "key_positions")
-        lengths = {"is_exact": 1} | dict.fromkeys(per_row, z.T) | dict.fromkeys(per_key, z.S)
+        lengths = {"is_exact": 1, "tile_classes": -(-z.S // config.mask_block)}
+        lengths |= dict.fromkeys(per_row, z.T) | dict.fromkeys(per_key, z.S)
         given = {name: x for name, x in mask._asdict().items() if x is not None}
         changed = {name: self.keys(given[name], length) for name, length in lengths.items() if name in given}
         if mask.key_value_length is not None:

@@ -37,7 +37,7 @@ def why_not_read(kind: Kind, *, are_places: bool) -> str:
     """By an index of a kind; `are_places`: whether numbers of rows and keys are their places in arrays."""
     name = {Kind.ROWS: "query_index", Kind.KEYS: "key_index", Kind.TILE: "query_index and key_index, or a score"}
     if not are_places and kind in (Kind.ROWS, Kind.KEYS):
-        return f"reads an argument by {name[kind]}, which positions or an offset make another than its place"
+        return f"reads an argument by {name[kind]}, which positions, an offset or a ring make another than its place"
     return f"gathers from an argument by an index that it computes from {name.get(kind, 'others')}"
 
 
