@@ -4,12 +4,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_native_flash_attn import context_parallel_attention, flash_attention
+from jax_native_flash_attn import context_parallel_attention, explain, flash_attention, mods
 from jax_native_flash_attn._kernels.xla.family import XlaKernels
+from jax_native_flash_attn._sharding import lowering
+from tests.support.grids import rest
 from tests.support.targets import needs_backend, pretend_gpu
 
 pytestmark = needs_backend
@@ -21,6 +24,17 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, jax.ShapeDtypeStruct]]] = {
     "balanced": ({"is_causal": True, "order": "balanced"}, {}),
     "window": ({"is_causal": True, "local_window_size": (50, 0)}, {}),
     "ids": ({"is_causal": True}, {"query_segment_ids": IDS, "key_value_segment_ids": IDS}),
+    "functions": (
+        {
+            "is_causal": True,
+            "score_mod": mods.alibi,
+            "score_mod_args": (mods.alibi_slopes(N),),
+            "mask_mod": mods.prefix_lm,
+            "mask_mod_args": (np.array([3, 199], np.int32),),
+            "implementation": "mosaic_gpu",
+        },
+        {},
+    ),
     "bias and dropout": (
         {"dropout_rate": 0.1, "dropout_rng": jax.random.key(0)},
         {"bias": jax.ShapeDtypeStruct((1, N, T, T), jnp.bfloat16)},
@@ -51,7 +65,7 @@ def _lowered(f: Any, *arrays: Any) -> str:
     return jax.jit(gradients).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [rest(x) if x == "functions" else x for x in CASES])
 def test_a_ring_lowers_for_cuda(name: str) -> None:
     static, traced = CASES[name]
     mesh = AbstractMesh((DEVICES,), ("s",), axis_types=(AxisType.Auto,))
@@ -75,3 +89,41 @@ def test_explicit_axes_lower_for_cuda() -> None:
         text = _lowered(lambda *x: flash_attention(*x, is_causal=True), *arrays)
     assert "mosaic_gpu" in text
     assert "collective_permute" in text
+
+
+_DOCUMENT: dict[str, Any] = {
+    "mask_mod": mods.document,
+    "mask_mod_args": (jnp.zeros((B, T), jnp.int32),) * 2,
+    "implementation": "mosaic_gpu",
+}
+
+
+def test_what_is_read_by_place_is_not_read_in_a_ring() -> None:
+    """There numbers of rows and keys are not places in the arrays that a kernel gets."""
+    x, place = _arrays(), {"platform": "cuda", "devices": DEVICES}
+    reason = "mask_mod reads an argument by query_index, which positions, an offset or a ring make another than"
+    with pytest.raises(NotImplementedError, match=f"'mosaic_gpu' does not run here: {reason}"):
+        explain(*x, **_DOCUMENT, **place)
+    found = explain(*x, score_mod=mods.SoftCap(2.0), **place)
+    assert found.forward.family == "pure_jax"
+    assert "only if implementation='mosaic_gpu'" in found.forward.reasons["mosaic_gpu"]
+    asked = explain(*x, score_mod=mods.SoftCap(2.0), implementation="mosaic_gpu", **place)
+    assert {x.family for x in (asked.forward, asked.gradient, asked.tangent)} == {"mosaic_gpu"}
+
+
+@pytest.mark.parametrize("reads_places", [True, False])
+def test_auto_axes_have_a_ring_of_what_kernels_take_there(reads_places: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else they gather the rows, and the kernels run."""
+    rings = []
+
+    def as_unit(kernel: Any, of_ring: Any, *others: Any) -> Any:
+        rings.append(of_ring)
+        return lambda *_: tuple(jnp.zeros(x.shape, x.dtype) for x in others[-1])
+
+    monkeypatch.setattr(lowering, "as_unit", as_unit)
+    mesh = jax.make_mesh((DEVICES,), ("s",), axis_types=(AxisType.Auto,), devices=jax.devices()[:DEVICES])
+    split = NamedSharding(mesh, P(None, "s"))
+    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split) for x in _arrays()]
+    options = _DOCUMENT if reads_places else _DOCUMENT | {"mask_mod": mods.causal, "mask_mod_args": ()}
+    _lowered(lambda *x: flash_attention(*x, **options), *arrays)
+    assert [ring is None for ring in rings] == [reads_places] * 2  # of value and gradient

@@ -1,5 +1,9 @@
-"""`score_mod` and `mask_mod` over several devices: indices are those of whole arrays, and nothing is gathered."""
+"""`score_mod` and `mask_mod` over several devices: indices are those of whole arrays, and nothing is gathered.
 
+Around a ring, `test_mods_in_rings.py` has all derivatives.
+"""
+
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +15,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_native_flash_attn import context_parallel_attention, flash_attention, mods
 from tests.support.environment import fast_compilation
+from tests.support.grids import rest
+from tests.support.targets import pretend_whole_kernels
 
 B, T, S, N, K, H = 2, 8, 12, 4, 2, 4
 _HEADS = PartitionSpec("batch", None, "heads")
@@ -86,8 +92,59 @@ def test_split_sequence(strategy: Any):
         return context_parallel_attention(query, key, value, **functions, axis_name="batch", strategy=strategy)  # pyright: ignore
 
     attention = jax.jit(jax.shard_map(attend, mesh=_mesh(), in_specs=spec, out_specs=spec, axis_names={"batch"}))
-    if strategy == "ring":
-        with pytest.raises(NotImplementedError, match="score_mod is not evaluated around a ring"):
-            attention(*arrays)
-    else:
-        _assert_close(attention(*arrays), flash_attention(*arrays, **functions))
+    _assert_close(attention(*arrays), flash_attention(*arrays, **functions))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_sequence_without_shard_map(kind: AxisType, monkeypatch: pytest.MonkeyPatch):
+    """A ring, over auto axes of kernels that XLA cannot split; tiles of the mask lie across devices."""
+    shapes, slopes = ((B, 24, n, H) for n in (N, K, K)), jnp.asarray(mods.alibi_slopes(N))
+    rng = np.random.default_rng(0)
+    arrays = [*(jnp.asarray(rng.standard_normal(x), jnp.float32) for x in shapes), slopes]
+    ids = jnp.asarray(rng.integers(0, 2, (B, 24)), jnp.int32)
+    tiled = mods.make_tile_mask(_by_block, 24, 24, mask_mod_args=(ids,), batch=B, block=4)
+
+    def loss(query: Any, key: Any, value: Any, slopes: Any) -> jax.Array:
+        functions = {"score_mod": mods.alibi, "score_mod_args": (slopes,), "mask_mod": tiled}
+        return (flash_attention(query, key, value, **functions) ** 2).sum()
+
+    gradients = jax.value_and_grad(loss, (0, 1, 2, 3))
+    expected = jax.jit(gradients, compiler_options=fast_compilation())(*arrays)
+    mesh = jax.make_mesh((4,), ("s",), axis_types=(kind,), devices=jax.devices()[:4])
+    pretend_whole_kernels(monkeypatch)
+    with jax.set_mesh(mesh):
+        specs = [NamedSharding(mesh, PartitionSpec(None, "s"))] * 3 + [NamedSharding(mesh, PartitionSpec())]
+        placed = [jax.device_put(x, spec) for x, spec in zip(arrays, specs, strict=True)]
+        compiled = jax.jit(gradients, compiler_options=fast_compilation()).lower(*placed).compile()
+        _assert_close(compiled(*placed), expected)
+    assert "collective-permute" in compiled.as_text()
+
+
+def _by_block(b: Any, h: Any, q: Any, k: Any, ids: Any) -> Any:
+    """Of each 6 x 5 rows and keys, all, some, or none; a row without any."""
+    return ((q // 6 + k // 5 + jnp.where(k % 5 == 1, ids[b, k], 0)) % 3 > 0) & (q != 7)
+
+
+@pytest.mark.parametrize("strategy", ["ring", rest("all_gather"), rest("all_to_all")])
+def test_tiles_of_a_split_mask(strategy: Any):
+    """Tiles that it leaves empty are not visited: the values there are NaN. It may have been made for the whole."""
+    *arrays, _, _ = _arrays(32)
+    arrays[0] = jnp.tile(arrays[0], (1, 4, 1, 1))
+    arrays[2] = arrays[2].at[:, 20:24].set(jnp.nan)
+    tiled = mods.make_tile_mask(lambda b, h, q, k: k // 4 != 5, 32, 32, block=4)
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: Any = tiled, **tiles: int) -> jax.Array:
+        return context_parallel_attention(query, key, value, mask_mod=mask, **tiles, axis_name="s", strategy=strategy)
+
+    mesh, spec = jax.make_mesh((4,), ("s",), axis_types=(AxisType.Auto,)), PartitionSpec(None, "s")
+
+    def split(**options: Any) -> Any:
+        attention = functools.partial(attend, **options)
+        return jax.jit(jax.shard_map(attention, mesh=mesh, in_specs=spec, out_specs=spec))(*arrays)
+
+    without = [arrays[0], *(jnp.delete(x, jnp.arange(20, 24), 1) for x in arrays[1:])]
+    _assert_close(split(block_q=4, block_kv=4), flash_attention(*without))
+    assert not jnp.isfinite(split(block_q=8, block_kv=8)).all()
+    other = mods.make_tile_mask(mods.causal, 8, 32, block=4)
+    with pytest.raises(ValueError, match=r"for T, S = \(8, 32\), got arrays of T, S = \(32, 32\)"):
+        split(mask=other)

@@ -13,6 +13,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 
 from .errors import describe
@@ -144,7 +145,10 @@ def trace_mod(function: Any, name: str, args: Any, score_dtype: DTypeLike | None
 
 @functools.lru_cache(maxsize=256)
 def with_slope(program: Program) -> Any:
-    """A jaxpr of a function of a score, that gives its derivative with respect to the score too, in the same dtype."""
+    """A jaxpr of a function of a score, that gives its derivative with respect to the score too, in the same dtype.
+
+    It is traced without a mesh: where types name different ones, JAX adds operations between them.
+    """
     variables = program.jaxpr.invars
 
     def both(score: Any, *others: Any) -> tuple[Any, Any]:
@@ -155,7 +159,8 @@ def with_slope(program: Program) -> Any:
         result, pull = jax.vjp(of_score, score)
         return result, *pull(jnp.ones((), score.dtype))
 
-    return jax.make_jaxpr(both)(*(jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in variables))
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        return jax.make_jaxpr(both)(*(jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in variables))
 
 
 def _as_argument(x: Any, name: str) -> Any:
@@ -191,7 +196,10 @@ def _evaluate(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), operands, strict=True))
 
     def read(x: Any) -> Any:
-        return x.val if isinstance(x, jax.extend.core.Literal) else values[x]
+        if isinstance(x, jax.extend.core.Literal):
+            aval: Any = x.aval
+            return np.asarray(x.val, aval.dtype)[()]  # JAX's own may name a mesh
+        return values[x]
 
     for eqn in jaxpr.eqns:
         inputs, params = tuple(map(read, eqn.invars)), eqn.params
