@@ -190,8 +190,7 @@ def _mask_mod(settings: Settings, arrays: Arrays, mods: ModOperands) -> MaskMod:
     assert arrays.batch_number is not None
     assert arrays.head_number is not None
     known = None
-    # Known tiles are those of all rows and keys: around a ring, each device finds those of its rows in each block.
-    if settings.ring is None and arrays.tile_classes is not None and arrays.row_has_key is not None:
+    if arrays.tile_classes is not None and arrays.row_has_key is not None:
         known = Tiles(arrays.tile_classes, arrays.row_has_key)
     elements = elements_of(
         settings.mask_mod,

@@ -39,8 +39,8 @@ def context_parallel_attention(
     """`flash_attention` of a sequence that is split over devices (context parallelism), inside `jax.shard_map`.
 
     Each of the n devices of the mesh axis has T rows of query and S of key and value, in the order of the axis, and
-    gets what `flash_attention` of all n * T rows and n * S keys gives for its own: with each argument and derivative
-    (but for one, see "Raises"), `vmap`, and the same dropout mask.
+    gets what `flash_attention` of all n * T rows and n * S keys gives for its own: with each argument and derivative,
+    `vmap`, and the same dropout mask.
 
     Args:
       query, key, value: as of `flash_attention`, of this device.
@@ -64,7 +64,8 @@ def context_parallel_attention(
       options: all others of `flash_attention`. `query_segment_ids` and `query_positions` (B, T) and
         `key_value_segment_ids` and `key_value_positions` (B, S) are of this device. `query_seq_lengths`,
         `key_value_seq_lengths` and `query_offset` are of the whole sequence; so are the weights that dropout keeps,
-        which a token has by its place.
+        which a token has by its place, and the indices that `score_mod` and `mask_mod` get. Their arguments are alike
+        on all devices, and whole. In balanced order these indices are where tokens stood before.
 
     Returns:
       (B, T, N, D), of query's dtype: the rows of this device.
@@ -73,8 +74,7 @@ def context_parallel_attention(
       ValueError: as `flash_attention`; no such mesh axis; heads or lengths that do not divide; an unknown strategy or
         order; positions beside an order; a bias or mask with both axes split.
       TypeError: as `flash_attention`.
-      NotImplementedError: implementation='cudnn'; in a ring, implementation='dense', `score_mod`, `mask_mod`, and the
-        gradient of a bias without a key axis inside a cap.
+      NotImplementedError: implementation='cudnn'; in a ring, implementation='dense'.
 
     Examples:
       >>> import jax

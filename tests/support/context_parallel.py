@@ -245,7 +245,9 @@ MODS: dict[str, Case] = {
     "prefix and alibi, positions": Case(ALIBI | {"mask_mod": mods.prefix_lm}, SLOPES | POSITIONS | _PREFIX),
     "sliding window": Case(TILES | {"mask_mod": mods.SlidingWindow(4, 2)}, {"bias": (1, N, T, T)}, {"bias": BY_ROWS}),
     "rows without keys": Case(
-        {"mask_mod": _sparse, "local_window_size": (9, 2)}, {"mask_mod_args": (_ids(T, 0),)}, heads=(4, 2, 3, 2)
+        CAUSAL | {"mask_mod": _sparse, "local_window_size": (9, 0)},
+        {"mask_mod_args": (_ids(T, 0),)},
+        heads=(4, 2, 3, 2),
     ),
     "rows without keys, sinks": Case(
         CAUSAL | {"mask_mod": _sparse}, {"mask_mod_args": (_ids(T, 0),), "sinks": (N,), **LENGTHS}

@@ -156,7 +156,8 @@ class Config:
     there are no ids or positions; `differentiates_lse`, of a derivative, whether it is one of lse, too.
 
     Of functions of scores and indices: `first_row`, from which on rows are numbered, if keys are from 0 on, and both in
-    order; None: as `ModOperands` says, as in a ring. `differentiates_args`: of a derivative, whether it is one of arguments, too.
+    order; None: as `ModOperands` says, as of any block of a ring. `differentiates_args`: of a derivative, whether it is
+    one of arguments, too.
 
     With a `ring`, key and value are the block of this device, and `band` is the mask of that alone. All other operands
     with a key axis have the keys of all blocks, one after the other, and `tile_classes` their tiles; intervals and

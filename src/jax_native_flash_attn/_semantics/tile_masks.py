@@ -159,7 +159,7 @@ class MaskMod(NamedTuple):
     known: Tiles | None = None
 
     def from_key(self, first: jax.Array) -> "MaskMod":
-        """Of the keys from that place on."""
+        """Of the keys from that place on, whose tiles are not known."""
         return MaskMod(lambda rows, keys: self.elements(rows, first + keys), self.block)
 
     def tiles(self, T: int, S: int) -> Tiles:
