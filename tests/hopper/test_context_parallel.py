@@ -104,6 +104,7 @@ def test_what_is_read_by_place_is_not_read_in_a_ring() -> None:
     reason = "mask_mod reads an argument by query_index, which positions, an offset or a ring make another than"
     with pytest.raises(NotImplementedError, match=f"'mosaic_gpu' does not run here: {reason}"):
         explain(*x, **_DOCUMENT, **place)
+    assert explain(*x, **_DOCUMENT, **place, strategy="all_to_all").gradient.family == "mosaic_gpu"
     found = explain(*x, score_mod=mods.SoftCap(2.0), **place)
     assert found.forward.family == "pure_jax"
     assert "only if implementation='mosaic_gpu'" in found.forward.reasons["mosaic_gpu"]

@@ -15,6 +15,7 @@ from jax_native_flash_attn import (
     context_parallel_attention_with_lse,
     flash_attention,
     flash_attention_with_lse,
+    mods,
 )
 from tests.support.programs import collective_elements
 
@@ -124,6 +125,13 @@ def _split_calls() -> dict[str, tuple[dict[str, Any], dict[str, jax.Array]]]:
         "key_value_seq_lengths": jnp.array([LENGTH, LENGTH // 2 - 70], jnp.int32),
     }
     causal = {"is_causal": True}
+    functions: dict[str, Any] = {
+        "score_mod": mods.alibi,
+        "score_mod_args": (mods.alibi_slopes(HEADS),),
+        "mask_mod": mods.prefix_lm,
+        "mask_mod_args": (np.array([700, 90], np.int32),),
+        "implementation": "mosaic_gpu",
+    }
     return {
         "full": ({}, {}),
         "causal": (causal, {}),
@@ -137,6 +145,8 @@ def _split_calls() -> dict[str, tuple[dict[str, Any], dict[str, jax.Array]]]:
         "bias": ({}, {"bias": _random(3, (1, HEADS, LENGTH, LENGTH))}),
         "cap and sinks": (causal | {"logits_soft_cap": 5.0}, {"sinks": _random(4, (HEADS,), jnp.float32)}),
         "dropout": ({"dropout_rate": 0.2, "dropout_rng": jax.random.key(0)}, {}),
+        "functions": (functions, {}),
+        "functions, positions": (functions, {"query_positions": order, "key_value_positions": order}),
     }
 
 

@@ -17,6 +17,7 @@ from tests.support.context_parallel import (
     dense_results,
     dense_with_mods,
     derivatives,
+    largest_logits,
     make_mesh,
     numbers,
     others,
@@ -48,14 +49,15 @@ def test_derivatives(name: str, strategy: str, devices: int) -> None:
 
 @pytest.mark.parametrize("strategy", ["ring", rest("all_gather"), rest("all_to_all")])
 def test_rows_without_keys(strategy: str) -> None:
-    """By values alone: a row attends all keys if none of any block is left to it."""
+    """By values alone: a row attends all keys if none of any block is left to it. It has no largest logit."""
     case, x = MODS["rows without keys"], numbers(MODS["rows without keys"])
-    attention = functools.partial(Split(case, strategy, make_mesh()), results="lse")
-    out, lse = run(attention, x.floats, others(case))
+    attention = functools.partial(Split(case, strategy, make_mesh()), results="all")
+    out, lse, largest = run(attention, x.floats, others(case))
     with enable_x64():
         exact = dense_results(case, x, 4, dense_with_mods(case, 4))["value"]
     assert (lse < -1e30).any()
     assert_close((out, np.where(lse > -1e30, lse, 0)), exact)
+    np.testing.assert_allclose(largest, largest_logits(case, x.floats, 4), rtol=1e-6)
 
 
 @pytest.mark.whole_grid

@@ -44,8 +44,8 @@ def make_mesh(shape: tuple[int, ...] = (4,), axes: tuple[str, ...] = ("s",)) -> 
 class Case:
     """A call of the whole sequence: everything but the numbers of its floats.
 
-    `options` are what is not traced; `arrays` what is, beside query, key, value and scale, with a shape for a float, and
-    a list of shapes for `score_mod_args`.
+    `options` are what is not traced; `arrays` what is, beside query, key, value and scale, with a shape for a float,
+    and a list of them for `score_mod_args`.
     `specs` says how a bias or a mask is sharded; ids and positions are sharded as the tokens are.
     """
 
