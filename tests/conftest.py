@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support import environment
+from tests.support import environment, grids
 
 environment.configure()
 
@@ -26,11 +26,15 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--x64", action="store_true", help="run with jax_enable_x64: uv run pytest -m gpu --x64")
     parser.addoption("--whole-grid", action="store_true", help="run every point of the grids in tests/support/grids.py")
+    parser.addoption(
+        "--grid-part", type=int, default=0, metavar="N", help="run other points of these grids; 0 is usual"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("CI"):  # elsewhere a library's new deprecation fails no test
         config.addinivalue_line("filterwarnings", "error")
+    grids.choose_part(config.getoption("--grid-part"))
     if config.getoption("--x64"):
         environment.use_x64_everywhere()
 
@@ -41,7 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     And the tests marked gpu where JAX has no GPU, but for those that say themselves why they cannot run.
     """
     if not config.getoption("--whole-grid"):
-        rest = pytest.mark.skip(reason="every point of a grid is run with --whole-grid, and by CI")
+        rest = pytest.mark.skip(reason="a point of a grid that only --whole-grid runs, or another --grid-part")
         for item in items:
             if item.get_closest_marker("whole_grid"):
                 item.add_marker(rest)

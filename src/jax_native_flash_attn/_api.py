@@ -117,7 +117,7 @@ def flash_attention(
         finite. Any order is right; where ids are sorted, what lies outside of a sequence is skipped.
       query_positions, key_value_positions: (extension) (B, T) and (B, S): what `is_causal` and `local_window_size` go
         by, in place of indices. Tokens may stand in any order; where keys are sorted (within their id), tiles are
-        skipped.
+        skipped. Ids and positions have any integer dtype, and lie within int32.
       query_offset: (extension) an integer or (B,), may be traced: query t has position t + query_offset, for
         `is_causal` and `local_window_size`. For chunks of a prompt, and for decoding with a cache. None is 0.
       logits_soft_cap: (extension) c > 0, static: logits, with scale and bias, become c * tanh(logits / c); masks come

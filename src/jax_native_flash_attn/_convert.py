@@ -47,11 +47,14 @@ def as_mask(mask: Any, axes: Axes, *, is_staged: bool) -> Any:
 def as_integers(x: Any, name: str, axes: Axes, letters: str, *, hides: bool = False) -> jax.Array | None:
     """int32 of the axes with those letters, from any integers; what is outside of int32 becomes its nearest number.
 
-    `hides` a constant from XLA, which would compute what follows from it while it compiles.
+    Ids and positions that are known must lie inside. `hides` a constant from XLA, which would compute what follows from
+    it while it compiles.
     """
     if x is None:
         return None
     is_known = not isinstance(x, Tracer)
+    if is_known and len(letters) > 1:
+        _check_int32(x, name)
     x = jnp.asarray(x)
     given = x.shape
     if x.ndim == 1 < len(letters) and axes.B == 1:
@@ -69,6 +72,18 @@ def as_integers(x: Any, name: str, axes: Axes, letters: str, *, hides: bool = Fa
         raise ValueError(f"{name} must hold integers, got dtype {x.dtype}: cast it with x.astype(jnp.int32)")
     x = as_int32(x)
     return hidden(x) if hides and is_known else x
+
+
+def _check_int32(x: Any, name: str) -> None:
+    """That no known number is beyond int32: JAX may wrap it, and equal ends would make one document of two."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return
+    wide = x if hasattr(x, "dtype") else np.asarray(x)
+    if not jnp.issubdtype(wide.dtype, jnp.integer) or np.can_cast(wide.dtype, np.int32):
+        return
+    outside = (values := np.asarray(wide))[(values > LARGEST) | (values < -LARGEST - 1)]
+    if outside.size:
+        raise ValueError(f"{name} must lie within int32, got {outside[0]}: number documents and tokens from 0")
 
 
 def as_int32(x: jax.Array) -> jax.Array:

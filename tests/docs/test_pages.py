@@ -9,7 +9,7 @@ from tests.docs.recipes import RECIPES
 from tests.support.grids import thinned
 
 
-@pytest.mark.parametrize("page", thinned(pages.PAGES, 4))
+@pytest.mark.parametrize("page", thinned(pages.PAGES, 2))
 def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     document = pages.parse(page)

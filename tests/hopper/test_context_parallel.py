@@ -31,7 +31,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, jax.ShapeDtypeStruct]]] = {
             "score_mod_args": (mods.alibi_slopes(N),),
             "mask_mod": mods.prefix_lm,
             "mask_mod_args": (np.array([3, 199], np.int32),),
-            "implementation": "mosaic_gpu",
         },
         {},
     ),
@@ -91,11 +90,7 @@ def test_explicit_axes_lower_for_cuda() -> None:
     assert "collective_permute" in text
 
 
-_DOCUMENT: dict[str, Any] = {
-    "mask_mod": mods.document,
-    "mask_mod_args": (jnp.zeros((B, T), jnp.int32),) * 2,
-    "implementation": "mosaic_gpu",
-}
+_DOCUMENT: dict[str, Any] = {"mask_mod": mods.document, "mask_mod_args": (jnp.zeros((B, T), jnp.int32),) * 2}
 
 
 def test_what_is_read_by_place_is_not_read_in_a_ring() -> None:
@@ -103,13 +98,14 @@ def test_what_is_read_by_place_is_not_read_in_a_ring() -> None:
     x, place = _arrays(), {"platform": "cuda", "devices": DEVICES}
     reason = "mask_mod reads an argument by query_index, which positions, an offset or a ring make another than"
     with pytest.raises(NotImplementedError, match=f"'mosaic_gpu' does not run here: {reason}"):
-        explain(*x, **_DOCUMENT, **place)
+        explain(*x, **_DOCUMENT, **place, implementation="mosaic_gpu")
+    found = explain(*x, **_DOCUMENT, **place)
+    for each in (found.forward, found.gradient, found.tangent):
+        assert each.family == "pure_jax"
+        assert reason in each.reasons["mosaic_gpu"]
     assert explain(*x, **_DOCUMENT, **place, strategy="all_to_all").gradient.family == "mosaic_gpu"
-    found = explain(*x, score_mod=mods.SoftCap(2.0), **place)
-    assert found.forward.family == "pure_jax"
-    assert "only if implementation='mosaic_gpu'" in found.forward.reasons["mosaic_gpu"]
-    asked = explain(*x, score_mod=mods.SoftCap(2.0), implementation="mosaic_gpu", **place)
-    assert {x.family for x in (asked.forward, asked.gradient, asked.tangent)} == {"mosaic_gpu"}
+    other = explain(*x, score_mod=mods.SoftCap(2.0), **place)
+    assert {each.family for each in (other.forward, other.gradient, other.tangent)} == {"mosaic_gpu"}
 
 
 @pytest.mark.parametrize("reads_places", [True, False])
@@ -125,6 +121,6 @@ def test_auto_axes_have_a_ring_of_what_kernels_take_there(reads_places: bool, mo
     mesh = jax.make_mesh((DEVICES,), ("s",), axis_types=(AxisType.Auto,), devices=jax.devices()[:DEVICES])
     split = NamedSharding(mesh, P(None, "s"))
     arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split) for x in _arrays()]
-    options = _DOCUMENT if reads_places else _DOCUMENT | {"mask_mod": mods.causal, "mask_mod_args": ()}
+    options = _DOCUMENT if reads_places else {"mask_mod": mods.causal}
     _lowered(lambda *x: flash_attention(*x, **options), *arrays)
     assert [ring is None for ring in rings] == [reads_places] * 2  # of value and gradient

@@ -168,7 +168,7 @@ MOVED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 
 @pytest.mark.usefixtures("no_pure_jax")
-@pytest.mark.parametrize(("options", "offset"), [*zip(MOVED, itertools.cycle([(), (2,)]), strict=False)])
+@pytest.mark.parametrize(("options", "offset"), thinned(zip(MOVED, itertools.cycle([(), (2,)]), strict=False), 3))
 def test_an_offset_reaches_the_kernels_as_a_number(options: str, offset: tuple[int, ...]) -> None:
     """No kernel reads an interval of each row, as it does of a traced window."""
     shape, added = MOVED[options]
@@ -201,13 +201,16 @@ def test_an_offset_reaches_the_kernels_as_a_number(options: str, offset: tuple[i
 @pytest.mark.usefixtures("no_pure_jax")
 @pytest.mark.parametrize(
     ("shape", "dtype", "is_moved"),
-    [
-        ("tile", "float16", False),
-        ("short", "bfloat16", False),
-        ("short", "bfloat16", True),
-        ("one row, keys split", "bfloat16", False),
-        ("rows, keys split", "float32", False),
-    ],
+    thinned(
+        [
+            ("tile", "float16", False),
+            ("short", "bfloat16", False),
+            ("short", "bfloat16", True),
+            ("one row, keys split", "bfloat16", False),
+            ("rows, keys split", "float32", False),
+        ],
+        2,
+    ),
 )
 def test_largest_logits_lower_for_cuda(shape: str, dtype: str, is_moved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside cap, sinks and an offset; of query heads that become rows too, and of parts of the keys."""
@@ -252,10 +255,13 @@ def test_three_warpgroups_of_the_gradient_of_bias_fit_into_shared_memory() -> No
 @pytest.mark.usefixtures("no_pure_jax")
 @pytest.mark.parametrize(
     ("shared", "kind"),
-    [
-        *((name, "gradient of vmap") for name in ("shared keys", "shared value", "shared bias")),
-        *((name, "vmap of gradient") for name in ("shared keys", "shared query", "shared scale", "all but scale")),
-    ],
+    thinned(
+        [
+            *((name, "gradient of vmap") for name in ("shared keys", "shared value", "shared bias")),
+            *((name, "vmap of gradient") for name in ("shared keys", "shared query", "shared scale", "all but scale")),
+        ],
+        3,
+    ),
 )
 def test_gradients_of_shared_operands_lower_for_cuda(shared: str, kind: str) -> None:
     in_axes = VMAPS[shared]

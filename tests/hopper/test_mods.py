@@ -103,6 +103,5 @@ def test_explain_tells_which_kernels() -> None:
     x = jax.ShapeDtypeStruct((1, 1024, 8, 64), "bfloat16")
     slopes = (jax.ShapeDtypeStruct((8,), "float32"),)
     options = {"score_mod": mods.alibi, "score_mod_args": slopes, "is_causal": True}
-    assert explain(x, x, x, **options).forward.family == "pure_jax"
-    found = explain(x, x, x, **options, implementation="mosaic_gpu")
+    found = explain(x, x, x, **options)
     assert {found.forward.family, found.gradient.family, found.tangent.family} == {"mosaic_gpu"}

@@ -67,7 +67,7 @@ CASES: dict[str, Case] = {
 }
 
 
-@by_family(CASES, every=2)
+@by_family(CASES, every=3)
 def test_calls(case: Case, family: str) -> None:
     check_family(case, family)
 
@@ -95,7 +95,8 @@ _DIMENSIONS = (
             named_case(shape, options, value_dim=D), shape=(*SHAPES[shape][:-1], H)
         )
         for shape, options, H, D in _DIMENSIONS
-    }
+    },
+    every=2,
 )
 def test_values_of_another_dimension(case: Case, family: str) -> None:
     check_family(case, family)
@@ -150,7 +151,8 @@ _DECODINGS = {
             shape: named_case(shape, "plain", dtype="float32", key_value_seq_lengths=(1100, 900, 5)[: SHAPES[shape][0]])
             for shape in ("decoding, three rows", "decoding, one head", "decoding, no groups")
         },
-    }
+    },
+    every=3,
 )
 def test_decoding(case: Case, family: str) -> None:
     check_family(case, family)
@@ -178,7 +180,8 @@ _BESIDE = ("window", "lengths", "bias", "mask")
         for name in NEW_FEATURES
         for shape, dtype in (("odd", "bfloat16"), ("odd", "float16"), ("small", "bfloat16"))
     }
-    | {f"{name} and much else": _with("small", "float32", name, *_BESIDE) for name in NEW_FEATURES}
+    | {f"{name} and much else": _with("small", "float32", name, *_BESIDE) for name in NEW_FEATURES},
+    every=2,
 )
 def test_each_feature(case: Case, family: str) -> None:
     check_family(_in_dtype_of(family, case) if case.dtype == "float32" else case, family)
@@ -191,7 +194,8 @@ def test_each_feature(case: Case, family: str) -> None:
         for shape, dtype in (("odd", "bfloat16"), ("small", "float32"))
         # `run_generated --pairs` has those of one feature and what `jax.nn` has too.
         if shape == "odd" or second in (*NEW_FEATURES, "vmap")
-    }
+    },
+    every=3,
 )
 def test_each_pair_of_features(case: Case, family: str) -> None:
     check_family(case, family)

@@ -14,6 +14,7 @@ from jax_native_flash_attn._kernels.select import replacing
 from jax_native_flash_attn._kernels.xla.family import XlaKernels
 from jax_native_flash_attn._kernels.xla.limits import Limits
 from tests.support.cases import FAST_COMPILATION, Case, check_case
+from tests.support.grids import thinned
 from tests.support.oracle import (
     assert_as_accurate_as_dense,
     check_out,
@@ -50,10 +51,13 @@ OPTIONS = {
 
 @pytest.mark.parametrize(
     ("shape", "has_hardware", "options"),
-    [
-        *(("many scores", has_hardware, options) for has_hardware in (True, False) for options in OPTIONS),
-        *((shape, True, options) for shape in list(SHAPES)[1:] for options in ("causal", "bias, mask and lengths")),
-    ],
+    thinned(
+        [
+            *(("many scores", has_hardware, options) for options in OPTIONS for has_hardware in (True, False)),
+            *((shape, True, options) for shape in list(SHAPES)[1:] for options in ("causal", "bias, mask and lengths")),
+        ],
+        3,
+    ),
 )
 def test_bfloat16_products_and_shapes(
     shape: str, has_hardware: bool, options: str, monkeypatch: pytest.MonkeyPatch
@@ -67,9 +71,18 @@ def test_bfloat16_products_and_shapes(
     check_case(Case(**{**case.__dict__, **changes}), compiler_options=FAST_COMPILATION)
 
 
-@pytest.mark.parametrize("mapped", ["query", "key", "value", "key and value", "all"])
-@pytest.mark.parametrize(("B", "K"), [(1, 2), (2, 1)])
-@pytest.mark.parametrize("has_lengths", [False, True])
+@pytest.mark.parametrize(
+    ("mapped", "B", "K", "has_lengths"),
+    thinned(
+        [
+            (mapped, B, K, has_lengths)
+            for mapped in ("query", "key", "value", "key and value", "all")
+            for B, K in ((1, 2), (2, 1))
+            for has_lengths in (False, True)
+        ],
+        3,
+    ),
+)
 def test_decoding_under_vmap(mapped: str, B: int, K: int, has_lengths: bool) -> None:
     rng = np.random.default_rng(0)
     lengths = jnp.full(B, 900, jnp.int32) if has_lengths else None

@@ -22,8 +22,6 @@ from tests.support.grids import thinned
 from tests.support.oracle import assert_as_accurate_as_dense, dense_numpy, float64_oracle, masking, to_4d
 from tests.support.reference import HAS_RESIDUAL, SIGNATURE, reference_attention
 
-pytestmark = pytest.mark.full_optimization
-
 EXTENSIONS = {
     "dropout_rate": None,
     "dropout_rng": None,
@@ -203,6 +201,7 @@ MODES = {
 @pytest.mark.parametrize(
     ("mode", "dtype"), [*((mode, "float32") for mode in MODES), *thinned(((mode, "bfloat16") for mode in MODES), 3)]
 )
+@pytest.mark.full_optimization
 def test_every_mask_mode(mode: str, dtype: str):
     options = dict(MODES[mode])
     arrays = list(qkv(B, T, S, N, N, H, dtype))

@@ -130,7 +130,6 @@ def _split_calls() -> dict[str, tuple[dict[str, Any], dict[str, jax.Array]]]:
         "score_mod_args": (mods.alibi_slopes(HEADS),),
         "mask_mod": mods.prefix_lm,
         "mask_mod_args": (np.array([700, 90], np.int32),),
-        "implementation": "mosaic_gpu",
     }
     return {
         "full": ({}, {}),

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_native_flash_attn import flash_attention
 from tests.support.environment import lenient_promotion
+from tests.support.grids import thinned
 from tests.support.programs import collective_elements
 
 pytestmark = pytest.mark.skipif(
@@ -104,8 +105,9 @@ CALLS: dict[str, tuple[dict[str, tuple[tuple[int, ...], Any]], dict[str, Any]]] 
 }
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("call", "topology"), thinned([(call, topology) for call in CALLS for topology in ("v5e:2x2", "v6e:2x2")], 3)
+)
 def test_kernels_of_one_chip(call: str, topology: str) -> None:
     """They compile; beside them, nothing has T x S elements, and projections write keys as kernels read them."""
     others, options = CALLS[call]

@@ -362,7 +362,8 @@ def _positions(rng: np.random.Generator, B: int, length: int, kind: str, ids: np
         return index - np.maximum.accumulate(np.where(is_first, index, 0), axis=1)
     if kind == "ends":
         ends = np.array([-(2**31), -(2**31) + 9, 2**31 - 9, 2**31 - 1])
-        return rng.choice(ends, (B, length)) + rng.integers(-3, 4, (B, length))
+        numbers = rng.choice(ends, (B, length)) + rng.integers(-3, 4, (B, length))
+        return np.clip(numbers, -(2**31), 2**31 - 1)
     return np.sort(rng.integers(0, 2 * length, (B, length)), axis=1) - (length if kind == "negative" else 0)
 
 

@@ -10,10 +10,12 @@ from jax_native_flash_attn import explain, flash_attention
 from jax_native_flash_attn._kernels import select
 from tests.support.cases import FAST_COMPILATION, Case, call_types, check_case, static_options
 from tests.support.environment import enable_x64
+from tests.support.grids import is_chosen
 
 FAMILIES = tuple(family.name for family in select.FAMILIES)
 EVERYWHERE = FAMILIES[-1]  # supports every call, on every platform
 
+_REST = pytest.mark.whole_grid
 # What takes a CPU long, or is a case because a GPU splits it: no family runs it without a GPU.
 _MOST_SCORES, _MOST_KEYS = 1 << 17, 1 << 12
 
@@ -21,14 +23,14 @@ _MOST_SCORES, _MOST_KEYS = 1 << 17, 1 << 12
 def by_family(cases: Mapping[str, Case], every: int = 1) -> pytest.MarkDecorator:
     """Parametrises a test by `case` and `family`: each case with each family.
 
-    Of those that need no GPU, one of `every` is always run; see `grids.py`.
+    Of those that need no GPU, one of `every` is run; see `grids.py`.
     """
     parameters = [
         pytest.param(
             case,
             family,
             id=f"{name}, {family}",
-            marks=(*marks(case, family), *([pytest.mark.whole_grid] if i % every and family == EVERYWHERE else [])),
+            marks=(*marks(case, family), *([] if is_chosen(i, every) or family != EVERYWHERE else [_REST])),
         )
         for i, (name, case) in enumerate(cases.items())
         for family in FAMILIES

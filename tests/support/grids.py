@@ -1,6 +1,7 @@
-"""Grids of tests too large for every run: an even part is always run, the rest with `--whole-grid`.
+"""Grids of tests too large for every run: an even part of the points is run, all with `--whole-grid`.
 
-CI does so on the newest JAX, but for the tests in `sharding`: those of context parallelism alone take 11 minutes.
+`--grid-part` chooses another part: CI has one on the Python and JAX of the README's command, and another on the newest
+JAX, where grids of lowered programs and of transformations run whole as well.
 """
 
 from collections.abc import Iterable
@@ -8,13 +9,26 @@ from typing import Any
 
 import pytest
 
+_part = 0
+
+
+def choose_part(part: int) -> None:
+    """Have the points that follow by so many the usual ones be run; before tests are collected."""
+    global _part
+    _part = part
+
+
+def is_chosen(i: int, every: int, first: int = 0) -> bool:
+    """Whether point i is run without `--whole-grid`: one of each `every`."""
+    return i % every == (first + _part) % every
+
 
 def thinned(points: Iterable[Any], every: int, first: int = 0) -> list[Any]:
-    """Parameters of `pytest.mark.parametrize`: of each `every` points, one is always run.
+    """Parameters of `pytest.mark.parametrize`: of each `every` points, one is run.
 
     `every` should have no factor in common with the length of the inner axes of a product, so that all are met.
     """
-    return [point if i % every == first else rest(point) for i, point in enumerate(points)]
+    return [point if is_chosen(i, every, first) else rest(point) for i, point in enumerate(points)]
 
 
 def rest(point: Any) -> Any:

@@ -71,6 +71,8 @@ def allowed_pairs(
         return integers(x, -1, 1, 1, S)
 
     t = of_rows(np.arange(T)) + integers(query_offset, -1, 1, 1, 1)
+    if xp is np:
+        t = np.clip(t, -(2**31), 2**31 - 1)  # as positions are, with an offset too
     t = t if query_positions is None else of_rows(query_positions)
     s = of_keys(np.arange(S) if key_value_positions is None else key_value_positions)
     allowed = xp.ones((B, N, len(rows), S), bool)

@@ -41,11 +41,12 @@ class HopperKernels:
         if (reason := why_not_differentiated(target)) is not None:
             return reason
         is_asked = call.config.implementation == self.name
-        reason = why_not_on_nvidia(target) or _why_not_call(call) or _why_not_pass(call, which)
-        if reason is None and not is_asked and (call.config.score_mod or call.config.mask_mod):
-            # Their gradients in these kernels have not been compared with others' on a GPU.
-            reason = "it evaluates score_mod and mask_mod only if implementation='mosaic_gpu' asks for it"
-        reason = reason or _why_not_device(is_asked=is_asked)
+        reason = (
+            why_not_on_nvidia(target)
+            or _why_not_call(call)
+            or _why_not_pass(call, which)
+            or _why_not_device(is_asked=is_asked)
+        )
         if reason is None and (reason := _why_not_backend()) and not is_asked:
             _warn_of_backend(reason)
         return reason
