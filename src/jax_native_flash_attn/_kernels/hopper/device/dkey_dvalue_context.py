@@ -16,7 +16,7 @@ from ..operands import BackwardOperands, TransposedOperands
 from ..pallas import Views, broadcast_index, pl, unravel
 from .backward import BackwardContext
 from .context import shared_fields
-from .mods import read_scalars
+from .mod_reads import read_scalars
 from .transfers import Ring, Transposed
 
 Visit = tuple[Any, Any]  # a member of what shares the keys, and the number of one of its query tiles

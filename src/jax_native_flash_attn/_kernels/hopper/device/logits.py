@@ -10,9 +10,10 @@ from jax import lax
 
 from ...._semantics.numerics import LN2, LOG2E, lowest
 from ..operands import LogitTerm, TermKind
-from ..pallas import COLUMN, ROW, broadcast_index, columns_of, iota, load, pl, plgpu, spread, zeros
+from ..pallas import COLUMN, ROW, broadcast_index, columns_of, iota, load, pl, plgpu, spread
 from .context import KernelContext
-from .mods import Place, TileMods
+from .mod_reads import Place
+from .mods import TileMods
 from .overlap import where_allowed, widened
 from .transfers import TermRefs
 from .units import Unit, split_scale
@@ -52,7 +53,7 @@ class TileLogits:
         row_in_block: Any = 0,
         transposed: bool = False,
         scale: Any = None,
-        starts_with_bias: bool = False,
+        starts_with_addend: bool = False,
         scales_cap: bool = False,
         scalars: Any = None,
     ):
@@ -77,12 +78,13 @@ class TileLogits:
         self.scales_cap = scales_cap
         mods, layouts = context.operands.mods, (self.q_layout, self.kv_layout)
         self.mods = None if mods is None else TileMods(mods, head, self.shape, self.q_axis, layouts, scalars)
-        self.starts_with_bias = starts_with_bias
+        self.starts_with_addend = starts_with_addend
         # With such a start, what queries are to be multiplied by, and the unit that logits then come in.
         self.power, self.unit = None, Unit()
-        if self.starts_with_bias:
-            # A further addend takes the division in, in one multiply-add.
-            self.power, self.unit = split_scale(self.scale, into_power=not self.adds_mask)
+        if self.starts_with_addend:
+            # What else is computed of an addend takes the division in.
+            is_loaded = self.config.score_mod is None and not self.adds_mask
+            self.power, self.unit = split_scale(self.scale, into_power=is_loaded)
 
     def rows(self, row: Any, *, late: bool = False) -> RowVectors:
         """Of the rows from `row` on; `late` loads intervals only in tiles that need a mask."""
@@ -148,20 +150,6 @@ class TileLogits:
     def place(self, rows: RowVectors, tile: Any) -> Place:
         return Place(rows.row, tile * self.block_kv)
 
-    def start(self, terms: TileTerms) -> tuple[jax.Array, TileTerms]:
-        """What the products of a tile are added to, and the terms that are left to be added behind.
-
-        The bias, where `starts_with_bias`: no register then holds it while the products are made, and less is left to
-        do between them and the exponentials. It is divided by the unit.
-        """
-        if not self.starts_with_bias or terms.bias is None:
-            return zeros(*self.shape), terms
-        if self.adds_mask:
-            addend = self.clipped(terms.bias) * (1.0 / self.unit.size)
-            return addend + terms.mask, TileTerms(None, None)
-        whole, divided = self.clipped, lambda bias: self.clipped(bias) * (1.0 / self.unit.size)
-        return lax.cond(self.unit.size == 1.0, whole, divided, terms.bias), terms._replace(bias=None)
-
     def __call__(
         self,
         products: jax.Array,
@@ -175,8 +163,8 @@ class TileLogits:
         """`then(x, factor)`, where the base-2 logits are x * factor; factor is None for 1.
 
         With bias, mask or `score_mod`, x is in base e and factor LOG2E: what is added then needs no scaling, and base 2
-        comes with the subtraction of the maximum (see `to_base_2`). If the products have started with the bias, x is in
-        `unit`, and factor without meaning.
+        comes with the subtraction of the maximum (see `to_base_2`). If the products have started with an addend, x is
+        in `unit`, and factor without meaning.
 
         Products, terms and multiplier (of the products, in base 2) are as `changed` returned them. `masked` is True,
         False, or a scalar known at run time; `then` is part of what is chosen by it. (A pipeline of
@@ -189,7 +177,7 @@ class TileLogits:
             """In a tile that all rows' intervals cover, which has no dead row."""
             if not self.has_terms:
                 return products, multiplier
-            x = products if self.starts_with_bias else products * (multiplier * LN2)
+            x = products if self.starts_with_addend else products * (multiplier * LN2)
             addends = [] if terms.bias is None else [self.clipped(terms.bias)]
             addends += [in_mask] if self.adds_mask and in_mask is not None else []
             if addends:
@@ -241,12 +229,17 @@ class TileLogits:
         rows = plgpu.layout_cast(jnp.full((self.shape[0],), factor, jnp.float32), ROW)
         return columns_of(lax.optimization_barrier(rows), self.shape)
 
+    @property
+    def floor(self) -> Any:
+        """At which biases are clipped."""
+        return (0.5 * _FLOOR) * self.unit.ceiling if self.starts_with_addend else _FLOOR
+
     def clipped(self, bias: jax.Array) -> jax.Array:
         """In float32. A bfloat16 bias is clipped before, two elements at a time.
 
         What it is divided by is above half the ceiling: so is the floor then.
         """
-        floor = (0.5 * _FLOOR) * self.unit.ceiling if self.starts_with_bias else _FLOOR
+        floor = self.floor
         if bias.dtype == jnp.bfloat16:
             return widened(jnp.maximum(bias, jnp.asarray(floor, jnp.bfloat16)))
         return jnp.maximum(bias.astype(jnp.float32), floor)

@@ -13,6 +13,8 @@ import numpy as np
 
 from ...._semantics.call import Config, Inputs
 from ...._semantics.masks import MaskOperands
+from ..formula_builder import formulas
+from ..formulas import Formula
 from ..operands import MASKED, Dropout, Elements, LogitTerm, Operands, TermBuffers, TermKind
 from ..pallas import TmaLoad, matrix_buffer, pad_axis, plgpu, round_up, swizzle_bytes
 from .intervals import narrowed, pad_rows, row_intervals
@@ -141,12 +143,15 @@ def _term(x: jax.Array, T: int, S: int, block_rows: int, block_kv: int) -> Logit
     return LogitTerm(x, kind, is_transposed=False)
 
 
-def starts_with_bias(config: Config, inputs: Inputs) -> bool:
-    """Whether the forward's products are added to the bias: `TileLogits.start`."""
-    bias = inputs.bias
-    if bias is None or not config.adds_bias:
+def starts_with_addend(config: Config, inputs: Inputs) -> bool:
+    """Whether the forward's products are added to what is to be added to scores: `start_products`."""
+    bias, z = inputs.bias, inputs.sizes
+    if inputs.query.dtype != jnp.bfloat16 or config.logits_soft_cap is not None:
         return False
-    return kind_of(bias) is TermKind.TILED and inputs.query.dtype == jnp.bfloat16
+    if config.score_mod is None:
+        return bias is not None and kind_of(bias) is TermKind.TILED
+    formula = formulas(config, z.T, z.S, needs_slope=False)["score_mod"]
+    return isinstance(formula, Formula) and formula.addend is not None
 
 
 def has_bits_alone(inputs: Inputs) -> bool:
