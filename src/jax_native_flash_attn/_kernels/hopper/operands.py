@@ -15,6 +15,8 @@ from .formulas import Formula
 DEAD = -1
 # Added to the logits of keys that a mask of keys excludes: see `device/logits.py`.
 MASKED = -(2.0**125)
+# The class of a tile in part of which the rows may attend all keys, but for what a `mask_mod` says.
+WHOLE = 3
 
 
 class TermKind(Enum):
@@ -45,7 +47,8 @@ class RowIntervals:
     """Traced intervals of keys: of each row, (..., T), and the tiles of each block of rows, (..., blocks, 4).
 
     A row without any key has `DEAD` as its key_start. With `tile_order`, (..., blocks, tiles), ranges are of places in
-    that; with `tile_classes`, likewise, as of `tile_masks.Tiles`, they have no meaning.
+    that; with `tile_classes`, likewise, as of `tile_masks.Tiles` or `WHOLE`, they have no meaning. With either,
+    `is_whole`, (..., blocks), is not 0 where all rows of a block may attend all keys, but for what a `mask_mod` says.
     """
 
     key_start: Any
@@ -53,6 +56,7 @@ class RowIntervals:
     tile_ranges: Any | None
     tile_order: Any | None = None
     tile_classes: Any | None = None
+    is_whole: Any | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -152,7 +156,7 @@ class Operands:
         return (
             self
             if intervals is None
-            else replace(self, intervals=replace(intervals, tile_ranges=None, tile_order=None, tile_classes=None))
+            else replace(self, intervals=RowIntervals(intervals.key_start, intervals.key_stop, None))
         )
 
     @property

@@ -93,18 +93,19 @@ def _compute_block(block: KeyBlock) -> None:
     mine = plan.scheduler.buffer(block.k, context.wg, blocks.warpgroups)
     scale = _logits_of(context, block.head_of(jnp.int32(0)), None, ()).scale
     plgpu.barrier_wait(context.buffers.keys_ready.at[mine])
-    first_is_edge, scalars = block.is_edge(block.first_visit), block.scalars(block.first_visit)
+    first = block.first_visit
+    first_kind, scalars = block.kind(first), block.scalars(first)
 
     def step(i: Any, carry: tuple) -> tuple:
-        visit, masked, scalars, sums = carry
+        visit, kind, scalars, sums = carry
         (head, row), slot, next_visit = block.place_of(visit), block.slot(i), block.following(visit)
-        masked = first_is_edge if isinstance(first_is_edge, bool) else masked
-        next_is_edge = block.is_edge(next_visit)  # traced masks: read from global memory, so a step ahead
+        masked, is_whole = block.needs_mask(first_kind if isinstance(first_kind, bool) else kind)
+        next_kind = block.kind(next_visit)
         next_scalars = scalars if math.prod(plan.members) == 1 else block.scalars(next_visit)
         logits = _logits_of(context, head, None if plan.scale_is_summed else scale, scalars)
         # Else descriptors of keys and values would stay in registers, and spill: see `dquery.py`.
         at = hide_from_compiler(mine) if plan.sizes.H + plan.sizes.D > _MOST_HELD else mine
-        rows = logits.rows(row, late=True)
+        rows = logits.rows(row, late=True, is_whole=is_whole)
         vectors = None if context.terms.tiled else logits.tile_terms(rows, tile)
         context.rows_ring.wait_until_ready(slot)
         terms = logits.tile_terms(rows, tile, slot) if vectors is None else vectors
@@ -118,10 +119,10 @@ def _compute_block(block: KeyBlock) -> None:
         else:
             _, _, sums = pl.run_state(key_tile.products)(jax.tree.map(plgpu.ACC.init, (*scores, sums)))
         context.rows_ring.release(slot)
-        return next_visit, next_is_edge, next_scalars, sums
+        return next_visit, next_kind, next_scalars, sums
 
     sums = jax.tree.map(lambda x: zeros(blocks.block_kv, x.shape[-1]), plan.wanted)
-    *_, sums = lax.fori_loop(0, block.num_steps, step, (block.first_visit, first_is_edge, scalars, sums))
+    *_, sums = lax.fori_loop(0, block.num_steps, step, (first, first_kind, scalars, sums))
     outs = context.outs
     if sums.key is not None:
         dkey = sums.key if plan.scale_is_summed else sums.key * scale

@@ -11,8 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from ...._semantics.tile_masks import FULL
 from ..host.dkey_dvalue_plan import KeyBuffers, KeyGradients, KeyPlan
-from ..operands import BackwardOperands, TransposedOperands
+from ..operands import WHOLE, BackwardOperands, TransposedOperands
 from ..pallas import Views, broadcast_index, pl, unravel
 from .backward import BackwardContext
 from .context import shared_fields
@@ -136,12 +137,19 @@ class KeyBlock:
             tile = tiles.order[(*broadcast_index(self.kv_batch, tiles.order.shape[:-2]), self.block, tile)]
         return head, tile * self.context.blocks.block_q
 
-    def is_edge(self, visit: Visit) -> Any:
-        """Whether the tile of a visit needs a mask."""
-        plan = self.context.plan
-        return self.context.intervals.is_query_edge(
-            *self.place_of(visit), self.block, plan.blocks.block_q, plan.block_keys
-        )
+    def kind(self, visit: Visit) -> Any:
+        """What `needs_mask` takes; traced masks are read from global memory, so a step ahead."""
+        plan, intervals, (head, row) = self.context.plan, self.context.intervals, self.place_of(visit)
+        tiles, block_q = intervals.query_tiles, plan.blocks.block_q
+        if tiles is None or tiles.classes is None:
+            return intervals.is_query_edge(head, row, self.block, block_q, plan.block_keys)
+        index = broadcast_index(head, tiles.classes.shape[:-2])
+        return tiles.classes[(*index, lax.div(row, jnp.int32(block_q)), self.block)]
+
+    def needs_mask(self, kind: Any) -> tuple[Any, Any | None]:
+        """Whether a tile needs a mask, and, of classes of tiles, whether none but a `mask_mod`."""
+        tiles = self.context.intervals.query_tiles
+        return (kind, None) if tiles is None or tiles.classes is None else (kind != FULL, kind == WHOLE)
 
     def scalars(self, visit: Visit) -> tuple[Any, ...]:
         """What functions of scores and indices read once for a head; read from global memory, so a step ahead."""

@@ -30,6 +30,7 @@ class RowVectors(NamedTuple):
     intervals: Any  # a pair, None, or a function that loads it where it is needed
     bias: jax.Array | None
     mask: jax.Array | None
+    is_whole: Any | None  # as `Intervals.is_whole`
 
     def pair(self) -> Any:
         return self.intervals() if callable(self.intervals) else self.intervals
@@ -86,13 +87,17 @@ class TileLogits:
             is_loaded = self.config.score_mod is None and not self.adds_mask
             self.power, self.unit = split_scale(self.scale, into_power=is_loaded)
 
-    def rows(self, row: Any, *, late: bool = False) -> RowVectors:
-        """Of the rows from `row` on; `late` loads intervals only in tiles that need a mask."""
+    def rows(self, row: Any, *, late: bool = False, is_whole: Any = None) -> RowVectors:
+        """Of the rows from `row` on; `late` loads intervals only in tiles that need a mask.
+
+        `is_whole`: as of `Intervals`, if it was read before.
+        """
         bias, mask = self.row_vector(self.terms.bias, row), self.row_vector(self.terms.mask, row)
         if self.mods is not None and not self.is_transposed:  # along the columns, vectors take many registers
             self.mods.load_rows(row)
         load = functools.partial(self.intervals.rows, self.head, row, self.block_q, self.q_layout)
-        return RowVectors(row, load if late else load(), bias, mask)
+        is_whole = self.intervals.is_whole(self.head, row) if is_whole is None else is_whole
+        return RowVectors(row, load if late else load(), bias, mask, is_whole)
 
     def row_vector(self, refs: TermRefs | None, row: Any) -> jax.Array | None:
         """Of the rows from `row` on, of a term that varies in these alone."""
@@ -184,18 +189,22 @@ class TileLogits:
                 x = x + functools.reduce(jnp.add, addends)
             return (x if self.adds_mask or in_mask is None else where_allowed(in_mask, x, _OUTSIDE)), LOG2E
 
-        def edge(products: jax.Array, *, compares: bool = False) -> tuple[Any, Any]:
-            """`compares` ids and positions, element by element."""
+        def edge(products: jax.Array, *, compares: bool = False, is_whole: bool = False) -> tuple[Any, Any]:
+            """`compares` ids and positions, element by element; `is_whole`: see `Intervals`."""
             x, factor = full(products)
             outside = _OUTSIDE
             if not self.has_terms:
                 x, factor, outside = x * self._apart(factor), None, lowest(jnp.float32)
+            if self.config.mask_mod is not None and self.mods is not None:
+                x = jnp.where(self.mods.mask(self.place(rows, tile)), x, outside)
+                if is_whole:
+                    S, key = self.context.sizes.S, iota(self.shape, 1 - self.q_axis) + tile * self.block_kv
+                    return (jnp.where(key < S, x, outside) if S % self.block_kv else x), factor
+                x = lax.optimization_barrier(x)  # or vectors of this and those behind would be in registers at once
             pair = rows.pair()
             allowed = self.intervals.allowed(pair, self.head, rows.row, tile * self.block_kv, self.shape, self.q_axis)
             dead = self.intervals.dead(pair, self.head, rows.row, self.shape, self.q_axis)
             elements = [in_mask == 0] if self.adds_mask and in_mask is not None else []
-            if self.config.mask_mod is not None and self.mods is not None:
-                elements.append(self.mods.mask(self.place(rows, tile)))
             if compares:
                 layouts = self.kv_layout, self.q_layout
                 column = tile * self.block_kv
@@ -207,6 +216,16 @@ class TileLogits:
             return jnp.where(allowed, x, outside), factor
 
         def masked_tile(products: jax.Array) -> Any:
+            if rows.is_whole is None:
+                return usual_tile(products)
+            return lax.cond(
+                rows.is_whole,
+                lambda p: lax.optimization_barrier(then(*edge(p, is_whole=True))),
+                lambda p: lax.optimization_barrier(usual_tile(p)),
+                products,
+            )
+
+        def usual_tile(products: jax.Array) -> Any:
             if self.intervals.elements is None:
                 return then(*edge(products))
             return lax.cond(
@@ -261,6 +280,8 @@ class TileLogits:
                 x = jnp.where(allowed, x, 0.0)
             return x if dead is None else jnp.where(dead, 0.0, x)
 
+        if rows.is_whole is not None:
+            masked = jnp.logical_and(masked, jnp.logical_not(rows.is_whole))
         if isinstance(masked, bool):
             return edge(x) if masked else x
         return lax.cond(masked, edge, lambda x: x, x)

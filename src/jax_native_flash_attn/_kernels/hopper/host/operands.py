@@ -21,7 +21,7 @@ from .intervals import narrowed, pad_rows, row_intervals
 from .mask_bits import WORDS, pack_columns, pack_rows, visited_range
 from .mods import prepare_mods
 from .tf32 import Products
-from .tile_classes import kernel_classes, with_order
+from .tile_classes import are_whole, kernel_classes, with_classes, with_order
 
 
 def prepare(
@@ -63,8 +63,8 @@ def prepare(
             intervals = narrowed(intervals, *visited_range(bits, block_rows), bits.shape[-2])
     if intervals is not None and mask.tile_classes is not None:
         classes = kernel_classes(config, mask, z.T, z.S, block_rows, block_kv)
-        listed = replace(intervals, tile_ranges=None, tile_classes=classes.astype(jnp.int32))
-        intervals = listed if reads_classes else with_order(intervals, classes)
+        intervals = replace(intervals, is_whole=are_whole(intervals, z.T, z.S, block_rows))
+        intervals = (with_classes if reads_classes else with_order)(intervals, classes)
     dropout = None
     if config.dropout is not None and inputs.dropout_key is not None and inputs.head_index is not None:
         dropout = Dropout(inputs.dropout_key, inputs.head_index)
