@@ -34,10 +34,10 @@ def start_products(logits: TileLogits, terms: TileTerms, rows: RowVectors, tile:
     if not logits.starts_with_addend:
         return zeros(*logits.shape), terms
     if logits.adds_mask:
-        return _added(logits, terms.bias, rows, tile) + terms.mask, TileTerms(None, None)
+        return _added(logits, terms, rows, tile) + terms.mask, terms._replace(mask=None, bias=None)
     left = terms._replace(bias=None)
     if logits.config.score_mod is not None:
-        return _added(logits, terms.bias, rows, tile), left
+        return _added(logits, terms, rows, tile), left
     assert terms.bias is not None
     return lax.cond(
         logits.unit.size == 1.0, logits.clipped, lambda x: _divided(logits, logits.clipped(x)), terms.bias
@@ -46,14 +46,14 @@ def start_products(logits: TileLogits, terms: TileTerms, rows: RowVectors, tile:
 
 def _added(
     logits: TileLogits,
-    bias: jax.Array | None,
+    terms: TileTerms,
     rows: RowVectors,
     tile: Any,
     then: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> jax.Array:
     """`then` of what is added to scores, in their unit: the bias, and a `score_mod` that does no more than that."""
-    mods, place = logits.mods, logits.place(rows, tile)
-    loaded = None if bias is None else _divided(logits, logits.clipped(bias))
+    mods, place = logits.mods, logits.place(rows, tile, terms.read)
+    loaded = None if terms.bias is None else _divided(logits, logits.clipped(terms.bias))
     if mods is None or not mods.adds:
         assert loaded is not None
         return then(loaded)
@@ -77,9 +77,11 @@ def changed(
     if config.score_mod is not None and mods is not None and not logits.starts_with_addend:
         if mods.adds:
             given, to_base_e = products, multiplier * LN2
-            products = _added(logits, terms.bias, rows, tile, lambda x: given * to_base_e + x)
+            products = _added(logits, terms, rows, tile, lambda x: given * to_base_e + x)
         else:
-            scores, slope = mods.score(_scores(logits, products, terms.bias, multiplier), logits.place(rows, tile))
+            scores, slope = mods.score(
+                _scores(logits, products, terms.bias, multiplier), logits.place(rows, tile, terms.read)
+            )
             products = logits.clipped(scores)
         T, axis = logits.context.sizes.T, logits.q_axis
         if logits.is_transposed and T % logits.block_q:  # rows that are none have no mask, and 0 for their score

@@ -44,7 +44,8 @@ class Evaluation:
         self.of, self.formula, self.place, self.score, self.signs = tile, formula, place, score, signs or {}
         self.values: dict[int, Any] = tile.scalars_of(formula)
         self.floats: dict[int, Any] = {}
-        self.values |= {i: x for (owner, i), x in tile.of_rows.items() if owner is formula}
+        read = tile.of_rows | dict(zip(tile.vectors(Kind.KEYS), place.read, strict=False))
+        self.read = {i: x for (owner, i), x in read.items() if owner is formula}
         (self.first_array,) = (first for x, first in formulas_of(tile.mods) if x is formula)
 
     def tile(self, i: int) -> jax.Array:
@@ -91,10 +92,9 @@ class Evaluation:
             return node.params
         if node.op == "score":
             return self.score
-        if node.op in ("query_index", "key_index"):
-            return self._numbers(node.kind)
-        if node.op == "read":
-            return self._read(node, i)
+        if node.op in ("query_index", "key_index", "read"):
+            x = self.read[i] if i in self.read else self.vector(i)
+            return x != 0 if node.dtype == BOOL else x
         if node.op == "convert_element_type" and node.dtype == FLOAT:
             (given,) = node.inputs
             if self.formula.nodes[given].dtype == INTEGER:
@@ -179,14 +179,18 @@ class Evaluation:
         index = (*broadcast_index(self.of.head[:-1], ref.shape[:-1]), self._slice(kind))
         return load(ref.at[index], layout=layout)
 
-    def _read(self, node: Node, i: int) -> jax.Array:
+    def vector(self, i: int) -> jax.Array:
+        """A number of each row or key, or what is read for it; of bools, integers."""
+        node = self.formula.nodes[i]
+        if node.op != "read":
+            return self._numbers(node.kind)
         ref = self.of.mods.arrays[self.first_array + self.formula.reads.index(i)]
         scalars = {j: self.value(j) for j in node.params.at if not isinstance(j, Kind)}
         index, inside = index_of(node.params, scalars, ref, self.of.head, self._slice(node.kind))
         x = load(ref.at[index], layout=self.of.layouts[node.kind is Kind.KEYS])
         if inside is not None:
             x = jnp.where(jnp.full(x.shape, as_integer(inside)) != 0, x, jnp.asarray(node.params.fill, x.dtype))
-        return x != 0 if node.dtype == BOOL else x
+        return x
 
 
 def _times(x: Columns, factor: Any) -> Columns:

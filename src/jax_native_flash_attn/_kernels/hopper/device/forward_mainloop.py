@@ -228,7 +228,7 @@ def _step(softmax: Softmax, no_weights: Any, i: Any, carry: tuple) -> tuple:
     context.key_ring.wait_until_ready(slot)
     if not _waits_at_end(rows):
         rows.wait_for_value(i - 1)
-    terms = logits.tile_terms_before_products(softmax.vectors, rows.item.tile(i), slot)
+    terms = logits.tile_terms_before_products(softmax.vectors, rows.item.tile(i), slot, masked=has_edges)
     initial, terms = start_products(logits, terms, softmax.vectors, rows.item.tile(i))
     if logits.starts_with_addend:
         initial = lax.optimization_barrier(initial)

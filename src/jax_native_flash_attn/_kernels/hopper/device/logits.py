@@ -37,10 +37,14 @@ class RowVectors(NamedTuple):
 
 
 class TileTerms(NamedTuple):
-    """Bias and mask of a tile, in registers; the order of fields is that in which a barrier takes them."""
+    """Bias and mask of a tile, in registers, and what functions read of its keys.
+
+    The order of fields is that in which a barrier takes them.
+    """
 
     mask: jax.Array | None
     bias: jax.Array | None
+    read: tuple[jax.Array, ...] = ()
 
 
 class TileLogits:
@@ -135,25 +139,26 @@ class TileLogits:
             buffer = refs.buffer.at[slot, pl.ds(self.row_in_block, self.block_q)]
         return load(buffer, layout=plgpu.Layout.WGMMA, optimized=not refs.is_bits)
 
-    def tile_terms(self, rows: RowVectors, tile: Any, slot: Any = None) -> TileTerms:
-        """Bias and mask of a tile; of a mask over rows and keys, its bits."""
+    def tile_terms(self, rows: RowVectors, tile: Any, slot: Any = None, *, masked: bool = True) -> TileTerms:
+        """Bias and mask of a tile; of a mask over rows and keys, its bits. `masked`: whether it may need a mask."""
         bias = self.term(self.terms.bias, rows.bias, tile, slot)
         mask = self.term(self.terms.mask, rows.mask, tile, slot)
-        return TileTerms(mask, bias)
+        read = () if self.mods is None else self.mods.read_keys(self.place(rows, tile), masked=masked)
+        return TileTerms(mask, bias, read)
 
-    def tile_terms_before_products(self, rows: RowVectors, tile: Any, slot: Any) -> TileTerms:
+    def tile_terms_before_products(self, rows: RowVectors, tile: Any, slot: Any, *, masked: bool = True) -> TileTerms:
         """As `tile_terms`, read before the next products are issued: behind them, the softmax would wait for it."""
-        terms = self.tile_terms(rows, tile, slot)
+        terms = self.tile_terms(rows, tile, slot, masked=masked)
         # The barrier has no lowering for bytes.
         is_late = terms.mask is not None and terms.mask.dtype == jnp.int8
         early = terms._replace(mask=None) if is_late else terms
-        if early.mask is None and early.bias is None:
+        if early.mask is None and early.bias is None and not early.read:
             return terms
         early = lax.optimization_barrier(early)
         return early._replace(mask=terms.mask) if is_late else early
 
-    def place(self, rows: RowVectors, tile: Any) -> Place:
-        return Place(rows.row, tile * self.block_kv)
+    def place(self, rows: RowVectors, tile: Any, read: tuple[jax.Array, ...] = ()) -> Place:
+        return Place(rows.row, tile * self.block_kv, read)
 
     def __call__(
         self,
@@ -196,7 +201,9 @@ class TileLogits:
             if not self.has_terms:
                 x, factor, outside = x * self._apart(factor), None, lowest(jnp.float32)
             if self.config.mask_mod is not None and self.mods is not None:
-                x = jnp.where(self.mods.mask(self.place(rows, tile)), x, outside)
+                # Else the compiler would compare what was read before, in front of the products, and keep all results.
+                read = lax.optimization_barrier(terms.read) if terms.read else ()
+                x = jnp.where(self.mods.mask(self.place(rows, tile, read)), x, outside)
                 if is_whole:
                     S, key = self.context.sizes.S, iota(self.shape, 1 - self.q_axis) + tile * self.block_kv
                     return (jnp.where(key < S, x, outside) if S % self.block_kv else x), factor

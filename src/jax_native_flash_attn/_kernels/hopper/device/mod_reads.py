@@ -12,10 +12,11 @@ from .mod_operations import apply
 
 
 class Place(NamedTuple):
-    """Number of the first row and of the first key of a tile."""
+    """Number of the first row and of the first key of a tile; and what was read of its keys before."""
 
     row: Any
     key: Any
+    read: tuple[jax.Array, ...] = ()
 
 
 def scalar_nodes(formula: Formula) -> list[int]:
@@ -92,6 +93,13 @@ class ModTile:
 
     def first(self, kind: Kind, place: Place) -> Any:
         return place.row + self.mods.first_row if kind is Kind.ROWS else place.key
+
+    def vectors(self, kind: Kind) -> list[tuple[Formula, int]]:
+        """The vectors along rows or keys that are read, those of the score's formula first."""
+        numbers = self.mods.query_number if kind is Kind.ROWS else self.mods.key_number
+        ops = ("read",) if numbers is None else ("read", "query_index", "key_index")
+        found = [(x, i) for x, _ in formulas_of(self.mods) for i in x.needed]
+        return [(x, i) for x, i in found if x.nodes[i].kind is kind and x.nodes[i].op in ops]
 
     def scalars_of(self, formula: Formula) -> dict[int, Any]:
         """By the numbers of their nodes."""

@@ -11,7 +11,7 @@ from jax import lax
 from ..formula_addends import magnitude, span, within
 from ..formulas import Formula, Kind
 from .evaluation import Evaluation
-from .mod_reads import ModTile, Place, formulas_of
+from .mod_reads import ModTile, Place
 
 _ORDINARY = 2.0**80  # no addend up to here needs to be clipped, whatever the unit of logits
 
@@ -22,13 +22,13 @@ class TileMods(ModTile):
     def load_rows(self, row: Any) -> None:
         """Load what formulas read of the rows from one on, before the tiles of these rows."""
         place = Place(row, jnp.int32(0))
-        for formula, _ in formulas_of(self.mods):
-            evaluation = Evaluation(self, formula, place)
-            for i in formula.needed:
-                node = formula.nodes[i]
-                is_number = node.op == "query_index" and self.mods.query_number is not None
-                if node.kind is Kind.ROWS and (node.op == "read" or is_number):
-                    self.of_rows[formula, i] = evaluation.value(i)
+        for formula, i in self.vectors(Kind.ROWS):
+            self.of_rows[formula, i] = Evaluation(self, formula, place).vector(i)
+
+    def read_keys(self, place: Place, *, masked: bool) -> tuple[jax.Array, ...]:
+        """What formulas read of the keys of a tile, that of the mask only if the tile may be `masked`."""
+        wanted = [(x, i) for x, i in self.vectors(Kind.KEYS) if masked or x is self.mods.score]
+        return tuple(Evaluation(self, x, place).vector(i) for x, i in wanted)
 
     def score(self, score: jax.Array, place: Place) -> tuple[jax.Array, jax.Array | None]:
         """What becomes of scores, in base e; and its derivative, if the formula has it, and it is not always 1."""
