@@ -66,7 +66,7 @@ def _load_block(block: KeyBlock) -> None:
                 plgpu.copy_gmem_to_smem(keys, views.loaded.at[at], ready)
 
     def load_tile(i: Any, visit: Visit) -> Visit:
-        (head, row), slot = block.place_of(visit), block.slot(i)
+        (head, row), slot = block.place_of(visit, block.listed(visit)), block.slot(i)
         ready = rows_ring.ready.at[slot]
         rows_ring.wait_until_free(block.count + i, slot)
         row_operands = context.row_operands
@@ -94,13 +94,14 @@ def _compute_block(block: KeyBlock) -> None:
     scale = _logits_of(context, block.head_of(jnp.int32(0)), None, ()).scale
     plgpu.barrier_wait(context.buffers.keys_ready.at[mine])
     first = block.first_visit
-    first_kind, scalars = block.kind(first), block.scalars(first)
+    listed = block.listed(first), block.listed(block.following(first))
+    first_kind, scalars = block.kind(first, listed[0]), block.scalars(first)
 
     def step(i: Any, carry: tuple) -> tuple:
-        visit, kind, scalars, sums = carry
-        (head, row), slot, next_visit = block.place_of(visit), block.slot(i), block.following(visit)
+        visit, listed, kind, scalars, sums = carry
+        (head, row), slot, next_visit = block.place_of(visit, listed[0]), block.slot(i), block.following(visit)
         masked, is_whole = block.needs_mask(first_kind if isinstance(first_kind, bool) else kind)
-        next_kind = block.kind(next_visit)
+        next_kind, next_listed = block.kind(next_visit, listed[1]), block.listed(block.following(next_visit))
         next_scalars = scalars if math.prod(plan.members) == 1 else block.scalars(next_visit)
         logits = _logits_of(context, head, None if plan.scale_is_summed else scale, scalars)
         # Else descriptors of keys and values would stay in registers, and spill: see `dquery.py`.
@@ -119,10 +120,10 @@ def _compute_block(block: KeyBlock) -> None:
         else:
             _, _, sums = pl.run_state(key_tile.products)(jax.tree.map(plgpu.ACC.init, (*scores, sums)))
         context.rows_ring.release(slot)
-        return next_visit, next_kind, next_scalars, sums
+        return next_visit, (listed[1], next_listed), next_kind, next_scalars, sums
 
     sums = jax.tree.map(lambda x: zeros(blocks.block_kv, x.shape[-1]), plan.wanted)
-    *_, sums = lax.fori_loop(0, block.num_steps, step, (first, first_kind, scalars, sums))
+    *_, sums = lax.fori_loop(0, block.num_steps, step, (first, listed, first_kind, scalars, sums))
     outs = context.outs
     if sums.key is not None:
         dkey = sums.key if plan.scale_is_summed else sums.key * scale

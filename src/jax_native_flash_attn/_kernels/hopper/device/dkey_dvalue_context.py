@@ -129,17 +129,21 @@ class KeyBlock:
             self.kv_head * plan.sizes.G + g,
         )
 
-    def place_of(self, visit: Visit) -> tuple[tuple, Any]:
-        """Query head and first row."""
-        member, n = visit
-        head, tiles, tile = self.head_of(member), self.context.intervals.query_tiles, self.first + n
-        if tiles is not None and tiles.order is not None:
-            tile = tiles.order[(*broadcast_index(self.kv_batch, tiles.order.shape[:-2]), self.block, tile)]
-        return head, tile * self.context.blocks.block_q
+    def listed(self, visit: Visit) -> Any | None:
+        """The query tile of a visit, where those are listed."""
+        tiles = self.context.intervals.query_tiles
+        if tiles is None or tiles.order is None:
+            return None
+        return tiles.order[(*broadcast_index(self.kv_batch, tiles.order.shape[:-2]), self.block, self.first + visit[1])]
 
-    def kind(self, visit: Visit) -> Any:
-        """What `needs_mask` takes; traced masks are read from global memory, so a step ahead."""
-        plan, intervals, (head, row) = self.context.plan, self.context.intervals, self.place_of(visit)
+    def place_of(self, visit: Visit, listed: Any | None) -> tuple[tuple, Any]:
+        """Query head and first row."""
+        tile = self.first + visit[1] if listed is None else listed
+        return self.head_of(visit[0]), tile * self.context.blocks.block_q
+
+    def kind(self, visit: Visit, listed: Any | None) -> Any:
+        """What `needs_mask` takes; traced masks are read from global memory, so a step ahead, and lists two."""
+        plan, intervals, (head, row) = self.context.plan, self.context.intervals, self.place_of(visit, listed)
         tiles, block_q = intervals.query_tiles, plan.blocks.block_q
         if tiles is None or tiles.classes is None:
             return intervals.is_query_edge(head, row, self.block, block_q, plan.block_keys)
