@@ -52,7 +52,9 @@ SCORES: dict[str, tuple[Any, tuple]] = {
     ),
     "floats of each": (lambda s, b, h, q, k: s - 0.1 * (k.astype(s.dtype) - q.astype(s.dtype)) ** 2, ()),
     "in three steps": (
-        lambda s, b, h, q, k, rows, table: ((s - rows[q]) + table[h, 1] * k.astype(s.dtype)) - 0.25 * jnp.abs(k - 50).astype(s.dtype),
+        lambda s, b, h, q, k, rows, table: (
+            ((s - rows[q]) + table[h, 1] * k.astype(s.dtype)) - 0.25 * jnp.abs(k - 50).astype(s.dtype)
+        ),
         (ROWS, TABLE),
     ),
     "infinite slope": (mods.alibi, (np.array([0.25, np.inf], np.float32),)),

@@ -9,8 +9,9 @@ from jax import lax
 
 from ...._semantics.numerics import LN2, LOG2E
 from ..pallas import iota, zeros
-from .logits import RowVectors, TileLogits, TileTerms
+from .logits import TileLogits
 from .soft_cap import soft_cap
+from .terms import RowVectors, TileTerms
 
 
 class Changed(NamedTuple):

@@ -32,7 +32,8 @@ from ..operands import BackwardOperands
 from ..pallas import COLUMN, hide_from_compiler, load, pl, plgpu, store, warp_specialize, zeros
 from .backward import Weights, logits_cotangent, scaled_lse, softmax_weights
 from .dkey_dvalue_context import KeyBlock, KeyContext, Visit
-from .logits import RowVectors, TileLogits, TileTerms
+from .logits import TileLogits
+from .terms import RowVectors, TileTerms
 from .tf32 import add_products
 from .transfers import query_slice, row_slice
 

@@ -16,8 +16,8 @@ from ..scheduler import Item
 from .changes import changed, start_products
 from .forward_context import ForwardContext, Rows
 from .forward_results import write
-from .logits import RowVectors, TileTerms
 from .overlap import THREAD_COLUMNS, fold_columns, order_before_wgmma_wait, rounded_to_tf32
+from .terms import RowVectors, TileTerms
 from .units import to_base_2
 
 _LOWEST = lowest(jnp.float32)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,36 +15,13 @@ from .context import KernelContext
 from .mod_reads import Place
 from .mods import TileMods
 from .overlap import where_allowed, widened
+from .terms import RowVectors, TileTerms
 from .transfers import TermRefs
 from .units import Unit, split_scale
 
 # Biases are clipped at the first; `MASKED` is below, also with a bias; the second stands in place of logits that a mask
 # of rows and keys excludes. All are finite in base 2.
 _FLOOR, _OUTSIDE = -(2.0**124), -(2.0**126)
-
-
-class RowVectors(NamedTuple):
-    """What the masks and terms of a tile say for each query row, in registers."""
-
-    row: Any  # the first
-    intervals: Any  # a pair, None, or a function that loads it where it is needed
-    bias: jax.Array | None
-    mask: jax.Array | None
-    is_whole: Any | None  # as `Intervals.is_whole`
-
-    def pair(self) -> Any:
-        return self.intervals() if callable(self.intervals) else self.intervals
-
-
-class TileTerms(NamedTuple):
-    """Bias and mask of a tile, in registers, and what functions read of its keys.
-
-    The order of fields is that in which a barrier takes them.
-    """
-
-    mask: jax.Array | None
-    bias: jax.Array | None
-    read: tuple[jax.Array, ...] = ()
 
 
 class TileLogits:
