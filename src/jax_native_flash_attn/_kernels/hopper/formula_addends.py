@@ -41,7 +41,7 @@ def within(nodes: Sequence[Node], output: int) -> list[int]:
     return sorted(found)
 
 
-def magnitude(formula: Formula, i: int, scalar: Callable[[int], Any]) -> Any | None:
+def magnitude(formula: Formula, i: int, scalar: Callable[[int], Any]) -> Any:
     """What no absolute value of a number is above; NaN or infinite where one may be; None if nothing is known.
 
     `scalar` gives the value of a number that is one for the tile.
@@ -64,7 +64,7 @@ def magnitude(formula: Formula, i: int, scalar: Callable[[int], Any]) -> Any | N
     return sum(known[1:], known[0])
 
 
-def span(formula: Formula, i: int, index: Callable[[Kind], Any], scalar: Callable[[int], Any]) -> Any | None:
+def span(formula: Formula, i: int, index: Callable[[Kind], Any], scalar: Callable[[int], Any]) -> Any:
     """The least and the largest of an integer in a tile, or of the float of one; None if nothing is known.
 
     `index` gives these two of the numbers of rows or keys, or None.

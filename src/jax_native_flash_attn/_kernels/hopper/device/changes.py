@@ -35,6 +35,7 @@ def start_products(logits: TileLogits, terms: TileTerms, rows: RowVectors, tile:
     if not logits.starts_with_addend:
         return zeros(*logits.shape), terms
     if logits.adds_mask:
+        assert terms.mask is not None
         return _added(logits, terms, rows, tile) + terms.mask, terms._replace(mask=None, bias=None)
     left = terms._replace(bias=None)
     if logits.config.score_mod is not None:
