@@ -100,7 +100,7 @@ class _Ref:
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`device/mods.py` with arrays in place of registers."""
-    from jax_native_flash_attn._kernels.hopper.device import evaluation, mod_operations
+    from jax_native_flash_attn._kernels.hopper.device import evaluation, mod_operations, mod_reads
     from jax_native_flash_attn._kernels.hopper.device import mods as device_mods
 
     def columns(x: Any, step: Any) -> Any:
@@ -124,7 +124,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
             return slice(int(start), int(start) + count)
 
     monkeypatch.setattr(evaluation, "plgpu", Plgpu)
-    monkeypatch.setattr(evaluation, "pl", Pl)
+    monkeypatch.setattr(mod_reads, "pl", Pl)
     monkeypatch.setattr(evaluation, "load", lambda x, layout: x)
     monkeypatch.setattr(evaluation, "add_columns", columns)
     monkeypatch.setattr(mod_operations, "soft_cap", lambda x, factor, size: size * jnp.tanh(factor * x))

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from .formulas import Formula
+from .formulas import Formula, Kind
 
 # The key_start of a row without any key: it attends all of them, with logits of 0.
 DEAD = -1
@@ -105,6 +105,27 @@ class Mods:
     score: Formula | None = field(metadata={"static": True})
     mask: Formula | None = field(metadata={"static": True})
     first_row: int = field(metadata={"static": True})
+
+    @property
+    def formulas(self) -> list[tuple[Formula, int]]:
+        """Each with the number of its first array."""
+        first = 0 if self.score is None else len(self.score.reads)
+        return [(x, i) for x, i in ((self.score, 0), (self.mask, first)) if x is not None]
+
+    def vectors(self, kind: Kind) -> list[tuple[Formula, int]]:
+        """The vectors along rows or keys that are read, those of the score's formula first."""
+        numbers = self.query_number if kind is Kind.ROWS else self.key_number
+        ops = ("read",) if numbers is None else ("read", "query_index", "key_index")
+        found = [(x, i) for x, _ in self.formulas for i in x.needed]
+        return [(x, i) for x, i in found if x.nodes[i].kind is kind and x.nodes[i].op in ops]
+
+    def array(self, formula: Formula, i: int) -> Any:
+        """In which one of these is."""
+        op = formula.nodes[i].op
+        if op != "read":
+            return self.query_number if op == "query_index" else self.key_number
+        (first,) = (first for x, first in self.formulas if x is formula)
+        return self.arrays[first + formula.reads.index(i)]
 
 
 @jax.tree_util.register_dataclass

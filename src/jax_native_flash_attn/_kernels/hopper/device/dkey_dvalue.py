@@ -68,7 +68,7 @@ def _load_block(block: KeyBlock) -> None:
 
     def load_tile(i: Any, visit: Visit) -> Visit:
         (head, row), slot = block.place_of(visit, block.listed(visit)), block.slot(i)
-        ready = rows_ring.ready.at[slot]
+        ready, mod_rows = rows_ring.ready.at[slot], block.mod_rows(head, row)
         rows_ring.wait_until_free(block.count + i, slot)
         row_operands = context.row_operands
         for ref, views in ((operands.query, context.query), (row_operands.dout, context.dout)):
@@ -79,6 +79,8 @@ def _load_block(block: KeyBlock) -> None:
                 operand.copy_tile(head, 1, row, blocks.block_q, slot, ready)
         for ref, buffer in ((row_operands.lse, buffers.lse), (row_operands.delta, buffers.delta)):
             plgpu.copy_gmem_to_smem(row_slice(ref, head, row, blocks.block_q), buffer.at[slot], ready)
+        for source, buffer in zip(mod_rows, buffers.mod_rows, strict=True):
+            plgpu.copy_gmem_to_smem(source, buffer.at[slot], ready)
         for term in context.terms.tiled:
             for w in range(blocks.warpgroups):
                 tile = block.block * blocks.warpgroups + w
@@ -105,6 +107,9 @@ def _compute_block(block: KeyBlock) -> None:
         next_kind, next_listed = block.kind(next_visit, listed[1]), block.listed(block.following(next_visit))
         next_scalars = scalars if math.prod(plan.members) == 1 else block.scalars(next_visit)
         logits = _logits_of(context, head, None if plan.scale_is_summed else scale, scalars)
+        if logits.mods is not None:
+            staged = plan.staged(logits.mods.mods)
+            logits.mods.staged = {x: b.at[slot] for x, b in zip(staged, context.buffers.mod_rows, strict=True)}
         # Else descriptors of keys and values would stay in registers, and spill: see `dquery.py`.
         at = hide_from_compiler(mine) if plan.sizes.H + plan.sizes.D > _MOST_HELD else mine
         rows = logits.rows(row, late=True, is_whole=is_whole)

@@ -14,10 +14,10 @@ from jax import lax
 from ...._semantics.tile_masks import FULL
 from ..host.dkey_dvalue_plan import KeyBuffers, KeyGradients, KeyPlan
 from ..operands import WHOLE, BackwardOperands, TransposedOperands
-from ..pallas import Views, broadcast_index, pl, unravel
+from ..pallas import COLUMN, ROW, Views, broadcast_index, pl, unravel
 from .backward import BackwardContext
 from .context import shared_fields
-from .mod_reads import read_scalars
+from .mod_reads import ModTile, Place, read_scalars
 from .transfers import Ring, Transposed
 
 Visit = tuple[Any, Any]  # a member of what shares the keys, and the number of one of its query tiles
@@ -154,6 +154,15 @@ class KeyBlock:
         """Whether a tile needs a mask, and, of classes of tiles, whether none but a `mask_mod`."""
         tiles = self.context.intervals.query_tiles
         return (kind, None) if tiles is None or tiles.classes is None else (kind != FULL, kind == WHOLE)
+
+    def mod_rows(self, head: tuple, row: Any) -> list[Any]:
+        """What comes with the query rows, of what functions of scores and indices read."""
+        plan, mods = self.context.plan, self.context.operands.mods
+        if mods is None:
+            return []
+        shape = plan.blocks.block_kv, plan.blocks.block_q
+        tile, place = ModTile(mods, head, shape, 1, (COLUMN, ROW), None), Place(row, jnp.int32(0))
+        return [tile.source(formula, i, place)[0] for formula, i in plan.staged(mods)]
 
     def scalars(self, visit: Visit) -> tuple[Any, ...]:
         """What functions of scores and indices read once for a head; read from global memory, so a step ahead."""

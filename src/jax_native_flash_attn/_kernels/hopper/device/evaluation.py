@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..formulas import BOOL, FLOAT, INTEGER, Formula, Kind, Node
-from ..pallas import broadcast_index, load, pl, plgpu, spread
+from ..pallas import load, plgpu, spread
 from .mod_operations import add_columns, apply, as_integer, spread_bool
-from .mod_reads import ModTile, Place, formulas_of, index_of
+from .mod_reads import ModTile, Place
 
 _EXACT = 1 << 24  # up to which all integers are floats
 _EXACT_OPERATIONS = frozenset({"add", "sub", "mul", "neg", "abs", "max", "min", "select_n"})
@@ -44,9 +44,8 @@ class Evaluation:
         self.of, self.formula, self.place, self.score, self.signs = tile, formula, place, score, signs or {}
         self.values: dict[int, Any] = tile.scalars_of(formula)
         self.floats: dict[int, Any] = {}
-        read = tile.of_rows | dict(zip(tile.vectors(Kind.KEYS), place.read, strict=False))
+        read = tile.of_rows | dict(zip(tile.mods.vectors(Kind.KEYS), place.read, strict=False))
         self.read = {i: x for (owner, i), x in read.items() if owner is formula}
-        (self.first_array,) = (first for x, first in formulas_of(tile.mods) if x is formula)
 
     def tile(self, i: int) -> jax.Array:
         """A number for each score."""
@@ -92,6 +91,8 @@ class Evaluation:
             return node.params
         if node.op == "score":
             return self.score
+        if node.op in ("query_index", "key_index") and self.of.is_computed(node.kind):
+            return self._numbers(node.kind)
         if node.op in ("query_index", "key_index", "read"):
             x = self.read[i] if i in self.read else self.vector(i)
             return x != 0 if node.dtype == BOOL else x
@@ -166,28 +167,15 @@ class Evaluation:
 
     # ---- indices and reads
 
-    def _slice(self, kind: Kind) -> Any:
-        return pl.ds(self.place.row if kind is Kind.ROWS else self.place.key, self.of.count(kind))
-
     def _numbers(self, kind: Kind) -> jax.Array:
-        mods, layout = self.of.mods, self.of.layouts[kind is Kind.KEYS]
-        ref = mods.query_number if kind is Kind.ROWS else mods.key_number
-        if ref is None:
-            return plgpu.broadcasted_iota(jnp.int32, (self.of.count(kind),), 0, layout=layout) + self.of.first(
-                kind, self.place
-            )
-        index = (*broadcast_index(self.of.head[:-1], ref.shape[:-1]), self._slice(kind))
-        return load(ref.at[index], layout=layout)
+        layout, first = self.of.layouts[kind is Kind.KEYS], self.of.first(kind, self.place)
+        return plgpu.broadcasted_iota(jnp.int32, (self.of.count(kind),), 0, layout=layout) + first
 
     def vector(self, i: int) -> jax.Array:
-        """A number of each row or key, or what is read for it; of bools, integers."""
-        node = self.formula.nodes[i]
-        if node.op != "read":
-            return self._numbers(node.kind)
-        ref = self.of.mods.arrays[self.first_array + self.formula.reads.index(i)]
-        scalars = {j: self.value(j) for j in node.params.at if not isinstance(j, Kind)}
-        index, inside = index_of(node.params, scalars, ref, self.of.head, self._slice(node.kind))
-        x = load(ref.at[index], layout=self.of.layouts[node.kind is Kind.KEYS])
+        """What is read for each row or key; of bools, integers."""
+        node, key = self.formula.nodes[i], (self.formula, i)
+        source, inside = self.of.source(self.formula, i, self.place)
+        x = load(self.of.staged.get(key, source), layout=self.of.layouts[node.kind is Kind.KEYS])
         if inside is not None:
             x = jnp.where(jnp.full(x.shape, as_integer(inside)) != 0, x, jnp.asarray(node.params.fill, x.dtype))
         return x

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ..formulas import BOOL, Formula, Kind, Read
 from ..operands import Mods
-from ..pallas import broadcast_index
+from ..pallas import broadcast_index, pl
 from .mod_operations import apply
 
 
@@ -27,7 +27,7 @@ def scalar_nodes(formula: Formula) -> list[int]:
 def read_scalars(mods: Mods, head: tuple) -> tuple[jax.Array, ...]:
     """Of both formulas, in the order of `scalar_nodes`."""
     found: list[jax.Array] = []
-    for formula, first in formulas_of(mods):
+    for formula, _ in mods.formulas:
         values: dict[int, Any] = {}
         for i in formula.needed:
             node = formula.nodes[i]
@@ -40,7 +40,7 @@ def read_scalars(mods: Mods, head: tuple) -> tuple[jax.Array, ...]:
                 at = head[:-1] if node.op == "batch" else head
                 values[i] = ref[broadcast_index(at, ref.shape)]
             elif node.op == "read":
-                ref = mods.arrays[first + formula.reads.index(i)]
+                ref = mods.array(formula, i)
                 index, is_inside = index_of(node.params, values, ref, head, None)
                 x = ref[index]
                 x = x if is_inside is None else jnp.where(is_inside, x, jnp.asarray(node.params.fill, x.dtype))
@@ -49,12 +49,6 @@ def read_scalars(mods: Mods, head: tuple) -> tuple[jax.Array, ...]:
                 values[i] = apply(node, [values[j] for j in node.inputs])
             found.append(values[i])
     return tuple(found)
-
-
-def formulas_of(mods: Mods) -> list[tuple[Formula, int]]:
-    """Each with the number of its first array."""
-    first = 0 if mods.score is None else len(mods.score.reads)
-    return [(x, i) for x, i in ((mods.score, 0), (mods.mask, first)) if x is not None]
 
 
 def index_of(read: Read, values: Any, ref: Any, head: tuple, vector: Any) -> tuple[tuple, Any]:
@@ -81,6 +75,7 @@ class ModTile:
         self.along = Kind.ROWS if q_axis == 1 else Kind.KEYS  # what lies along the columns
         self.scalars = read_scalars(mods, head) if scalars is None else scalars
         self.of_rows: dict[tuple[Formula, int], jax.Array] = {}
+        self.staged: dict[tuple[Formula, int], Any] = {}  # what of them is in shared memory
 
     def axis_of(self, kind: Kind) -> int:
         return self.q_axis if kind is Kind.ROWS else 1 - self.q_axis
@@ -94,15 +89,20 @@ class ModTile:
     def first(self, kind: Kind, place: Place) -> Any:
         return place.row + self.mods.first_row if kind is Kind.ROWS else place.key
 
-    def vectors(self, kind: Kind) -> list[tuple[Formula, int]]:
-        """The vectors along rows or keys that are read, those of the score's formula first."""
-        numbers = self.mods.query_number if kind is Kind.ROWS else self.mods.key_number
-        ops = ("read",) if numbers is None else ("read", "query_index", "key_index")
-        found = [(x, i) for x, _ in formulas_of(self.mods) for i in x.needed]
-        return [(x, i) for x, i in found if x.nodes[i].kind is kind and x.nodes[i].op in ops]
+    def source(self, formula: Formula, i: int, place: Place) -> tuple[Any, Any]:
+        """Where in global memory a vector along rows or keys is, and whether that is inside, where that is asked."""
+        node, ref = formula.nodes[i], self.mods.array(formula, i)
+        at = pl.ds(place.row if node.kind is Kind.ROWS else place.key, self.count(node.kind))
+        if node.op != "read":
+            return ref.at[(*broadcast_index(self.head[:-1], ref.shape[:-1]), at)], None
+        nodes, scalars = formula.nodes, self.scalars_of(formula)
+        numbers = (j for j in node.params.at if not isinstance(j, Kind))
+        values = {j: nodes[j].params if nodes[j].op == "literal" else scalars[j] for j in numbers}
+        index, inside = index_of(node.params, values, ref, self.head, at)
+        return ref.at[index], inside
 
     def scalars_of(self, formula: Formula) -> dict[int, Any]:
         """By the numbers of their nodes."""
         scalars = iter(self.scalars)
-        found = {x: dict(zip(scalar_nodes(x), scalars, strict=False)) for x, _ in formulas_of(self.mods)}
+        found = {x: dict(zip(scalar_nodes(x), scalars, strict=False)) for x, _ in self.mods.formulas}
         return found[formula]

@@ -22,12 +22,12 @@ class TileMods(ModTile):
     def load_rows(self, row: Any) -> None:
         """Load what formulas read of the rows from one on, before the tiles of these rows."""
         place = Place(row, jnp.int32(0))
-        for formula, i in self.vectors(Kind.ROWS):
+        for formula, i in self.mods.vectors(Kind.ROWS):
             self.of_rows[formula, i] = Evaluation(self, formula, place).vector(i)
 
     def read_keys(self, place: Place, *, masked: bool) -> tuple[jax.Array, ...]:
         """What formulas read of the keys of a tile, that of the mask only if the tile may be `masked`."""
-        wanted = [(x, i) for x, i in self.vectors(Kind.KEYS) if masked or x is self.mods.score]
+        wanted = [(x, i) for x, i in self.mods.vectors(Kind.KEYS) if masked or x is self.mods.score]
         return tuple(Evaluation(self, x, place).vector(i) for x, i in wanted)
 
     def score(self, score: jax.Array, place: Place) -> tuple[jax.Array, jax.Array | None]:
