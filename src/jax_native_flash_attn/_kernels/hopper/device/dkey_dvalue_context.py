@@ -138,8 +138,8 @@ class KeyBlock:
 
     def place_of(self, visit: Visit, listed: Any | None) -> tuple[tuple, Any]:
         """Query head and first row."""
-        tile = self.first + visit[1] if listed is None else listed
-        return self.head_of(visit[0]), tile * self.context.blocks.block_q
+        head, tile = self.head_of(visit[0]), self.first + visit[1] if listed is None else listed
+        return head, tile * self.context.blocks.block_q
 
     def kind(self, visit: Visit, listed: Any | None) -> Any:
         """What `needs_mask` takes; traced masks are read from global memory, so a step ahead, and lists two."""
