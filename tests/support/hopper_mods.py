@@ -27,18 +27,23 @@ def _windowed(score: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
     return jnp.where((k > q + 100) | (k < q - 300), -jnp.inf, jax.nn.relu(score))
 
 
+def _slanted(score: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+    return score + 0.03 * (k - q).astype(score.dtype)
+
+
 def _flagged(b: Any, h: Any, q: Any, k: Any, flags: Any) -> Any:
     """Some rows have no key."""
     return flags[q] & ((k // 64 + q // 64 + h) % 3 == 0)
 
 
 class ModCall(NamedTuple):
-    """Options of `flash_attention`, and what else decides: dtype, head dimension, operands that are differentiated."""
+    """Options of `flash_attention`, and what else decides: dtype, head dimension, what is differentiated, scale."""
 
     options: dict[str, Any]
     dtype: str = "bfloat16"
     H: int = 64
     wanted: tuple[str, ...] = ("query", "key", "value")
+    scale: float = 0.3
 
 
 CALLS: dict[str, ModCall] = {
@@ -50,6 +55,9 @@ CALLS: dict[str, ModCall] = {
     "alibi, positions": ModCall(
         {**_ALIBI, "query_positions": np.arange(T, dtype=np.int32)[None] * 2 + np.int32([[0], [5]])}
     ),
+    "alibi, steep": ModCall({"score_mod": mods.alibi, "score_mod_args": (np.float32([0.25, 3, 1e30, 1e38]),)}, H=128),
+    "slanted, large scale": ModCall({"score_mod": _slanted}, wanted=("query", "key", "value", "scale"), scale=-2.5),
+    "slanted, bias": ModCall({"score_mod": _slanted}, H=128, wanted=("query", "key", "value", "bias"), scale=-0.09),
     "soft cap": ModCall({"score_mod": mods.SoftCap(2.0)}, wanted=("query", "key", "value", "scale")),
     "gate": ModCall({"score_mod": _gated, "score_mod_args": (_GATE, _ROWS)}),
     "gate, bias, cap": ModCall(
@@ -94,7 +102,7 @@ def floats(call: ModCall, seed: int = 1) -> dict[str, Any]:
     arrays = {name: jnp.asarray(rng.standard_normal(x), call.dtype) for name, x in shapes.items()}
     if "bias" not in call.wanted:
         del arrays["bias"]
-    return {**arrays, "scale": jnp.float32(0.3)}
+    return {**arrays, "scale": jnp.float32(call.scale)}
 
 
 def attention(call: ModCall, arrays: dict[str, Any], given: dict[str, Any], **options: Any) -> jax.Array:

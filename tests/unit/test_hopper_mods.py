@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn import mods
+from jax_native_flash_attn._kernels.hopper.formula_addends import magnitude, span
 from jax_native_flash_attn._kernels.hopper.formula_builder import make_formula
 from jax_native_flash_attn._kernels.hopper.formulas import LOWERED, Formula, Kind, Numbers
 from jax_native_flash_attn._semantics.call import Config, Inputs, ModOperands
@@ -21,6 +22,8 @@ from tests.support.targets import needs_backend
 
 B, N, T, S = 2, 2, 70, 100
 BLOCK = 64
+ONE, INFINITY = np.float32(1), np.float32(np.inf)
+FACTOR, FLOOR = 0.75, -(2.0**124)
 RNG = np.random.default_rng(0)
 IDS = np.sort(RNG.integers(0, 4, (B, S)), -1).astype(np.int32)
 TABLE, GATE, ROWS = (RNG.standard_normal(shape).astype(np.float32) for shape in ((N, 9), (B, S), (T,)))
@@ -50,6 +53,15 @@ SCORES: dict[str, tuple[Any, tuple]] = {
         (),
     ),
     "floats of each": (lambda s, b, h, q, k: s - 0.1 * (k.astype(s.dtype) - q.astype(s.dtype)) ** 2, ()),
+    "in three steps": (
+        lambda s, b, h, q, k, rows, table: (
+            ((s - rows[q]) + table[h, 1] * k.astype(s.dtype)) - 0.25 * jnp.abs(k - 50).astype(s.dtype)
+        ),
+        (ROWS, TABLE),
+    ),
+    "infinite slope": (mods.alibi, (np.array([0.25, np.inf], np.float32),)),
+    "adds -inf": (lambda s, b, h, q, k: s + jnp.where(k > q, -INFINITY, jnp.abs(q - k).astype(s.dtype)), ()),
+    "nothing": (lambda s, b, h, q, k: s, ()),
     "key alone": (lambda s, b, h, q, k: s + 0.5 * k.astype(s.dtype) + jnp.tanh(k.astype(s.dtype)), ()),
     "many": (_many, ()),
     "no score": (lambda s, b, h, q, k: 0.25 * h.astype(s.dtype), ()),
@@ -90,7 +102,7 @@ class _Ref:
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`device/mods.py` with arrays in place of registers."""
-    from jax_native_flash_attn._kernels.hopper.device import mod_operations
+    from jax_native_flash_attn._kernels.hopper.device import evaluation, mod_operations, mod_reads
     from jax_native_flash_attn._kernels.hopper.device import mods as device_mods
 
     def columns(x: Any, step: Any) -> Any:
@@ -113,10 +125,10 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         def ds(start: Any, count: int) -> slice:
             return slice(int(start), int(start) + count)
 
-    monkeypatch.setattr(device_mods, "plgpu", Plgpu)
-    monkeypatch.setattr(device_mods, "pl", Pl)
-    monkeypatch.setattr(device_mods, "load", lambda x, layout: x)
-    monkeypatch.setattr(device_mods, "add_columns", columns)
+    monkeypatch.setattr(evaluation, "plgpu", Plgpu)
+    monkeypatch.setattr(mod_reads, "pl", Pl)
+    monkeypatch.setattr(evaluation, "load", lambda x, layout: x)
+    monkeypatch.setattr(evaluation, "add_columns", columns)
     monkeypatch.setattr(mod_operations, "soft_cap", lambda x, factor, size: size * jnp.tanh(factor * x))
     return device_mods
 
@@ -142,6 +154,7 @@ def _inputs(named: dict[str, Any], first_row: int, *, is_plain: bool) -> Inputs:
 
 def _tiles(device_mods: Any, program: Program, inputs: Inputs, config: Config, score: Any, *, transposed: bool) -> Any:
     """(outputs..., B, N, T, S), put together from tiles."""
+    from jax_native_flash_attn._kernels.hopper.device.mod_reads import Place
     from jax_native_flash_attn._kernels.hopper.host.mods import prepare_mods
 
     prepared = prepare_mods(config, inputs, BLOCK, BLOCK, needs_slope=program.has_score)
@@ -152,13 +165,16 @@ def _tiles(device_mods: Any, program: Program, inputs: Inputs, config: Config, s
         h = 1 - b
         at = np.s_[b, h, row * BLOCK : (row + 1) * BLOCK, key * BLOCK : (key + 1) * BLOCK]
         tile = device_mods.TileMods(prepared, (b, h), (BLOCK, BLOCK), int(transposed), (None, None), None)
-        place = device_mods.Place(row * BLOCK, key * BLOCK)
+        place = Place(row * BLOCK, key * BLOCK)
         if not transposed:
             tile.load_rows(place.row)
         if program.has_score:
             x = jnp.asarray(score[at].T if transposed else score[at])
             value, slope = tile.score(x, place)
             found = [value, jnp.ones_like(x) if slope is None else slope]
+            if tile.adds:
+                added = tile.added(place, lambda y, x=x: x + y / FACTOR, FACTOR, FACTOR * FLOOR)
+                np.testing.assert_allclose(added, jnp.maximum(value, FLOOR), rtol=2e-4, atol=2e-4)
         else:
             found = [tile.mask(place)]
         for output, x in zip(outputs, found, strict=True):
@@ -241,6 +257,69 @@ def test_an_additive_function_has_no_derivative_to_multiply_by():
     formula = _formula(lambda s, b, h, q, k: 2 * s)
     assert isinstance(formula, Formula)
     assert formula.literal(1) == 2
+
+
+def _stopped(s, b, h, q, k):
+    return jax.lax.stop_gradient(s) + q.astype(s.dtype)
+
+
+@pytest.mark.parametrize(
+    ("adds", "function"),
+    [
+        (True, lambda s, b, h, q, k: s),
+        (True, lambda s, b, h, q, k: 1.5 + (s - q.astype(s.dtype))),
+        (True, lambda s, b, h, q, k: s - jnp.where(q > k, INFINITY, ONE)),
+        (False, lambda s, b, h, q, k: q.astype(s.dtype) - s),
+        (False, lambda s, b, h, q, k: s + jnp.tanh(s)),
+        (False, lambda s, b, h, q, k: jnp.where(q > k, s, -jnp.inf)),
+        (False, lambda s, b, h, q, k: 2 * s + 1),
+        (False, lambda s, b, h, q, k: 0.0 * q.astype(s.dtype)),
+        (False, _stopped),
+    ],
+)
+def test_which_functions_only_add(adds: bool, function: Any):
+    formula = _formula(function)
+    assert isinstance(formula, Formula)
+    assert (formula.addend is not None) == adds
+
+
+@pytest.mark.parametrize(
+    ("largest", "function"),
+    [
+        (0.0, lambda s, b, h, q, k: s),
+        (0.5 * 99, lambda s, b, h, q, k: s - 0.5 * k.astype(s.dtype)),
+        (3.0 * 99, lambda s, b, h, q, k: s - (2.0 + h.astype(s.dtype)) * jnp.abs(q - k).astype(s.dtype)),
+        (69.0**2, lambda s, b, h, q, k: s + jnp.square(q.astype(s.dtype))),
+        (np.inf, lambda s, b, h, q, k: s + jnp.where(q > k, -INFINITY, ONE)),
+        (None, lambda s, b, h, q, k: s + jnp.exp(q.astype(s.dtype))),
+        (None, lambda s, b, h, q, k: s + jnp.asarray(ROWS)[q]),
+    ],
+)
+def test_how_large_an_addend_can_be(largest: float | None, function: Any):
+    """Numbers of heads, which are up to 1 here, are read when kernels run."""
+    program, _ = trace_mod(function, "score_mod", (), jnp.float32)
+    formula = make_formula(program, Numbers(T, S, 0), needs_slope=False)
+    assert isinstance(formula, Formula)
+    assert formula.addend is not None
+    heads = {i: float(x.op in ("head", "convert_element_type")) or 3.0 for i, x in enumerate(formula.nodes)}
+    assert magnitude(formula, formula.addend, heads.__getitem__) == largest
+
+
+@pytest.mark.parametrize(
+    ("expected", "function"),
+    [
+        ((-63, 63), lambda q, k: q - k),
+        ((-(64 + 127 + 5), -(64 + 64 + 5)), lambda q, k: -(k + 64 + 5)),
+        (None, lambda q, k: q * k),
+        (None, lambda q, k: jnp.maximum(q, k)),
+    ],
+)
+def test_span_of_a_tile(expected: tuple[int, int] | None, function: Any):
+    """Of rows and keys from 64 on."""
+    formula = _formula(lambda s, b, h, q, k: s + jnp.abs(function(q, k)).astype(s.dtype))
+    assert isinstance(formula, Formula)
+    (node,) = (x for x in formula.nodes if x.op == "abs")
+    assert span(formula, node.inputs[0], lambda _: (64, 127), {}.__getitem__) == expected
 
 
 @pytest.mark.parametrize(

@@ -63,23 +63,41 @@ def dkey_dvalue_blocks(
 ) -> Blocks:
     """Of the kernel for the gradients of key and value: there block_kv keys belong to one warpgroup."""
     H, D = sizes.H, sizes.D
-    key_and_value = H if H == D and not needs_key else H + D
-    query_and_dout = H + D
-    if itemsize == 4:  # as they are, for scores, and transposed, for the results
-        query_and_dout = H + D * needs_key + H * needs_key + D * needs_value
     persistent = _takes_persistent(sizes, sizes.group_rows, is_even=is_even)
+    wanted = {"needs_key": needs_key, "needs_value": needs_value}
     return _first_that_fits(
-        lambda x: (
-            itemsize * key_and_value * (1 + x.persistent) * x.warpgroups * x.block_kv
-            + itemsize * query_and_dout * x.stages * x.block_q
-            + x.stages * x.warpgroups * x.block_kv * x.block_q * term_bytes
-        ),
+        lambda x: _dkey_dvalue_bytes(x, sizes, term_bytes, itemsize=itemsize, **wanted),
         *(
             Blocks(block_q, 64, stages, 1 if sizes.S <= 64 else 2, persistent=each)
             for each in ((True, False) if persistent else (False,))
             for block_q, stages in ((64, 3 if H + D <= 128 else 2), (64, 2), (32, 3), (32, 2), (32, 1))
         ),
     )
+
+
+def _dkey_dvalue_bytes(
+    x: Blocks, sizes: Sizes, term_bytes: int, *, needs_key: bool, needs_value: bool, itemsize: int
+) -> int:
+    """Shared memory, but for what is reserved."""
+    H, D = sizes.H, sizes.D
+    key_and_value = H if H == D and not needs_key else H + D
+    query_and_dout = H + D
+    if itemsize == 4:  # as they are, for scores, and transposed, for the results
+        query_and_dout = H + D * needs_key + H * needs_key + D * needs_value
+    return (
+        itemsize * key_and_value * (1 + x.persistent) * x.warpgroups * x.block_kv
+        + itemsize * query_and_dout * x.stages * x.block_q
+        + x.stages * x.warpgroups * x.block_kv * x.block_q * term_bytes
+    )
+
+
+def dkey_dvalue_vectors(
+    x: Blocks, sizes: Sizes, term_bytes: int, *, needs_key: bool, needs_value: bool, itemsize: int
+) -> int:
+    """For how many further vectors of query rows there is room in shared memory."""
+    wanted = {"needs_key": needs_key, "needs_value": needs_value}
+    room = SHARED_MEMORY - RESERVED - _dkey_dvalue_bytes(x, sizes, term_bytes, itemsize=itemsize, **wanted)
+    return room // (4 * x.stages * x.block_q)
 
 
 def dbias_blocks(sizes: Sizes, term_bytes: int, *, has_key_mask: bool, itemsize: int = 2) -> Blocks:

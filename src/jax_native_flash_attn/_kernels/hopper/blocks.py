@@ -131,7 +131,7 @@ def forward_blocks(
     itemsize: int,
     chip: Chip,
     is_masked: bool = True,
-    starts_with_bias: bool = False,
+    starts_with_addend: bool = False,
     has_bits_alone: bool = False,
 ) -> Blocks:
     """Block shape of the forward kernel.
@@ -144,7 +144,7 @@ def forward_blocks(
       itemsize: bytes of an element of query, 4 for float32.
       chip: what it runs on.
       is_masked: whether more tiles of a row than its last can need a mask, but for one of bits.
-      starts_with_bias: whether products start with a bias over T and S.
+      starts_with_addend: whether products start with a bias over T and S.
       has_bits_alone: whether a mask, as bits, is all that has both T and S.
     """
     table = _FORWARD.get(chip.capability, _FORWARD[_DEFAULT])
@@ -154,7 +154,7 @@ def forward_blocks(
     if sizes.T <= _FEW:
         kinds = [_FEW_ROWS]
     if sizes.T > _FEW and max(sizes.H, sizes.D) <= 64 and not has_dropout:
-        kinds = [_BIAS] if starts_with_bias and term_bytes == 2 else kinds  # no float32, no mask over T and S
+        kinds = [_BIAS] if starts_with_addend and term_bytes == 2 else kinds  # no float32, no mask over T and S
         kinds = [_UNMASKED] if kinds[0] == _PLAIN and (has_bits_alone or not is_masked) else kinds
     if itemsize == 4:
         kinds = [_FLOAT32]

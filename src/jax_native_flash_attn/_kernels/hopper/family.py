@@ -13,7 +13,7 @@ from ..protocol import Forward
 from .blocks import Blocks, Chip, forward_blocks
 from .forward import forward as forward_kernel
 from .host.head_dims import pad_head_dims
-from .host.operands import column_bytes, has_bits_alone, starts_with_bias, term_bytes
+from .host.operands import column_bytes, has_bits_alone, starts_with_addend, term_bytes
 
 _FEW_ROWS = 64  # of one warpgroup
 
@@ -64,7 +64,7 @@ def plan(config: Config, inputs: Inputs, chip: Chip) -> Blocks:
         itemsize=inputs.query.dtype.itemsize,
         chip=chip,
         is_masked=not has_lengths_alone and (config.band != Band() or mask.key_start is not None),
-        starts_with_bias=starts_with_bias(config, inputs),
+        starts_with_addend=starts_with_addend(config, inputs),
         has_bits_alone=has_bits_alone(inputs),
     )
 

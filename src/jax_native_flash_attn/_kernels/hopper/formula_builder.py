@@ -11,6 +11,7 @@ import numpy as np
 
 from ..._semantics.call import Call, Config
 from ..._semantics.mods import INDICES, Program, with_slope
+from .formula_addends import added_terms
 from .formula_bounds import Bounds, bounds_of, decided
 from .formula_views import View, fill_value_of, known_axis, reshaped, view_of, why_not_read
 from .formulas import (
@@ -91,9 +92,23 @@ class _Builder:
         for i, variable in enumerate(getattr(jaxpr, "jaxpr", jaxpr).invars[len(given) :]):
             given.append(view_of(Whole(variable.aval.shape, np.dtype(variable.aval.dtype), i)))
         outputs = tuple(self._scalar(x) for x in self._run(jaxpr, given))
-        needed = self._needed(outputs)
+        addend = self._addend(outputs) if self.program.has_score else None
+        needed = self._needed(outputs if addend is None else (*outputs, addend))
         reads = tuple(i for i in needed if self.nodes[i].op == "read")
-        return Formula(tuple(self.nodes), outputs, tuple(needed), reads)
+        return Formula(tuple(self.nodes), outputs, addend, tuple(needed), reads)
+
+    def _addend(self, outputs: Sequence[int]) -> int | None:
+        terms = added_terms(self.nodes, outputs[0])
+        # A derivative may have been stopped.
+        if terms is None or any(self.nodes[i].op != "literal" or self.nodes[i].params != 1 for i in outputs[1:]):
+            return None
+        result = None
+        for op, term in terms:
+            if result is not None:
+                result = self._operation(op, {}, FLOAT, [result, term])
+            else:
+                result = term if op == "add" else self._operation("neg", {}, FLOAT, [term])
+        return self._literal(np.asarray(0, FLOAT)) if result is None else result
 
     def _needed(self, outputs: Sequence[int]) -> list[int]:
         needed = set(outputs)
@@ -141,7 +156,8 @@ class _Builder:
         elements = [self._elements(x, name) for x in inputs]
         if name in _SHAPES:
             return [reshaped(name, eqn.params, elements, shape)]
-        apply = np.vectorize(lambda *x: self._operation(eqn, list(x)), otypes=[object])
+        name, dtype = _ALIASES.get(name, name), np.dtype(out.aval.dtype)
+        apply = np.vectorize(lambda *x: self._operation(name, eqn.params, dtype, list(x)), otypes=[object])
         return [apply(*elements)]
 
     # ---- single numbers
@@ -193,12 +209,11 @@ class _Builder:
             return np.asarray(self.nodes[x].params)
         return None
 
-    def _operation(self, eqn: Any, inputs: list[int]) -> int:
-        name, nodes = _ALIASES.get(eqn.primitive.name, eqn.primitive.name), [self.nodes[i] for i in inputs]
-        dtype = np.dtype(eqn.outvars[0].aval.dtype)
+    def _operation(self, name: str, params: Any, dtype: np.dtype, inputs: list[int]) -> int:
+        nodes = [self.nodes[i] for i in inputs]
         if name not in LOWERED:
             raise NotLowered(f"has the primitive {name}, which these kernels do not lower")
-        known = decided(name, eqn.params, nodes)
+        known = decided(name, params, nodes)
         if isinstance(known, np.ndarray):
             return self._literal(known.astype(dtype))
         if known is not None:
@@ -217,8 +232,8 @@ class _Builder:
         if (name in OF_FLOATS and operands[0] != FLOAT) or (name in OF_INTEGERS and operands[0] != INTEGER):
             raise NotLowered(f"has the primitive {name} of {operands[0]}, which these kernels do not lower")
         kind = Kind(functools.reduce(int.__or__, (x.kind for x in nodes), 0))
-        bounds = bounds_of(name, eqn.params, nodes) if dtype == INTEGER else None
-        return self._add(Node(kind, dtype, name, tuple(inputs), eqn.params, bounds))
+        bounds = bounds_of(name, params, nodes) if dtype == INTEGER else None
+        return self._add(Node(kind, dtype, name, tuple(inputs), params, bounds))
 
     # ---- reads
 

@@ -91,11 +91,13 @@ class Formula:
 
     nodes: in the order in which they can be computed.
     outputs: what the function gives; and of a score's, beside that, its derivative with respect to the score.
+    addend: the number of what a score is added to, if it is no more than that; see `added_terms`.
     needed: the numbers of the nodes that these depend on, and `reads` of those that are reads.
     """
 
     nodes: tuple[Node, ...]
     outputs: tuple[int, ...]
+    addend: int | None
     needed: tuple[int, ...]
     reads: tuple[int, ...]
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import jax
 
-from .formulas import Formula
+from .formulas import Formula, Kind
 
 # The key_start of a row without any key: it attends all of them, with logits of 0.
 DEAD = -1
 # Added to the logits of keys that a mask of keys excludes: see `device/logits.py`.
 MASKED = -(2.0**125)
+# The class of a tile in part of which the rows may attend all keys, but for what a `mask_mod` says.
+WHOLE = 3
 
 
 class TermKind(Enum):
@@ -45,7 +47,8 @@ class RowIntervals:
     """Traced intervals of keys: of each row, (..., T), and the tiles of each block of rows, (..., blocks, 4).
 
     A row without any key has `DEAD` as its key_start. With `tile_order`, (..., blocks, tiles), ranges are of places in
-    that; with `tile_classes`, likewise, as of `tile_masks.Tiles`, they have no meaning.
+    that; with `tile_classes`, likewise, as of `tile_masks.Tiles` or `WHOLE`, they have no meaning. With either,
+    `is_whole`, (..., blocks), is not 0 where all rows of a block may attend all keys, but for what a `mask_mod` says.
     """
 
     key_start: Any
@@ -53,6 +56,7 @@ class RowIntervals:
     tile_ranges: Any | None
     tile_order: Any | None = None
     tile_classes: Any | None = None
+    is_whole: Any | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -101,6 +105,27 @@ class Mods:
     score: Formula | None = field(metadata={"static": True})
     mask: Formula | None = field(metadata={"static": True})
     first_row: int = field(metadata={"static": True})
+
+    @property
+    def formulas(self) -> list[tuple[Formula, int]]:
+        """Each with the number of its first array."""
+        first = 0 if self.score is None else len(self.score.reads)
+        return [(x, i) for x, i in ((self.score, 0), (self.mask, first)) if x is not None]
+
+    def vectors(self, kind: Kind) -> list[tuple[Formula, int]]:
+        """The vectors along rows or keys that are read, those of the score's formula first."""
+        numbers = self.query_number if kind is Kind.ROWS else self.key_number
+        ops = ("read",) if numbers is None else ("read", "query_index", "key_index")
+        found = [(x, i) for x, _ in self.formulas for i in x.needed]
+        return [(x, i) for x, i in found if x.nodes[i].kind is kind and x.nodes[i].op in ops]
+
+    def array(self, formula: Formula, i: int) -> Any:
+        """In which one of these is."""
+        op = formula.nodes[i].op
+        if op != "read":
+            return self.query_number if op == "query_index" else self.key_number
+        (first,) = (first for x, first in self.formulas if x is formula)
+        return self.arrays[first + formula.reads.index(i)]
 
 
 @jax.tree_util.register_dataclass
@@ -152,7 +177,7 @@ class Operands:
         return (
             self
             if intervals is None
-            else replace(self, intervals=replace(intervals, tile_ranges=None, tile_order=None, tile_classes=None))
+            else replace(self, intervals=RowIntervals(intervals.key_start, intervals.key_stop, None))
         )
 
     @property

@@ -18,7 +18,8 @@ from ...._semantics.numerics import LOG2E
 from ..operands import RowOperands
 from .changes import changed
 from .context import KernelContext
-from .logits import RowVectors, TileLogits, TileTerms
+from .logits import TileLogits
+from .terms import RowVectors, TileTerms
 from .units import to_base_2
 
 

@@ -1,14 +1,17 @@
-"""What comes between the products of a tile and its masks: `score_mod`, and the soft cap."""
+"""What the products of a tile start with, and what comes between them and its masks: `score_mod`, and the soft cap."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ...._semantics.numerics import LN2, LOG2E
-from ..pallas import iota
-from .logits import RowVectors, TileLogits, TileTerms
+from ..pallas import iota, zeros
+from .logits import TileLogits
 from .soft_cap import soft_cap
+from .terms import RowVectors, TileTerms
 
 
 class Changed(NamedTuple):
@@ -23,17 +26,69 @@ class Changed(NamedTuple):
     slope: jax.Array | None
 
 
+def start_products(logits: TileLogits, terms: TileTerms, rows: RowVectors, tile: Any) -> tuple[jax.Array, TileTerms]:
+    """What the products of a tile are added to, and the terms that are left to be added behind.
+
+    What is added to scores, where `starts_with_addend`, be it loaded or computed: no register then holds it while the
+    products are made, and less is left to do between them and the exponentials. It is divided by the unit.
+    """
+    if not logits.starts_with_addend:
+        return zeros(*logits.shape), terms
+    if logits.adds_mask:
+        assert terms.mask is not None
+        return _added(logits, terms, rows, tile) + terms.mask, terms._replace(mask=None, bias=None)
+    left = terms._replace(bias=None)
+    if logits.config.score_mod is not None:
+        return _added(logits, terms, rows, tile), left
+    assert terms.bias is not None
+    return lax.cond(
+        logits.unit.size == 1.0, logits.clipped, lambda x: _divided(logits, logits.clipped(x)), terms.bias
+    ), left
+
+
+def _added(
+    logits: TileLogits,
+    terms: TileTerms,
+    rows: RowVectors,
+    tile: Any,
+    then: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> jax.Array:
+    """`then` of what is added to scores, in their unit: the bias, and a `score_mod` that does no more than that."""
+    mods, place = logits.mods, logits.place(rows, tile, terms.read)
+    loaded = None if terms.bias is None else _divided(logits, logits.clipped(terms.bias))
+    if mods is None or not mods.adds:
+        assert loaded is not None
+        return then(loaded)
+    factor = 1.0 / logits.unit.size if logits.starts_with_addend else None
+    floor = _divided(logits, logits.floor)
+    if loaded is None:
+        return mods.added(place, then, factor, floor)
+    return mods.added(place, lambda x: then(jnp.maximum(x + loaded, floor)), factor)
+
+
+def _divided(logits: TileLogits, x: Any) -> Any:
+    """By the unit."""
+    return x * (1.0 / logits.unit.size) if logits.starts_with_addend else x
+
+
 def changed(
     logits: TileLogits, products: jax.Array, terms: TileTerms, rows: RowVectors, tile: Any, multiplier: Any
 ) -> Changed:
     """Of a tile, whose products come to base 2 by the multiplier; the same, if there is neither."""
-    config, slope = logits.config, None
-    if config.score_mod is not None and logits.mods is not None:
-        scores, slope = logits.mods.score(_scores(logits, products, terms.bias, multiplier), logits.place(rows, tile))
+    config, slope, mods = logits.config, None, logits.mods
+    if config.score_mod is not None and mods is not None and not logits.starts_with_addend:
+        if mods.adds:
+            given, to_base_e = products, multiplier * LN2
+            products = _added(logits, terms, rows, tile, lambda x: given * to_base_e + x)
+        else:
+            scores, slope = mods.score(
+                _scores(logits, products, terms.bias, multiplier), logits.place(rows, tile, terms.read)
+            )
+            products = logits.clipped(scores)
         T, axis = logits.context.sizes.T, logits.q_axis
         if logits.is_transposed and T % logits.block_q:  # rows that are none have no mask, and 0 for their score
-            scores = jnp.where(iota(logits.shape, axis) < T - rows.row, scores, 0.0)
-        products, terms, multiplier = logits.clipped(scores), terms._replace(bias=None), LOG2E
+            products = jnp.where(iota(logits.shape, axis) < T - rows.row, products, 0.0)
+        terms, multiplier = terms._replace(bias=None), LOG2E
     cap = config.logits_soft_cap
     if cap is None:
         return Changed(products, terms, multiplier, slope)

@@ -32,7 +32,8 @@ from ..operands import BackwardOperands
 from ..pallas import COLUMN, hide_from_compiler, load, pl, plgpu, store, warp_specialize, zeros
 from .backward import Weights, logits_cotangent, scaled_lse, softmax_weights
 from .dkey_dvalue_context import KeyBlock, KeyContext, Visit
-from .logits import RowVectors, TileLogits, TileTerms
+from .logits import TileLogits
+from .terms import RowVectors, TileTerms
 from .tf32 import add_products
 from .transfers import query_slice, row_slice
 
@@ -66,8 +67,8 @@ def _load_block(block: KeyBlock) -> None:
                 plgpu.copy_gmem_to_smem(keys, views.loaded.at[at], ready)
 
     def load_tile(i: Any, visit: Visit) -> Visit:
-        (head, row), slot = block.place_of(visit), block.slot(i)
-        ready = rows_ring.ready.at[slot]
+        (head, row), slot = block.place_of(visit, block.listed(visit)), block.slot(i)
+        ready, mod_rows = rows_ring.ready.at[slot], block.mod_rows(head, row)
         rows_ring.wait_until_free(block.count + i, slot)
         row_operands = context.row_operands
         for ref, views in ((operands.query, context.query), (row_operands.dout, context.dout)):
@@ -78,6 +79,8 @@ def _load_block(block: KeyBlock) -> None:
                 operand.copy_tile(head, 1, row, blocks.block_q, slot, ready)
         for ref, buffer in ((row_operands.lse, buffers.lse), (row_operands.delta, buffers.delta)):
             plgpu.copy_gmem_to_smem(row_slice(ref, head, row, blocks.block_q), buffer.at[slot], ready)
+        for source, buffer in zip(mod_rows, buffers.mod_rows, strict=True):
+            plgpu.copy_gmem_to_smem(source, buffer.at[slot], ready)
         for term in context.terms.tiled:
             for w in range(blocks.warpgroups):
                 tile = block.block * blocks.warpgroups + w
@@ -93,18 +96,23 @@ def _compute_block(block: KeyBlock) -> None:
     mine = plan.scheduler.buffer(block.k, context.wg, blocks.warpgroups)
     scale = _logits_of(context, block.head_of(jnp.int32(0)), None, ()).scale
     plgpu.barrier_wait(context.buffers.keys_ready.at[mine])
-    first_is_edge, scalars = block.is_edge(block.first_visit), block.scalars(block.first_visit)
+    first = block.first_visit
+    listed = block.listed(first), block.listed(block.following(first))
+    first_kind, scalars = block.kind(first, listed[0]), block.scalars(first)
 
     def step(i: Any, carry: tuple) -> tuple:
-        visit, masked, scalars, sums = carry
-        (head, row), slot, next_visit = block.place_of(visit), block.slot(i), block.following(visit)
-        masked = first_is_edge if isinstance(first_is_edge, bool) else masked
-        next_is_edge = block.is_edge(next_visit)  # traced masks: read from global memory, so a step ahead
+        visit, listed, kind, scalars, sums = carry
+        (head, row), slot, next_visit = block.place_of(visit, listed[0]), block.slot(i), block.following(visit)
+        masked, is_whole = block.needs_mask(first_kind if isinstance(first_kind, bool) else kind)
+        next_kind, next_listed = block.kind(next_visit, listed[1]), block.listed(block.following(next_visit))
         next_scalars = scalars if math.prod(plan.members) == 1 else block.scalars(next_visit)
         logits = _logits_of(context, head, None if plan.scale_is_summed else scale, scalars)
+        if logits.mods is not None:
+            staged = plan.staged(logits.mods.mods)
+            logits.mods.staged = {x: b.at[slot] for x, b in zip(staged, context.buffers.mod_rows, strict=True)}
         # Else descriptors of keys and values would stay in registers, and spill: see `dquery.py`.
         at = hide_from_compiler(mine) if plan.sizes.H + plan.sizes.D > _MOST_HELD else mine
-        rows = logits.rows(row, late=True)
+        rows = logits.rows(row, late=True, is_whole=is_whole)
         vectors = None if context.terms.tiled else logits.tile_terms(rows, tile)
         context.rows_ring.wait_until_ready(slot)
         terms = logits.tile_terms(rows, tile, slot) if vectors is None else vectors
@@ -118,10 +126,10 @@ def _compute_block(block: KeyBlock) -> None:
         else:
             _, _, sums = pl.run_state(key_tile.products)(jax.tree.map(plgpu.ACC.init, (*scores, sums)))
         context.rows_ring.release(slot)
-        return next_visit, next_is_edge, next_scalars, sums
+        return next_visit, (listed[1], next_listed), next_kind, next_scalars, sums
 
     sums = jax.tree.map(lambda x: zeros(blocks.block_kv, x.shape[-1]), plan.wanted)
-    *_, sums = lax.fori_loop(0, block.num_steps, step, (block.first_visit, first_is_edge, scalars, sums))
+    *_, sums = lax.fori_loop(0, block.num_steps, step, (first, listed, first_kind, scalars, sums))
     outs = context.outs
     if sums.key is not None:
         dkey = sums.key if plan.scale_is_summed else sums.key * scale

@@ -11,12 +11,13 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from ...._semantics.tile_masks import FULL
 from ..host.dkey_dvalue_plan import KeyBuffers, KeyGradients, KeyPlan
-from ..operands import BackwardOperands, TransposedOperands
-from ..pallas import Views, broadcast_index, pl, unravel
+from ..operands import WHOLE, BackwardOperands, TransposedOperands
+from ..pallas import COLUMN, ROW, Views, broadcast_index, pl, unravel
 from .backward import BackwardContext
 from .context import shared_fields
-from .mods import read_scalars
+from .mod_reads import ModTile, Place, read_scalars
 from .transfers import Ring, Transposed
 
 Visit = tuple[Any, Any]  # a member of what shares the keys, and the number of one of its query tiles
@@ -128,20 +129,40 @@ class KeyBlock:
             self.kv_head * plan.sizes.G + g,
         )
 
-    def place_of(self, visit: Visit) -> tuple[tuple, Any]:
+    def listed(self, visit: Visit) -> Any | None:
+        """The query tile of a visit, where those are listed."""
+        tiles = self.context.intervals.query_tiles
+        if tiles is None or tiles.order is None:
+            return None
+        return tiles.order[(*broadcast_index(self.kv_batch, tiles.order.shape[:-2]), self.block, self.first + visit[1])]
+
+    def place_of(self, visit: Visit, listed: Any | None) -> tuple[tuple, Any]:
         """Query head and first row."""
-        member, n = visit
-        head, tiles, tile = self.head_of(member), self.context.intervals.query_tiles, self.first + n
-        if tiles is not None and tiles.order is not None:
-            tile = tiles.order[(*broadcast_index(self.kv_batch, tiles.order.shape[:-2]), self.block, tile)]
+        head, tile = self.head_of(visit[0]), self.first + visit[1] if listed is None else listed
         return head, tile * self.context.blocks.block_q
 
-    def is_edge(self, visit: Visit) -> Any:
-        """Whether the tile of a visit needs a mask."""
-        plan = self.context.plan
-        return self.context.intervals.is_query_edge(
-            *self.place_of(visit), self.block, plan.blocks.block_q, plan.block_keys
-        )
+    def kind(self, visit: Visit, listed: Any | None) -> Any:
+        """What `needs_mask` takes; traced masks are read from global memory, so a step ahead, and lists two."""
+        plan, intervals, (head, row) = self.context.plan, self.context.intervals, self.place_of(visit, listed)
+        tiles, block_q = intervals.query_tiles, plan.blocks.block_q
+        if tiles is None or tiles.classes is None:
+            return intervals.is_query_edge(head, row, self.block, block_q, plan.block_keys)
+        index = broadcast_index(head, tiles.classes.shape[:-2])
+        return tiles.classes[(*index, lax.div(row, jnp.int32(block_q)), self.block)]
+
+    def needs_mask(self, kind: Any) -> tuple[Any, Any | None]:
+        """Whether a tile needs a mask, and, of classes of tiles, whether none but a `mask_mod`."""
+        tiles = self.context.intervals.query_tiles
+        return (kind, None) if tiles is None or tiles.classes is None else (kind != FULL, kind == WHOLE)
+
+    def mod_rows(self, head: tuple, row: Any) -> list[Any]:
+        """What comes with the query rows, of what functions of scores and indices read."""
+        plan, mods = self.context.plan, self.context.operands.mods
+        if mods is None:
+            return []
+        shape = plan.blocks.block_kv, plan.blocks.block_q
+        tile, place = ModTile(mods, head, shape, 1, (COLUMN, ROW), None), Place(row, jnp.int32(0))
+        return [tile.source(formula, i, place)[0] for formula, i in plan.staged(mods)]
 
     def scalars(self, visit: Visit) -> tuple[Any, ...]:
         """What functions of scores and indices read once for a head; read from global memory, so a step ahead."""

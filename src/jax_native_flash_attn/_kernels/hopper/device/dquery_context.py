@@ -14,8 +14,9 @@ from ..pallas import ROW, Views, load, pl, plgpu, store, zeros
 from ..scheduler import Item
 from .backward import BackwardContext, logits_cotangent, scaled_lse, softmax_weights
 from .context import shared_fields
-from .logits import TileLogits, TileTerms
+from .logits import TileLogits
 from .overlap import THREAD_COLUMNS, fold_columns, order_before_wgmma_wait
+from .terms import TileTerms
 from .transfers import Ring, Transposed, by_first_warpgroup, clean_padding, query_slice, row_slice
 
 

@@ -74,7 +74,7 @@ class Rows:
             item.head,
             row_in_block=self.wg * blocks.block_q,
             scale=scale,
-            starts_with_bias=context.plan.starts_with_bias,
+            starts_with_addend=context.plan.starts_with_addend,
             scales_cap=True,
         )
         self.no_output = zeros(blocks.block_q, context.sizes.D)

@@ -13,11 +13,11 @@ from jax import lax
 from ...._semantics.numerics import LN2, LOG2E, lowest
 from ..pallas import ROW, columns_of, load, pl, plgpu, zeros
 from ..scheduler import Item
-from .changes import changed
+from .changes import changed, start_products
 from .forward_context import ForwardContext, Rows
 from .forward_results import write
-from .logits import RowVectors, TileTerms
 from .overlap import THREAD_COLUMNS, fold_columns, order_before_wgmma_wait, rounded_to_tf32
+from .terms import RowVectors, TileTerms
 from .units import to_base_2
 
 _LOWEST = lowest(jnp.float32)
@@ -109,7 +109,7 @@ def _first_is_edge(rows: Rows) -> Any:
 def _scale_query(rows: Rows) -> None:
     """Multiply the query by what cannot wait for the exponent."""
     query, logits, dtype = rows.context.query.tiles.at[rows.wg], rows.logits, rows.dtype
-    if logits.starts_with_bias:
+    if logits.starts_with_addend:
         power = jnp.asarray(logits.power)
 
         @pl.when(power != 1.0)
@@ -189,7 +189,7 @@ def _tile_alone(softmax: Softmax, i: Any, is_edge: Any, carry: tuple) -> tuple[A
     slot = rows.slot(i)
     context.key_ring.wait_until_ready(slot)
     terms = logits.tile_terms(softmax.vectors, rows.item.tile(i), slot)
-    initial, terms = logits.start(terms)
+    initial, terms = start_products(logits, terms, softmax.vectors, rows.item.tile(i))
     products = pl.run_state(lambda ref: _issue_scores(rows, ref, slot))(plgpu.ACC.init(initial))
     p, top, total, correction = softmax(products, terms, i, top, total, is_edge)
     context.key_ring.release(slot)
@@ -228,9 +228,9 @@ def _step(softmax: Softmax, no_weights: Any, i: Any, carry: tuple) -> tuple:
     context.key_ring.wait_until_ready(slot)
     if not _waits_at_end(rows):
         rows.wait_for_value(i - 1)
-    terms = logits.tile_terms_before_products(softmax.vectors, rows.item.tile(i), slot)
-    initial, terms = logits.start(terms)
-    if logits.starts_with_bias:
+    terms = logits.tile_terms_before_products(softmax.vectors, rows.item.tile(i), slot, masked=has_edges)
+    initial, terms = start_products(logits, terms, softmax.vectors, rows.item.tile(i))
+    if logits.starts_with_addend:
         initial = lax.optimization_barrier(initial)
     if takes_turns:
         plgpu.barrier_wait(turn.at[rows.wg])

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,35 +10,18 @@ from jax import lax
 
 from ...._semantics.numerics import LN2, LOG2E, lowest
 from ..operands import LogitTerm, TermKind
-from ..pallas import COLUMN, ROW, broadcast_index, columns_of, iota, load, pl, plgpu, spread, zeros
+from ..pallas import COLUMN, ROW, broadcast_index, columns_of, iota, load, pl, plgpu, spread
 from .context import KernelContext
-from .mods import Place, TileMods
+from .mod_reads import Place
+from .mods import TileMods
 from .overlap import where_allowed, widened
+from .terms import RowVectors, TileTerms
 from .transfers import TermRefs
 from .units import Unit, split_scale
 
 # Biases are clipped at the first; `MASKED` is below, also with a bias; the second stands in place of logits that a mask
 # of rows and keys excludes. All are finite in base 2.
 _FLOOR, _OUTSIDE = -(2.0**124), -(2.0**126)
-
-
-class RowVectors(NamedTuple):
-    """What the masks and terms of a tile say for each query row, in registers."""
-
-    row: Any  # the first
-    intervals: Any  # a pair, None, or a function that loads it where it is needed
-    bias: jax.Array | None
-    mask: jax.Array | None
-
-    def pair(self) -> Any:
-        return self.intervals() if callable(self.intervals) else self.intervals
-
-
-class TileTerms(NamedTuple):
-    """Bias and mask of a tile, in registers; the order of fields is that in which a barrier takes them."""
-
-    mask: jax.Array | None
-    bias: jax.Array | None
 
 
 class TileLogits:
@@ -52,7 +35,7 @@ class TileLogits:
         row_in_block: Any = 0,
         transposed: bool = False,
         scale: Any = None,
-        starts_with_bias: bool = False,
+        starts_with_addend: bool = False,
         scales_cap: bool = False,
         scalars: Any = None,
     ):
@@ -77,20 +60,25 @@ class TileLogits:
         self.scales_cap = scales_cap
         mods, layouts = context.operands.mods, (self.q_layout, self.kv_layout)
         self.mods = None if mods is None else TileMods(mods, head, self.shape, self.q_axis, layouts, scalars)
-        self.starts_with_bias = starts_with_bias
+        self.starts_with_addend = starts_with_addend
         # With such a start, what queries are to be multiplied by, and the unit that logits then come in.
         self.power, self.unit = None, Unit()
-        if self.starts_with_bias:
-            # A further addend takes the division in, in one multiply-add.
-            self.power, self.unit = split_scale(self.scale, into_power=not self.adds_mask)
+        if self.starts_with_addend:
+            # What else is computed of an addend takes the division in.
+            is_loaded = self.config.score_mod is None and not self.adds_mask
+            self.power, self.unit = split_scale(self.scale, into_power=is_loaded)
 
-    def rows(self, row: Any, *, late: bool = False) -> RowVectors:
-        """Of the rows from `row` on; `late` loads intervals only in tiles that need a mask."""
+    def rows(self, row: Any, *, late: bool = False, is_whole: Any = None) -> RowVectors:
+        """Of the rows from `row` on; `late` loads intervals only in tiles that need a mask.
+
+        `is_whole`: as of `Intervals`, if it was read before.
+        """
         bias, mask = self.row_vector(self.terms.bias, row), self.row_vector(self.terms.mask, row)
         if self.mods is not None and not self.is_transposed:  # along the columns, vectors take many registers
             self.mods.load_rows(row)
         load = functools.partial(self.intervals.rows, self.head, row, self.block_q, self.q_layout)
-        return RowVectors(row, load if late else load(), bias, mask)
+        is_whole = self.intervals.is_whole(self.head, row) if is_whole is None else is_whole
+        return RowVectors(row, load if late else load(), bias, mask, is_whole)
 
     def row_vector(self, refs: TermRefs | None, row: Any) -> jax.Array | None:
         """Of the rows from `row` on, of a term that varies in these alone."""
@@ -128,39 +116,26 @@ class TileLogits:
             buffer = refs.buffer.at[slot, pl.ds(self.row_in_block, self.block_q)]
         return load(buffer, layout=plgpu.Layout.WGMMA, optimized=not refs.is_bits)
 
-    def tile_terms(self, rows: RowVectors, tile: Any, slot: Any = None) -> TileTerms:
-        """Bias and mask of a tile; of a mask over rows and keys, its bits."""
+    def tile_terms(self, rows: RowVectors, tile: Any, slot: Any = None, *, masked: bool = True) -> TileTerms:
+        """Bias and mask of a tile; of a mask over rows and keys, its bits. `masked`: whether it may need a mask."""
         bias = self.term(self.terms.bias, rows.bias, tile, slot)
         mask = self.term(self.terms.mask, rows.mask, tile, slot)
-        return TileTerms(mask, bias)
+        read = () if self.mods is None else self.mods.read_keys(self.place(rows, tile), masked=masked)
+        return TileTerms(mask, bias, read)
 
-    def tile_terms_before_products(self, rows: RowVectors, tile: Any, slot: Any) -> TileTerms:
+    def tile_terms_before_products(self, rows: RowVectors, tile: Any, slot: Any, *, masked: bool = True) -> TileTerms:
         """As `tile_terms`, read before the next products are issued: behind them, the softmax would wait for it."""
-        terms = self.tile_terms(rows, tile, slot)
+        terms = self.tile_terms(rows, tile, slot, masked=masked)
         # The barrier has no lowering for bytes.
         is_late = terms.mask is not None and terms.mask.dtype == jnp.int8
         early = terms._replace(mask=None) if is_late else terms
-        if early.mask is None and early.bias is None:
+        if early.mask is None and early.bias is None and not early.read:
             return terms
         early = lax.optimization_barrier(early)
         return early._replace(mask=terms.mask) if is_late else early
 
-    def place(self, rows: RowVectors, tile: Any) -> Place:
-        return Place(rows.row, tile * self.block_kv)
-
-    def start(self, terms: TileTerms) -> tuple[jax.Array, TileTerms]:
-        """What the products of a tile are added to, and the terms that are left to be added behind.
-
-        The bias, where `starts_with_bias`: no register then holds it while the products are made, and less is left to
-        do between them and the exponentials. It is divided by the unit.
-        """
-        if not self.starts_with_bias or terms.bias is None:
-            return zeros(*self.shape), terms
-        if self.adds_mask:
-            addend = self.clipped(terms.bias) * (1.0 / self.unit.size)
-            return addend + terms.mask, TileTerms(None, None)
-        whole, divided = self.clipped, lambda bias: self.clipped(bias) * (1.0 / self.unit.size)
-        return lax.cond(self.unit.size == 1.0, whole, divided, terms.bias), terms._replace(bias=None)
+    def place(self, rows: RowVectors, tile: Any, read: tuple[jax.Array, ...] = ()) -> Place:
+        return Place(rows.row, tile * self.block_kv, read)
 
     def __call__(
         self,
@@ -175,8 +150,8 @@ class TileLogits:
         """`then(x, factor)`, where the base-2 logits are x * factor; factor is None for 1.
 
         With bias, mask or `score_mod`, x is in base e and factor LOG2E: what is added then needs no scaling, and base 2
-        comes with the subtraction of the maximum (see `to_base_2`). If the products have started with the bias, x is in
-        `unit`, and factor without meaning.
+        comes with the subtraction of the maximum (see `to_base_2`). If the products have started with an addend, x is
+        in `unit`, and factor without meaning.
 
         Products, terms and multiplier (of the products, in base 2) are as `changed` returned them. `masked` is True,
         False, or a scalar known at run time; `then` is part of what is chosen by it. (A pipeline of
@@ -189,25 +164,31 @@ class TileLogits:
             """In a tile that all rows' intervals cover, which has no dead row."""
             if not self.has_terms:
                 return products, multiplier
-            x = products if self.starts_with_bias else products * (multiplier * LN2)
+            x = products if self.starts_with_addend else products * (multiplier * LN2)
             addends = [] if terms.bias is None else [self.clipped(terms.bias)]
             addends += [in_mask] if self.adds_mask and in_mask is not None else []
             if addends:
                 x = x + functools.reduce(jnp.add, addends)
             return (x if self.adds_mask or in_mask is None else where_allowed(in_mask, x, _OUTSIDE)), LOG2E
 
-        def edge(products: jax.Array, *, compares: bool = False) -> tuple[Any, Any]:
-            """`compares` ids and positions, element by element."""
+        def edge(products: jax.Array, *, compares: bool = False, is_whole: bool = False) -> tuple[Any, Any]:
+            """`compares` ids and positions, element by element; `is_whole`: see `Intervals`."""
             x, factor = full(products)
             outside = _OUTSIDE
             if not self.has_terms:
                 x, factor, outside = x * self._apart(factor), None, lowest(jnp.float32)
+            if self.config.mask_mod is not None and self.mods is not None:
+                # Else the compiler would compare what was read before, in front of the products, and keep all results.
+                read = lax.optimization_barrier(terms.read) if terms.read else ()
+                x = jnp.where(self.mods.mask(self.place(rows, tile, read)), x, outside)
+                if is_whole:
+                    S, key = self.context.sizes.S, iota(self.shape, 1 - self.q_axis) + tile * self.block_kv
+                    return (jnp.where(key < S, x, outside) if S % self.block_kv else x), factor
+                x = lax.optimization_barrier(x)  # or vectors of this and those behind would be in registers at once
             pair = rows.pair()
             allowed = self.intervals.allowed(pair, self.head, rows.row, tile * self.block_kv, self.shape, self.q_axis)
             dead = self.intervals.dead(pair, self.head, rows.row, self.shape, self.q_axis)
             elements = [in_mask == 0] if self.adds_mask and in_mask is not None else []
-            if self.config.mask_mod is not None and self.mods is not None:
-                elements.append(self.mods.mask(self.place(rows, tile)))
             if compares:
                 layouts = self.kv_layout, self.q_layout
                 column = tile * self.block_kv
@@ -219,6 +200,16 @@ class TileLogits:
             return jnp.where(allowed, x, outside), factor
 
         def masked_tile(products: jax.Array) -> Any:
+            if rows.is_whole is None:
+                return usual_tile(products)
+            return lax.cond(
+                rows.is_whole,
+                lambda p: lax.optimization_barrier(then(*edge(p, is_whole=True))),
+                lambda p: lax.optimization_barrier(usual_tile(p)),
+                products,
+            )
+
+        def usual_tile(products: jax.Array) -> Any:
             if self.intervals.elements is None:
                 return then(*edge(products))
             return lax.cond(
@@ -241,12 +232,17 @@ class TileLogits:
         rows = plgpu.layout_cast(jnp.full((self.shape[0],), factor, jnp.float32), ROW)
         return columns_of(lax.optimization_barrier(rows), self.shape)
 
+    @property
+    def floor(self) -> Any:
+        """At which biases are clipped."""
+        return (0.5 * _FLOOR) * self.unit.ceiling if self.starts_with_addend else _FLOOR
+
     def clipped(self, bias: jax.Array) -> jax.Array:
         """In float32. A bfloat16 bias is clipped before, two elements at a time.
 
         What it is divided by is above half the ceiling: so is the floor then.
         """
-        floor = (0.5 * _FLOOR) * self.unit.ceiling if self.starts_with_bias else _FLOOR
+        floor = self.floor
         if bias.dtype == jnp.bfloat16:
             return widened(jnp.maximum(bias, jnp.asarray(floor, jnp.bfloat16)))
         return jnp.maximum(bias.astype(jnp.float32), floor)
@@ -268,6 +264,8 @@ class TileLogits:
                 x = jnp.where(allowed, x, 0.0)
             return x if dead is None else jnp.where(dead, 0.0, x)
 
+        if rows.is_whole is not None:
+            masked = jnp.logical_and(masked, jnp.logical_not(rows.is_whole))
         if isinstance(masked, bool):
             return edge(x) if masked else x
         return lax.cond(masked, edge, lambda x: x, x)

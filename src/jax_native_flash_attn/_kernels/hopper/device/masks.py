@@ -17,7 +17,6 @@ from jax import lax
 
 from ...._semantics.masks import Band, ColumnRange
 from ...._semantics.sizes import Sizes
-from ...._semantics.tile_masks import FULL
 from ..host.intervals import Bounds, tile_ranges
 from ..operands import DEAD, Elements, Operands, QueryTiles, RowIntervals
 from ..pallas import ROW, broadcast_index, iota, load, pl, spread
@@ -208,9 +207,6 @@ class Intervals:
     def is_query_edge(self, head: tuple, row: Any, block: Any, block_q: int, block_keys: int) -> Any:
         """Whether a tile needs a mask; keys and rows past the ends do not, as nothing that comes of them is kept."""
         key, edge, (lower, upper) = jnp.int32(block * block_keys), False, self.bounds(head)
-        if self.query_tiles is not None and self.query_tiles.classes is not None:
-            ref = self.query_tiles.classes
-            return ref[(*broadcast_index(head, ref.shape[:-2]), lax.div(row, jnp.int32(block_q)), block)] != FULL
         if self.query_tiles is not None and self.query_tiles.bounds is not None:
             ref = self.query_tiles.bounds
             tile = (*broadcast_index(head, ref.shape[:-2]), lax.div(row, jnp.int32(block_q)))
@@ -223,6 +219,14 @@ class Intervals:
         if lower is not None:
             edge = edge | (row + (block_q - 1) + lower > key)
         return edge
+
+    def is_whole(self, head: tuple, row: Any) -> Any | None:
+        """Whether, in the block of rows of this one, only a `mask_mod` and the end of the keys exclude any."""
+        if self.traced is None or self.traced.is_whole is None:
+            return None
+        ref, length = self.traced.is_whole, self.traced.key_start.shape[-1]
+        block = lax.div(jnp.int32(row), jnp.int32(length // ref.shape[-1]))
+        return ref[(*broadcast_index(head, ref.shape[:-1]), block)] != 0
 
     def rows(self, head: tuple, row: Any, count: int, layout: Any) -> tuple[jax.Array, jax.Array] | None:
         """The traced intervals of some rows, in registers."""

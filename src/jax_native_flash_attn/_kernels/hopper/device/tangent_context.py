@@ -16,8 +16,9 @@ from ..pallas import ROW, Views, broadcast_index, columns_of, load, pl, plgpu, s
 from ..scheduler import Item
 from .backward import softmax_weights
 from .context import KernelContext, shared_fields
-from .logits import TileLogits, TileTerms
+from .logits import TileLogits
 from .overlap import THREAD_COLUMNS, fold_columns
+from .terms import TileTerms
 from .transfers import Ring, Terms, by_first_warpgroup, clean_padding, query_slice, row_slice
 
 _LEAST_WEIGHT = 1e-30  # of a row's part of a tile, from which a mean is made

@@ -7,20 +7,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..backward_blocks import dkey_dvalue_vectors
 from ..blocks import Blocks
-from ..operands import BackwardOperands, Operands, TermBuffers, TransposedOperands
+from ..formulas import Formula, Kind
+from ..operands import BackwardOperands, Mods, Operands, TermBuffers, TransposedOperands
 from ..pallas import TmaLoad, TmaStore, plgpu, swizzle_bytes
 from ..scheduler import TileScheduler, heads_per_group, schedule
 from .backward import Backward
 from .intervals import query_tiles
 from .mask_bits import visited
-from .operands import term_buffers
+from .operands import term_buffers, term_bytes
 from .plan import KernelPlan
 from .tile_classes import query_tiles_of_classes
 
 # Mean head dimensions (above the first, up to the second) with which the softmax runs beside products of its warpgroup:
 # masked calls take 2 to 6% less there. Elsewhere it takes up to 3% more.
 _OVERLAPPED = 64, 128
+_MOST_AXES = 5  # of an array that TMA reads
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +48,7 @@ class KeyBuffers:
       *_ready: completed by TMA: the data are there.
       keys_free: completed by the compute warpgroup whose keys they are, once their gradients have left.
       rows_free: completed by all compute warpgroups: the slot may be loaded again.
+      mod_rows: of what functions of scores and indices read of the rows: see `KeyPlan.staged`.
     """
 
     key: Any
@@ -60,6 +64,7 @@ class KeyBuffers:
     rows_ready: Any
     keys_free: Any
     rows_free: Any
+    mod_rows: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class KeyPlan(KernelPlan):
       wanted: types of the results.
       summed: the batch axes that a block of keys sums over, 1 for the others.
       scale_is_summed: whether scale differs along those.
+      most_staged: of how many vectors along rows, that functions read, there is room for in shared memory.
     """
 
     scheduler: TileScheduler
@@ -77,6 +83,7 @@ class KeyPlan(KernelPlan):
     batch: tuple[int, ...]
     summed: tuple[int, ...]
     scale_is_summed: bool
+    most_staged: int
 
     @classmethod
     def make(cls, call: Backward, blocks: Blocks, wanted: KeyGradients, cores: int) -> "KeyPlan":
@@ -90,7 +97,21 @@ class KeyPlan(KernelPlan):
         is_persistent = blocks.persistent and call.config.has_all_keys  # as in `ForwardPlan`
         scheduler = schedule(kv_heads, num_blocks, group, cores if is_persistent else None, call.config.band)
         scale_is_summed = _differs_along(summed, call.inputs.scale)
-        return cls(call.config, z, dtype, blocks, scheduler, wanted, batch, summed, scale_is_summed)
+        most_staged = dkey_dvalue_vectors(
+            blocks,
+            z,
+            term_bytes(call.inputs),
+            needs_key=wanted.key is not None,
+            needs_value=wanted.value is not None,
+            itemsize=dtype.itemsize,
+        )
+        return cls(call.config, z, dtype, blocks, scheduler, wanted, batch, summed, scale_is_summed, most_staged)
+
+    def staged(self, mods: Mods | None) -> list[tuple[Formula, int]]:
+        """The vectors along rows that come with the query rows; the others are read from global memory, late."""
+        if mods is None:
+            return []
+        return [x for x in mods.vectors(Kind.ROWS) if len(mods.array(*x).shape) <= _MOST_AXES][: self.most_staged]
 
     @property
     def block_keys(self) -> int:
@@ -189,7 +210,8 @@ class KeyPlan(KernelPlan):
             return self.transposed_tma.buffer(stages, columns) if self.is_float32 and wanted is not None else None
 
         num_matrices = 1 + self.loads_dout + self.is_float32 * len(jax.tree.leaves(self.wanted))
-        num_arrivals = num_matrices + 2 + compute * len(operands.tiled)
+        staged = [] if operands.mods is None else [operands.mods.array(*x) for x in self.staged(operands.mods)]
+        num_arrivals = num_matrices + 2 + compute * len(operands.tiled) + len(staged)
         return KeyBuffers(
             key=with_gradient(tma),
             value=with_gradient(value_tma) if self.needs_dlogits or tma != value_tma else None,
@@ -204,6 +226,7 @@ class KeyPlan(KernelPlan):
             rows_ready=plgpu.Barrier(num_barriers=stages, num_arrivals=num_arrivals),
             keys_free=plgpu.Barrier(num_barriers=key_buffers),
             rows_free=plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
+            mod_rows=tuple(plgpu.SMEM((stages, blocks.block_q), x.dtype) for x in staged),
         )
 
 

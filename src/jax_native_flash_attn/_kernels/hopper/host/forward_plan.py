@@ -13,7 +13,7 @@ from ..blocks import Blocks
 from ..operands import Operands, TermBuffers, TermKind
 from ..pallas import TmaLoad, TmaStore, matrix_buffer, plgpu, swizzle_bytes
 from ..scheduler import TileScheduler, heads_per_group, is_even_band, schedule
-from .operands import starts_with_bias, term_buffers
+from .operands import starts_with_addend, term_buffers
 from .plan import KernelPlan
 
 _LONG_ITEM = 8  # tiles
@@ -73,7 +73,7 @@ class ForwardBuffers:
 
 @dataclass(frozen=True)
 class ForwardPlan(KernelPlan):
-    """`streams_terms`: bias or mask come with the keys; `starts_with_bias`: see `TileLogits.start`."""
+    """`streams_terms`: bias or mask come with the keys; `starts_with_addend`: see `host/operands.py`."""
 
     scheduler: TileScheduler
     needs_out: bool
@@ -81,7 +81,7 @@ class ForwardPlan(KernelPlan):
     needs_lse: bool
     needs_max_logits: bool
     streams_terms: bool
-    starts_with_bias: bool
+    starts_with_addend: bool
 
     @classmethod
     def make(
@@ -127,7 +127,7 @@ class ForwardPlan(KernelPlan):
             needs_lse,
             needs_max_logits,
             streams_terms,
-            starts_with_bias(config, inputs),
+            starts_with_addend(config, inputs),
         )
 
     @property

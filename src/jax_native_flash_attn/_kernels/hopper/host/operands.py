@@ -13,13 +13,15 @@ import numpy as np
 
 from ...._semantics.call import Config, Inputs
 from ...._semantics.masks import MaskOperands
+from ..formula_builder import formulas
+from ..formulas import Formula
 from ..operands import MASKED, Dropout, Elements, LogitTerm, Operands, TermBuffers, TermKind
 from ..pallas import TmaLoad, matrix_buffer, pad_axis, plgpu, round_up, swizzle_bytes
 from .intervals import narrowed, pad_rows, row_intervals
 from .mask_bits import WORDS, pack_columns, pack_rows, visited_range
 from .mods import prepare_mods
 from .tf32 import Products
-from .tile_classes import kernel_classes, with_order
+from .tile_classes import are_whole, kernel_classes, with_classes, with_order
 
 
 def prepare(
@@ -61,8 +63,8 @@ def prepare(
             intervals = narrowed(intervals, *visited_range(bits, block_rows), bits.shape[-2])
     if intervals is not None and mask.tile_classes is not None:
         classes = kernel_classes(config, mask, z.T, z.S, block_rows, block_kv)
-        listed = replace(intervals, tile_ranges=None, tile_classes=classes.astype(jnp.int32))
-        intervals = listed if reads_classes else with_order(intervals, classes)
+        intervals = replace(intervals, is_whole=are_whole(intervals, z.T, z.S, block_rows))
+        intervals = (with_classes if reads_classes else with_order)(intervals, classes)
     dropout = None
     if config.dropout is not None and inputs.dropout_key is not None and inputs.head_index is not None:
         dropout = Dropout(inputs.dropout_key, inputs.head_index)
@@ -141,12 +143,15 @@ def _term(x: jax.Array, T: int, S: int, block_rows: int, block_kv: int) -> Logit
     return LogitTerm(x, kind, is_transposed=False)
 
 
-def starts_with_bias(config: Config, inputs: Inputs) -> bool:
-    """Whether the forward's products are added to the bias: `TileLogits.start`."""
-    bias = inputs.bias
-    if bias is None or not config.adds_bias:
+def starts_with_addend(config: Config, inputs: Inputs) -> bool:
+    """Whether the forward's products are added to what is to be added to scores: `start_products`."""
+    bias, z = inputs.bias, inputs.sizes
+    if inputs.query.dtype != jnp.bfloat16 or config.logits_soft_cap is not None:
         return False
-    return kind_of(bias) is TermKind.TILED and inputs.query.dtype == jnp.bfloat16
+    if config.score_mod is None:
+        return bias is not None and kind_of(bias) is TermKind.TILED
+    formula = formulas(config, z.T, z.S, needs_slope=False)["score_mod"]
+    return isinstance(formula, Formula) and formula.addend is not None
 
 
 def has_bits_alone(inputs: Inputs) -> bool:

@@ -9,7 +9,7 @@ from jax import lax
 from ...._semantics.call import Config
 from ...._semantics.masks import MaskOperands
 from ...._semantics.tile_masks import EMPTY, FULL, PARTIAL, regrouped
-from ..operands import QueryTiles, RowIntervals
+from ..operands import WHOLE, QueryTiles, RowIntervals
 from ..pallas import pad_axis, round_up
 
 
@@ -28,6 +28,14 @@ def kernel_classes(config: Config, mask: MaskOperands, T: int, S: int, block_row
     return jnp.where(dead[..., None], jnp.int8(PARTIAL), classes)
 
 
+def are_whole(intervals: RowIntervals, T: int, S: int, block_rows: int) -> jax.Array:
+    """Of blocks of rows: `RowIntervals.is_whole`. Dead rows attend what the `mask_mod` excludes, so those have none."""
+    start, stop = intervals.key_start, intervals.key_stop
+    row = lax.broadcasted_iota(jnp.int32, start.shape, start.ndim - 1)
+    is_whole = ((start == 0) & (stop == S)) | (row >= T)
+    return is_whole.reshape(*start.shape[:-1], -1, block_rows).all(-1).astype(jnp.int32)
+
+
 def with_order(intervals: RowIntervals, classes: jax.Array) -> RowIntervals:
     """Intervals whose tile ranges are of places in a list for each block of rows: tiles in part, then full ones."""
     order, partial, visited = _listed(classes, (PARTIAL, FULL))
@@ -35,6 +43,13 @@ def with_order(intervals: RowIntervals, classes: jax.Array) -> RowIntervals:
     visited = jnp.maximum(visited, 1)
     ranges = jnp.stack([jnp.zeros_like(edges), edges, visited, visited], -1)
     return replace(intervals, tile_ranges=ranges, tile_order=order)
+
+
+def with_classes(intervals: RowIntervals, classes: jax.Array) -> RowIntervals:
+    """Intervals with a class for each tile, in place of ranges."""
+    assert intervals.is_whole is not None
+    is_whole = (classes == PARTIAL) & (intervals.is_whole[..., None] != 0)
+    return replace(intervals, tile_ranges=None, tile_classes=jnp.where(is_whole, WHOLE, classes.astype(jnp.int32)))
 
 
 def query_tiles_of_classes(classes: jax.Array, summed: tuple[int, ...]) -> QueryTiles:
