@@ -29,7 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def _arrays() -> tuple[np.ndarray, ...]:
+def _arrays() -> tuple[Any, ...]:
     """Query, key, value, scale, and tangents of query and of scale; keys have a part in common."""
     rng = np.random.default_rng(0)
     query, key, value, dquery = (rng.standard_normal((B, T, N, H)).astype(np.float32) for _ in range(4))

@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -27,8 +26,3 @@ def lowest(dtype: DTypeLike) -> float:
 def bias_floor(dtype: DTypeLike) -> float:
     """Biases and sinks are clipped here, far above `lowest`: a user's -inf or finfo.min must not overflow in base 2."""
     return lowest(dtype) / 4
-
-
-def weighted_mean(total: jax.Array, weight: jax.Array) -> jax.Array:
-    """Of each row, from sums over its keys; `weight` has no derivative, since it is 1 but for roundings."""
-    return total / jax.lax.stop_gradient(jnp.where(weight == 0, 1, weight))  # padded rows may have met no key

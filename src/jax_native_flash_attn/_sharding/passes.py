@@ -21,7 +21,7 @@ from .._kernels.protocol import Forward, LinearPass, Pass, Target
 from .._semantics.block_masks import split_masks
 from .._semantics.call import Call, Inputs, batch_of, sum_to
 from .._semantics.merging import merge
-from .._semantics.numerics import accumulation_dtype, weighted_mean
+from .._semantics.numerics import accumulation_dtype
 from .collectives import axis_index, shift
 from .ring import Visit, add_to_last_keys, go_around
 
@@ -209,5 +209,6 @@ def tangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Arra
     sums = go_around(ring, blocks, {}, visit)
     if "share" in sums:
         sink = 0 if inputs.sinks is None else jnp.exp(inputs.sinks[..., None] - given.lse)
-        sums["lse"] = weighted_mean(sums["lse"], sums["share"] + sink)
+        share = lax.stop_gradient(sums["share"] + sink)  # 1 but for roundings, or 0 of padded rows
+        sums["lse"] /= jnp.where(share == 0, 1, share)
     return {name: sums[name].astype(like.dtype) for name, like in given.wanted.items()}

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from ..._semantics.numerics import weighted_mean
 from .access import ColumnTile, RowTile
 from .masked_tiles import TileMask
 from .tiles import Tiles
@@ -53,7 +53,9 @@ def tangent(
                 return dlse
             if tiles.inputs.sinks is not None:
                 share += tiles.exp(tiles.sinks(at) - row_lse)
-            return weighted_mean(dlse, share)
+            if tiles.inputs.mask.key_start is not None:
+                share = jnp.where(share == 0, 1, share)  # padded rows may have visited no tile at all
+            return dlse / lax.stop_gradient(share)  # which is 1 but for roundings
 
         def sums_tangent(key: jax.Array, columns: ColumnTile) -> jax.Array | None:
             """Of products and bias; None if no tangent reaches them."""
