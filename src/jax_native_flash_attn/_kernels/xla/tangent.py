@@ -86,7 +86,7 @@ def tangent(
                 if share is not None:
                     share += weights.sum(-1, keepdims=True)
                 if is_centered:
-                    dweights = weights * (dlogits - mean(dlse, share))
+                    dweights -= weights * mean(dlse, share)
                 value = tiles.value(at, columns, mask)
                 dropped = tiles.drop(dweights, keep)
                 dout += tiles.einsum("...rs,...sd->...rd", dropped, value)
