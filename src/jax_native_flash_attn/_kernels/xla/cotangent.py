@@ -44,6 +44,11 @@ class RowMoments(NamedTuple):
     p_x: jax.Array
     p: jax.Array
 
+    @classmethod
+    def zeros(cls, zeros: jax.Array, has_dz_x: bool) -> "RowMoments":
+        """`has_dz_x`: whether `dz_x` is at hand."""
+        return cls(None if has_dz_x else zeros, zeros, zeros, zeros)
+
     def with_tile(self, dz: jax.Array, p: jax.Array, x: jax.Array) -> "RowMoments":
         dz_x = self.dz_x
         if dz_x is None:
@@ -175,17 +180,9 @@ def cotangent(
             else:
                 dlogits = logits_cotangent(weights)
             dlogits = tiles.split(dlogits)
-            multiplied = {
-                "scale": lambda: (
-                    tiles.products(query, key, tiles.scale(at)) if has_dscale else tiles.scores(query, key)
-                ),
-                "bias": lambda: jnp.ones_like(logits),
-            }
-            for name in row_sums:
-                dz, p = (x.astype(tiles.plan.accumulate) for x in (dlogits, tiles.split(weights)))
-                x = tiles.changed_tangent(scores, {}, logits, multiplied[name](), at, columns)
-                assert x is not None
-                moments = moments | {name: moments[name].with_tile(dz, p, x)}
+            if moments:
+                tile = dlogits, tiles.split(weights), scores, logits
+                moments = _with_tile(tiles, moments, tile, query, key, at, columns)
             dlogits, changed = tiles.changed_cotangent(scores, logits, dlogits, results, at, columns)
             results.update(changed)
             if "key" in results:
@@ -203,21 +200,46 @@ def cotangent(
             return CotangentState(dquery, moments, results)
 
         dquery = tiles.zeros(*rows, sizes.H) if needs_query else None
-        moments = {name: RowMoments(*(tiles.zeros(*rows, 1),) * 4) for name in row_sums}
-        if has_dscale:
-            moments["scale"] = moments["scale"]._replace(dz_x=None)
+        moments = {name: RowMoments.zeros(tiles.zeros(*rows, 1), name == "scale" and has_dscale) for name in row_sums}
         dquery, moments, results = nest.columns(at, key_tile, CotangentState(dquery, moments, results))
-        exact = {}
-        if has_dscale:
-            assert dquery is not None
-            dz_x = (dquery * query.astype(tiles.plan.accumulate)).sum(-1, keepdims=True)
-            exact["scale"] = dz_x, tiles.scale(at).astype(tiles.plan.accumulate)
-        sums = {name: moments[name].gradient(dlse, row_delta, sink, exact.get(name)) for name in row_sums}
+        exact = {"scale": _exact_moment(tiles, dquery, query, at)} if has_dscale else {}
+        sums = {name: x.gradient(dlse, row_delta, sink, exact.get(name)) for name, x in moments.items()}
         return _write_rows(tiles, at, results, dquery, sums)
 
     sums = nest.rows(lambda at, sums: row_tile(at, dict(sums)), zeros)
     sums |= {name: jnp.moveaxis(sums[name], -1, -3) for name in transposed}
     return {name: tiles.summed(name, sums[name], like) for name, like in results.items()}
+
+
+def _with_tile(
+    tiles: Tiles,
+    moments: dict[str, RowMoments],
+    tile: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    query: jax.Array,
+    key: jax.Array,
+    at: RowTile,
+    columns: ColumnTile,
+) -> dict[str, RowMoments]:
+    """Moments with those of a tile: cotangents of its logits, weights, sums and logits."""
+    dlogits, weights, scores, logits = tile
+    dz, p = (x.astype(tiles.plan.accumulate) for x in (dlogits, weights))
+    found = {}
+    for name, moment in moments.items():
+        if name == "bias":
+            x = jnp.ones_like(logits)
+        else:
+            x = tiles.products(query, key, tiles.scale(at)) if moment.dz_x is None else tiles.scores(query, key)
+        x = tiles.changed_tangent(scores, {}, logits, x, at, columns)
+        assert x is not None
+        found[name] = moment.with_tile(dz, p, x)
+    return found
+
+
+def _exact_moment(tiles: Tiles, dquery: jax.Array | None, query: jax.Array, at: RowTile) -> tuple[jax.Array, jax.Array]:
+    """`exact` of `RowMoments.gradient`, for scale."""
+    assert dquery is not None
+    dz_x = (dquery * query.astype(tiles.plan.accumulate)).sum(-1, keepdims=True)
+    return dz_x, tiles.scale(at).astype(tiles.plan.accumulate)
 
 
 def _write_rows(
