@@ -72,6 +72,7 @@ OPERANDS = _Operands(
         "out": Operand("BTND"),
         "lse": Operand("BNT"),
         "max_logits": Operand("BNT"),
+        "share": Operand("BNT"),  # the sum of the weights of some keys
     }
 )
 

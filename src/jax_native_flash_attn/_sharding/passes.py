@@ -196,6 +196,8 @@ def tangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Arra
     blocks = {"key": inputs.key, "value": inputs.value}
     blocks |= {f"d{name}": given.operands[name] for name in ("key", "value") if name in given.operands}
     wanted = {name: Shape(x.shape, accumulation_dtype(x.dtype)) for name, x in given.wanted.items()}
+    if "lse" in wanted and inputs.query.dtype == wanted["lse"].dtype:
+        wanted["share"] = wanted["lse"]  # beside 16-bit roundings, those of lse are small
 
     def visit(sums: dict[str, jax.Array], at: Visit) -> dict[str, jax.Array]:
         operands = {name: at.keys(x, S) if name == "bias" else x for name, x in resting.items()}
@@ -205,4 +207,8 @@ def tangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Arra
         return {name: at.add_rows(name, sums[name], at.known(x)) if sums else x for name, x in found.items()}
 
     sums = go_around(ring, blocks, {}, visit)
+    if "share" in sums:
+        sink = 0 if inputs.sinks is None else jnp.exp(inputs.sinks[..., None] - given.lse)
+        share = lax.stop_gradient(sums["share"] + sink)  # 1 but for roundings, or 0 of padded rows
+        sums["lse"] /= jnp.where(share == 0, 1, share)
     return {name: sums[name].astype(like.dtype) for name, like in given.wanted.items()}

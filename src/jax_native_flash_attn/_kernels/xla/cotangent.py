@@ -23,8 +23,8 @@ from .tiles import Tiles
 class RowMoments(NamedTuple):
     """Sums over the keys of some rows, for the gradient of scale; each (lead..., rows, 1).
 
-    dscale = sum_t q_t . (sum_s dz_ts k_s) is at hand, but where products round their operands it is noise: terms of
-    both signs cancel, and what rounding did to out is, in delta, the same for a whole row. There, with x = q_t . k_s,
+    dscale = sum_t q_t . (sum_s dz_ts k_s) is at hand, but terms of both signs cancel, and what rounding did to out is,
+    in delta, the same for a whole row. Hence, with x_ts = q_t . k_s,
 
         dscale = sum_t (sum_s dz_ts (x_ts - m_t) / P_t + dl_t m_t)  where  m_t = sum_s p_ts x_ts / P_t
 
@@ -33,25 +33,52 @@ class RowMoments(NamedTuple):
     dl_t + p_t delta_t. With a soft cap x_ts is multiplied by its derivative. The error of delta, times p_ts, drops out,
     as does that of lse (the sum of rounded weights, where logits have bounds), by which all of a row is multiplied.
 
+    Where products do not round their operands, sum_s dz_ts x_ts is what is at hand, and `dz_x` is None. P_t and m_t
+    then have no derivative: P_t is 1 but for single roundings, and m_t drops out, whatever it is.
+
     Likewise for the gradient of a bias without keys, inside a soft cap, with x = 1.
     """
 
-    dz_x: jax.Array
+    dz_x: jax.Array | None
     dz: jax.Array
     p_x: jax.Array
     p: jax.Array
 
-    def with_tile(self, dz: jax.Array, p: jax.Array, x: jax.Array) -> "RowMoments":
-        terms = dz * x, dz, p * x, p
-        return RowMoments(*(total + term.sum(-1, keepdims=True) for total, term in zip(self, terms, strict=True)))
+    @classmethod
+    def zeros(cls, zeros: jax.Array, has_dz_x: bool) -> "RowMoments":
+        """`has_dz_x`: whether `dz_x` is at hand."""
+        return cls(None if has_dz_x else zeros, zeros, zeros, zeros)
 
-    def gradient(self, dlse: jax.Array, delta: jax.Array, sink: jax.Array | None) -> jax.Array:
-        """Of each row, for the cotangents of lse, delta, and the weights of a sink."""
-        p = self.p if sink is None else self.p + sink
+    def with_tile(self, dz: jax.Array, p: jax.Array, x: jax.Array) -> "RowMoments":
+        dz_x = self.dz_x
+        if dz_x is None:
+            p, x = lax.stop_gradient((p, x))
+        else:
+            dz_x += (dz * x).sum(-1, keepdims=True)
+        pairs = (self.dz, dz), (self.p_x, p * x), (self.p, p)
+        return RowMoments(dz_x, *(total + term.sum(-1, keepdims=True) for total, term in pairs))
+
+    def gradient(
+        self,
+        dlse: jax.Array,
+        delta: jax.Array,
+        sink: jax.Array | None,
+        exact: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
+        """Of each row, for the cotangents of lse, delta, and the weights of a sink.
+
+        `exact`: what `dz_x` would be, and by what the x of the other moments were multiplied.
+        """
+        dz_x, p_x, p = self.dz_x, self.p_x, self.p if sink is None else self.p + sink
         p = jnp.where(p == 0, 1, p)  # Padded rows may have visited no tile at all.
-        mean = self.p_x / p
+        if exact is not None:
+            (dz_x, scale), p = exact, lax.stop_gradient(p)
+            has_scale = jnp.abs(scale) >= jnp.finfo(scale.dtype).tiny
+            p_x = jnp.where(has_scale, p_x / jnp.where(has_scale, scale, 1), 0)
+        assert dz_x is not None
+        mean = p_x / p
         dlse = dlse if sink is None else dlse + sink / p * delta
-        return (self.dz_x - self.dz * mean) / p + dlse * mean
+        return (dz_x - self.dz * mean) / p + dlse * mean
 
 
 class CotangentState(NamedTuple):
@@ -77,8 +104,10 @@ def cotangent(
     needs_logits = any(name != "value" for name in results)
     has_row_bias = "bias" in results and results["bias"].shape[-1] == 1 and tiles.config.has_all_keys
     row_sums = ["bias"] if has_row_bias else []
-    row_sums += ["scale"] if "scale" in results and tiles.plan.rounds_operands else []
-    needs_query = "query" in results or ("scale" in results and "scale" not in row_sums)
+    row_sums += ["scale"] if "scale" in results else []
+    # The gradient of scale is at hand in that of query, unless a product has rounded it.
+    has_dscale = "scale" in results and not tiles.plan.rounds_operands
+    needs_query = "query" in results or has_dscale
     has_out = "out" in cotangents
     # Where all keys of a row are in one tile, delta can be had from the weights instead of from out.
     has_whole_rows = has_out and "lse" not in cotangents and nest.visits_one_key_tile and tiles.inputs.sinks is None
@@ -151,12 +180,9 @@ def cotangent(
             else:
                 dlogits = logits_cotangent(weights)
             dlogits = tiles.split(dlogits)
-            multiplied = {"scale": lambda: tiles.scores(query, key), "bias": lambda: jnp.ones_like(logits)}
-            for name in row_sums:
-                dz, p = (x.astype(tiles.plan.accumulate) for x in (dlogits, tiles.split(weights)))
-                x = tiles.changed_tangent(scores, {}, logits, multiplied[name](), at, columns)
-                assert x is not None
-                moments = moments | {name: moments[name].with_tile(dz, p, x)}
+            if moments:
+                tile = dlogits, tiles.split(weights), scores, logits
+                moments = _with_tile(tiles, moments, tile, query, key, at, columns)
             dlogits, changed = tiles.changed_cotangent(scores, logits, dlogits, results, at, columns)
             results.update(changed)
             if "key" in results:
@@ -174,14 +200,46 @@ def cotangent(
             return CotangentState(dquery, moments, results)
 
         dquery = tiles.zeros(*rows, sizes.H) if needs_query else None
-        moments = {name: RowMoments(*(tiles.zeros(*rows, 1),) * 4) for name in row_sums}
+        moments = {name: RowMoments.zeros(tiles.zeros(*rows, 1), name == "scale" and has_dscale) for name in row_sums}
         dquery, moments, results = nest.columns(at, key_tile, CotangentState(dquery, moments, results))
-        sums = {name: moments[name].gradient(dlse, row_delta, sink) for name in row_sums}
-        return _write_rows(tiles, at, results, dquery, query, sums)
+        exact = {"scale": _exact_moment(tiles, dquery, query, at)} if has_dscale else {}
+        sums = {name: x.gradient(dlse, row_delta, sink, exact.get(name)) for name, x in moments.items()}
+        return _write_rows(tiles, at, results, dquery, sums)
 
     sums = nest.rows(lambda at, sums: row_tile(at, dict(sums)), zeros)
     sums |= {name: jnp.moveaxis(sums[name], -1, -3) for name in transposed}
     return {name: tiles.summed(name, sums[name], like) for name, like in results.items()}
+
+
+def _with_tile(
+    tiles: Tiles,
+    moments: dict[str, RowMoments],
+    tile: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    query: jax.Array,
+    key: jax.Array,
+    at: RowTile,
+    columns: ColumnTile,
+) -> dict[str, RowMoments]:
+    """Moments with those of a tile: cotangents of its logits, weights, sums and logits."""
+    dlogits, weights, scores, logits = tile
+    dz, p = (x.astype(tiles.plan.accumulate) for x in (dlogits, weights))
+    found = {}
+    for name, moment in moments.items():
+        if name == "bias":
+            x = jnp.ones_like(logits)
+        else:
+            x = tiles.products(query, key, tiles.scale(at)) if moment.dz_x is None else tiles.scores(query, key)
+        x = tiles.changed_tangent(scores, {}, logits, x, at, columns)
+        assert x is not None
+        found[name] = moment.with_tile(dz, p, x)
+    return found
+
+
+def _exact_moment(tiles: Tiles, dquery: jax.Array | None, query: jax.Array, at: RowTile) -> tuple[jax.Array, jax.Array]:
+    """`exact` of `RowMoments.gradient`, for scale."""
+    assert dquery is not None
+    dz_x = (dquery * query.astype(tiles.plan.accumulate)).sum(-1, keepdims=True)
+    return dz_x, tiles.scale(at).astype(tiles.plan.accumulate)
 
 
 def _write_rows(
@@ -189,7 +247,6 @@ def _write_rows(
     at: RowTile,
     results: dict[str, jax.Array],
     dquery: jax.Array | None,
-    query: jax.Array,
     sums: dict[str, jax.Array],
 ) -> dict[str, jax.Array]:
     """The results of some rows; `sums` by name, of each row."""
@@ -201,11 +258,7 @@ def _write_rows(
     if "bias" in sums:
         results["bias"] = nest.write_row(results["bias"][..., 0], sums["bias"][..., 0], at, add=True)[..., None]
     if "scale" in results:
-        terms = sums.get("scale")
-        if terms is None:
-            assert dquery is not None
-            terms = dquery * query.astype(tiles.plan.accumulate)
-        results["scale"] = nest.add_batch(results["scale"], terms.sum((-1, -2)), at)
+        results["scale"] = nest.add_batch(results["scale"], sums["scale"].sum((-1, -2)), at)
     return results
 
 

@@ -35,8 +35,12 @@ class Nest(MaskedTiles):
     @property
     def visits_one_key_tile(self) -> bool:
         """Whether it is known that every row of tiles visits exactly one key/value tile."""
-        is_known = self.mask.key_start is None or self.never_skips_rows
-        return is_known and (self.tile.follows_band or self.num_key_tiles == 1)
+        return self.has_one_key_tile and (self.mask.key_start is None or self.never_skips_rows)
+
+    @property
+    def has_one_key_tile(self) -> bool:
+        """Whether it is known that no row of tiles visits more than one key/value tile."""
+        return self.tile.follows_band or self.num_key_tiles == 1
 
     # ---- loops
 
