@@ -104,8 +104,7 @@ def cotangent(
     nest, sizes = tiles.nest, tiles.sizes
     needs_logits = any(name != "value" for name in results)
     has_row_bias = "bias" in results and results["bias"].shape[-1] == 1 and tiles.config.has_all_keys
-    row_sums = ["bias"] if has_row_bias else []
-    row_sums += ["scale"] if "scale" in results else []
+    row_sums = (["bias"] if has_row_bias else []) + (["scale"] if "scale" in results else [])
     # The gradient of scale is at hand in that of query, unless a product has rounded it.
     has_dscale = "scale" in results and not tiles.plan.rounds_operands
     needs_query = "query" in results or has_dscale
@@ -204,8 +203,8 @@ def cotangent(
         moments = {name: RowMoments.zeros(tiles.zeros(*rows, 1), name == "scale" and has_dscale) for name in row_sums}
         dquery, moments, results = nest.columns(at, key_tile, CotangentState(dquery, moments, results))
         exact = {"scale": _exact_moment(tiles, dquery, query, at)} if has_dscale else {}
-        row_dlse = tiles.visible_rows(dlse, at) if moments else dlse
-        sums = {name: x.gradient(row_dlse, row_delta, sink, exact.get(name)) for name, x in moments.items()}
+        of_rows = tiles.visible_rows(dlse, at), row_delta, sink
+        sums = {name: x.gradient(*of_rows, exact.get(name)) for name, x in moments.items()}
         return _write_rows(tiles, at, results, dquery, sums)
 
     sums = nest.rows(lambda at, sums: row_tile(at, dict(sums)), zeros)
