@@ -28,10 +28,11 @@ class RowMoments(NamedTuple):
 
         dscale = sum_t (sum_s dz_ts (x_ts - m_t) / P_t + dl_t m_t)  where  m_t = sum_s p_ts x_ts / P_t
 
-    and P_t = sum_s p_ts; the same, as P_t is 1 and the dz of a row add up to dl_t (a dead row has neither, since its
-    lse is a constant to the caller). With a sink of weight p_t, P_t is p_t + sum_s p_ts, and the dz of a row add up to
-    dl_t + p_t delta_t. With a soft cap x_ts is multiplied by its derivative. The error of delta, times p_ts, drops out,
-    as does that of lse (the sum of rounded weights, where logits have bounds), by which all of a row is multiplied.
+    and P_t = sum_s p_ts; the same, as P_t is 1 and the dz of a row add up to dl_t. A dead row has no dz, and what dl_t
+    it has, in derivatives of derivatives, is of no account. With a sink of weight p_t, P_t is p_t + sum_s p_ts, and the
+    dz of a row add up to dl_t + p_t delta_t. With a soft cap x_ts is multiplied by its derivative. The error of delta,
+    times p_ts, drops out, as does that of lse (the sum of rounded weights, where logits have bounds), by which all of a
+    row is multiplied.
 
     Where products do not round their operands, sum_s dz_ts x_ts is what is at hand, and `dz_x` is None. P_t and m_t
     then have no derivative: P_t is 1 but for single roundings, and m_t drops out, whatever it is.
@@ -103,8 +104,7 @@ def cotangent(
     nest, sizes = tiles.nest, tiles.sizes
     needs_logits = any(name != "value" for name in results)
     has_row_bias = "bias" in results and results["bias"].shape[-1] == 1 and tiles.config.has_all_keys
-    row_sums = ["bias"] if has_row_bias else []
-    row_sums += ["scale"] if "scale" in results else []
+    row_sums = (["bias"] if has_row_bias else []) + (["scale"] if "scale" in results else [])
     # The gradient of scale is at hand in that of query, unless a product has rounded it.
     has_dscale = "scale" in results and not tiles.plan.rounds_operands
     needs_query = "query" in results or has_dscale
@@ -203,7 +203,8 @@ def cotangent(
         moments = {name: RowMoments.zeros(tiles.zeros(*rows, 1), name == "scale" and has_dscale) for name in row_sums}
         dquery, moments, results = nest.columns(at, key_tile, CotangentState(dquery, moments, results))
         exact = {"scale": _exact_moment(tiles, dquery, query, at)} if has_dscale else {}
-        sums = {name: x.gradient(dlse, row_delta, sink, exact.get(name)) for name, x in moments.items()}
+        of_rows = tiles.visible_rows(dlse, at), row_delta, sink
+        sums = {name: x.gradient(*of_rows, exact.get(name)) for name, x in moments.items()}
         return _write_rows(tiles, at, results, dquery, sums)
 
     sums = nest.rows(lambda at, sums: row_tile(at, dict(sums)), zeros)

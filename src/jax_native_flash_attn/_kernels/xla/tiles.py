@@ -137,8 +137,7 @@ class Tiles:
         early = self.plan.product == self.plan.accumulate
         if early:
             query = query.astype(self.plan.product) * multiplier
-        scores = self.scores(query, key)
-        return scores if early else scores * multiplier
+        return self.scores(query, key) if early else self.scores(query, key) * multiplier
 
     def scores(self, query: jax.Array, key: jax.Array) -> jax.Array:
         """query @ key, which XLA finds to be a part of `products` where that multiplies its result."""
@@ -244,14 +243,16 @@ class Tiles:
         return jnp.where(mask.live, x, 0)
 
     def live_rows(self, x: jax.Array, at: RowTile) -> jax.Array:
-        """Zero the dead rows of a tile, (lead..., rows, any), where `through_mask` does not.
+        """`visible_rows`, where `through_mask` is not applied.
 
         It need not, as a masked weight is 0, unless its row is dead; and XLA would not fuse it into a product.
         """
+        return self.visible_rows(x, at) if self.plan.fuses_tiles else x
+
+    def visible_rows(self, x: jax.Array, at: RowTile) -> jax.Array:
+        """Zero the dead rows of a tile, (lead..., rows, any)."""
         dead = self.inputs.mask.dead
-        if dead is None or not self.plan.fuses_tiles:
-            return x
-        return jnp.where(self.nest.row_slice(dead, at)[..., None], 0, x)
+        return x if dead is None else jnp.where(self.nest.row_slice(dead, at)[..., None], 0, x)
 
     def sinks(self, at: RowTile) -> jax.Array:
         """(lead..., rows, 1)"""
