@@ -57,7 +57,6 @@ def test_tangents(name: str) -> None:
 @pytest.mark.parametrize(
     ("reason", "options"),
     [
-        ("it evaluates score_mod and mask_mod only if implementation='mosaic_gpu'", {"score_mod": mods.SoftCap(2.0)}),
         ("score_mod has the primitive erf_inv", {"score_mod": lambda s, *_: jax.lax.erf_inv(s)}),
         (
             "mask_mod gathers from an argument by an index that it computes from query_index",
@@ -74,10 +73,10 @@ def test_explain_says_why(reason: str, options: dict[str, Any], monkeypatch: pyt
         assert reason in each.reasons["mosaic_gpu"]
 
 
-def test_explain_of_functions_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_of_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, "9.0")
     x = jax.ShapeDtypeStruct((1, 1024, 8, 64), "bfloat16")
-    found = explain(x, x, x, platform="cuda", score_mod=mods.SoftCap(2.0), implementation="mosaic_gpu")
+    found = explain(x, x, x, platform="cuda", score_mod=mods.SoftCap(2.0))
     assert {each.family for each in (found.forward, found.gradient, found.tangent)} == {"mosaic_gpu"}
 
 

@@ -123,7 +123,7 @@ def test_buffers_of_the_gradient_of_bias_fit() -> None:
 
 def test_buffers_of_the_forward_fit() -> None:
     for z, term_bytes, has_dropout in backward_calls():
-        for column_bytes, starts_with_bias in ((0, False), (8, False), (0, True)):
+        for column_bytes, starts_with_addend in ((0, False), (8, False), (0, True)):
             x = forward_blocks(
                 z,
                 term_bytes,
@@ -132,7 +132,7 @@ def test_buffers_of_the_forward_fit() -> None:
                 itemsize=2,
                 chip=Chip(),
                 is_masked=False,
-                starts_with_bias=starts_with_bias,
+                starts_with_addend=starts_with_addend,
             )
             query, out = x.rows * z.H * 2, x.rows * z.D * 2
             query_and_out = query + out if x.persistent else max(query, out)
