@@ -22,6 +22,7 @@ from tests.support.context_parallel import (
     CASES,
     CAUSAL,
     IDS,
+    PLACES,
     SHUFFLED,
     STRATEGIES,
     B,
@@ -46,10 +47,8 @@ from tests.support.oracle import assert_as_accurate_as_dense, dense_in_both_mode
 
 pytestmark = pytest.mark.skipif(jax.device_count() < DEVICE_COUNT, reason="needs eight devices")
 
-# How a ring goes around: up to four devices each have their own text in the program, more are in a loop.
-_PLACES = (*((strategy, 4) for strategy in STRATEGIES), ("ring", 8))
-GRID = [(name, *place) for name, place in itertools.product(CASES, _PLACES)]
-_EVERYTHING = GRID[-len(_PLACES) :]  # of all features at once
+GRID = [(name, *place) for name, place in itertools.product(CASES, PLACES)]
+_EVERYTHING = GRID[-len(PLACES) :]  # of all features at once
 
 
 # ---- the matrix

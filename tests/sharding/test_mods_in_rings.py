@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.context_parallel import (
     MODS,
-    STRATEGIES,
+    PLACES,
     Split,
     assert_close,
     dense_results,
@@ -28,14 +28,13 @@ from tests.support.grids import rest
 
 pytestmark = pytest.mark.skipif(jax.device_count() < DEVICE_COUNT, reason="needs eight devices")
 
-_PLACES = (*((strategy, 4) for strategy in STRATEGIES), ("ring", 8))
 _ALWAYS = (
     ("alibi, window", "ring", 4),
     ("T5, balanced", "ring", 8),
     ("prefix and alibi, positions", "ring", 4),
     ("document, window", "ring", 4),
 )
-_GRID = [(name, *place) for name, place in itertools.product(MODS, _PLACES)]
+_GRID = [(name, *place) for name, place in itertools.product(MODS, PLACES)]
 
 
 @pytest.mark.parametrize(("name", "strategy", "devices"), [x if x in _ALWAYS else rest(x) for x in _GRID])

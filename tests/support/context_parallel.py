@@ -26,6 +26,8 @@ from tests.support.oracle import (
 )
 
 STRATEGIES = ("ring", "all_to_all", "all_gather")
+# With how many devices. Up to four devices of a ring each have their own text in the program, more are in a loop.
+PLACES = (*((strategy, 4) for strategy in STRATEGIES), ("ring", 8))
 FAST = fast_compilation()
 FLOATS = ("query", "key", "value", "scale", "bias", "sinks", "score_mod_args")
 B, T, S = 2, 32, 16  # S: of the keys of cross attention

@@ -144,7 +144,7 @@ def forward_blocks(
       itemsize: bytes of an element of query, 4 for float32.
       chip: what it runs on.
       is_masked: whether more tiles of a row than its last can need a mask, but for one of bits.
-      starts_with_addend: whether products start with a bias over T and S.
+      starts_with_addend: whether products start with a bias over T and S, or with what a `score_mod` adds.
       has_bits_alone: whether a mask, as bits, is all that has both T and S.
     """
     table = _FORWARD.get(chip.capability, _FORWARD[_DEFAULT])

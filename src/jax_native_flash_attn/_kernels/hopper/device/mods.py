@@ -59,14 +59,11 @@ class TileMods(ModTile):
         largest = None if floor is None else magnitude(formula, number, scalars.__getitem__)
         signs, cases = self._signs(formula, place, scalars)
         usual_floor = floor
-        if largest is not None:
-            usual_floor, is_ordinary = None, largest <= _ORDINARY
-            if not isinstance(largest, float):
-                cases.append(is_ordinary)
-            elif is_ordinary:
-                floor = None
-            else:
-                usual_floor = floor
+        if isinstance(largest, float):
+            usual_floor = floor = None if largest <= _ORDINARY else floor
+        elif largest is not None:
+            usual_floor = None
+            cases.append(largest <= _ORDINARY)
 
         def made(signs: Mapping[int, Any], floor: Any) -> jax.Array:
             x = Evaluation(self, formula, place, signs=signs).scaled(number, factor)
