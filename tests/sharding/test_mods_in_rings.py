@@ -12,6 +12,7 @@ import pytest
 from tests.support.context_parallel import (
     MODS,
     PLACES,
+    STRATEGIES,
     Split,
     assert_close,
     dense_results,
