@@ -1,6 +1,7 @@
 """Configuration of the test run; tests/support/environment.py has what run_generated.py needs as well."""
 
 import collections
+import gc
 import os
 from collections.abc import Iterator
 
@@ -58,6 +59,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
+def pytest_collection_finish() -> None:
+    """What there is by now stays: the garbage collector, which JAX keeps busy, does not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say why tests were skipped, each reason once; `-rs` says it of each test."""
     skipped = terminalreporter.stats.get("skipped", ())
@@ -67,9 +74,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Have XLA compile in less time, without most optimizations, but for tests marked `full_optimization`."""
-    if request.node.get_closest_marker("full_optimization") or jax.default_backend() != "cpu":
+def _quick_compilation() -> Iterator[None]:
+    """Have XLA compile in less time, without most optimizations, but for programs with `full_optimization()`."""
+    if jax.default_backend() != "cpu":
         yield
         return
     before = jax.config.read("jax_disable_most_optimizations")

@@ -17,7 +17,7 @@ import pytest
 
 from jax_native_flash_attn import _implementations, flash_attention
 from tests.support.cases import Case, check_case
-from tests.support.environment import enable_x64, lenient_promotion
+from tests.support.environment import enable_x64, full_optimization, lenient_promotion
 from tests.support.grids import thinned
 from tests.support.oracle import assert_as_accurate_as_dense, dense_numpy, float64_oracle, masking, to_4d
 from tests.support.reference import HAS_RESIDUAL, SIGNATURE, reference_attention
@@ -75,10 +75,12 @@ def exact_value_and_gradients(
     return [named["out"].reshape(dout.shape), *(named[k].reshape(x.shape) for k, x in zip(names, arrays, strict=True))]
 
 
-def value_and_gradients(attention: Any, **options: Any) -> Callable[..., list[Any]]:
+def value_and_gradients(
+    attention: Any, compiler_options: dict[str, Any] | None = None, **options: Any
+) -> Callable[..., list[Any]]:
     """A compiled function of arrays (query, key, value and perhaps bias) and dout: [out, gradient of each array]."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options)
     def run(arrays, dout):
         out, vjp = jax.vjp(lambda *arrays: attention(*arrays, **options), *arrays)
         return [out, *vjp(dout.astype(out.dtype))]
@@ -86,12 +88,12 @@ def value_and_gradients(attention: Any, **options: Any) -> Callable[..., list[An
     return lambda arrays, dout: run(tuple(arrays), dout)
 
 
-def compare(arrays: Any, **options: Any) -> None:
+def compare(arrays: Any, compiler_options: dict[str, Any] | None = None, **options: Any) -> None:
     """Library, reference and oracle on one call: value and the gradient of every array."""
     dout = normal(9, arrays[0].shape, arrays[0].dtype)
-    actual = value_and_gradients(flash_attention, **options)(arrays, dout)
+    actual = value_and_gradients(flash_attention, compiler_options, **options)(arrays, dout)
     with lenient_promotion():
-        dense = value_and_gradients(reference_attention, **options)(arrays, dout)
+        dense = value_and_gradients(reference_attention, compiler_options, **options)(arrays, dout)
     expected = exact_value_and_gradients(arrays, dout, **options)
     # Of all results, because one may be 0 but for rounding: the gradient of query where each row has one key.
     largest = max(np.abs(x).max() for x in expected)
@@ -201,13 +203,12 @@ MODES = {
 @pytest.mark.parametrize(
     ("mode", "dtype"), [*((mode, "float32") for mode in MODES), *thinned(((mode, "bfloat16") for mode in MODES), 3)]
 )
-@pytest.mark.full_optimization
 def test_every_mask_mode(mode: str, dtype: str):
     options = dict(MODES[mode])
     arrays = list(qkv(B, T, S, N, N, H, dtype))
     if "bias" in options:
         arrays.append(normal(4, options.pop("bias"), dtype))
-    compare(arrays, **options)
+    compare(arrays, full_optimization(), **options)
 
 
 @pytest.mark.parametrize("batch", [1, 5])

@@ -41,7 +41,7 @@ from tests.support.context_parallel import (
     random_mask,
     run,
 )
-from tests.support.environment import DEVICE_COUNT, enable_x64
+from tests.support.environment import DEVICE_COUNT, enable_x64, full_optimization
 from tests.support.grids import thinned
 from tests.support.oracle import assert_as_accurate_as_dense, dense_in_both_modes
 
@@ -97,7 +97,6 @@ ROUNDED = ("causal", "lengths", "bias of keys", "sinks and mask", "balanced, win
 _ROUNDED = itertools.product(ROUNDED, STRATEGIES, ("float32", "bfloat16", "float16"))
 
 
-@pytest.mark.full_optimization
 @pytest.mark.parametrize(("name", "strategy", "dtype"), thinned(_ROUNDED, 37))
 def test_rounding(name: str, strategy: str, dtype: str) -> None:
     """The error is at most twice that of dense attention in the same dtype.
@@ -115,7 +114,7 @@ def test_rounding(name: str, strategy: str, dtype: str) -> None:
         out, lse = x.cotangents
         return Numbers(floats, tangents, (out.astype(jnp.dtype(dtype)), lse.astype(np.float32)))
 
-    split = jax.jit(derivatives(Split(case, strategy, make_mesh())))
+    split = jax.jit(derivatives(Split(case, strategy, make_mesh())), compiler_options=full_optimization())
     found = []
     for x in (rounded(numbers(case, seed)) for seed in range(4)):
         actual = split(x, others(case))

@@ -156,7 +156,6 @@ def test_a_policy_that_saves_results_does_not_go_around_again() -> None:
 _PARTS = {"ring": (12, 24), "all_to_all": (5.5, 9), "all_gather": None}
 
 
-@pytest.mark.full_optimization
 @pytest.mark.parametrize(
     ("strategy", "devices", "of_gradient"), thinned(itertools.product(_PARTS, (2, 4, 8), (False, True)), 5)
 )

@@ -26,7 +26,7 @@ from jax_native_flash_attn import (
     flash_attention_with_lse,
     merge_attention,
 )
-from tests.support.environment import DEVICE_COUNT, fast_compilation
+from tests.support.environment import DEVICE_COUNT, fast_compilation, xla_flags
 from tests.support.grids import thinned
 from tests.support.programs import collective_counts
 from tests.support.targets import pretend_gpu, pretend_whole_kernels
@@ -566,7 +566,7 @@ def assert_two_processes_agree(worker: str, argument: str) -> None:
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(2)}
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", worker, str(i), address, argument],

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import checkify
 
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse
-from tests.support.environment import enable_x64, fast_compilation
+from tests.support.environment import enable_x64, fast_compilation, xla_flags
 from tests.support.programs import primitives
 
 B, T, N, K, H = 2, 24, 4, 2, 8
@@ -287,7 +287,7 @@ print(*(events.count("/jax/compilation_cache/" + kind) for kind in ("cache_hits"
 def test_persistent_compilation_cache(devices: int, tmp_path: Path):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
     }
 
     def run() -> tuple[int, int]:

@@ -2,18 +2,29 @@
 
 import contextlib
 import functools
+import importlib.metadata
 import os
 from typing import Any
 
 DEVICE_COUNT = 8
+_HAS_TWO_EMITTERS = tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 11)
+
+
+def xla_flags(devices: int) -> str:
+    """So many CPU devices, and what has XLA compile in less CPU time: nearly all that most tests do is to compile.
+
+    Programs are not cut into parts that are compiled side by side, as each core has its worker. JAX up to 0.10 has two
+    ways from a fusion to LLVM; the older takes less than half the time, and `full_optimization` asks for the newer.
+    """
+    flags = [f"--xla_force_host_platform_device_count={devices}", "--xla_cpu_parallel_codegen_split_count=1"]
+    return " ".join([*flags, *(["--xla_cpu_use_fusion_emitters=false"] if _HAS_TWO_EMITTERS else [])])
 
 
 def configure() -> None:
     """Several CPU devices and strict promotion; call it before anything initialises JAX's backend."""
-    flag = "--xla_force_host_platform_device_count"
     flags = os.environ.get("XLA_FLAGS", "")
-    if flag not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {flag}={DEVICE_COUNT}".strip()
+    if "--xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {xla_flags(DEVICE_COUNT)}".strip()
 
     # Of calls that are legal; tests/unit/test_warnings.py is about them.
     os.environ["JAX_NATIVE_FLASH_ATTN_WARNINGS"] = "0"
@@ -69,21 +80,22 @@ def _compiled_bernoulli() -> Any:
     return jax.jit(jax.random.bernoulli, static_argnums=2, compiler_options=fast_compilation())
 
 
-@functools.cache
 def fast_compilation() -> dict[str, Any]:
     """Compiler options for programs whose compilation takes longer than their run, on a CPU.
 
-    Without them XLA compiles as it does for users: what judges rounding by the last bits does without.
+    Tests have them anyway, from `conftest.py`. Here they are for other processes, and for what a test compiles early.
     """
+    import jax
+
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+
+
+def full_optimization() -> dict[str, Any]:
+    """Compiler options with which XLA compiles as it does for users: where rounding is judged by the last bits, and
+    what is not finite."""
     import jax
 
     if jax.default_backend() != "cpu":
         return {}
-    options: dict[str, Any] = {"xla_backend_optimization_level": 0}
-    # An option of JAX before 0.12 alone, which halves the time there.
-    with_fewer_passes = options | {"xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda x: x, compiler_options=with_fewer_passes).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError:
-        return options
-    return with_fewer_passes
+    options: dict[str, Any] = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    return options | ({"xla_cpu_use_fusion_emitters": True} if _HAS_TWO_EMITTERS else {})

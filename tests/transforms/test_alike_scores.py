@@ -13,10 +13,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jax_native_flash_attn import context_parallel_attention_with_lse, flash_attention_with_lse
-from tests.support.environment import DEVICE_COUNT, enable_x64
+from tests.support.environment import DEVICE_COUNT, enable_x64, full_optimization
 from tests.support.oracle import dense_float64, dense_in_both_modes, masking
 
-pytestmark = pytest.mark.full_optimization
 B, T, N, H = 4, 64, 2, 8
 DEVICES = 4
 CASES: dict[str, dict[str, Any]] = {
@@ -73,7 +72,8 @@ def _assert_as_accurate(run: Callable[..., Any], name: str, limit: float) -> Non
         pytest.skip("needs eight devices")
     x = _arrays()
     actual, dense = (
-        jax.jit(run, static_argnums=0)(f, *x) for f in (_attention(name), _dense(dense_in_both_modes, name, np.float32))
+        jax.jit(run, static_argnums=0, compiler_options=full_optimization())(f, *x)
+        for f in (_attention(name), _dense(dense_in_both_modes, name, np.float32))
     )
     with enable_x64():
         exact = jax.jit(run, static_argnums=0)(_dense(dense_float64, name, np.float64), *map(np.float64, x))
