@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.support.cases import Case
+from jax_native_flash_attn import explain
+from tests.support.cases import Case, call_types
 from tests.support.environment import enable_x64
 from tests.support.hopper import lowered_text
 from tests.support.targets import needs_backend, pretend_gpu, pretend_no_backend
@@ -59,10 +60,13 @@ def test_unsupported_calls_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "mosaic_gpu" not in lowered_text(None, "cuda", case=Case((1, 128, 128, 2, 1, 264), "bfloat16"))
     assert "mosaic_gpu" in lowered_text(None, "cuda", case=FLOAT32)
     # As XLA multiplies on a GPU; each spelling as the others of the same precision.
+    x = call_types(FLOAT32)
     for precision in ("highest", "float32", jax.lax.Precision.HIGHEST, ("default", "highest"), "F32_F32_F32"):
-        assert "mosaic_gpu" not in lowered_text(None, "cuda", case=FLOAT32, precision=precision)
+        assert explain(**x, platform="cuda", precision=precision).forward.family == "pure_jax"
     for precision in ("default", "fastest", "bfloat16", "high", "bfloat16_3x", "tensorfloat32", ("high", "default")):
-        assert "mosaic_gpu" in lowered_text(None, "cuda", case=FLOAT32, precision=precision)
+        assert explain(**x, platform="cuda", precision=precision).forward.family == "mosaic_gpu"
+    assert "mosaic_gpu" not in lowered_text(None, "cuda", case=FLOAT32, precision="highest")
+    assert "mosaic_gpu" in lowered_text(None, "cuda", case=FLOAT32, precision="high")
     assert "mosaic_gpu" not in lowered_text(None, "cuda", precision="BF16_BF16_F32")
     assert "mosaic_gpu" not in lowered_text(None, "cuda", score_mod=lambda score, *_: jnp.sin(score))
     for function in ({"score_mod": lambda score, *_: 2 * score}, {"mask_mod": lambda batch, head, q, k: q >= k}):

@@ -120,9 +120,8 @@ def test_decoding_keeps_heads_apart(bad: float) -> None:
         check_out(name, out, dense, query, key, value, at=others)
 
 
-@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("masks", ["causal", "window", "lengths", "mask", "mask and causal"])
-def test_masked_keys_may_be_anything(masks: str, bad: float) -> None:
+def test_masked_keys_may_be_anything(masks: str) -> None:
     """A short masked call is one kernel of XLA's, unless that makes something that is not finite."""
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.standard_normal((2, 96, 2, 8)), jnp.float32) for _ in range(3))
@@ -134,15 +133,15 @@ def test_masked_keys_may_be_anything(masks: str, bad: float) -> None:
         "mask and causal": {"mask": jnp.asarray(rng.random((2, 1, 96, 96)) < 0.5), "is_causal": True},
     }[masks]
     allowed = np.broadcast_to(masking(query, key, **options).allowed, (2, 2, 96, 96))[:, 0, :, 92]
-    with_bad = key.at[:, 92].set(bad)
-
-    def run(f: Callable[..., jax.Array], key: jax.Array) -> jax.Array:
-        return jax.jit(functools.partial(f, **options), compiler_options=full_optimization())(query, key, value)
-
-    out, dense = run(flash_attention, with_bad), run(jax.nn.dot_product_attention, key)
-    check_out("out", out, dense, query, key, value, at=~allowed, **options)
-    if np.isnan(bad):
-        assert np.isnan(out[allowed]).all()
+    ours, reference = (
+        jax.jit(functools.partial(f, **options), compiler_options=full_optimization())
+        for f in (flash_attention, jax.nn.dot_product_attention)
+    )
+    dense = reference(query, key, value)
+    for bad in (np.inf, -np.inf, np.nan):
+        out = ours(query, key.at[:, 92].set(bad), value)
+        check_out(f"out, {bad}", out, dense, query, key, value, at=~allowed, **options)
+    assert np.isnan(out[allowed]).all()
 
 
 def test_bfloat16_gradient_of_scale_through_out_and_lse(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ Each test runs the same program with `jax.nn.dot_product_attention` and with `fl
 """
 
 import functools
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_native_flash_attn import flash_attention
-from tests.support.environment import DEVICE_COUNT, fast_compilation, lenient_promotion, xla_flags
+from tests.support.environment import DEVICE_COUNT, fast_compilation, lenient_promotion, of_process
 from tests.support.grids import thinned
 from tests.support.programs import collective_elements
 from tests.support.targets import pretend_whole_kernels
@@ -215,7 +214,7 @@ print(events.count("/jax/compilation_cache/cache_hits"))
 
 
 def test_a_second_process_finds_the_program_in_the_cache(tmp_path: Any) -> None:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8)}
+    environment = of_process(8)
     hits = [
         int(subprocess.check_output([sys.executable, "-c", CACHED, str(tmp_path)], env=environment)) for _ in range(2)
     ]

@@ -19,15 +19,17 @@ from tests.sharding.test_meshes import (
     BLOCKS,
     BOTH,
     FAST,
+    KINDS,
     arrays,
     assert_close,
     assert_sharded_as,
     make_mesh,
-    over_kinds,
+    over_kinds_and,
     partitioned,  # noqa: F401  # pyright: ignore[reportUnusedImport]
 )
 from tests.support.cases import Case, integers
 from tests.support.environment import DEVICE_COUNT
+from tests.support.grids import rotated
 from tests.support.programs import collective_counts
 
 pytestmark = pytest.mark.skipif(jax.device_count() < DEVICE_COUNT, reason="needs eight devices")
@@ -84,8 +86,7 @@ def _unsharded(order: str) -> Any:
     return jax.jit(_with_gradient(_attention), compiler_options=FAST)(_arrays(order))
 
 
-@pytest.mark.parametrize("order", _ORDERS)
-@over_kinds("auto", "unit", "explicit", "shard_map")
+@over_kinds_and("order", rotated(KINDS, list(_ORDERS)), 3)
 def test_collectives_and_results(partitioned: str, order: str) -> None:  # noqa: F811
     mesh, inputs = make_mesh(partitioned), _arrays(order)
     specs = {name: _SPECS[name] for name in inputs}

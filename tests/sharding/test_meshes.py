@@ -5,11 +5,11 @@ XLA splits the pure JAX kernels, and takes Mosaic GPU's as units. Here "unit" do
 """
 
 import functools
-import os
+import itertools
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -26,8 +26,8 @@ from jax_native_flash_attn import (
     flash_attention_with_lse,
     merge_attention,
 )
-from tests.support.environment import DEVICE_COUNT, fast_compilation, xla_flags
-from tests.support.grids import thinned
+from tests.support.environment import DEVICE_COUNT, fast_compilation, of_process
+from tests.support.grids import rotated, thinned
 from tests.support.programs import collective_counts
 from tests.support.targets import pretend_gpu, pretend_whole_kernels
 
@@ -60,8 +60,17 @@ def partitioned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     return "auto"
 
 
+KINDS = ("auto", "unit", "explicit", "shard_map")
+
+
 def over_kinds(*kinds: str) -> Any:
     return pytest.mark.parametrize("partitioned", kinds, indirect=True)
+
+
+def over_kinds_and(names: str, points: Iterable[Any], every: int, first: int = 0) -> Any:
+    """Of points whose first element is a kind, and whose others have these names."""
+    names = f"partitioned, {names}"
+    return pytest.mark.parametrize(names, thinned(points, every, first), indirect=["partitioned"])
 
 
 def test_collectives_are_found():
@@ -142,8 +151,7 @@ def assert_sharded_as(x: jax.Array, mesh: Mesh, spec: P) -> None:
 # ---- the matrix
 
 
-@pytest.mark.parametrize("transformation", ["value", "grad", "jvp", "hvp"])
-@over_kinds("auto", "unit", "explicit", "shard_map")
+@over_kinds_and("transformation", rotated(KINDS, ["value", "grad", "jvp", "hvp"]), 2)
 def test_collectives_and_output_sharding(partitioned: str, transformation: str):
     mesh = make_mesh(partitioned)
     f = in_shard_map(attention, BOTH, mesh) if partitioned == "shard_map" else attention
@@ -165,9 +173,9 @@ def test_reverse_over_reverse(partitioned: str):
     assert_close(results, unsharded("gradient of gradient"))
 
 
-@pytest.mark.parametrize("spec", [P("data", None, None, None), P(None, None, "model", None)], ids=["batch", "heads"])
-@over_kinds("auto", "unit", "explicit", "shard_map")
-def test_batch_or_heads_alone(partitioned: str, spec: P):
+@over_kinds_and("axis", rotated(KINDS, ["batch", "heads"]), 2)
+def test_batch_or_heads_alone(partitioned: str, axis: str):
+    spec = {"batch": P("data", None, None, None), "heads": P(None, None, "model", None)}[axis]
     mesh = make_mesh(partitioned)
     f = in_shard_map(attention, spec, mesh) if partitioned == "shard_map" else attention
     results, found = run_sharded(partitioned, transformed(f)["grad"], arrays(), spec, mesh)
@@ -177,9 +185,9 @@ def test_batch_or_heads_alone(partitioned: str, spec: P):
         assert_sharded_as(x, mesh, expected)
 
 
-@pytest.mark.parametrize("transformation", ["value", "grad"])
-@pytest.mark.parametrize("options", ["lengths", "dropout"])
-@over_kinds("auto", "unit", "explicit")
+@over_kinds_and(
+    "options, transformation", itertools.product(KINDS[:3], ("lengths", "dropout"), ("value", "grad")), 5, 1
+)
 def test_lengths_and_dropout_do_not_see_the_sharding(partitioned: str, options: str, transformation: str):
     f = transformed(functools.partial(attention, options=options))[transformation]
     results, found = run_sharded(partitioned, f, arrays(), BOTH)
@@ -335,8 +343,7 @@ def test_sharded_sequence_under_explicit_axes(transformation: str):
     assert_close(results, unsharded(transformation))
 
 
-@pytest.mark.parametrize("kind", ["auto", "unit", "explicit", "shard_map"])
-@pytest.mark.parametrize("axes", [("data", "model"), ("model", "data")])
+@pytest.mark.parametrize(("kind", "axes"), thinned(rotated(KINDS, [("data", "model"), ("model", "data")]), 2))
 def test_sequence_over_two_axes_in_either_order(kind: str, axes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
     """`lax.ppermute` counts in the order of the mesh, shardings in that of the tuple."""
     if kind == "unit":
@@ -367,7 +374,7 @@ def test_explicit_axes_without_a_mesh_in_force(spec: P):
     attention = functools.partial(flash_attention, is_causal=True)
     gradient = jax.grad(lambda *x: jnp.sin(attention(*x)).sum(), (0, 1, 2))
     for f in (attention, jax.jit(attention), jax.jit(gradient)):
-        results, expected = (jax.tree.leaves((f if f is attention else jax.jit(f))(*x)) for x in (placed, arrays))
+        results, expected = jax.tree.leaves(f(*placed)), jax.tree.leaves(jax.jit(f)(*arrays))
         for a, e in zip(results, expected, strict=True):
             assert tuple(a.sharding.spec)[: len(spec)] == tuple(spec)
             np.testing.assert_allclose(a, e, rtol=0, atol=1e-5)
@@ -462,18 +469,10 @@ def test_shard_map_over_the_batch_with_heads_auto(transformation: str):
     assert_close(results, unsharded(transformation))
 
 
-@pytest.mark.parametrize("transformation", ["value", "grad", "hvp"])
-@pytest.mark.parametrize(
-    "partitioned",
-    [
-        "auto",
-        "unit",
-        pytest.param("explicit", marks=pytest.mark.skipif(OLD_JAX, reason="older JAX loses track of the mapped axis")),
-        "shard_map",
-    ],
-    indirect=True,
-)
+@over_kinds_and("transformation", itertools.product(KINDS, ("value", "grad", "hvp")), 2)
 def test_vmap_over_a_sharded_axis(partitioned: str, transformation: str):
+    if OLD_JAX and partitioned == "explicit":
+        pytest.skip("older JAX loses track of the mapped axis")
     elements = 4
     kind = partitioned
     mesh = make_mesh(kind)
@@ -566,14 +565,13 @@ def assert_two_processes_agree(worker: str, argument: str) -> None:
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(2)}
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", worker, str(i), address, argument],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=of_process(2),
         )
         for i in range(2)
     ]
@@ -601,12 +599,13 @@ def test_windows_without_end_of_a_split_sequence(window: tuple[int, int], option
     mesh = jax.make_mesh((2,), ("s",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     inputs = arrays()[:3]
     ring = functools.partial(context_parallel_attention, local_window_size=window, axis_name="s", **options)
-    results = jax.shard_map(ring, mesh=mesh, in_specs=P(None, "s"), out_specs=P(None, "s"))(*inputs)
+    results = jax.jit(jax.shard_map(ring, mesh=mesh, in_specs=P(None, "s"), out_specs=P(None, "s")))(*inputs)
     options = dict(options)
     if options.pop("order", None):
         positions = np.tile(balanced_order(inputs[0].shape[1], 2), (len(inputs[0]), 1))
         options = {"query_positions": positions, "key_value_positions": positions}
-    assert_close(results, flash_attention(*inputs, local_window_size=window, **options))
+    whole = functools.partial(flash_attention, local_window_size=window, **options)
+    assert_close(results, jax.jit(whole)(*inputs))
 
 
 def test_a_constant_band_beside_a_traced_window_over_explicit_axes():

@@ -1,7 +1,6 @@
 """Control flow, checkpoint policies, export, compilation and debugging modes; size of programs and temporary memory."""
 
 import functools
-import os
 import subprocess
 import sys
 import warnings
@@ -18,7 +17,7 @@ from jax import lax
 from jax.experimental import checkify
 
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse
-from tests.support.environment import enable_x64, fast_compilation, xla_flags
+from tests.support.environment import enable_x64, fast_compilation, of_process
 from tests.support.programs import primitives
 
 B, T, N, K, H = 2, 24, 4, 2, 8
@@ -285,14 +284,13 @@ print(*(events.count("/jax/compilation_cache/" + kind) for kind in ("cache_hits"
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_persistent_compilation_cache(devices: int, tmp_path: Path):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": xla_flags(devices),
-    }
-
     def run() -> tuple[int, int]:
         process = subprocess.run(
-            [sys.executable, "-c", CACHE, str(tmp_path)], capture_output=True, text=True, check=True, env=environment
+            [sys.executable, "-c", CACHE, str(tmp_path)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=of_process(devices),
         )
         hits, misses = (int(n) for n in process.stdout.split())
         return hits, misses

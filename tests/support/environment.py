@@ -20,6 +20,15 @@ def xla_flags(devices: int) -> str:
     return " ".join([*flags, *(["--xla_cpu_use_fusion_emitters=false"] if _HAS_TWO_EMITTERS else [])])
 
 
+def of_process(devices: int) -> dict[str, str]:
+    """Environment variables of another process, which compiles as tests do."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": xla_flags(devices),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+
+
 def configure() -> None:
     """Several CPU devices and strict promotion; call it before anything initialises JAX's backend."""
     flags = os.environ.get("XLA_FLAGS", "")

@@ -4,7 +4,7 @@
 JAX, where grids of lowered programs and of transformations run whole as well.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -29,6 +29,11 @@ def thinned(points: Iterable[Any], every: int, first: int = 0) -> list[Any]:
     `every` should have no factor in common with the length of the inner axes of a product, so that all are met.
     """
     return [point if is_chosen(i, every, first) else rest(point) for i, point in enumerate(points)]
+
+
+def rotated(outer: Iterable[Any], inner: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """All pairs. `thinned(..., len(inner))` leaves one for each of `outer`, and takes those of `inner` in turns."""
+    return [(x, inner[(i + j) % len(inner)]) for i, x in enumerate(outer) for j in range(len(inner))]
 
 
 def rest(point: Any) -> Any:

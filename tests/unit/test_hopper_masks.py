@@ -1,5 +1,6 @@
 """Which tiles the Hopper kernels visit, and which need a mask, against a dense mask: plain numbers, no kernel runs."""
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn._semantics.masks import Band, ColumnRange, MaskOperands
+from tests.support.grids import thinned
 from tests.support.targets import needs_backend, why_no_backend
 
 if why_no_backend() is None:
@@ -133,9 +135,8 @@ def moved_intervals(band: Band, shift: int, length: int | None, *, attends: bool
 
 def of_moved(function):
     """Cases of a test of moved rows."""
-    function = pytest.mark.parametrize("length", [None, 0, 100])(function)
-    function = pytest.mark.parametrize("name", MOVED)(function)
-    return pytest.mark.parametrize("attends", [True, False])(function)
+    cases = itertools.product((True, False), MOVED, (None, 0, 100))
+    return pytest.mark.parametrize(("attends", "name", "length"), thinned(cases, 2))(function)
 
 
 @of_moved

@@ -394,8 +394,15 @@ def test_lists_hold_what_is_not_empty(shape: tuple[int, int], blocks: tuple[int,
         return found
 
     config = Config(Band(), None, None, None, None, False, mask_block=mask_block)
-    mask = _masks(T, S, tiles(mask_block, mask_block), dead)
-    classes = np.asarray(kernel_classes(config, mask, T, S, rows, keys))[0, 0]
+
+    @jax.jit
+    def results(mask: MaskOperands) -> Any:
+        classes, plain = kernel_classes(config, mask, T, S, rows, keys), row_intervals(mask, T, S, rows, keys)
+        assert plain is not None
+        return classes, with_order(plain, classes), query_tiles_of_classes(classes, (1,))
+
+    classes, listed, found = jax.tree.map(np.asarray, results(_masks(T, S, tiles(mask_block, mask_block), dead)))
+    classes = classes[0, 0]
     exact = tiles(rows, keys)
     assert (classes[exact == PARTIAL] == PARTIAL).all()  # others may count as in part, never the other way round
     assert (classes[classes == FULL] == exact[classes == FULL]).all()
@@ -404,19 +411,15 @@ def test_lists_hold_what_is_not_empty(shape: tuple[int, int], blocks: tuple[int,
     if rows % mask_block == keys % mask_block == 0:
         is_known = ~dead_blocks[:, None] & ((np.arange(classes.shape[1]) < classes.shape[1] - 1) | (S % keys == 0))
         np.testing.assert_array_equal(classes[is_known], exact[is_known])
-    plain = row_intervals(mask, T, S, rows, keys)
-    assert plain is not None
-    listed = with_order(plain, jnp.asarray(classes)[None, None])
     assert listed.tile_order is not None
-    for i, (first, edges, stop, end) in enumerate(np.asarray(listed.tile_ranges)[0, 0]):
-        order = np.asarray(listed.tile_order)[0, 0, i]
+    for i, (first, edges, stop, end) in enumerate(listed.tile_ranges[0, 0]):
+        order = listed.tile_order[0, 0, i]
         assert (first, stop) == (0, end)
         assert end >= 1
         if (classes[i] != EMPTY).any():
             np.testing.assert_array_equal(np.sort(order[:edges]), np.flatnonzero(classes[i] == PARTIAL))
             np.testing.assert_array_equal(np.sort(order[edges:end]), np.flatnonzero(classes[i] == FULL))
-    found = query_tiles_of_classes(jnp.asarray(classes)[None, None], (1,))
     assert found.order is not None
-    for j, (first, end) in enumerate(np.asarray(found.ranges)[0]):
-        met = np.asarray(found.order)[0, j, first:end]
+    for j, (first, end) in enumerate(found.ranges[0]):
+        met = found.order[0, j, first:end]
         np.testing.assert_array_equal(np.sort(met), np.flatnonzero(classes[:, j] != EMPTY))
