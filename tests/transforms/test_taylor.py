@@ -50,10 +50,14 @@ def test_series_of_query_key_value_and_bias(setting: str):
             ]
             return float64_oracle(*moved, **options, **keep)[0]
 
-        expected = [along(jnp.float64(0))]
-        for _ in range(ORDER):
-            along = lambda t, f=along: jax.jvp(f, (t,), (jnp.ones_like(t),))[1]  # noqa: E731
-            expected.append(along(jnp.float64(0)))
+        def derivatives(t: Any, along: Any = along) -> list[Any]:
+            found = [along(t)]
+            for _ in range(ORDER):
+                along = lambda t, f=along: jax.jvp(f, (t,), (jnp.ones_like(t),))[1]  # noqa: E731
+                found.append(along(t))
+            return found
+
+        expected = jax.jit(derivatives)(jnp.float64(0))
     for actual, wanted in zip((value, *terms), expected, strict=True):
         np.testing.assert_allclose(actual, wanted, atol=1e-5 * max(1, np.abs(wanted).max()))
 
@@ -61,7 +65,9 @@ def test_series_of_query_key_value_and_bias(setting: str):
 def test_series_of_a_gradient():
     query, key = normal(0, B, T, N, H), normal(1, B, S, N, H)
     gradient = jax.grad(lambda q: jnp.square(flash_attention(q, key, key)).sum())
-    _, (first, second) = jet.jet(gradient, (query,), ([np.ones_like(query), np.zeros_like(query)],))
+    series = ([np.ones_like(query), np.zeros_like(query)],)
+    _, (first, second) = jax.jit(lambda q: jet.jet(gradient, (q,), series))(query)
     slope = lambda q: jax.jvp(gradient, (q,), (jnp.ones_like(q),))[1]  # noqa: E731
-    np.testing.assert_allclose(first, slope(query), atol=1e-5)
-    np.testing.assert_allclose(second, jax.jvp(slope, (jnp.asarray(query),), (jnp.ones_like(query),))[1], atol=1e-5)
+    expected = jax.jit(lambda q: jax.jvp(slope, (q,), (jnp.ones_like(q),)))(query)
+    for actual, wanted in zip((first, second), expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, atol=1e-5)

@@ -17,7 +17,7 @@ from jax_native_flash_attn._semantics.call import Config, Inputs, ModOperands
 from jax_native_flash_attn._semantics.masks import Band, MaskOperands
 from jax_native_flash_attn._semantics.mods import INDICES, Program, trace_mod
 from jax_native_flash_attn._semantics.tile_masks import EMPTY, FULL, PARTIAL
-from tests.support.grids import thinned
+from tests.support.grids import rotated, thinned
 from tests.support.targets import needs_backend
 
 B, N, T, S = 2, 2, 70, 100
@@ -183,45 +183,45 @@ def _tiles(device_mods: Any, program: Program, inputs: Inputs, config: Config, s
 
 
 @needs_backend
-@pytest.mark.parametrize("is_score", [True, False])
 @pytest.mark.parametrize(
-    ("numbering", "transposed"), [("plain", False), ("plain", True), ("offset", True), ("positions", False)]
+    ("name", "numbering"), thinned(rotated(SCORES | MASKS, ["plain", "plain, transposed", "offset", "positions"]), 2)
 )
-def test_tiles(is_score: bool, numbering: str, transposed: bool, on_cpu: Any):
+def test_tiles(name: str, numbering: str, on_cpu: Any):
     """Each function as its program says, and the derivative of a score's; transposed, as for the gradient of keys."""
-    first_row = {"plain": 0, "offset": 5, "positions": 2}[numbering]
-    for name, (function, args) in (SCORES if is_score else MASKS).items():
-        program, named = _traced(function, args, is_score=is_score)
-        config = _config(program, None if numbering == "positions" else first_row)
-        formula = make_formula(program, Numbers(T, S, config.first_row), needs_slope=is_score)
-        if isinstance(formula, str):
-            assert numbering != "plain", (name, formula)
-            assert "which positions, an offset or a ring make another" in formula
-            continue
-        inputs = _inputs(named, first_row, is_plain=numbering != "positions")
-        score = RNG.standard_normal((B, N, T, S)).astype(np.float32)
-        got = _tiles(on_cpu, program, inputs, config, score, transposed=transposed)
-        mods_in = inputs.mods
-        assert mods_in is not None
-        indices = [
-            mods_in.batch_number[:, None, None, None],
-            mods_in.head_number[:, :, None, None],
-            mods_in.query_number[:, None, :, None],
-            mods_in.key_number[:, None, None, :],
-        ]
-        args_in = [x.reshape(1, 1, 1, 1, *x.shape[1:]) for x in mods_in.args.values()]
+    first_row = {"offset": 5, "positions": 2}.get(numbering, 0)
+    is_score, transposed = name in SCORES, numbering in ("plain, transposed", "offset")
+    function, args = (SCORES | MASKS)[name]
+    program, named = _traced(function, args, is_score=is_score)
+    config = _config(program, None if numbering == "positions" else first_row)
+    formula = make_formula(program, Numbers(T, S, config.first_row), needs_slope=is_score)
+    if isinstance(formula, str):
+        assert not numbering.startswith("plain"), formula
+        assert "which positions, an offset or a ring make another" in formula
+        return
+    inputs = _inputs(named, first_row, is_plain=numbering != "positions")
+    score = RNG.standard_normal((B, N, T, S)).astype(np.float32)
+    got = _tiles(on_cpu, program, inputs, config, score, transposed=transposed)
+    mods_in = inputs.mods
+    assert mods_in is not None
+    indices = [
+        mods_in.batch_number[:, None, None, None],
+        mods_in.head_number[:, :, None, None],
+        mods_in.query_number[:, None, :, None],
+        mods_in.key_number[:, None, None, :],
+    ]
+    args_in = [x.reshape(1, 1, 1, 1, *x.shape[1:]) for x in mods_in.args.values()]
 
-        def whole(x: Any, program: Program = program, indices: Any = indices, args_in: Any = args_in) -> Any:
-            return program(((x,) if program.has_score else ()) + tuple(indices), args_in)
+    def whole(x: Any, program: Program = program, indices: Any = indices, args_in: Any = args_in) -> Any:
+        return program(((x,) if program.has_score else ()) + tuple(indices), args_in)
 
-        if is_score:
-            value, slope = jax.jvp(whole, (jnp.asarray(score),), (jnp.ones_like(score),))
-            expected = [value, slope]
-        else:
-            expected = [whole(None)]
-        for x, y in zip(got, expected, strict=True):
-            x, y = (z[[0, 1], [1, 0]] for z in (x, np.broadcast_to(y, x.shape)))
-            np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-4, err_msg=name)
+    if is_score:
+        value, slope = jax.jvp(whole, (jnp.asarray(score),), (jnp.ones_like(score),))
+        expected = [value, slope]
+    else:
+        expected = [whole(None)]
+    for x, y in zip(got, expected, strict=True):
+        x, y = (z[[0, 1], [1, 0]] for z in (x, np.broadcast_to(y, x.shape)))
+        np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-4, err_msg=name)
 
 
 @needs_backend
