@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from jax_native_flash_attn._kernels.xla.limits import Limits
 from jax_native_flash_attn._kernels.xla.quirks import CPU_FUSES_SOFTMAX
 from tests.support.cases import FAST_COMPILATION
 from tests.support.environment import lenient_promotion
+from tests.support.grids import thinned
 from tests.support.oracle import check_out, enable_x64, masking
 
 
@@ -36,9 +38,9 @@ def test_no_bound_beside_a_softmax_that_xla_fuses():
     assert explain(*types, platform="cpu", is_causal=True).forward.plan.may_be_bounded
 
 
-@pytest.mark.parametrize("documents", [1, 8])
-@pytest.mark.parametrize("has_dead_rows", [False, True])
-@pytest.mark.parametrize("is_bounded", [False, True])
+@pytest.mark.parametrize(
+    ("documents", "has_dead_rows", "is_bounded"), thinned(itertools.product((1, 8), (False, True), (False, True)), 3, 1)
+)
 def test_mask_of_documents(documents: int, has_dead_rows: bool, is_bounded: bool) -> None:
     """Few and many occupied tiles take different forms, decided at run time, with and without bounds."""
     L = 1024

@@ -10,7 +10,7 @@ import pytest
 
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse
 from tests.support.environment import enable_x64, fast_compilation, lenient_promotion
-from tests.support.grids import thinned
+from tests.support.grids import rotated, thinned
 from tests.support.oracle import float64_oracle
 from tests.support.reference import reference_attention
 
@@ -50,8 +50,10 @@ def test_static_windows(shape: tuple[int, ...], is_causal: bool):
         check_window(attention, shape, side, side, is_causal)
 
 
-@pytest.mark.parametrize("dtypes", ["int32 int32", "int8 uint8", "uint32 int16", "int64 uint64", "static int32"])
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    ("dtypes", "is_causal"),
+    thinned(rotated(["int32 int32", "int8 uint8", "uint32 int16", "int64 uint64", "static int32"], [False, True]), 2),
+)
 def test_traced_windows(dtypes: str, is_causal: bool):
     kinds = [None if name == "static" else np.dtype(name) for name in dtypes.split()]
 

@@ -30,7 +30,6 @@ from tests.support.grids import rest
 pytestmark = pytest.mark.skipif(jax.device_count() < DEVICE_COUNT, reason="needs eight devices")
 
 _ALWAYS = (
-    ("alibi, window", "ring", 4),
     ("T5, balanced", "ring", 8),
     ("prefix and alibi, positions", "ring", 4),
     ("document, window", "ring", 4),
