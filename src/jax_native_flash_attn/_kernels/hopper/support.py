@@ -56,7 +56,7 @@ class HopperKernels:
         from . import cotangent, tangent
 
         if which is Pass.COTANGENT:
-            return self.backward_blocks or cotangent.plan(call.inputs)
+            return self.backward_blocks or cotangent.plan(call.config, call.inputs, _chip().cores)
         if which is Pass.TANGENT:
             return self.tangent_blocks or tangent.plan(call.inputs)
         return self._forward_blocks(call)
