@@ -9,7 +9,7 @@ as those of Qiang et al. (2026, arXiv:2601.21824). Time is counted in steps, one
 - With a causal mask, block b meets the tiles from 2 b on. A worker takes a long block *up*, from the first tile to the
   last, then a short one *down*, from the last tile to the first, so that both together are as long for every worker.
   Going up, block b is at tile q at time q - 2 b: two steps behind block b + 1. Going down, all end at once, and block b
-  is two steps behind block b - 1.
+  is two steps behind block b - 1. Where a head has more blocks than run at once, even ones go up and odd ones down.
 
 The order of additions to a tile is that of these times. A worker comes to its tiles at rising times, so nobody waits
 for a later one: there is no deadlock, if all workers run at once.
@@ -107,7 +107,7 @@ class AdditionOrder:
         is_down = lax.rem(k, jnp.int32(2)) == 1
         if self._phases:
             head, phase = _div(k, 2 * self._phases), lax.rem(_div(k, 2), jnp.int32(self._phases))
-            place = phase * self.workers + worker
+            place = 2 * (phase * self.workers + worker)  # even blocks go up, odd ones down
         else:
             head, phase = _div(n, self.blocks), k
             place = n - head * self.blocks
@@ -131,12 +131,18 @@ class AdditionOrder:
         blocks = jnp.minimum(_div(tile, _RATIO) + 1, self.blocks)  # that add to the tile
         if not self._phases:
             return jnp.where(work.step > 0, blocks - 1 - work.block, work.block)
-        up, down = self._in_phase(work.phase)
-        before = jnp.minimum(blocks, up) + jnp.maximum(blocks - (down + self.workers), 0)
+        # Of the even blocks, which go up, and the odd ones, numbers of those that add, and of those of this phase.
+        ups, downs, (up, down) = _div(blocks + 1, 2), _div(blocks, 2), self._in_phase(work.phase)
+        before = jnp.minimum(ups, up) + jnp.maximum(downs - (down + self.workers), 0)
+        ups, downs, number = (
+            jnp.minimum(ups, up + self.workers),
+            jnp.minimum(downs, down + self.workers),
+            _div(work.block, 2),
+        )
         rank = jnp.where(
             work.step > 0,
-            jnp.minimum(blocks, up + self.workers) - 1 - work.block + self._down_before(work, member, tile, blocks),
-            work.block - down + self._up_before(work, member, tile, blocks),
+            ups - 1 - number + jnp.maximum(self._down_before(work, member, tile, downs) - down, 0),
+            number - down + jnp.maximum(ups - jnp.maximum(self._first_up_before(work, member, tile), up), 0),
         )
         return before + rank
 
@@ -157,26 +163,23 @@ class AdditionOrder:
         return start, jnp.minimum(before + self.workers, self.blocks) - start
 
     def _in_phase(self, phase: Any) -> tuple[Any, Any]:
-        """The first block that goes up, and the first that goes down; `workers` of each do."""
-        return phase * self.workers, self.blocks - (phase + 1) * self.workers
+        """Numbers of the first even block and the first odd one; `workers` of each run."""
+        return phase * self.workers, self.blocks // 2 - (phase + 1) * self.workers
 
-    def _down_before(self, work: Work, member: Any, tile: Any, blocks: Any) -> Any:
-        """Of the blocks that go down in this phase, how many are at a tile before one that goes up."""
-        _, down = self._in_phase(work.phase)
+    def _down_before(self, work: Work, member: Any, tile: Any, downs: Any) -> Any:
+        """Up to which of the odd blocks all are at a tile before one that goes up."""
         each = _RATIO * (self.group - member)
         # The time of block b is `since` + each * b.
         since = self._end - (self.group - member) * self.tiles + self.tiles - 1 - tile
-        earlier = _div(jnp.maximum(self.time(work, member, tile) - since + each - 1, 0), each)
-        return jnp.maximum(jnp.minimum(earlier, jnp.minimum(blocks, down + self.workers)) - down, 0)
+        steps = self.time(work, member, tile) - since - each
+        return jnp.minimum(_div(jnp.maximum(steps + 2 * each - 1, 0), 2 * each), downs)
 
-    def _up_before(self, work: Work, member: Any, tile: Any, blocks: Any) -> Any:
-        """Of the blocks that go up, how many are at a tile no later than one that goes down."""
-        up, _ = self._in_phase(work.phase)
+    def _first_up_before(self, work: Work, member: Any, tile: Any) -> Any:
+        """From which of the even blocks on all are at a tile no later than one that goes down."""
         each = _RATIO * (member + 1)
         # The time of block b is `since` - each * b.
         since = member * self.tiles + tile
-        first = _div(jnp.maximum(since - self.time(work, member, tile) + each - 1, 0), each)
-        return jnp.maximum(jnp.minimum(blocks, up + self.workers) - jnp.maximum(first, up), 0)
+        return _div(jnp.maximum(since - self.time(work, member, tile) + 2 * each - 1, 0), 2 * each)
 
 
 def _div(a: Any, b: Any) -> Any:

@@ -113,15 +113,14 @@ def _compute(context: FusedContext, work: Work, count: Any) -> None:
     scale = context.logits(work, 0, None).scale
     plgpu.barrier_wait(buffers.keys_ready)
 
-    def step(i: Any, carry: tuple) -> tuple:
-        tile, sums = carry
+    def step(carry: tuple, masked: Any) -> tuple:
+        i, tile, sums = carry
         n, member = count + i, context.member(work, i)
         slot = context.rows_ring.slot(n)
         logits = context.logits(work, member, scale)
         rows = logits.rows(tile * BLOCK_ROWS, late=True)
         terms = logits.tile_terms(rows, work.block * 2 + wg)
         # Hidden, descriptors of keys and values stay in no registers: see `dquery.py`.
-        masked = context.needs_mask(work, tile)
         key_tile = FusedTile(context, logits, rows, terms, work.block * 2 + wg, masked, n, slot, hide_from_compiler(wg))
         sums = lax.optimization_barrier(sums)
         context.rows_ring.wait_until_ready(slot)
@@ -129,10 +128,25 @@ def _compute(context: FusedContext, work: Work, count: Any) -> None:
         # Leaving `run_state` waits for all products.
         _, _, dkey, dvalue, _ = pl.run_state(key_tile.products)(tuple(map(plgpu.ACC.init, initial)))
         context.rows_ring.release(slot)
-        return order.following(work, tile), (dkey, dvalue)
+        return i + 1, order.following(work, tile), (dkey, dvalue)
 
-    sums = zeros(_KEYS, HEAD_DIM), zeros(_KEYS, HEAD_DIM)
-    _, (dkey, dvalue) = lax.fori_loop(0, work.tiles * order.group, step, (work.first, sums))
+    def steps(number: Any, carry: tuple, masked: Any) -> tuple:
+        return lax.fori_loop(0, number, lambda _, carry: step(carry, masked), carry)
+
+    carry = jnp.int32(0), work.first, (zeros(_KEYS, HEAD_DIM), zeros(_KEYS, HEAD_DIM))
+    if order.is_causal:
+        # Loops of their own for tiles at the diagonal, first ones going up and last ones going down: a branch in the
+        # pipeline takes registers that there are not.
+        edges, is_down = jnp.minimum(2, work.tiles), work.step < 0
+
+        def part(s: Any, carry: tuple) -> tuple:
+            carry = steps(jnp.where(is_down & (s == 0), 0, edges), carry, masked=True)
+            return steps(jnp.where(is_down & (s == order.group), 0, work.tiles - edges), carry, masked=False)
+
+        carry = lax.fori_loop(0, order.group + is_down.astype(jnp.int32), part, carry)
+    else:
+        carry = steps(work.tiles * order.group, carry, context.is_last_part(work))
+    *_, (dkey, dvalue) = carry
     plgpu.barrier_arrive(buffers.keys_done)
     plgpu.barrier_wait(buffers.keys_done)
     _write_keys(context, work, dkey * scale, dvalue)
@@ -225,4 +239,6 @@ class FusedTile:
             allowed = self.context.allowed(hide_from_compiler(self.rows.row), self.tile * _KEYS, p.shape)
             return jnp.where(allowed, p, 0.0)
 
-        return lax.cond(self.masked, edge, lambda p: p, p) if self.masked is not False else p
+        if isinstance(self.masked, bool):
+            return edge(p) if self.masked else p
+        return lax.cond(self.masked, edge, lambda p: p, p)

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from ..addition_order import BLOCK_ROWS, Work
+from ..addition_order import BLOCK_KEYS, Work
 from ..host.fused_plan import FusedBuffers, FusedGradients, FusedPlan
 from ..operands import BackwardOperands
 from ..pallas import iota, pl, plgpu, unravel
@@ -73,18 +73,16 @@ class FusedContext(BackwardContext):
     def logits(self, work: Work, member: Any, scale: Any) -> TileLogits:
         return TileLogits(self, self.head(work, member), row_in_block=self.wg, transposed=True, scale=scale)
 
-    def needs_mask(self, work: Work, tile: Any) -> Any:
-        """As `Intervals.is_query_edge`; and beyond the last key, as no weight may be infinite."""
-        block_keys, S = self.blocks.warpgroups * self.blocks.block_kv, self.sizes.S
-        # The head does not matter: there is a band alone.
-        is_edge = self.intervals.is_query_edge((), tile * BLOCK_ROWS, work.block, BLOCK_ROWS, block_keys)
-        return is_edge | (work.block == S // block_keys) if S % block_keys else is_edge
+    def is_last_part(self, work: Work) -> Any:
+        """Whether a block has keys beyond the last: they need a mask, as no weight may be infinite."""
+        S = self.sizes.S
+        return work.block == S // BLOCK_KEYS if S % BLOCK_KEYS else False
 
     def allowed(self, row: Any, key: Any, shape: tuple[int, int]) -> Any:
         """As `Intervals.allowed`, relative to the tile's first key: fewer numbers stay in registers."""
         upper, terms = self.config.band.upper, []
         if upper is not None:
             terms.append(iota(shape, 1) + (row - key + upper) >= iota(shape, 0))
-        if self.sizes.S % (self.blocks.warpgroups * self.blocks.block_kv):
+        if self.sizes.S % BLOCK_KEYS:
             terms.append(iota(shape, 0) < self.sizes.S - key)
         return functools.reduce(jnp.logical_and, terms)
