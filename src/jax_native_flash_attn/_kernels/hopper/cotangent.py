@@ -23,12 +23,14 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 _WITH_HEAD_DIM = ("query", "key", "value")
 
 
-def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores: int) -> dict[str, jax.Array]:
-    """See `select.cotangent`. `asked`: blocks in place of those that `plan` chooses."""
+def cotangent(
+    call: Call, given: LinearPass, asked: BackwardBlocks | None, cores: int, resident: int | None
+) -> dict[str, jax.Array]:
+    """See `select.cotangent`. `asked`: blocks in place of those that `plan` chooses; `resident`: as of that."""
     inputs, cotangents = pad_head_dims(call.inputs), given.operands
     wanted = {name: padded_type(x) if name in _WITH_HEAD_DIM else x for name, x in given.wanted.items()}
     backward = _backward(call.config, inputs, given.out, given.lse, cotangents)
-    order = (asked or plan(call.config, inputs, cores)).fused
+    order = (asked or plan(call.config, inputs, resident)).fused
     if order is not None and makes_all(backward, wanted):
         gradients = fused(backward, order)
         return {"query": gradients.query, "key": gradients.key, "value": gradients.value}
@@ -42,7 +44,7 @@ def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores
         dtype = inputs.query.dtype
         out_dtype = jnp.dtype(jnp.float32 if is_summed else wanted.get("query", inputs.query).dtype)
         with_scale = "scale" in wanted
-        blocks = asked or plan(call.config, inputs, cores, with_scale=with_scale, is_wide=out_dtype != dtype)
+        blocks = asked or plan(call.config, inputs, resident, with_scale=with_scale, is_wide=out_dtype != dtype)
         rows = dquery(backward, blocks.dquery, out_dtype, cores, with_scale=with_scale)
         results["query"] = rows.dquery
         if rows.moments is not None:
@@ -55,11 +57,11 @@ def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores
             results["scale"] = (dz_x - excess * mean).sum((-1, -2))
     for types in _passes(backward, wanted):
         needed = {"needs_key": types.key is not None, "needs_value": types.value is not None}
-        blocks = asked or plan(call.config, inputs, cores, **needed)
+        blocks = asked or plan(call.config, inputs, resident, **needed)
         gradients = dkey_dvalue(backward, blocks.dkey_dvalue, types, cores)
         results |= {"key": gradients.key} if gradients.key is not None else {}
         results |= {"value": gradients.value} if gradients.value is not None else {}
-    if "bias" in wanted and (tiles := (asked or plan(call.config, inputs, cores)).dbias) is not None:
+    if "bias" in wanted and (tiles := (asked or plan(call.config, inputs, resident)).dbias) is not None:
         results["bias"] = dbias(backward, tiles, wanted["bias"])
     results = {name: sum_to(results[name], like) for name, like in wanted.items()}
     return {
@@ -70,7 +72,7 @@ def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores
 def plan(
     config: Config,
     inputs: Inputs,
-    cores: int,
+    resident: int | None,
     *,
     with_scale: bool = False,
     is_wide: bool = False,
@@ -79,7 +81,8 @@ def plan(
 ) -> BackwardBlocks:
     """The block shapes of `cotangent`; of inputs the types suffice.
 
-    `with_scale`: for the gradient of scale, too. `is_wide`: for that of query in float32, of 16 bits. `needs_key`,
+    `resident`: of how many blocks of threads it is known that all will run at once, if it is, which the fused kernel
+    takes for granted. `with_scale`: for the gradient of scale, too. `is_wide`: for that of query in float32, of 16 bits. `needs_key`,
     `needs_value`: for those that are computed together; None: for that of value if it fits beside that of key.
     """
     inputs = jax.eval_shape(pad_head_dims, inputs)
@@ -94,7 +97,7 @@ def plan(
             z, tiled_bytes, needs_key=needs_key, needs_value=needs_value, is_even=even, itemsize=itemsize
         ),
         None if inputs.bias is None else dbias_blocks(z, tiled_bytes, has_key_mask=has_key_mask, itemsize=itemsize),
-        fused_order(config, inputs, cores),
+        None if resident is None else fused_order(config, inputs, resident),
     )
 
 

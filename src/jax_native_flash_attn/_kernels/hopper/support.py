@@ -56,7 +56,7 @@ class HopperKernels:
         from . import cotangent, tangent
 
         if which is Pass.COTANGENT:
-            return self.backward_blocks or cotangent.plan(call.config, call.inputs, _chip().cores)
+            return self.backward_blocks or cotangent.plan(call.config, call.inputs, _resident(target))
         if which is Pass.TANGENT:
             return self.tangent_blocks or tangent.plan(call.inputs)
         return self._forward_blocks(call)
@@ -74,7 +74,7 @@ class HopperKernels:
     def cotangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
         from . import cotangent
 
-        return cotangent.cotangent(call, given, self.backward_blocks, _chip().cores)
+        return cotangent.cotangent(call, given, self.backward_blocks, _chip().cores, _resident(target))
 
     def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
         from . import tangent
@@ -158,6 +158,12 @@ def _chip() -> Chip:
     found, cores = _compute_capabilities(), _core_counts()
     default = Chip()
     return Chip(min(found, default=default.capability), min(cores, default=default.cores))
+
+
+def _resident(target: Target) -> int | None:
+    """How many blocks of threads are sure to run at once where the program will run; None if that is not known."""
+    counts = _core_counts()
+    return None if target.is_exported or not counts else min(counts)
 
 
 @functools.cache

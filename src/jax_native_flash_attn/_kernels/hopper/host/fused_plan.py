@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ...._semantics.call import Config, Inputs
-from ...._semantics.masks import Band, MaskOperands
+from ...._semantics.masks import Band
 from ..addition_order import BLOCK_KEYS, BLOCK_ROWS, AdditionOrder
 from ..blocks import Blocks
 from ..operands import BackwardOperands, TermBuffers
@@ -21,7 +21,10 @@ BLOCKS = Blocks(BLOCK_ROWS, BLOCK_KEYS // 2, 2, 2, persistent=True)
 HEAD_DIM = 128
 HALF = HEAD_DIM // 2  # columns of the gradient of query that one warpgroup makes
 _LEAST_VISITS = 64  # query tiles of a block of keys, of all heads of its group
-_CAUSAL = Band(upper=0, is_complete=True), Band(upper=0)
+_FULL = Band(), Band(is_complete=True)
+_CAUSAL = Band(upper=0), Band(upper=0, is_complete=True)
+_ROW_BYTES = 8 * HEAD_DIM  # of query and dout in 16 bits, and of the gradient in float32
+_MOST_BYTES = 100 << 20  # 67 MiB of 4 heads of a group took .95 of two kernels' time, 134 of 8 took 1.04 (H200)
 _JAX = (0, 11, 2)  # before, descriptors stay in registers, and these do not suffice: `hide_from_compiler`
 
 
@@ -126,29 +129,41 @@ class FusedPlan(KernelPlan):
 
 
 def fused_order(config: Config, inputs: Inputs, cores: int) -> AdditionOrder | None:
-    """How the kernel goes through a call, for so many multiprocessors; None where it does not, or would idle."""
+    """How the kernel goes through a call, for so many multiprocessors; None where it does not, or takes longer."""
+    if not _takes(config, inputs):
+        return None
+    z, is_causal = inputs.sizes, config.band in _CAUSAL
+    blocks, tiles = -(-z.S // BLOCK_KEYS), -(-z.T // BLOCK_ROWS)
+    order = AdditionOrder.make(math.prod(z.batch) * z.K, blocks, tiles, z.G, cores, is_causal=is_causal)
+    if order is None or tiles * z.G < _LEAST_VISITS:
+        return None
+    # What heads that run at once read and add to is read again by each block. Without a mask, all are at one head of
+    # a group at a time.
+    heads = -(-order.workers // blocks) * (z.G if is_causal else 1)
+    return order if heads * z.T * _ROW_BYTES <= _MOST_BYTES else None
+
+
+def _takes(config: Config, inputs: Inputs) -> bool:
+    """Whether the kernel can make the gradients of a call."""
     z, is_causal = inputs.sizes, config.band in _CAUSAL
     is_plain = (
         inputs.bias is None
-        and all(x is None for x in MaskOperands(*inputs.mask))
+        and all(x is None for x in inputs.mask)
         and config.dropout is None
         and config.logits_soft_cap is None
         and config.score_mod is None
         and config.mask_mod is None
-        and (is_causal or config.band in (Band(), Band(is_complete=True)))
+        and (is_causal or config.band in _FULL)
         and config.has_all_keys
         and config.ring is None
     )
     has_own_rows = all(x.shape[:-3] == z.batch for x in (inputs.query, inputs.key, inputs.value))
-    is_known = all(isinstance(n, int) for n in (*z.batch, z.T, z.S))
-    if not (is_plain and has_own_rows and is_known and z.H == z.D == HEAD_DIM and jax.__version_info__ >= _JAX):
-        return None
-    if inputs.query.dtype == jnp.float32 or (is_causal and z.T != z.S):
-        return None
-    blocks, tiles = -(-z.S // BLOCK_KEYS), -(-z.T // BLOCK_ROWS)
-    if min(math.prod(z.batch), z.S, z.T) == 0 or tiles * z.G < _LEAST_VISITS:
-        return None
-    return AdditionOrder.make(math.prod(z.batch) * z.K, blocks, tiles, z.G, cores, is_causal=is_causal)
+    if not (is_plain and has_own_rows and z.H == z.D == HEAD_DIM and jax.__version_info__ >= _JAX):
+        return False
+    is_16_bit = inputs.query.dtype != jnp.float32
+    # TMA stores whole tiles of 8 rows, and a symbolic batch has no number of blocks.
+    are_known = all(isinstance(n, int) and n > 0 for n in z.batch) and z.T % 8 == z.S % 8 == 0 < min(z.T, z.S)
+    return is_16_bit and are_known and (z.T == z.S or not is_causal)
 
 
 def makes_all(call: Backward, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> bool:
