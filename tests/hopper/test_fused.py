@@ -86,6 +86,7 @@ _LONG = (2, 4096, 4096, 16, 1)
         ((1, 8192, 8192, 8, 8), {"is_causal": True}, False),  # more than the cache holds
         ((1, 8192, 8192, 8, 8), {}, True),
         ((2, 1024, 1024, 66, 1), {}, False),  # short
+        ((8, 2048, 2048, 16, 1), {}, True),
         ((2, 4100, 4100, 16, 1), {}, False),
         (_LONG, {"local_window_size": (1024, 0)}, False),
         (_LONG, {"logits_soft_cap": 30.0}, False),
@@ -106,18 +107,29 @@ def test_which_calls_take_it(monkeypatch: pytest.MonkeyPatch, shape: Any, option
     assert wide.gradient.plan is None or wide.gradient.plan.fused is None
 
 
-def test_programs_for_other_gpus_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All blocks of threads have to run at once: so how many can must be known."""
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_programs_for_other_gpus(monkeypatch: pytest.MonkeyPatch, is_causal: bool) -> None:
+    """Without a mask all blocks of threads have to run at once: so it must be known that they can."""
     types = _types(_LONG, jnp.bfloat16)
     pretend_gpu(monkeypatch, "9.0")
-    gradients = jax.jit(_gradients)
-    assert _kernels_of(gradients.trace(*types).lower(lowering_platforms=("cuda",)).as_text()) == 3
+
+    def kernels(devices: int = 1) -> int:
+        jax.clear_caches()
+        gradients = functools.partial(_gradients, is_causal=is_causal)
+        if devices > 1:
+            mesh = jax.make_mesh((devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+            spec = jax.sharding.PartitionSpec("x")
+            gradients = jax.shard_map(gradients, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        return _kernels_of(jax.jit(gradients).trace(*types).lower(lowering_platforms=("cuda",)).as_text())
+
+    assert kernels() == (2 if is_causal else 3)
     monkeypatch.setattr(support, "_core_counts", lambda: frozenset({132}))
+    assert kernels() == 2
+    assert kernels(devices=2) == (2 if is_causal else 3)
     jax.clear_caches()
-    assert _kernels_of(gradients.trace(*types).lower(lowering_platforms=("cuda",)).as_text()) == 2
-    jax.clear_caches()
+    gradients = jax.jit(functools.partial(_gradients, is_causal=is_causal))
     exported = jax.export.export(gradients, platforms=["cuda"], disabled_checks=_UNCHECKED)(*types)
-    assert _kernels_of(exported.mlir_module()) == 3
+    assert _kernels_of(exported.mlir_module()) == (2 if is_causal else 3)
 
 
 _UNCHECKED = [jax.export.DisabledSafetyCheck.custom_call(x) for x in ("mosaic_gpu", "mosaic_gpu_v2")]

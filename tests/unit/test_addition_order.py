@@ -54,6 +54,13 @@ def test_additions(is_causal, case):
         assert sorted(r for r, _ in found) == list(range(len(blocks)))
         assert sorted(b for _, b in found) == blocks
 
+    if not order.needs_all_at_once:
+        turns = collections.defaultdict(dict)
+        for worker, each in enumerate(sequences):
+            for *tile, _, rank in each:
+                turns[tuple(tile)][rank] = worker
+        assert all(list(np.diff([x[r] for r in sorted(x)]) > 0) == [True] * (len(x) - 1) for x in turns.values())
+
     # One addition of each worker in a step, if it is its turn at the beginning of the step.
     done, places, steps = collections.Counter(), [0] * order.workers, 0
     while any(place < len(each) for place, each in zip(places, sequences, strict=True)):

@@ -1,8 +1,8 @@
 """Who computes which blocks of keys when, and in which order they add to the gradient of query: the fused backward.
 
 Blocks of keys that run at once each add to the gradient of all query tiles. Sums that are the same in every run need an
-order of these additions, and a block that waits for its turn idles. So the blocks are made to *come* in order, by shifts
-as those of Qiang et al. (2026, arXiv:2601.21824). Time is counted in steps, one query tile each:
+order of these additions, and a block that waits for its turn idles. So the blocks are made to *come* in order, by
+shifts as those of Qiang et al. (2026, arXiv:2601.21824). Time is counted in steps, one query tile each:
 
 - Without a mask, the m blocks of a head that run at once begin m-ths of the tiles apart, and go round. A block then
   comes to a tile at least a step behind the block before it.
@@ -12,7 +12,8 @@ as those of Qiang et al. (2026, arXiv:2601.21824). Time is counted in steps, one
   is two steps behind block b - 1. Where a head has more blocks than run at once, even ones go up and odd ones down.
 
 The order of additions to a tile is that of these times. A worker comes to its tiles at rising times, so nobody waits
-for a later one: there is no deadlock, if all workers run at once.
+for a later one: there is no deadlock, if all workers run at once. With a causal mask and no more blocks in a head than
+workers, each waits for workers of lower numbers alone, which a GPU starts first: then they need not.
 """
 
 from dataclasses import dataclass
@@ -87,6 +88,11 @@ class AdditionOrder:
         return -(-self.heads * self.blocks // self.workers)
 
     @property
+    def needs_all_at_once(self) -> bool:
+        """Whether a worker may wait for one of a higher number."""
+        return not self.is_causal or self._phases > 0
+
+    @property
     def _phases(self) -> int:
         """Pairs of rounds that a head takes, if it takes whole ones."""
         return self.blocks // (2 * self.workers)
@@ -110,7 +116,7 @@ class AdditionOrder:
             place = 2 * (phase * self.workers + worker)  # even blocks go up, odd ones down
         else:
             head, phase = _div(n, self.blocks), k
-            place = n - head * self.blocks
+            place = self.blocks - 1 - (n - head * self.blocks)
         block = jnp.where(is_down, self.blocks - 1 - place, place)
         first = jnp.where(is_down, self.tiles - 1, _RATIO * block)
         return Work(head, block, first, jnp.where(is_down, -1, 1), self.tiles - _RATIO * block, phase)

@@ -236,7 +236,7 @@ class FusedTile:
         p = softmax_weights(self.logits, s, self.terms, self.rows, self.tile, lse, masked=False).p
 
         def edge(p: jax.Array) -> jax.Array:
-            allowed = self.context.allowed(hide_from_compiler(self.rows.row), self.tile * _KEYS, p.shape)
+            allowed = self.context.allowed(hide_from_compiler(self.rows.row), self.tile * _KEYS)
             return jnp.where(allowed, p, 0.0)
 
         if isinstance(self.masked, bool):

@@ -78,8 +78,9 @@ class FusedContext(BackwardContext):
         S = self.sizes.S
         return work.block == S // BLOCK_KEYS if S % BLOCK_KEYS else False
 
-    def allowed(self, row: Any, key: Any, shape: tuple[int, int]) -> Any:
+    def allowed(self, row: Any, key: Any) -> Any:
         """As `Intervals.allowed`, relative to the tile's first key: fewer numbers stay in registers."""
+        shape = self.blocks.block_kv, self.blocks.block_q
         upper, terms = self.config.band.upper, []
         if upper is not None:
             terms.append(iota(shape, 1) + (row - key + upper) >= iota(shape, 0))

@@ -20,7 +20,7 @@ from .plan import KernelPlan
 BLOCKS = Blocks(BLOCK_ROWS, BLOCK_KEYS // 2, 2, 2, persistent=True)
 HEAD_DIM = 128
 HALF = HEAD_DIM // 2  # columns of the gradient of query that one warpgroup makes
-_LEAST_VISITS = 64  # query tiles of a block of keys, of all heads of its group
+_LEAST_VISITS = 32  # query tiles of a block of keys, of all heads of its group; fewer were not measured
 _FULL = Band(), Band(is_complete=True)
 _CAUSAL = Band(upper=0), Band(upper=0, is_complete=True)
 _ROW_BYTES = 8 * HEAD_DIM  # of query and dout in 16 bits, and of the gradient in float32
@@ -128,14 +128,17 @@ class FusedPlan(KernelPlan):
         return TermBuffers()
 
 
-def fused_order(config: Config, inputs: Inputs, cores: int) -> AdditionOrder | None:
-    """How the kernel goes through a call, for so many multiprocessors; None where it does not, or takes longer."""
+def fused_order(config: Config, inputs: Inputs, cores: int, *, at_once: bool) -> AdditionOrder | None:
+    """How the kernel goes through a call, for so many multiprocessors; None where it does not, or takes longer.
+
+    `at_once`: as of `cotangent.plan`.
+    """
     if not _takes(config, inputs):
         return None
     z, is_causal = inputs.sizes, config.band in _CAUSAL
     blocks, tiles = -(-z.S // BLOCK_KEYS), -(-z.T // BLOCK_ROWS)
     order = AdditionOrder.make(math.prod(z.batch) * z.K, blocks, tiles, z.G, cores, is_causal=is_causal)
-    if order is None or tiles * z.G < _LEAST_VISITS:
+    if order is None or tiles * z.G < _LEAST_VISITS or (order.needs_all_at_once and not at_once):
         return None
     # What heads that run at once read and add to is read again by each block. Without a mask, all are at one head of
     # a group at a time.
