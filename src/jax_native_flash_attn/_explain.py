@@ -50,7 +50,8 @@ def explain(
       *args, **kwargs: as of `flash_attention`; arrays, or `jax.ShapeDtypeStruct`s in place of arrays that a program
         gets. (An array is a constant of the program, as a mask may be.) No attention is computed.
       platform: 'cpu', 'cuda', 'rocm' or 'tpu'; by default the one that JAX runs on here. 'cuda' means a GPU like those
-        here, for a program of one device. Where there is none, a program for it takes pure JAX, unless kernels for GPUs are asked for by name.
+        here, and one device. Where there is none, a program for it takes pure JAX, unless kernels for GPUs are asked
+        for by name.
       compiles: also compile the call and its derivatives, for this process' device, and give the temporary bytes.
       devices: over how many devices a sequence is split; the arrays are then those of one of them, as inside
         `jax.shard_map`.

@@ -13,7 +13,7 @@ As in `dkey_dvalue.py`, blocks of threads go through blocks of keys, and tiles a
 Two compute warpgroups have 64 keys each. dQ sums over both: they exchange dS through shared memory, and each makes half
 of the columns. So they keep step, once for each tile.
 
-The compiler's own barriers around shared memory would take 5% of the time, and are off: each thread meets the others of
+The compiler's own barriers around shared memory would take 4% of the time, and are off: each thread meets the others of
 its warpgroup in `commit_smem`, and those of other warpgroups in barriers at which every thread arrives.
 """
 
