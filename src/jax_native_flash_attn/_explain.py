@@ -49,8 +49,9 @@ def explain(
     Args:
       *args, **kwargs: as of `flash_attention`; arrays, or `jax.ShapeDtypeStruct`s in place of arrays that a program
         gets. (An array is a constant of the program, as a mask may be.) No attention is computed.
-      platform: 'cpu', 'cuda', 'rocm' or 'tpu'; by default the one that JAX runs on here. 'cuda' means GPUs like those
-        here. Where there is none, a program for it takes pure JAX, unless kernels for GPUs are asked for by name.
+      platform: 'cpu', 'cuda', 'rocm' or 'tpu'; by default the one that JAX runs on here. 'cuda' means a GPU like those
+        here, and one device. Where there is none, a program for it takes pure JAX, unless kernels for GPUs are asked
+        for by name.
       compiles: also compile the call and its derivatives, for this process' device, and give the temporary bytes.
       devices: over how many devices a sequence is split; the arrays are then those of one of them, as inside
         `jax.shard_map`.
@@ -98,7 +99,7 @@ def explain(
     call = next(_calls_of(program.jaxpr), None)
     if call is None:
         raise ValueError("explain needs a batch, queries, keys and heads: an axis has size 0, so that no kernel runs")
-    target = Target(platform if platform in ("cpu", "cuda", "tpu") else "accelerator")
+    target = Target(platform if platform in ("cpu", "cuda", "tpu") else "accelerator", has_several=devices > 1)
     # Derivatives need the log-sum-exp, and out unrounded.
     derivative = call._replace(config=replace(call.config, needs_lse=True, rounds_out=False))
     passes = (call, Pass.FORWARD), (derivative, Pass.COTANGENT), (derivative, Pass.TANGENT)

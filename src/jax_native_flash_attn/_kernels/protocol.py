@@ -30,6 +30,7 @@ class Target(NamedTuple):
         not taken then; and in reverse, through all of several derivatives, loops need static trip counts.
       has_rounded_out: whether the residual `out` was made of rounded weights; what is differentiated makes it anew.
       is_exported: whether the program is for `jax.export`.
+      has_several: whether the program is for several devices, which may exchange data beside a kernel.
     """
 
     platform: str
@@ -38,6 +39,7 @@ class Target(NamedTuple):
     differentiated: Literal["forward", "reverse"] | None = None
     has_rounded_out: bool = False
     is_exported: bool = False
+    has_several: bool = False
 
     @property
     def is_reversed(self) -> bool:

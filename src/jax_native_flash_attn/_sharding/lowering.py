@@ -57,13 +57,14 @@ def lowering_rule(
         kinds = set(ctx.avals_in[0].sharding.mesh.axis_types)
         # A program for several platforms holds one kernel for each, and Mosaic GPU's can only be lowered alone.
         is_only = len(module.platforms) == 1
+        has_several = getattr(module.axis_context, "num_devices", 1) > 1 or AxisType.Manual in kinds
         target = Target(
             platform if is_only or platform == "cpu" else "accelerator",
             # An exported program may not hold what fixes a layout.
             fixes_layouts=platform == "cuda" and is_only and not module.lowering_parameters.for_export,
             is_exported=module.lowering_parameters.for_export,
+            has_several=has_several,
         )
-        has_several = getattr(module.axis_context, "num_devices", 1) > 1 or AxisType.Manual in kinds
         is_split = has_several and (not kinds or AxisType.Auto in kinds)
         # `custom_partitioning` cannot name the mesh axes that are left where some are of another kind.
         # Nor is there any in the compiler for TPUs.

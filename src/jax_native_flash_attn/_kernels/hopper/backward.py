@@ -6,15 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .addition_order import AdditionOrder
 from .blocks import Blocks
 from .device import dbias as dbias_kernel
 from .device import dkey_dvalue as dkey_dvalue_kernel
 from .device import dquery as dquery_kernel
+from .device import fused as fused_kernel
 from .device import turn as turn_kernel
 from .host.backward import Backward
 from .host.dbias_plan import DBiasPlan
 from .host.dkey_dvalue_plan import KeyGradients, KeyPlan
 from .host.dquery_plan import DQueryOuts, DQueryPlan, Moments
+from .host.fused_plan import BLOCKS, FusedGradients, FusedPlan
 from .host.tf32 import BackwardProducts, Products, rounded
 from .host.turn_plan import TurnOuts, TurnPlan
 from .operands import TransposedOperands
@@ -85,6 +88,23 @@ def dkey_dvalue(call: Backward, blocks: Blocks, wanted: KeyGradients, cores: int
         warpgroups=blocks.warpgroups + 1,
     )
     return jax.tree.map(lambda x: x[..., : call.sizes.S, :, :], results)
+
+
+def fused(call: Backward, order: AdditionOrder) -> FusedGradients:
+    """The gradients of query, key and value, (batch..., rows, heads, H), in their dtypes."""
+    z, dtype = call.sizes, call.inputs.query.dtype
+    plan = FusedPlan(call.config, z, dtype, BLOCKS, order)
+    results: FusedGradients = launch(
+        functools.partial(fused_kernel.kernel, plan),
+        plan.operands(call),
+        out_types=plan.out_types(),
+        scratch=plan.buffers(),
+        grid=plan.grid,
+        warpgroups=BLOCKS.warpgroups + 1,
+        has_barriers=False,
+    )
+    query = (results.query[..., : z.T, :, :] * call.inputs.scale[..., None, None, None]).astype(dtype)
+    return FusedGradients(query, results.key[..., : z.S, :, :], results.value[..., : z.S, :, :])
 
 
 def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.Array:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..._semantics.sizes import Sizes, static_size
+from .addition_order import AdditionOrder
 
 SHARED_MEMORY = 227 * 1024  # bytes that one block may use on Hopper
 RESERVED = 3 * 1024  # for barriers, the compiler and, in the backward, vectors
@@ -53,11 +54,15 @@ class Blocks:
 
 
 class BackwardBlocks(NamedTuple):
-    """Of the kernels for the gradients of query, of key and value, and of a bias, if there is one."""
+    """Of the kernels for the gradients of query, of key and value, and of a bias, if there is one.
+
+    `fused`: how one kernel makes the first three, where all are wanted; None where it does not.
+    """
 
     dquery: Blocks
     dkey_dvalue: Blocks
     dbias: Blocks | None
+    fused: AdditionOrder | None = None
 
 
 _FEW_ROWS, _PLAIN, _UNMASKED = "few rows", "plain", "plain, with no mask but lengths or bits"

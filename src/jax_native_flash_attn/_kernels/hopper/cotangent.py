@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from ..._semantics.call import Call, Config, Inputs, sum_to
 from ..protocol import LinearPass
-from .backward import dbias, dkey_dvalue, dquery, products
+from .backward import dbias, dkey_dvalue, dquery, fused, products
 from .backward_blocks import dbias_blocks, dkey_dvalue_blocks, dquery_blocks, fits_both_key_gradients
 from .blocks import BackwardBlocks
 from .host.backward import Backward
 from .host.dkey_dvalue_plan import KeyGradients
+from .host.fused_plan import fused_order, makes_all
 from .host.head_dims import pad_head_dim, pad_head_dims, padded_type
 from .host.operands import kind_of, term_bytes
 from .operands import TermKind
@@ -22,11 +23,17 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 _WITH_HEAD_DIM = ("query", "key", "value")
 
 
-def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores: int) -> dict[str, jax.Array]:
-    """See `select.cotangent`. `asked`: blocks in place of those that `plan` chooses."""
+def cotangent(
+    call: Call, given: LinearPass, asked: BackwardBlocks | None, cores: int, *, at_once: bool
+) -> dict[str, jax.Array]:
+    """See `select.cotangent`. `asked`: blocks in place of those that `plan` chooses; `at_once`: as of that."""
     inputs, cotangents = pad_head_dims(call.inputs), given.operands
     wanted = {name: padded_type(x) if name in _WITH_HEAD_DIM else x for name, x in given.wanted.items()}
     backward = _backward(call.config, inputs, given.out, given.lse, cotangents)
+    order = (asked or plan(call.config, inputs, cores, at_once=at_once)).fused
+    if order is not None and makes_all(backward, wanted):
+        gradients = fused(backward, order)
+        return {"query": gradients.query, "key": gradients.key, "value": gradients.value}
     needs_dquery = "query" in wanted or "scale" in wanted  # one kernel
     if inputs.query.dtype == jnp.float32:
         turned = products(backward, dquery=needs_dquery, dkey="key" in wanted, dvalue="value" in wanted)
@@ -37,7 +44,9 @@ def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores
         dtype = inputs.query.dtype
         out_dtype = jnp.dtype(jnp.float32 if is_summed else wanted.get("query", inputs.query).dtype)
         with_scale = "scale" in wanted
-        blocks = asked or plan(inputs, with_scale=with_scale, is_wide=out_dtype != dtype)
+        blocks = asked or plan(
+            call.config, inputs, cores, at_once=at_once, with_scale=with_scale, is_wide=out_dtype != dtype
+        )
         rows = dquery(backward, blocks.dquery, out_dtype, cores, with_scale=with_scale)
         results["query"] = rows.dquery
         if rows.moments is not None:
@@ -49,11 +58,12 @@ def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores
                 excess = excess - jnp.exp(inputs.sinks[..., None] - backward.lse) * backward.delta
             results["scale"] = (dz_x - excess * mean).sum((-1, -2))
     for types in _passes(backward, wanted):
-        blocks = asked or plan(inputs, needs_key=types.key is not None, needs_value=types.value is not None)
+        needed = {"needs_key": types.key is not None, "needs_value": types.value is not None}
+        blocks = asked or plan(call.config, inputs, cores, at_once=at_once, **needed)
         gradients = dkey_dvalue(backward, blocks.dkey_dvalue, types, cores)
         results |= {"key": gradients.key} if gradients.key is not None else {}
         results |= {"value": gradients.value} if gradients.value is not None else {}
-    if "bias" in wanted and (tiles := (asked or plan(inputs)).dbias) is not None:
+    if "bias" in wanted and (tiles := (asked or plan(call.config, inputs, cores, at_once=at_once)).dbias) is not None:
         results["bias"] = dbias(backward, tiles, wanted["bias"])
     results = {name: sum_to(results[name], like) for name, like in wanted.items()}
     return {
@@ -62,8 +72,11 @@ def cotangent(call: Call, given: LinearPass, asked: BackwardBlocks | None, cores
 
 
 def plan(
+    config: Config,
     inputs: Inputs,
+    cores: int,
     *,
+    at_once: bool,
     with_scale: bool = False,
     is_wide: bool = False,
     needs_key: bool = True,
@@ -71,8 +84,9 @@ def plan(
 ) -> BackwardBlocks:
     """The block shapes of `cotangent`; of inputs the types suffice.
 
-    `with_scale`: for the gradient of scale, too. `is_wide`: for that of query in float32, of 16 bits. `needs_key`,
-    `needs_value`: for those that are computed together; None: for that of value if it fits beside that of key.
+    `at_once`: whether so many blocks of threads as there are multiprocessors are sure to run at once. `with_scale`: for
+    the gradient of scale, too. `is_wide`: for that of query in float32, of 16 bits. `needs_key`, `needs_value`: for
+    those that are computed together; None: for that of value if it fits beside that of key.
     """
     inputs = jax.eval_shape(pad_head_dims, inputs)
     z, tiled_bytes, even, itemsize = inputs.sizes, term_bytes(inputs), is_even(inputs), inputs.query.dtype.itemsize
@@ -86,6 +100,7 @@ def plan(
             z, tiled_bytes, needs_key=needs_key, needs_value=needs_value, is_even=even, itemsize=itemsize
         ),
         None if inputs.bias is None else dbias_blocks(z, tiled_bytes, has_key_mask=has_key_mask, itemsize=itemsize),
+        fused_order(config, inputs, cores, at_once=at_once),
     )
 
 

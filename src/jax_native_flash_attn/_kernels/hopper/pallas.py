@@ -31,10 +31,12 @@ def launch(
     scratch: Any,
     grid: dict[str, int],
     warpgroups: int,
+    has_barriers: bool = True,
 ) -> Any:
     """Results of a Pallas kernel over a grid of blocks of `warpgroups` threads named "wg", in the tree of `out_types`.
 
-    `body(inputs, outs, scratch)` gets references, in the trees of the arguments of the same name.
+    `body(inputs, outs, scratch)` gets references, in the trees of the arguments of the same name. With `has_barriers`
+    all threads of a warpgroup meet around each access to shared memory; without, only where `body` says so.
     """
     operands, input_tree = jax.tree.flatten(inputs)
     types, out_tree = jax.tree.flatten(out_types)
@@ -59,7 +61,11 @@ def launch(
         grid_names=tuple(grid),
         num_threads=warpgroups,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            unsafe_no_auto_barriers=not has_barriers,
+        ),
     )(*operands)
     return jax.tree.unflatten(out_tree, results)
 

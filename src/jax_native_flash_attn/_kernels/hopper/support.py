@@ -56,7 +56,9 @@ class HopperKernels:
         from . import cotangent, tangent
 
         if which is Pass.COTANGENT:
-            return self.backward_blocks or cotangent.plan(call.inputs)
+            return self.backward_blocks or cotangent.plan(
+                call.config, call.inputs, _chip().cores, at_once=_runs_at_once(target)
+            )
         if which is Pass.TANGENT:
             return self.tangent_blocks or tangent.plan(call.inputs)
         return self._forward_blocks(call)
@@ -74,7 +76,8 @@ class HopperKernels:
     def cotangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
         from . import cotangent
 
-        return cotangent.cotangent(call, given, self.backward_blocks, _chip().cores)
+        at_once = _runs_at_once(target)
+        return cotangent.cotangent(call, given, self.backward_blocks, _chip().cores, at_once=at_once)
 
     def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
         from . import tangent
@@ -158,6 +161,14 @@ def _chip() -> Chip:
     found, cores = _compute_capabilities(), _core_counts()
     default = Chip()
     return Chip(min(found, default=default.capability), min(cores, default=default.cores))
+
+
+def _runs_at_once(target: Target) -> bool:
+    """Whether one block of threads for each of the chip's multiprocessors is sure to run, all at once.
+
+    Beside the transfers between several devices, which hold multiprocessors while they wait, it is not.
+    """
+    return bool(_core_counts()) and not target.is_exported and not target.has_several
 
 
 @functools.cache

@@ -1,0 +1,192 @@
+"""Who computes which blocks of keys when, and in which order they add to the gradient of query: the fused backward.
+
+Blocks of keys that run at once each add to the gradient of all query tiles. Sums that are the same in every run need an
+order of these additions, and a block that waits for its turn idles. So the blocks are made to *come* in order, by
+shifts as those of Qiang et al. (2026, arXiv:2601.21824). Time is counted in steps, one query tile each:
+
+- Without a mask, the m blocks of a head that run at once begin m-ths of the tiles apart, and go round. A block then
+  comes to a tile at least a step behind the block before it.
+- With a causal mask, block b meets the tiles from 2 b on. A worker takes a long block *up*, from the first tile to the
+  last, then a short one *down*, from the last tile to the first, so that both together are as long for every worker.
+  Going up, block b is at tile q at time q - 2 b: two steps behind block b + 1. Going down, all end at once, and block b
+  is two steps behind block b - 1. Where a head has more blocks than run at once, even ones go up and odd ones down.
+
+The order of additions to a tile is that of these times. A worker comes to its tiles at rising times, so nobody waits
+for a later one: there is no deadlock, if all workers run at once. With a causal mask and no more blocks in a head than
+workers, each waits for workers of lower numbers alone, which a GPU starts first: then they need not.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+BLOCK_KEYS, BLOCK_ROWS = 128, 64
+_RATIO = BLOCK_KEYS // BLOCK_ROWS  # tiles of rows across a block of keys
+_LEAST_BUSY = 0.9  # of the workers, over the whole call
+
+
+class Work(NamedTuple):
+    """One block of keys of one worker.
+
+    Attributes:
+      head: of keys, over all batch rows.
+      block: of keys.
+      first: the query tile that it begins with; it goes round, if there is no mask.
+      step: 1 up, -1 down.
+      tiles: how many it visits of one query head.
+      phase: in which the head's other blocks run, of `AdditionOrder.rank`.
+    """
+
+    head: Any
+    block: Any
+    first: Any
+    step: Any
+    tiles: Any
+    phase: Any
+
+
+@dataclass(frozen=True)
+class AdditionOrder:
+    """For `heads` of keys, each with `blocks` of keys, and `tiles` of rows in each of its `group` query heads.
+
+    `workers` are multiprocessors that all run at once.
+    """
+
+    heads: int
+    blocks: int
+    tiles: int
+    group: int
+    is_causal: bool
+    workers: int
+
+    @classmethod
+    def make(
+        cls, heads: int, blocks: int, tiles: int, group: int, cores: int, *, is_causal: bool
+    ) -> "AdditionOrder | None":
+        """For so many multiprocessors; None where too many of them would idle."""
+        workers = min(cores, heads * blocks)
+        if is_causal:
+            if blocks <= cores:
+                workers = blocks * min(cores // blocks, heads)
+            else:  # a head takes several rounds, in pairs
+                workers = next((w for w in range(cores, 0, -1) if blocks % (2 * w) == 0), 0)
+        if workers == 0:
+            return None
+        order = cls(heads, blocks, tiles, group, is_causal, workers)
+        length = sum(tiles - _RATIO * b for b in range(blocks)) / blocks if is_causal else tiles
+        # Of a causal mask, two rounds take as long as the shortest and the longest block.
+        round_length = tiles - (blocks - 1) * _RATIO / 2 if is_causal else tiles
+        rounds = order.rounds + (order.rounds % 2 if is_causal else 0)
+        busy = heads * blocks * length / (cores * rounds * round_length)
+        return order if busy >= _LEAST_BUSY else None
+
+    @property
+    def rounds(self) -> int:
+        """The most blocks that a worker takes."""
+        return -(-self.heads * self.blocks // self.workers)
+
+    @property
+    def needs_all_at_once(self) -> bool:
+        """Whether a worker may wait for one of a higher number."""
+        return not self.is_causal or self._phases > 0
+
+    @property
+    def _phases(self) -> int:
+        """Pairs of rounds that a head takes, if it takes whole ones."""
+        return self.blocks // (2 * self.workers)
+
+    def rounds_of(self, worker: Any) -> Any:
+        full, rest = divmod(self.heads * self.blocks, self.workers)
+        return full + (worker < rest).astype(jnp.int32)
+
+    def work(self, k: Any, worker: Any) -> Work:
+        """The k-th block of a worker."""
+        n = k * self.workers + worker
+        if not self.is_causal:
+            head = _div(n, self.blocks)
+            block = n - head * self.blocks
+            start, count = self._running(head, k)
+            first = lax.div((block - start) * self.tiles, count)
+            return Work(head, block, first, jnp.int32(1), jnp.int32(self.tiles), k)
+        is_down = lax.rem(k, jnp.int32(2)) == 1
+        if self._phases:
+            head, phase = _div(k, 2 * self._phases), lax.rem(_div(k, 2), jnp.int32(self._phases))
+            place = 2 * (phase * self.workers + worker)  # even blocks go up, odd ones down
+        else:
+            head, phase = _div(n, self.blocks), k
+            place = self.blocks - 1 - (n - head * self.blocks)
+        block = jnp.where(is_down, self.blocks - 1 - place, place)
+        first = jnp.where(is_down, self.tiles - 1, _RATIO * block)
+        return Work(head, block, first, jnp.where(is_down, -1, 1), self.tiles - _RATIO * block, phase)
+
+    def following(self, work: Work, tile: Any) -> Any:
+        """The query tile behind another; behind the last one of a query head, the first one of the next."""
+        if not self.is_causal:
+            return jnp.where(tile + 1 >= self.tiles, 0, tile + 1)
+        is_last = tile == jnp.where(work.step > 0, self.tiles - 1, _RATIO * work.block)
+        return jnp.where(is_last, work.first, tile + work.step)
+
+    def rank(self, work: Work, member: Any, tile: Any) -> Any:
+        """How many blocks add to a tile of query head `member` of the group before this one does."""
+        if not self.is_causal:
+            start, count = self._running(work.head, work.phase)
+            last = lax.div((tile + 1) * count - 1, jnp.int32(self.tiles)) - (work.block - start)
+            return start + jnp.where(last < 0, last + count, last)
+        blocks = jnp.minimum(_div(tile, _RATIO) + 1, self.blocks)  # that add to the tile
+        if not self._phases:
+            return jnp.where(work.step > 0, blocks - 1 - work.block, work.block)
+        # Of the even blocks, which go up, and the odd ones, numbers of those that add, and of those of this phase.
+        ups, downs, (up, down) = _div(blocks + 1, 2), _div(blocks, 2), self._in_phase(work.phase)
+        before = jnp.minimum(ups, up) + jnp.maximum(downs - (down + self.workers), 0)
+        ups, downs, number = (
+            jnp.minimum(ups, up + self.workers),
+            jnp.minimum(downs, down + self.workers),
+            _div(work.block, 2),
+        )
+        rank = jnp.where(
+            work.step > 0,
+            ups - 1 - number + jnp.maximum(self._down_before(work, member, tile, downs) - down, 0),
+            number - down + jnp.maximum(ups - jnp.maximum(self._first_up_before(work, member, tile), up), 0),
+        )
+        return before + rank
+
+    def time(self, work: Work, member: Any, tile: Any) -> Any:
+        """Steps since a phase began. Of a causal mask."""
+        length = self.tiles - _RATIO * work.block
+        up = member * length + tile - _RATIO * work.block
+        return jnp.where(work.step > 0, up, self._end - (self.group - member) * length + self.tiles - 1 - tile)
+
+    @property
+    def _end(self) -> int:
+        return self.group * (2 * self.tiles - _RATIO * (self.blocks - 1))
+
+    def _running(self, head: Any, k: Any) -> tuple[Any, Any]:
+        """The first of the blocks of a head that run in round k, and how many do."""
+        before = k * self.workers - head * self.blocks
+        start = jnp.maximum(before, 0)
+        return start, jnp.minimum(before + self.workers, self.blocks) - start
+
+    def _in_phase(self, phase: Any) -> tuple[Any, Any]:
+        """Numbers of the first even block and the first odd one; `workers` of each run."""
+        return phase * self.workers, self.blocks // 2 - (phase + 1) * self.workers
+
+    def _down_before(self, work: Work, member: Any, tile: Any, downs: Any) -> Any:
+        """Up to which of the odd blocks all are at a tile before one that goes up."""
+        each = _RATIO * (self.group - member)
+        # The time of block b is `since` + each * b.
+        since = self._end - (self.group - member) * self.tiles + self.tiles - 1 - tile
+        steps = self.time(work, member, tile) - since - each
+        return jnp.minimum(_div(jnp.maximum(steps + 2 * each - 1, 0), 2 * each), downs)
+
+    def _first_up_before(self, work: Work, member: Any, tile: Any) -> Any:
+        """From which of the even blocks on all are at a tile no later than one that goes down."""
+        each = _RATIO * (member + 1)
+        # The time of block b is `since` - each * b.
+        since = member * self.tiles + tile
+        return _div(jnp.maximum(since - self.time(work, member, tile) + 2 * each - 1, 0), 2 * each)
+
+
+def _div(a: Any, b: Any) -> Any:
+    return lax.div(a, jnp.int32(b))

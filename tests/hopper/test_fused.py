@@ -1,0 +1,199 @@
+"""Gradients of query, key and value by one Hopper kernel: which calls take it, its programs, and, on a GPU, results."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_native_flash_attn import explain
+from jax_native_flash_attn._kernels.hopper import support
+from jax_native_flash_attn._kernels.hopper.addition_order import AdditionOrder
+from jax_native_flash_attn._kernels.hopper.blocks import BackwardBlocks, Blocks
+from jax_native_flash_attn._kernels.hopper.support import HopperKernels
+from jax_native_flash_attn._kernels.select import replacing
+from tests.support.cases import named_case
+from tests.support.environment import enable_x64
+from tests.support.families import skip_unless_taken
+from tests.support.hopper import mosaic_attention
+from tests.support.oracle import assert_as_accurate_as_dense
+from tests.support.targets import needs_backend, pretend_gpu
+
+pytestmark = [
+    needs_backend,
+    pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernel needs JAX 0.11.2"),
+]
+_BLOCKS = Blocks(64, 64, 2, 2)
+_H = 128
+
+# (B, T, S, K, G), whether causal, scale, and at most how many blocks of keys at once.
+_CALLS = {
+    "full": ((2, 256, 384, 1, 1), False, None, 132),
+    "full, heads in turn": ((3, 320, 512, 1, 2), False, 0.2, 5),
+    "full, odd lengths": ((1, 200, 328, 2, 1), False, -0.1, 132),
+    "one block": ((1, 64, 64, 2, 1), True, None, 132),
+    "causal": ((2, 512, 512, 2, 1), True, None, 8),
+    "causal, groups": ((2, 504, 504, 1, 3), True, 0.2, 4),
+    "causal, several phases": ((1, 1024, 1024, 1, 2), True, -0.1, 2),
+}
+
+
+def _kernels(shape: tuple[int, ...], *, is_causal: bool, cores: int) -> HopperKernels:
+    """Hopper kernels that make the gradients of a call in one, whether or not that is faster."""
+    B, T, S, K, G = shape
+    blocks, tiles = -(-S // 128), -(-T // 64)
+    workers = min(cores, B * K * blocks)
+    order = AdditionOrder(B * K, blocks, tiles, G, is_causal, workers)
+    return HopperKernels(backward_blocks=BackwardBlocks(_BLOCKS, _BLOCKS, None, order))
+
+
+def _types(shape: tuple[int, ...], dtype: Any) -> list[jax.ShapeDtypeStruct]:
+    B, T, S, K, G = shape
+    shapes = (B, T, K * G, _H), (B, S, K, _H), (B, S, K, _H), (B, T, K * G, _H)
+    return [jax.ShapeDtypeStruct(x, dtype) for x in shapes]
+
+
+def _gradients(query: Any, key: Any, value: Any, dout: Any, **options: Any) -> Any:
+    return jax.vjp(functools.partial(mosaic_attention, **options), query, key, value)[1](dout)
+
+
+def _kernels_of(lowered: Any) -> int:
+    return lowered.count("custom_call @mosaic_gpu")
+
+
+@pytest.mark.parametrize(("dtype", "x64"), [(jnp.bfloat16, False), (jnp.float16, True)], ids=["bfloat16", "x64"])
+@pytest.mark.parametrize("name", _CALLS)
+def test_lowers_for_cuda_without_a_gpu(name: str, dtype: Any, x64: bool) -> None:
+    shape, is_causal, scale, cores = _CALLS[name]
+    with enable_x64(x64), replacing(_kernels(shape, is_causal=is_causal, cores=cores)):
+        gradients = jax.jit(functools.partial(_gradients, is_causal=is_causal, scale=scale))
+        text = gradients.trace(*_types(shape, dtype)).lower(lowering_platforms=("cuda",)).as_text()
+    assert _kernels_of(text) == 2  # and the forward
+
+
+_LONG = (2, 4096, 4096, 16, 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "is_taken"),
+    [
+        (_LONG, {}, True),
+        (_LONG, {"is_causal": True}, True),
+        ((2, 4096, 4096, 4, 4), {"is_causal": True}, True),
+        ((2, 4608, 4608, 24, 1), {"is_causal": True}, False),  # three heads are 108 blocks
+        ((1, 8192, 8192, 8, 8), {"is_causal": True}, False),  # more than the cache holds
+        ((1, 8192, 8192, 8, 8), {}, True),
+        ((2, 1024, 1024, 66, 1), {}, False),  # short
+        ((8, 2048, 2048, 16, 1), {}, True),
+        ((2, 4100, 4100, 16, 1), {}, False),
+        (_LONG, {"local_window_size": (1024, 0)}, False),
+        (_LONG, {"logits_soft_cap": 30.0}, False),
+        (_LONG, {"key_value_seq_lengths": jax.ShapeDtypeStruct((2,), jnp.int32)}, False),
+        (_LONG, {"query_offset": jax.ShapeDtypeStruct((2,), jnp.int32), "is_causal": True}, False),
+        (_LONG, {"bias": jax.ShapeDtypeStruct((1, 16, 1, 4096), jnp.bfloat16)}, False),
+        (_LONG, {"mask": jax.ShapeDtypeStruct((2, 1, 1, 4096), jnp.bool_)}, False),
+        (_LONG, {"sinks": jax.ShapeDtypeStruct((16,), jnp.float32)}, True),
+    ],
+    ids=str,
+)
+def test_which_calls_take_it(monkeypatch: pytest.MonkeyPatch, shape: Any, options: Any, is_taken: bool) -> None:
+    pretend_gpu(monkeypatch, "9.0")
+    monkeypatch.setattr(support, "_core_counts", lambda: frozenset({132}))
+    found = explain(*_types(shape, jnp.bfloat16)[:3], platform="cuda", **options)
+    assert (found.gradient.plan.fused is not None) == is_taken
+    wide = explain(*_types(shape, jnp.float32)[:3], platform="cuda", **options)
+    assert wide.gradient.plan is None or wide.gradient.plan.fused is None
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_programs_for_other_gpus(monkeypatch: pytest.MonkeyPatch, is_causal: bool) -> None:
+    """Without a mask all blocks of threads have to run at once: so it must be known that they can."""
+    types = _types(_LONG, jnp.bfloat16)
+    pretend_gpu(monkeypatch, "9.0")
+
+    def kernels(devices: int = 1) -> int:
+        jax.clear_caches()
+        gradients = functools.partial(_gradients, is_causal=is_causal)
+        if devices > 1:
+            mesh = jax.make_mesh((devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+            spec = jax.sharding.PartitionSpec("x")
+            gradients = jax.shard_map(gradients, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        return _kernels_of(jax.jit(gradients).trace(*types).lower(lowering_platforms=("cuda",)).as_text())
+
+    assert kernels() == (2 if is_causal else 3)
+    monkeypatch.setattr(support, "_core_counts", lambda: frozenset({132}))
+    assert kernels() == 2
+    assert kernels(devices=2) == (2 if is_causal else 3)
+    jax.clear_caches()
+    gradients = jax.jit(functools.partial(_gradients, is_causal=is_causal))
+    exported = jax.export.export(gradients, platforms=["cuda"], disabled_checks=_UNCHECKED)(*types)
+    assert _kernels_of(exported.mlir_module()) == (2 if is_causal else 3)
+
+
+_UNCHECKED = [jax.export.DisabledSafetyCheck.custom_call(x) for x in ("mosaic_gpu", "mosaic_gpu_v2")]
+
+
+def _dense(query: Any, key: Any, value: Any, dout: Any, scale: float, *, is_causal: bool, dtype: Any) -> tuple:
+    """Gradients of dense attention in float64, with weights and their cotangents rounded to `dtype`, if that is one."""
+    rounded = (lambda x: x) if dtype is None else (lambda x: np.asarray(jnp.asarray(x, dtype), np.float64))
+    G = query.shape[2] // key.shape[2]
+    keys, values = (np.repeat(x, G, axis=2) for x in (key, value))
+    logits = np.einsum("btnh,bsnh->bnts", query, keys) * scale
+    if is_causal:
+        logits = np.where(np.tri(*logits.shape[-2:], dtype=bool), logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    out = rounded(np.einsum("bnts,bsnh->btnh", rounded(weights), values))
+    dweights = np.einsum("btnh,bsnh->bnts", dout, values)
+    delta = np.einsum("btnh,btnh->bnt", dout, out)[..., None]
+    dlogits = rounded(weights * (dweights - delta) * scale)
+    dquery = np.einsum("bnts,bsnh->btnh", dlogits, keys)
+    dkey, dvalue = (np.einsum("bnts,btnh->bsnh", x, y) for x, y in ((dlogits, query), (rounded(weights), dout)))
+    grouped = (x.reshape(*x.shape[:2], -1, G, x.shape[-1]).sum(-2) for x in (dkey, dvalue))
+    return tuple(map(rounded, (dquery, *grouped)))
+
+
+def _arrays(shape: tuple[int, ...], dtype: Any) -> list[jax.Array]:
+    rng = np.random.default_rng(7)
+    return [jnp.asarray(rng.standard_normal(x.shape, np.float32), dtype) for x in _types(shape, dtype)]
+
+
+@pytest.mark.gpu(says_why=True)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", _CALLS)
+def test_gradients(name: str, dtype: Any) -> None:
+    """As accurate as dense attention's in the same dtype, and the same bits in every run."""
+    skip_unless_taken(named_case("tile", "plain"), "mosaic_gpu")
+    shape, is_causal, scale, cores = _CALLS[name]
+    arrays = _arrays(shape, dtype)
+    with replacing(_kernels(shape, is_causal=is_causal, cores=cores)):
+        gradients = jax.jit(functools.partial(_gradients, is_causal=is_causal, scale=scale)).lower(*arrays).compile()
+    assert _kernels_of(gradients.as_text().replace('custom_call_target="', "custom_call @")) == 2
+    found = gradients(*arrays)
+    wide, multiplier = [np.asarray(x, np.float64) for x in arrays], _H**-0.5 if scale is None else scale
+    exact = _dense(*wide, multiplier, is_causal=is_causal, dtype=None)
+    dense = _dense(*wide, multiplier, is_causal=is_causal, dtype=dtype)
+    for of, actual, narrow, expected in zip(("query", "key", "value"), found, dense, exact, strict=True):
+        assert_as_accurate_as_dense(of, actual, narrow, expected)
+    for _ in range(5):
+        again = gradients(*arrays)
+        assert all(bool((x == y).all()) for x, y in zip(found, again, strict=True))
+
+
+@pytest.mark.gpu(says_why=True)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_long_calls_take_it(is_causal: bool) -> None:
+    """And have the gradients of two kernels, but for rounding."""
+    skip_unless_taken(named_case("tile", "plain"), "mosaic_gpu")
+    arrays = _arrays(_LONG, jnp.bfloat16)
+    assert explain(*arrays[:3], is_causal=is_causal).gradient.plan.fused is not None
+    gradients = functools.partial(_gradients, is_causal=is_causal)
+    found, again = (jax.jit(gradients)(*arrays) for _ in range(2))
+    with replacing(HopperKernels(backward_blocks=BackwardBlocks(_BLOCKS, _BLOCKS, None))):
+        two = jax.jit(gradients)(*arrays)
+    for x, y, z in zip(found, again, two, strict=True):
+        assert bool((x == y).all())
+        x, z = (np.asarray(a, np.float32) for a in (x, z))
+        np.testing.assert_allclose(x, z, rtol=0, atol=2 * float(jnp.finfo(jnp.bfloat16).eps) * np.abs(z).max())

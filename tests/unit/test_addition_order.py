@@ -1,0 +1,107 @@
+"""The order in which blocks of keys add to the gradient of query, against a simulation of all workers."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_native_flash_attn._kernels.hopper.addition_order import AdditionOrder
+
+_FULL = [(2, 4, 8, 1, 132), (5, 3, 5, 1, 7), (3, 7, 13, 2, 9), (4, 1, 1, 3, 3), (2, 6, 2, 1, 12)]
+_CAUSAL = [(6, 4, 8, 1, 8), (4, 4, 7, 1, 4), (1, 16, 32, 1, 4), (2, 8, 15, 3, 2), (8, 2, 4, 4, 8)]
+
+
+def _sequences(order: AdditionOrder) -> list[list[tuple]]:
+    """Of each worker, the additions (head, member, tile, block, rank) in the order in which it comes to them."""
+    result = []
+    work_of, rank_of, following = jax.jit(order.work), jax.jit(order.rank), jax.jit(order.following)
+    for worker in range(order.workers):
+        mine = []
+        for k in range(int(order.rounds_of(jnp.int32(worker)))):
+            work = work_of(k, worker)
+            tile = work.first
+            for i in range(order.group * int(work.tiles)):
+                member = i // int(work.tiles)
+                rank = rank_of(work, member, tile)
+                mine.append(tuple(int(x) for x in (work.head, member, tile, work.block, rank)))
+                tile = following(work, tile)
+        result.append(mine)
+    return result
+
+
+def _order(case: tuple, *, is_causal: bool) -> AdditionOrder:
+    heads, blocks, tiles, group, cores = case
+    order = AdditionOrder.make(heads, blocks, tiles, group, cores, is_causal=is_causal)
+    if order is None:  # where workers would idle, it is right all the same
+        order = AdditionOrder(heads, blocks, tiles, group, is_causal, min(cores, heads * blocks))
+    return order
+
+
+@pytest.mark.parametrize(("is_causal", "case"), [*((False, x) for x in _FULL), *((True, x) for x in _CAUSAL)], ids=str)
+def test_additions(is_causal, case):
+    """Each block adds once to each tile that it meets; ranks are an order; nobody waits for ever, or for long."""
+    order = _order(case, is_causal=is_causal)
+    sequences = _sequences(order)
+    ranks = collections.defaultdict(list)
+    for head, member, tile, block, rank in (x for each in sequences for x in each):
+        assert not is_causal or tile >= 2 * block
+        ranks[head, member, tile].append((rank, block))
+    assert len(ranks) == order.heads * order.group * order.tiles
+    for (_, _, tile), found in ranks.items():
+        blocks = [b for b in range(order.blocks) if not is_causal or tile >= 2 * b]
+        assert sorted(r for r, _ in found) == list(range(len(blocks)))
+        assert sorted(b for _, b in found) == blocks
+
+    if not order.needs_all_at_once:
+        turns = collections.defaultdict(dict)
+        for worker, each in enumerate(sequences):
+            for *tile, _, rank in each:
+                turns[tuple(tile)][rank] = worker
+        assert all(list(np.diff([x[r] for r in sorted(x)]) > 0) == [True] * (len(x) - 1) for x in turns.values())
+
+    # One addition of each worker in a step, if it is its turn at the beginning of the step.
+    done, places, steps = collections.Counter(), [0] * order.workers, 0
+    while any(place < len(each) for place, each in zip(places, sequences, strict=True)):
+        now = [
+            w
+            for w, (at, each) in enumerate(zip(places, sequences, strict=True))
+            if at < len(each) and done[each[at][:3]] == each[at][4]
+        ]
+        assert now, "all wait"
+        for w in now:
+            done[sequences[w][places[w]][:3]] += 1
+            places[w] += 1
+        steps += 1
+    longest = max(map(len, sequences))
+    assert steps <= longest + 2 * order.blocks
+
+
+@pytest.mark.parametrize(
+    ("heads", "blocks", "group", "is_causal", "workers"),
+    [
+        (32, 64, 1, False, 132),
+        (48, 36, 1, False, 132),
+        (32, 64, 1, True, 128),
+        (8, 64, 8, True, 128),
+        (16, 256, 1, True, 128),
+        (48, 36, 1, True, None),  # 108 of 132
+        (1, 64, 1, False, None),
+    ],
+)
+def test_workers(heads, blocks, group, is_causal, workers):
+    order = AdditionOrder.make(heads, blocks, 2 * blocks, group, 132, is_causal=is_causal)
+    assert (None if order is None else order.workers) == workers
+
+
+def test_a_step_apart():
+    """Going up and down, times of one tile differ; without a phase of both, by two steps at least."""
+    order = _order((2, 8, 16, 1, 16), is_causal=True)
+    for k in (0, 1):
+        works = [order.work(jnp.int32(k), jnp.int32(w)) for w in range(order.workers)]
+        at = collections.defaultdict(list)
+        for work in works:
+            for tile in range(2 * int(work.block), 16):
+                at[int(work.head), tile].append(int(order.time(work, jnp.int32(0), jnp.int32(tile))))
+        assert all((np.diff(sorted(times)) >= 2).all() for times in at.values())
