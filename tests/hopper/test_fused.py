@@ -73,6 +73,15 @@ def test_lowers_for_cuda_without_a_gpu(name: str, dtype: Any, x64: bool) -> None
     assert _kernels_of(text) == 2  # and the forward
 
 
+def test_gradients_have_the_columns_of_the_call() -> None:
+    """Those of the kernel are 128, as of operands padded to that."""
+    shape = (1, 256, 256, 1, 1)
+    types = [jax.ShapeDtypeStruct((*x.shape[:-1], 120), x.dtype) for x in _types(shape, jnp.bfloat16)]
+    with replacing(_kernels(shape, is_causal=False, cores=132)):
+        lowered = jax.jit(_gradients).trace(*types).lower(lowering_platforms=("cuda",))
+    assert _kernels_of(lowered.as_text()) == 2
+
+
 _LONG = (2, 4096, 4096, 16, 1)
 
 

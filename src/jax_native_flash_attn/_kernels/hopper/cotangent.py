@@ -33,7 +33,27 @@ def cotangent(
     order = (asked or plan(call.config, inputs, cores, at_once=at_once)).fused
     if order is not None and makes_all(backward, wanted):
         gradients = fused(backward, order)
-        return {"query": gradients.query, "key": gradients.key, "value": gradients.value}
+        results = {"query": gradients.query, "key": gradients.key, "value": gradients.value}
+    else:
+        results = _by_several(call.config, backward, wanted, cotangents, asked, cores, at_once=at_once)
+    results = {name: sum_to(results[name], like) for name, like in wanted.items()}
+    return {
+        name: x[..., : given.wanted[name].shape[-1]] if name in _WITH_HEAD_DIM else x for name, x in results.items()
+    }
+
+
+def _by_several(
+    config: Config,
+    backward: Backward,
+    wanted: Shapes,
+    cotangents: Mapping[str, jax.Array],
+    asked: BackwardBlocks | None,
+    cores: int,
+    *,
+    at_once: bool,
+) -> dict[str, jax.Array]:
+    """By a kernel for the gradient of query, one or two for those of key and value, and one for that of a bias."""
+    inputs = backward.inputs
     needs_dquery = "query" in wanted or "scale" in wanted  # one kernel
     if inputs.query.dtype == jnp.float32:
         turned = products(backward, dquery=needs_dquery, dkey="key" in wanted, dvalue="value" in wanted)
@@ -45,7 +65,7 @@ def cotangent(
         out_dtype = jnp.dtype(jnp.float32 if is_summed else wanted.get("query", inputs.query).dtype)
         with_scale = "scale" in wanted
         blocks = asked or plan(
-            call.config, inputs, cores, at_once=at_once, with_scale=with_scale, is_wide=out_dtype != dtype
+            config, inputs, cores, at_once=at_once, with_scale=with_scale, is_wide=out_dtype != dtype
         )
         rows = dquery(backward, blocks.dquery, out_dtype, cores, with_scale=with_scale)
         results["query"] = rows.dquery
@@ -59,16 +79,13 @@ def cotangent(
             results["scale"] = (dz_x - excess * mean).sum((-1, -2))
     for types in _passes(backward, wanted):
         needed = {"needs_key": types.key is not None, "needs_value": types.value is not None}
-        blocks = asked or plan(call.config, inputs, cores, at_once=at_once, **needed)
+        blocks = asked or plan(config, inputs, cores, at_once=at_once, **needed)
         gradients = dkey_dvalue(backward, blocks.dkey_dvalue, types, cores)
         results |= {"key": gradients.key} if gradients.key is not None else {}
         results |= {"value": gradients.value} if gradients.value is not None else {}
-    if "bias" in wanted and (tiles := (asked or plan(call.config, inputs, cores, at_once=at_once)).dbias) is not None:
+    if "bias" in wanted and (tiles := (asked or plan(config, inputs, cores, at_once=at_once)).dbias) is not None:
         results["bias"] = dbias(backward, tiles, wanted["bias"])
-    results = {name: sum_to(results[name], like) for name, like in wanted.items()}
-    return {
-        name: x[..., : given.wanted[name].shape[-1]] if name in _WITH_HEAD_DIM else x for name, x in results.items()
-    }
+    return results
 
 
 def plan(
