@@ -96,6 +96,7 @@ _LONG = (2, 4096, 4096, 16, 1)
         ((1, 8192, 8192, 8, 8), {}, True),
         ((2, 1024, 1024, 66, 1), {}, False),  # short
         ((8, 2048, 2048, 16, 1), {}, True),
+        ((2, 4096, 8192, 16, 1), {}, False),  # blocks of keys less than two tiles of rows apart
         ((2, 4100, 4100, 16, 1), {}, False),
         (_LONG, {"local_window_size": (1024, 0)}, False),
         (_LONG, {"logits_soft_cap": 30.0}, False),
@@ -114,6 +115,20 @@ def test_which_calls_take_it(monkeypatch: pytest.MonkeyPatch, shape: Any, option
     assert (found.gradient.plan.fused is not None) == is_taken
     wide = explain(*_types(shape, jnp.float32)[:3], platform="cuda", **options)
     assert wide.gradient.plan is None or wide.gradient.plan.fused is None
+
+
+def test_a_vmapped_pullback_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cotangents alone have the new batch axis."""
+    pretend_gpu(monkeypatch, "9.0")
+    monkeypatch.setattr(support, "_core_counts", lambda: frozenset({132}))
+    *arrays, dout = _types(_LONG, jnp.bfloat16)
+    douts = jax.ShapeDtypeStruct((3, *dout.shape), dout.dtype)
+
+    def pull(query: Any, key: Any, value: Any, douts: Any) -> Any:
+        return jax.vmap(jax.vjp(mosaic_attention, query, key, value)[1])(douts)
+
+    lowered = jax.jit(pull).trace(*arrays, douts).lower(lowering_platforms=("cuda",))
+    assert _kernels_of(lowered.as_text()) == 3
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -1,6 +1,7 @@
 """Launches of the backward kernels."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -93,6 +94,7 @@ def dkey_dvalue(call: Backward, blocks: Blocks, wanted: KeyGradients, cores: int
 def fused(call: Backward, order: AdditionOrder) -> FusedGradients:
     """The gradients of query, key and value, (batch..., rows, heads, H), in their dtypes."""
     z, dtype = call.sizes, call.inputs.query.dtype
+    assert order.heads == math.prod(z.batch) * z.K, (order, z)
     plan = FusedPlan(call.config, z, dtype, BLOCKS, order)
     results: FusedGradients = launch(
         functools.partial(fused_kernel.kernel, plan),

@@ -92,7 +92,7 @@ def load(ref: Any, *, layout: Any, optimized: bool = False) -> jax.Array:
 
 
 def store(ref: Any, x: jax.Array) -> None:
-    """From registers into global memory, whatever the length of a row."""
+    """From registers into global or shared memory, whatever the length of a row."""
     if hasattr(plgpu, "store"):
         plgpu.store(ref, x, optimized=False)  # JAX 0.12, where the plain form wants whole cache lines
     else:

@@ -184,7 +184,7 @@ class FusedTile:
       masked: whether the tile needs a mask.
       n: number of the step.
       slot: of the query rows.
-      buffer: of the warpgroup's keys and values.
+      buffer: of the warpgroup's keys and values, and the half of the columns of dQ that it makes.
     """
 
     context: FusedContext

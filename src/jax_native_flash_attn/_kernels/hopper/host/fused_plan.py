@@ -31,7 +31,7 @@ _JAX = (0, 11, 2)  # before, descriptors stay in registers, and these do not suf
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FusedGradients:
-    """(batch..., rows, heads, H): of query in float32, and divided by scale."""
+    """(batch..., rows, heads, H). The kernel leaves that of query in float32, and not multiplied by scale."""
 
     query: Any
     key: Any
@@ -140,6 +140,9 @@ def fused_order(config: Config, inputs: Inputs, cores: int, *, at_once: bool) ->
     order = AdditionOrder.make(math.prod(z.batch) * z.K, blocks, tiles, z.G, cores, is_causal=is_causal)
     if order is None or tiles * z.G < _LEAST_VISITS or (order.needs_all_at_once and not at_once):
         return None
+    # Without a mask, blocks that begin less than two tiles apart would wait for each other (two: as measured).
+    if not is_causal and tiles < 2 * min(order.workers, blocks) - 1:
+        return None
     # What heads that run at once read and add to is read again by each block. Without a mask, all are at one head of
     # a group at a time.
     heads = -(-order.workers // blocks) * (z.G if is_causal else 1)
@@ -170,6 +173,10 @@ def _takes(config: Config, inputs: Inputs) -> bool:
 
 
 def makes_all(call: Backward, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> bool:
-    """Whether gradients of query, key and value of all batch rows are `wanted`, in their dtype, and nothing else."""
-    types = {(x.shape[:-3], x.dtype) for x in wanted.values()}
-    return set(wanted) == {"query", "key", "value"} and types == {(call.sizes.batch, call.inputs.query.dtype)}
+    """Whether gradients of query, key and value of all batch rows are `wanted`, in their dtype, and nothing else.
+
+    Cotangents may have batch rows that the inputs share, as under `jax.vmap` of a pullback; the kernel has no sums.
+    """
+    batch, types = call.inputs.sizes.batch, {(x.shape[:-3], x.dtype) for x in wanted.values()}
+    is_whole = batch == call.sizes.batch and types == {(batch, call.inputs.query.dtype)}
+    return is_whole and set(wanted) == {"query", "key", "value"}
