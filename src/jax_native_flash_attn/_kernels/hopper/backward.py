@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -105,8 +106,7 @@ def fused(call: Backward, order: AdditionOrder) -> FusedGradients:
         warpgroups=BLOCKS.warpgroups + 1,
         has_barriers=False,
     )
-    query = (results.query[..., : z.T, :, :] * call.inputs.scale[..., None, None, None]).astype(dtype)
-    return FusedGradients(query, results.key[..., : z.S, :, :], results.value[..., : z.S, :, :])
+    return replace(results, query=(results.query * call.inputs.scale[..., None, None, None]).astype(dtype))
 
 
 def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.Array:

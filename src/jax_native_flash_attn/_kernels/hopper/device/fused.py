@@ -156,12 +156,11 @@ def _write_keys(context: FusedContext, work: Work, dkey: jax.Array, dvalue: jax.
     """Start writing the gradients of this warpgroup's keys and values, through the memory of these."""
     buffers, outs, wg = context.buffers, context.outs, context.wg
     *batch, kv_head = context.kv_head(work)
-    first = context.plan.store.at(work.block * BLOCK_KEYS + wg * _KEYS)
     for half in range(2):
         store(buffers.key.at[wg, half], dkey[:, half * HALF : (half + 1) * HALF].astype(context.dtype))
     store(buffers.value.at[wg], dvalue.astype(context.dtype))
     plgpu.commit_smem()
-    keys = pl.ds(first, _KEYS)
+    keys = pl.ds(work.block * BLOCK_KEYS + wg * _KEYS, _KEYS)
     for half in range(2):
         out = outs.key.at[(*batch, keys, kv_head, pl.ds(half * HALF, HALF))]
         plgpu.copy_smem_to_gmem(buffers.key.at[wg, half], out)

@@ -9,7 +9,7 @@ from jax import lax
 
 from ..addition_order import BLOCK_KEYS, Work
 from ..host.fused_plan import FusedBuffers, FusedGradients, FusedPlan
-from ..operands import BackwardOperands
+from ..operands import BackwardOperands, TermBuffers
 from ..pallas import iota, pl, plgpu, unravel
 from .backward import BackwardContext
 from .context import shared_fields
@@ -32,7 +32,7 @@ class FusedContext(BackwardContext):
         cls, plan: FusedPlan, operands: BackwardOperands, outs: FusedGradients, buffers: FusedBuffers
     ) -> "FusedContext":
         return cls(
-            **shared_fields(plan, operands.forward, plan.terms),
+            **shared_fields(plan, operands.forward, TermBuffers()),
             row_operands=operands.rows,
             plan=plan,
             outs=outs,
@@ -79,7 +79,10 @@ class FusedContext(BackwardContext):
         return work.block == S // BLOCK_KEYS if S % BLOCK_KEYS else False
 
     def allowed(self, row: Any, key: Any) -> Any:
-        """As `Intervals.allowed`, relative to the tile's first key: fewer numbers stay in registers."""
+        """As `Intervals.allowed`, relative to the tile's first key.
+
+        With that one, the compiler keeps so many numbers in registers that it has products wait for each other.
+        """
         shape = self.blocks.block_kv, self.blocks.block_q
         upper, terms = self.config.band.upper, []
         if upper is not None:

@@ -12,15 +12,15 @@ from ...._semantics.call import Config, Inputs
 from ...._semantics.masks import Band
 from ..addition_order import BLOCK_KEYS, BLOCK_ROWS, AdditionOrder
 from ..blocks import Blocks
-from ..operands import BackwardOperands, TermBuffers
-from ..pallas import TmaStore, matrix_buffer, plgpu, round_up
+from ..operands import BackwardOperands
+from ..pallas import matrix_buffer, plgpu
 from .backward import Backward
 from .plan import KernelPlan
 
 BLOCKS = Blocks(BLOCK_ROWS, BLOCK_KEYS // 2, 2, 2, persistent=True)
 HEAD_DIM = 128
 HALF = HEAD_DIM // 2  # columns of the gradient of query that one warpgroup makes
-_LEAST_VISITS = 32  # query tiles of a block of keys, of all heads of its group; fewer were not measured
+_LEAST_TILES = 32  # of query rows; fewer were not measured
 _FULL = Band(), Band(is_complete=True)
 _CAUSAL = Band(upper=0), Band(upper=0, is_complete=True)
 _ROW_BYTES = 8 * HEAD_DIM  # of query and dout in 16 bits, and of the gradient in float32
@@ -83,10 +83,6 @@ class FusedPlan(KernelPlan):
         return {"worker": self.order.workers}
 
     @property
-    def store(self) -> TmaStore:
-        return TmaStore(self.sizes.S, self.sizes.K)
-
-    @property
     def turns(self) -> int:
         """How many counters of additions there are: one for each query tile."""
         return self.order.heads * self.order.group * self.order.tiles
@@ -97,8 +93,8 @@ class FusedPlan(KernelPlan):
 
     def out_types(self) -> FusedGradients:
         z = self.sizes
-        keys = jax.ShapeDtypeStruct((*z.batch, self.store.length, z.K, z.H), self.dtype)
-        query = jax.ShapeDtypeStruct((*z.batch, round_up(z.T, 8), z.N, z.H), jnp.float32)
+        keys = jax.ShapeDtypeStruct((*z.batch, z.S, z.K, z.H), self.dtype)
+        query = jax.ShapeDtypeStruct((*z.batch, z.T, z.N, z.H), jnp.float32)
         return FusedGradients(query, keys, keys)
 
     def buffers(self) -> FusedBuffers:
@@ -123,10 +119,6 @@ class FusedPlan(KernelPlan):
             dquery_free=plgpu.Barrier(num_barriers=2),
         )
 
-    @property
-    def terms(self) -> TermBuffers:
-        return TermBuffers()
-
 
 def fused_order(config: Config, inputs: Inputs, cores: int, *, at_once: bool) -> AdditionOrder | None:
     """How the kernel goes through a call, for so many multiprocessors; None where it does not, or takes longer.
@@ -138,7 +130,7 @@ def fused_order(config: Config, inputs: Inputs, cores: int, *, at_once: bool) ->
     z, is_causal = inputs.sizes, config.band in _CAUSAL
     blocks, tiles = -(-z.S // BLOCK_KEYS), -(-z.T // BLOCK_ROWS)
     order = AdditionOrder.make(math.prod(z.batch) * z.K, blocks, tiles, z.G, cores, is_causal=is_causal)
-    if order is None or tiles * z.G < _LEAST_VISITS or (order.needs_all_at_once and not at_once):
+    if order is None or tiles < _LEAST_TILES or (order.needs_all_at_once and not at_once):
         return None
     # Without a mask, blocks that begin less than two tiles apart would wait for each other (two: as measured).
     if not is_causal and tiles < 2 * min(order.workers, blocks) - 1:
