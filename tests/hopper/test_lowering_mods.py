@@ -33,6 +33,8 @@ def _text(call: ModCall, kind: str) -> str:
             return attention(call, {**arrays, **wanted}, traced, implementation="mosaic_gpu")
 
         wanted = {name: arrays[name] for name in call.wanted}
+        if kind == "value":
+            return of(wanted)
         if kind == "tangent":
             return jax.jvp(of, (wanted,), (wanted,))
         return jax.value_and_grad(lambda x: of(x).astype(jnp.float32).sum())(wanted)
@@ -46,6 +48,11 @@ def test_value_and_gradients(name: str) -> None:
     """A kernel for the forward, one for query, one for key and value or one each, and one for a bias."""
     kernels = _text(CALLS[name], "gradient").count("custom_call @mosaic_gpu")
     assert kernels >= 3 + ("bias" in CALLS[name].wanted)
+
+
+@pytest.mark.usefixtures("no_pure_jax")
+def test_a_choice_by_one_number() -> None:
+    assert _text(CALLS["by batch row"], "value").count("custom_call @mosaic_gpu") == 1
 
 
 @pytest.mark.usefixtures("no_pure_jax")

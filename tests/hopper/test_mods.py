@@ -3,7 +3,6 @@
 Compiling takes nearly all of the time: XLA_PYTHON_CLIENT_MEM_FRACTION=0.08 and `-n 8` take an eighth of it.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -13,10 +12,8 @@ import pytest
 
 from jax_native_flash_attn import explain, flash_attention, mods
 from tests.support.cases import named_case
-from tests.support.environment import enable_x64
 from tests.support.families import skip_unless_taken
-from tests.support.hopper_mods import CALLS, ModCall, attention, dense, floats, split, value_and_gradients
-from tests.support.oracle import assert_as_accurate_as_dense
+from tests.support.hopper_mods import CALLS, attention, check, floats, split, value_and_gradients
 
 pytestmark = pytest.mark.gpu(says_why=True)
 IMPLEMENTATIONS = ("mosaic_gpu", "pure_jax")
@@ -27,41 +24,12 @@ def _hopper() -> None:  # pyright: ignore[reportUnusedFunction]
     skip_unless_taken(named_case("tile", "plain"), "mosaic_gpu")
 
 
-@functools.cache
-def _expected(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of dense attention in float64, and in the dtype of the call."""
-    call = CALLS[name]
-    narrow = jax.jit(functools.partial(_dense, call))(floats(call))
-    with enable_x64():
-        wide = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in floats(call).items()}
-        return jax.tree.map(np.asarray, jax.jit(functools.partial(_dense, call))(wide)), jax.tree.map(
-            np.asarray, narrow
-        )
-
-
-def _dense(call: ModCall, arrays: dict[str, Any]) -> dict[str, Any]:
-    with jax.default_matmul_precision("highest" if arrays["query"].dtype == jnp.float64 else "default"):
-        return value_and_gradients(lambda x: dense(call, x, call.options), call, arrays)
-
-
 @pytest.mark.parametrize(
     ("name", "implementation"),
     [*((name, "mosaic_gpu") for name in CALLS), *((name, "pure_jax") for name in ("gate", "rows without keys"))],
 )
 def test_value_and_gradients(name: str, implementation: str) -> None:
-    call = CALLS[name]
-    traced, _ = split(call.options)
-
-    def run(arrays: dict[str, Any], traced: dict[str, Any]) -> dict[str, Any]:
-        given = functools.partial(attention, call, given=traced, implementation=implementation)
-        return value_and_gradients(lambda x: given(x), call, arrays)
-
-    got = jax.jit(run)(floats(call), traced)
-    expected, narrow = _expected(name)
-    for result, x in got.items():
-        # One number, in whose sum errors cancel, may come out exact by chance.
-        floor = 0.01 * np.abs(expected[result]) if result == "scale" else None
-        assert_as_accurate_as_dense(f"{name}, {result}", x, narrow[result], expected[result], floor)
+    check(CALLS[name], implementation)
 
 
 def test_two_runs_are_bitwise_equal() -> None:

@@ -1,5 +1,6 @@
 """Calls with functions of scores and indices that the Hopper kernels evaluate, and dense attention with them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_native_flash_attn import flash_attention, mods
+from jax_native_flash_attn import explain, flash_attention, mods
+from tests.support.environment import enable_x64
+from tests.support.oracle import assert_as_accurate_as_dense
 
 B, T, S, K, G = 2, 520, 700, 2, 2
 N = K * G
@@ -29,6 +32,11 @@ def _windowed(score: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
 
 def _slanted(score: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
     return score + 0.03 * (k - q).astype(score.dtype)
+
+
+def _by_batch_row(score: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+    """Chooses by a number, for a tile, between numbers, rows and scores."""
+    return score + jnp.where(b == 0, 0.7, jnp.where(h < 2, 0.01 * q.astype(score.dtype), jnp.tanh(score)))
 
 
 def _flagged(b: Any, h: Any, q: Any, k: Any, flags: Any) -> Any:
@@ -65,6 +73,7 @@ CALLS: dict[str, ModCall] = {
         wanted=("query", "key", "value", "bias"),
     ),
     "-inf": ModCall({"score_mod": _windowed}),
+    "by batch row": ModCall({"score_mod": _by_batch_row}, "float16"),
     "prefix": ModCall(_PREFIX),
     "prefix, 128": ModCall(_PREFIX, H=128),
     "prefix, float32": ModCall(_PREFIX, "float32", H=128),
@@ -166,3 +175,38 @@ def value_and_gradients(
 
     gradients, out = jax.grad(loss, has_aux=True)(wanted)
     return {"out": out, **gradients}
+
+
+def _expected(call: ModCall) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of dense attention in float64, and in the dtype of the call."""
+
+    def run(arrays: dict[str, Any]) -> dict[str, Any]:
+        with jax.default_matmul_precision("highest" if arrays["query"].dtype == jnp.float64 else "default"):
+            return value_and_gradients(lambda x: dense(call, x, call.options), call, arrays)
+
+    narrow = jax.jit(run)(floats(call))
+    with enable_x64():
+        wide = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in floats(call).items()}
+        return jax.tree.map(np.asarray, jax.jit(run)(wide)), jax.tree.map(np.asarray, narrow)
+
+
+def family(call: ModCall) -> str:
+    """The kernels that gradients take by default."""
+    given = jax.eval_shape(lambda: (floats(call), split(call.options)[0]))
+    return explain(**given[0], **given[1], **split(call.options)[1]).gradient.family
+
+
+def check(call: ModCall, implementation: str) -> None:
+    """Asserts that value and gradients are at most twice as far off as dense attention."""
+    traced, _ = split(call.options)
+
+    def run(arrays: dict[str, Any], traced: dict[str, Any]) -> dict[str, Any]:
+        given = functools.partial(attention, call, given=traced, implementation=implementation)
+        return value_and_gradients(lambda x: given(x), call, arrays)
+
+    got = jax.jit(run)(floats(call), traced)
+    expected, narrow = _expected(call)
+    for result, x in got.items():
+        # One number, in whose sum errors cancel, may come out exact by chance.
+        floor = 0.01 * np.abs(expected[result]) if result == "scale" else None
+        assert_as_accurate_as_dense(result, x, narrow[result], expected[result], floor)

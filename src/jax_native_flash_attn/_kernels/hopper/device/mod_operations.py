@@ -72,8 +72,11 @@ def _selected(node: Node, which: Any, *cases: Any) -> Any:
     if len(cases) == 1:
         return cases[0]
     if node.dtype == BOOL:
-        return jnp.where(which, *map(as_integer, reversed(cases))) != 0
-    return jnp.where(which, cases[1], cases[0])
+        cases = tuple(map(as_integer, cases))
+    if not np.ndim(which) and any(map(np.ndim, cases)):
+        which = _same_shapes(as_integer(which), *cases)[0] != 0
+    selected = jnp.where(which, cases[1], cases[0])
+    return selected != 0 if node.dtype == BOOL else selected
 
 
 def _converted(node: Node, x: Any) -> Any:
