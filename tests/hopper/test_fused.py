@@ -28,24 +28,26 @@ pytestmark = [
 _BLOCKS = Blocks(64, 64, 2, 2)
 _H = 128
 
-# (B, T, S, K, G), whether causal, scale, and at most how many blocks of keys at once.
+# (B, T, S, K, G), whether causal, scale, at most how many blocks of keys at once, and parts of a group.
 _CALLS = {
-    "full": ((2, 256, 384, 1, 1), False, None, 132),
-    "full, heads in turn": ((3, 320, 512, 1, 2), False, 0.2, 5),
-    "full, odd lengths": ((1, 200, 328, 2, 1), False, -0.1, 132),
-    "one block": ((1, 64, 64, 2, 1), True, None, 132),
-    "causal": ((2, 512, 512, 2, 1), True, None, 8),
-    "causal, groups": ((2, 504, 504, 1, 3), True, 0.2, 4),
-    "causal, several phases": ((1, 1024, 1024, 1, 2), True, -0.1, 2),
+    "full": ((2, 256, 384, 1, 1), False, None, 132, 1),
+    "full, heads in turn": ((3, 320, 512, 1, 2), False, 0.2, 5, 1),
+    "full, odd lengths": ((1, 200, 328, 2, 1), False, -0.1, 132, 1),
+    "one block": ((1, 64, 64, 2, 1), True, None, 132, 1),
+    "causal": ((2, 512, 512, 2, 1), True, None, 8, 1),
+    "causal, groups": ((2, 504, 504, 1, 3), True, 0.2, 4, 1),
+    "causal, parts of groups": ((2, 456, 456, 2, 4), True, 0.2, 8, 2),
+    "causal, parts of one": ((1, 512, 512, 1, 3), True, None, 8, 3),
+    "causal, several phases": ((1, 1024, 1024, 1, 2), True, -0.1, 2, 1),
 }
 
 
-def _kernels(shape: tuple[int, ...], *, is_causal: bool, cores: int) -> HopperKernels:
+def _kernels(shape: tuple[int, ...], *, is_causal: bool, cores: int, parts: int = 1) -> HopperKernels:
     """Hopper kernels that make the gradients of a call in one, whether or not that is faster."""
     B, T, S, K, G = shape
-    blocks, tiles = -(-S // 128), -(-T // 64)
-    workers = min(cores, B * K * blocks)
-    order = AdditionOrder(B * K, blocks, tiles, G, is_causal, workers)
+    blocks, tiles, heads = -(-S // 128), -(-T // 64), B * K * parts
+    workers = min(cores, heads * blocks)
+    order = AdditionOrder(heads, blocks, tiles, G // parts, is_causal, workers)
     return HopperKernels(backward_blocks=BackwardBlocks(_BLOCKS, _BLOCKS, None, order))
 
 
@@ -66,8 +68,8 @@ def _kernels_of(lowered: Any) -> int:
 @pytest.mark.parametrize(("dtype", "x64"), [(jnp.bfloat16, False), (jnp.float16, True)], ids=["bfloat16", "x64"])
 @pytest.mark.parametrize("name", _CALLS)
 def test_lowers_for_cuda_without_a_gpu(name: str, dtype: Any, x64: bool) -> None:
-    shape, is_causal, scale, cores = _CALLS[name]
-    with enable_x64(x64), replacing(_kernels(shape, is_causal=is_causal, cores=cores)):
+    shape, is_causal, scale, cores, parts = _CALLS[name]
+    with enable_x64(x64), replacing(_kernels(shape, is_causal=is_causal, cores=cores, parts=parts)):
         gradients = jax.jit(functools.partial(_gradients, is_causal=is_causal, scale=scale))
         text = gradients.trace(*_types(shape, dtype)).lower(lowering_platforms=("cuda",)).as_text()
     assert _kernels_of(text) == 2  # and the forward
@@ -92,7 +94,8 @@ _LONG = (2, 4096, 4096, 16, 1)
         (_LONG, {"is_causal": True}, True),
         ((2, 4096, 4096, 4, 4), {"is_causal": True}, True),
         ((2, 4608, 4608, 24, 1), {"is_causal": True}, False),  # three heads are 108 blocks
-        ((1, 8192, 8192, 8, 8), {"is_causal": True}, False),  # more than the cache holds
+        ((1, 8192, 8192, 8, 8), {"is_causal": True}, True),  # in parts: more than the cache holds
+        ((1, 131072, 131072, 2, 1), {"is_causal": True}, False),  # a head more than the cache holds
         ((1, 8192, 8192, 8, 8), {}, True),
         ((2, 1024, 1024, 66, 1), {}, False),  # short
         ((8, 2048, 2048, 16, 1), {}, True),
@@ -190,9 +193,9 @@ def _arrays(shape: tuple[int, ...], dtype: Any) -> list[jax.Array]:
 def test_gradients(name: str, dtype: Any) -> None:
     """As accurate as dense attention's in the same dtype, and the same bits in every run."""
     skip_unless_taken(named_case("tile", "plain"), "mosaic_gpu")
-    shape, is_causal, scale, cores = _CALLS[name]
+    shape, is_causal, scale, cores, parts = _CALLS[name]
     arrays = _arrays(shape, dtype)
-    with replacing(_kernels(shape, is_causal=is_causal, cores=cores)):
+    with replacing(_kernels(shape, is_causal=is_causal, cores=cores, parts=parts)):
         gradients = jax.jit(functools.partial(_gradients, is_causal=is_causal, scale=scale)).lower(*arrays).compile()
     assert _kernels_of(gradients.as_text().replace('custom_call_target="', "custom_call @")) == 2
     found = gradients(*arrays)

@@ -51,6 +51,8 @@ class Work(NamedTuple):
 class AdditionOrder:
     """For `heads` of keys, each with `blocks` of keys, and `tiles` of rows in each of its `group` query heads.
 
+    A group may have been divided into parts: each then counts as a head of keys.
+
     `workers` are multiprocessors that all run at once.
     """
 

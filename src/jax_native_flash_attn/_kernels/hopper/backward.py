@@ -95,7 +95,7 @@ def dkey_dvalue(call: Backward, blocks: Blocks, wanted: KeyGradients, cores: int
 def fused(call: Backward, order: AdditionOrder) -> FusedGradients:
     """The gradients of query, key and value, (batch..., rows, heads, H), in their dtypes."""
     z, dtype = call.sizes, call.inputs.query.dtype
-    assert order.heads == math.prod(z.batch) * z.K, (order, z)
+    assert order.heads * order.group == math.prod(z.batch) * z.N, (order, z)
     plan = FusedPlan(call.config, z, dtype, BLOCKS, order)
     results: FusedGradients = launch(
         functools.partial(fused_kernel.kernel, plan),
@@ -106,6 +106,9 @@ def fused(call: Backward, order: AdditionOrder) -> FusedGradients:
         warpgroups=BLOCKS.warpgroups + 1,
         has_barriers=False,
     )
+    if plan.parts > 1:
+        sums = (jnp.swapaxes(x.sum(-3)[..., : z.S, :], -2, -3).astype(dtype) for x in (results.key, results.value))
+        results = FusedGradients(results.query, *sums)
     return replace(results, query=(results.query * call.inputs.scale[..., None, None, None]).astype(dtype))
 
 

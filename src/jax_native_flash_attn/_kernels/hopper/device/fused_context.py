@@ -54,12 +54,15 @@ class FusedContext(BackwardContext):
 
     def kv_head(self, work: Work) -> tuple:
         """The index (batch..., K)."""
-        return unravel(work.head, (*self.sizes.batch, self.sizes.K))
+        return self.kv_head_and_part(work)[:-1]
+
+    def kv_head_and_part(self, work: Work) -> tuple:
+        return unravel(work.head, (*self.sizes.batch, self.sizes.K, self.plan.parts))
 
     def head(self, work: Work, member: Any) -> tuple:
         """The index (batch..., N)."""
-        *batch, head = self.kv_head(work)
-        return (*batch, head * self.sizes.G + member)
+        *batch, head, part = self.kv_head_and_part(work)
+        return (*batch, head * self.sizes.G + part * self.plan.order.group + member)
 
     def member(self, work: Work, i: Any) -> Any:
         """The query head of the group in step i."""

@@ -31,7 +31,11 @@ _JAX = (0, 11, 2)  # before, descriptors stay in registers, and these do not suf
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FusedGradients:
-    """(batch..., rows, heads, H). The kernel leaves that of query in float32, and not multiplied by scale."""
+    """(batch..., rows, heads, H). The kernel leaves that of query in float32, and not multiplied by scale.
+
+    Where a group of query heads has several parts, it leaves what each gives for keys and values, in float32:
+    (batch..., K, parts, whole blocks of keys, H).
+    """
 
     query: Any
     key: Any
@@ -83,6 +87,11 @@ class FusedPlan(KernelPlan):
         return {"worker": self.order.workers}
 
     @property
+    def parts(self) -> int:
+        """How many a group of query heads has, each with the keys to itself."""
+        return self.sizes.G // self.order.group
+
+    @property
     def turns(self) -> int:
         """How many counters of additions there are: one for each query tile."""
         return self.order.heads * self.order.group * self.order.tiles
@@ -94,6 +103,8 @@ class FusedPlan(KernelPlan):
     def out_types(self) -> FusedGradients:
         z = self.sizes
         keys = jax.ShapeDtypeStruct((*z.batch, z.S, z.K, z.H), self.dtype)
+        if self.parts > 1:
+            keys = jax.ShapeDtypeStruct((*z.batch, z.K, self.parts, self.order.blocks * BLOCK_KEYS, z.H), jnp.float32)
         query = jax.ShapeDtypeStruct((*z.batch, z.T, z.N, z.H), jnp.float32)
         return FusedGradients(query, keys, keys)
 
@@ -127,17 +138,25 @@ def fused_order(config: Config, inputs: Inputs, cores: int, *, at_once: bool) ->
     """
     if not _takes(config, inputs):
         return None
+    parts = (n for n in range(1, inputs.sizes.G + 1) if inputs.sizes.G % n == 0)
+    orders = (_order(config, inputs, cores, n, at_once=at_once) for n in parts)
+    return next((order for order in orders if order is not None), None)
+
+
+def _order(config: Config, inputs: Inputs, cores: int, parts: int, *, at_once: bool) -> AdditionOrder | None:
+    """With so many parts of each group; without a mask there is but one, as all blocks are at one head at a time."""
     z, is_causal = inputs.sizes, config.band in _CAUSAL
-    blocks, tiles = -(-z.S // BLOCK_KEYS), -(-z.T // BLOCK_ROWS)
-    order = AdditionOrder.make(math.prod(z.batch) * z.K, blocks, tiles, z.G, cores, is_causal=is_causal)
+    if parts > 1 and not is_causal:
+        return None
+    blocks, tiles, group = -(-z.S // BLOCK_KEYS), -(-z.T // BLOCK_ROWS), z.G // parts
+    order = AdditionOrder.make(math.prod(z.batch) * z.K * parts, blocks, tiles, group, cores, is_causal=is_causal)
     if order is None or tiles < _LEAST_TILES or (order.needs_all_at_once and not at_once):
         return None
     # Without a mask, blocks that begin less than two tiles apart would wait for each other (two: as measured).
     if not is_causal and tiles < 2 * min(order.workers, blocks) - 1:
         return None
-    # What heads that run at once read and add to is read again by each block. Without a mask, all are at one head of
-    # a group at a time.
-    heads = -(-order.workers // blocks) * (z.G if is_causal else 1)
+    # What heads that run at once read and add to is read again by each block.
+    heads = -(-order.workers // blocks) * (group if is_causal else 1)
     return order if heads * z.T * _ROW_BYTES <= _MOST_BYTES else None
 
 
