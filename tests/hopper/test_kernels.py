@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse
-from tests.support.cases import Case, named_case
-from tests.support.families import skip_unless_taken
+from tests.support.cases import Case, named_case, with_lengths
+from tests.support.families import check_family, skip_unless_taken
 from tests.support.hopper import VMAPS, make_arrays, mosaic_attention, shared_operand_gradients, vmap_arguments
 
 pytestmark = pytest.mark.gpu(says_why=True)
@@ -40,6 +40,26 @@ def test_two_runs_are_bitwise_equal(shape: Any, dtype: str) -> None:
     arrays = make_arrays(Case(shape, dtype))
     first, second = (jax.tree.map(np.asarray, jax.jit(call)(*arrays)) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+# So few heads of keys, with so many rows, that groups of query heads are divided.
+_GROUP = (1, 700, 721, 1, 12, 64)
+_GROUPS = {
+    "window": Case(_GROUP, "bfloat16", local_window_size=(300, 0)),
+    "traced window": Case(_GROUP, "float16", local_window_size=(90, 30), traced=frozenset({"window"})),
+    "causal, 128": Case((*_GROUP[:-1], 128), "bfloat16", is_causal=True, scale=0.3),
+    "two heads, 256": Case((1, 1400, 260, 2, 6, 256), "bfloat16"),
+    "lengths": with_lengths(Case((2, 700, 721, 1, 12, 40), "bfloat16", is_causal=True)),
+    "bias and mask": Case(_GROUP, "bfloat16", bias=(True, True, True, True), mask=(True, False, False, True)),
+    "dropout": Case(_GROUP, "bfloat16", dropout_rate=0.2),
+    "float32": Case(_GROUP, "float32", is_causal=True),
+    "float32, lengths": with_lengths(Case((2, 700, 721, 1, 12, 64), "float32")),
+}
+
+
+@pytest.mark.parametrize("name", _GROUPS)
+def test_groups_in_parts(name: str) -> None:
+    check_family(_GROUPS[name], "mosaic_gpu")
 
 
 def _last_row(call: Any, *operands: Any) -> Any:

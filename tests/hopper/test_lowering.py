@@ -172,6 +172,23 @@ MOVED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 
 @pytest.mark.usefixtures("no_pure_jax")
+@pytest.mark.parametrize(("dtype", "T", "heads"), [("bfloat16", 1032, 8), ("float32", 1032, 8), ("bfloat16", 1000, 1)])
+def test_groups_in_parts(dtype: str, T: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One head of keys is too few blocks for a GPU: in long calls each query head has its keys to itself."""
+    pretend_gpu(monkeypatch, "9.0")
+    case = Case((1, T, 1200, 1, 8, 64), dtype, local_window_size=(300, 0))
+
+    def gradients(query: jax.Array, *keys: jax.Array) -> Any:
+        out, pullback = jax.vjp(functools.partial(mosaic_attention, **static_options(case)), query, *keys)
+        return pullback(out)
+
+    text = jax.jit(gradients).trace(*call_types(case).values()).lower(lowering_platforms=("cuda",)).as_text()
+    kernels = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    assert re.search(rf"-> \(tensor<1x\d+x{heads}x64x\w+>, tensor<1x\d+x{heads}x64x\w+>\)", kernels[-1])
+    assert [x.shape for x in jax.eval_shape(gradients, *call_types(case).values())[1:]] == [(1, 1200, 1, 64)] * 2
+
+
+@pytest.mark.usefixtures("no_pure_jax")
 @pytest.mark.parametrize(("options", "offset"), thinned(zip(MOVED, itertools.cycle([(), (2,)]), strict=False), 6))
 def test_an_offset_reaches_the_kernels_as_a_number(options: str, offset: tuple[int, ...]) -> None:
     """No kernel reads an interval of each row, as it does of a traced window."""

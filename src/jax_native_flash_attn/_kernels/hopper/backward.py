@@ -17,7 +17,7 @@ from .device import fused as fused_kernel
 from .device import turn as turn_kernel
 from .host.backward import Backward
 from .host.dbias_plan import DBiasPlan
-from .host.dkey_dvalue_plan import KeyGradients, KeyPlan
+from .host.dkey_dvalue_plan import KeyGradients, KeyPlan, group_parts
 from .host.dquery_plan import DQueryOuts, DQueryPlan, Moments
 from .host.fused_plan import BLOCKS, FusedGradients, FusedPlan
 from .host.tf32 import BackwardProducts, Products, rounded
@@ -79,6 +79,21 @@ def dkey_dvalue(call: Backward, blocks: Blocks, wanted: KeyGradients, cores: int
     Axes of size 1 in `wanted` are summed over; keys and values must have size 1 in them. Of `blocks`, block_kv are the
     keys of one compute warpgroup, and block_q the query rows of one tile; `cores` are multiprocessors.
     """
+    parts = group_parts(call, blocks, wanted, cores)
+    if parts == 1:
+        return _dkey_dvalue(call, blocks, wanted, cores)
+
+    def of_parts(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*x.shape[:-2], x.shape[-2] * parts, x.shape[-1]), jnp.float32)
+
+    def joined(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        return x.reshape(*x.shape[:-2], -1, parts, x.shape[-1]).sum(-2).astype(like.dtype)
+
+    results = _dkey_dvalue(call.in_parts(parts), blocks, jax.tree.map(of_parts, wanted), cores)
+    return jax.tree.map(joined, results, wanted)
+
+
+def _dkey_dvalue(call: Backward, blocks: Blocks, wanted: KeyGradients, cores: int) -> KeyGradients:
     plan = KeyPlan.make(call, blocks, wanted, cores)
     operands = plan.operands(call)
     results: KeyGradients = launch(

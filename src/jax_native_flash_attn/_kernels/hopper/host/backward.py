@@ -1,6 +1,6 @@
 """What the backward kernels share: one call of them, and what they read of each query row."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,21 @@ class Backward:
             pad_axis(self.delta, -1, padded),
             scales_lse=scales_lse,
         )
+
+    def in_parts(self, parts: int) -> "Backward":
+        """The same call, each group of query heads in so many parts that have their keys to themselves."""
+
+        def repeated(x: jax.Array) -> jax.Array:
+            return jnp.repeat(x, parts, axis=-2)
+
+        z, inputs, products = self.sizes, self.inputs, self.products
+        inputs = inputs._replace(key=repeated(inputs.key), value=repeated(inputs.value))
+        if products is not None:
+            forward = products.forward
+            forward = forward._replace(key=repeated(forward.key), value=repeated(forward.value))
+            products = replace(products, forward=forward)
+        sizes = replace(z, K=z.K * parts, G=z.G // parts)
+        return replace(self, inputs=inputs, sizes=sizes, products=products)
 
 
 def prepare_lse(

@@ -24,6 +24,11 @@ from .tile_classes import query_tiles_of_classes
 # masked calls take 2 to 6% less there. Elsewhere it takes up to 3% more.
 _OVERLAPPED = 64, 128
 _MOST_AXES = 5  # of an array that TMA reads
+_LEAST_ROWS = (
+    8192  # that a block of keys visits, over all heads of a group; with fewer, sums would take what parts save
+)
+
+_ABOUT = 1.1  # times the shortest time
 
 
 @jax.tree_util.register_dataclass
@@ -228,6 +233,28 @@ class KeyPlan(KernelPlan):
             rows_free=plgpu.Barrier(num_barriers=stages, num_arrivals=compute),
             mod_rows=tuple(plgpu.SMEM((stages, blocks.block_q), x.dtype) for x in staged),
         )
+
+
+def group_parts(call: Backward, blocks: Blocks, wanted: KeyGradients, cores: int) -> int:
+    """Into how many parts to divide groups of query heads, so that no multiprocessor idles for want of heads of keys.
+
+    A block of keys takes as long as its group is large, and with a causal mask the longest twice the mean.
+    """
+    z = call.sizes
+    if z.G * z.T < _LEAST_ROWS:
+        return 1
+    heads = math.prod(jax.tree.leaves(wanted)[0].shape[:-3]) * z.K
+    items = heads * -(-z.S // (blocks.warpgroups * blocks.block_kv))
+    is_uneven = (call.config.band.upper is None) != (call.config.band.lower is None)
+
+    def time(parts: int) -> float:
+        """In those of a mean block of keys, with its whole group."""
+        if is_uneven:
+            return max(2 / parts, items / cores)
+        return -(-items * parts // cores) / parts
+
+    times = {n: time(n) for n in range(1, z.G + 1) if z.G % n == 0}
+    return next(n for n, x in times.items() if x <= _ABOUT * min(times.values()))
 
 
 def _differs_along(summed: tuple[int, ...], x: jax.Array) -> bool:
