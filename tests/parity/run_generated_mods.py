@@ -88,14 +88,9 @@ class Generated(NamedTuple):
     score_mod: Callable[..., Any]
     mask_mod: Callable[..., Any] | None
     args: tuple[np.ndarray, ...]
-    soft_cap: float | None
-    is_causal: bool
+    options: dict[str, Any]
+    tiles: dict[str, int | None]
     words: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        cap = {} if self.soft_cap is None else {"logits_soft_cap": self.soft_cap}
-        return cap | ({"is_causal": True} if self.is_causal else {})
 
 
 def generated(rng: random.Random, numbers: np.random.Generator, shape: tuple[int, int, int, int]) -> Generated:
@@ -109,15 +104,17 @@ def generated(rng: random.Random, numbers: np.random.Generator, shape: tuple[int
     shapes = {"slopes": (N,), "table": (N, T + S), "gate": (B, S), "rows": (T,)}
     args = tuple(0.5 * numbers.standard_normal(shape) for shape in shapes.values())
     mask = _condition(rng, 2) if rng.random() < 0.6 else None
-    cap = 2.5 if rng.random() < 0.3 else None
-    is_causal = rng.random() < 0.3
+    options: dict[str, Any] = {"logits_soft_cap": 2.5} if rng.random() < 0.3 else {}
+    tiles = {"block_q": rng.choice((None, 4, 8)), "block_kv": rng.choice((None, 4, 8))}
+    if rng.random() < 0.3:
+        options["is_causal"] = True
     return Generated(
         function(f"score, b, h, q, k, {', '.join(shapes)}", score),
         None if mask is None else function("b, h, q, k", mask),
         args,
-        cap,
-        is_causal,
-        f"score {score}; mask {mask}; cap {cap}; causal {is_causal}",
+        options,
+        tiles,
+        f"score {score}; mask {mask}; {options}",
     )
 
 
@@ -125,16 +122,15 @@ def in_float64(seed: int) -> tuple[str, Callable[[], str]]:
     """What the call is, and its check, which says how it ended."""
     rng = random.Random(seed)
     made = generated(rng, np.random.default_rng(seed), (mods.B, mods.N, mods.T, mods.S))
-    tiles = {"block_q": rng.choice((None, 4, 8)), "block_kv": rng.choice((None, 4, 8))}
-    masks = (lambda b, h, q, k: k <= q) if made.is_causal else None
+    masks = (lambda b, h, q, k: k <= q) if "is_causal" in made.options else None
     case = ModCase(made.score_mod, made.mask_mod, score_args=made.args, options=made.options, masks=masks)
 
     def check() -> str:
         with environment.enable_x64():
-            mods.check(case, **tiles)
+            mods.check(case, **made.tiles)
         return "passed"
 
-    return f"{made.words}; {tiles}", check
+    return f"{made.words}; {made.tiles}", check
 
 
 def in_16_bits(seed: int) -> tuple[str, Callable[[], str]]:
