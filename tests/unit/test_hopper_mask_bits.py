@@ -50,9 +50,7 @@ def test_tiles_that_a_mask_leaves_empty_at_either_end_are_not_visited(is_causal:
     allowed = jnp.asarray(of_documents(rows_without_keys=rows_without_keys))
     nothing = dict.fromkeys(("static_window", "traced_window", "query_lengths", "key_value_lengths"))
     _, mask = make_mask(T, S, is_causal=is_causal, allowed=allowed, **nothing)
-    whole = intervals.row_intervals(mask, T, S, block_q, block_kv)
-    words = mask_bits.pack_rows(allowed, block_kv)
-    ranges = intervals.narrowed(whole, *mask_bits.visited_range(words, block_q), words.shape[-2]).tile_ranges
+    ranges = intervals.row_intervals(mask, T, S, block_q, block_kv, skips_empty=True).tile_ranges
     transposed = mask_bits.visited(mask_bits.pack_columns(allowed, block_q), block_kv)
     of_keys = intervals.query_tiles(mask, T, S, block_q, block_kv, (1,), is_computed=False, visited=transposed).ranges
 

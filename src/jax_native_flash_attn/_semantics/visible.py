@@ -13,7 +13,8 @@ from .sizes import static_size
 def rows_with_a_key(start: jax.Array, stop: jax.Array, allowed: jax.Array, *, is_banded: bool) -> jax.Array:
     """Whether a row's interval holds an allowed key; (batch..., N, T), axes of size 1 where nothing varies."""
     if not is_banded:
-        return _any_of_rows(allowed)
+        # Kernels for GPUs ask for both ends of the rows anyway: then XLA computes them once.
+        return lax.platform_dependent(allowed, cuda=lambda x: first_and_end(x)[1] > 0, default=_any_of_rows)
     if allowed.shape[-1] == 1:
         return (start < stop) & allowed[..., 0]
     if allowed.shape[-2] > 1:
@@ -27,6 +28,19 @@ def rows_with_a_key(start: jax.Array, stop: jax.Array, allowed: jax.Array, *, is
     start, stop = (jnp.broadcast_to(jnp.clip(x, 0, S), (*lead, x.shape[-1])) for x in (start, stop))
     before, upto = (jnp.take_along_axis(count, x, -1) for x in (start, stop))
     return upto > before
+
+
+def first_and_end(allowed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of each row (..., T) of a mask (..., T, S), the first key that it leaves, and the end of those; S and 0 of none."""
+    S, axis = allowed.shape[-1], allowed.ndim - 1
+    column = lax.broadcasted_iota(jnp.int32, allowed.shape, axis)
+
+    def combine(x: tuple, y: tuple) -> tuple:
+        return jnp.minimum(x[0], y[0]), jnp.maximum(x[1], y[1])
+
+    ends = jnp.where(allowed, column, S), jnp.where(allowed, column + 1, 0)
+    first, end = lax.reduce(ends, (jnp.int32(S), jnp.int32(0)), combine, (axis,))
+    return first, end
 
 
 def _any_of_rows(allowed: jax.Array) -> jax.Array:

@@ -6,7 +6,6 @@ kernel knows its trip counts from four scalars. Those of a complete band are com
 `device/masks.py`.
 """
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ...._semantics.masks import ColumnRange, MaskOperands
+from ...._semantics.visible import first_and_end
 from ..operands import DEAD, QueryTiles, RowIntervals
 from ..pallas import pad_axis, round_up
 
@@ -39,30 +39,27 @@ def tile_ranges(bounds: Bounds, block_kv: int, S: int) -> ColumnRange:
     return ColumnRange(first, full_first, full_stop, stop)
 
 
-def row_intervals(mask: MaskOperands, T: int, S: int, block_rows: int, block_kv: int) -> RowIntervals | None:
-    """Padded to whole blocks of rows; None if no interval is traced."""
+def row_intervals(
+    mask: MaskOperands, T: int, S: int, block_rows: int, block_kv: int, *, skips_empty: bool = False
+) -> RowIntervals | None:
+    """Padded to whole blocks of rows; None if no interval is traced.
+
+    `skips_empty`: tile ranges leave out what the boolean mask empties at either end. It is read in all other tiles.
+    """
     if mask.key_start is None or mask.key_stop is None:
         return None
     start, stop, dead = _padded(mask, T, S, block_rows)
-    ranges = jnp.stack([*tile_ranges(_bounds(mask, start, stop, dead, block_rows), block_kv, S)], -1)
+    visited = start, stop
+    if skips_empty:
+        assert mask.allowed is not None
+        first, end = first_and_end(mask.allowed)
+        first, end = pad_rows(first, T, block_rows, S), pad_rows(end, T, block_rows)
+        visited = jnp.maximum(start, first), jnp.minimum(stop, end)
+        if dead is not None:
+            visited = jnp.where(dead, start, visited[0]), jnp.where(dead, stop, visited[1])
+    bounds = _bounds(mask, start, stop, dead, block_rows, *visited)
     start = start if dead is None else jnp.where(dead, DEAD, start)
-    return RowIntervals(start, stop, ranges)
-
-
-def narrowed(intervals: RowIntervals, least: jax.Array, end: jax.Array, tiles: int) -> RowIntervals:
-    """With tile ranges that leave out the tiles before the least, and from the end on, that a mask visits.
-
-    `least`, `end`: (batch..., N or 1, blocks of rows). Dead rows attend all `tiles`.
-    """
-    has_dead = (intervals.key_start == DEAD).reshape(*intervals.key_start.shape[:-1], least.shape[-1], -1).any(-1)
-    least, end = jnp.where(has_dead, 0, least), jnp.where(has_dead, tiles, end)
-    assert intervals.tile_ranges is not None
-    first, full_first, full_stop, stop = (intervals.tile_ranges[..., c] for c in range(4))
-    first = jnp.minimum(jnp.maximum(first, least), tiles - 1)
-    stop = jnp.maximum(jnp.minimum(stop, end), first + 1)
-    full_first = jnp.minimum(jnp.maximum(full_first, first), stop)
-    full_stop = jnp.minimum(jnp.maximum(full_stop, full_first), stop)
-    return replace(intervals, tile_ranges=jnp.stack([first, full_first, full_stop, stop], -1))
+    return RowIntervals(start, stop, jnp.stack([*tile_ranges(bounds, block_kv, S)], -1))
 
 
 def query_tiles(
@@ -100,7 +97,7 @@ def query_tiles(
     if mask.key_start is None or mask.key_stop is None:
         return None
     start, stop, dead = _padded(mask, T, S, block_q)
-    least_start, low, high, largest_stop = _bounds(mask, start, stop, dead, block_q)
+    least_start, low, high, largest_stop = _bounds(mask, start, stop, dead, block_q, start, stop)
     num_tiles = start.shape[-1] // block_q
     first_key = jnp.arange(0, S, block_keys, dtype=jnp.int32).reshape((1,) * (start.ndim - 1) + (-1, 1))
     attends = (least_start[..., None, :] < first_key + block_keys) & (largest_stop[..., None, :] > first_key)
@@ -138,11 +135,23 @@ def _padded(mask: MaskOperands, T: int, S: int, block: int) -> tuple[jax.Array, 
     return start, stop, dead
 
 
-def _bounds(mask: MaskOperands, start: jax.Array, stop: jax.Array, dead: jax.Array | None, block: int) -> Bounds:
-    """A tile that is full knows nothing of dead rows, nor of ids: where these count, no stop is far enough for one."""
+def _bounds(
+    mask: MaskOperands,
+    start: jax.Array,
+    stop: jax.Array,
+    dead: jax.Array | None,
+    block: int,
+    first: jax.Array,
+    end: jax.Array,
+) -> Bounds:
+    """Of full tiles by `start` and `stop`, of visited ones by `first` and `end`.
+
+    A tile that is full knows nothing of dead rows, nor of ids: where these count, no stop is far enough for one.
+    """
     least_stop = stop if dead is None else jnp.where(dead, 0, stop)
     least_stop = least_stop if mask.is_exact is None else jnp.where(mask.is_exact, least_stop, 0)
-    operands = [x.reshape(*x.shape[:-1], -1, block) for x in (start, start, least_stop, stop)]
+    vectors = jnp.broadcast_arrays(first, start, least_stop, end)
+    operands = [x.reshape(*x.shape[:-1], -1, block) for x in vectors]
     lowest, largest = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
 
     def combine(x: tuple, y: tuple) -> tuple:
@@ -150,4 +159,4 @@ def _bounds(mask: MaskOperands, start: jax.Array, stop: jax.Array, dead: jax.Arr
         return tuple(kind(a, b) for kind, a, b in zip(kinds, x, y, strict=True))
 
     initial = tuple(map(jnp.int32, (largest, lowest, largest, lowest)))
-    return Bounds(*lax.reduce(tuple(operands), initial, combine, (start.ndim,)))
+    return Bounds(*lax.reduce(tuple(operands), initial, combine, (first.ndim,)))

@@ -35,19 +35,6 @@ def pack_columns(allowed: jax.Array, block_q: int) -> jax.Array:
     return jnp.moveaxis((bits.astype(jnp.int32) << place).sum(-3, dtype=jnp.int32), -1, -3)
 
 
-def visited_range(words: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """Of each block of so many rows, the first tile that holds a bit, and the end of those: (..., blocks of rows).
-
-    Without any, they are the number of tiles, and 0.
-    """
-    words = pad_axis(words, -3, round_up(words.shape[-3], rows))
-    *lead, count, tiles, _ = words.shape
-    words = words.reshape(*lead, count // rows, rows, tiles, WORDS)
-    tile = lax.broadcasted_iota(jnp.int32, (*(1,) * (len(lead) + 2), tiles, 1), words.ndim - 2)
-    first, end = jnp.where(words != 0, tile, tiles), jnp.where(words != 0, tile + 1, 0)
-    return first.min((-3, -2, -1)), end.max((-3, -2, -1))
-
-
 def visited(words: jax.Array, rows: int) -> jax.Array:
     """Which tiles of so many rows hold a bit: (..., blocks of rows, tiles), of words (..., rows, tiles, WORDS)."""
     words = pad_axis(words, -3, round_up(words.shape[-3], rows))

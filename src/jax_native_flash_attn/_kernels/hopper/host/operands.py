@@ -17,8 +17,8 @@ from ..formula_builder import formulas
 from ..formulas import Formula
 from ..operands import MASKED, Dropout, Elements, LogitTerm, Operands, TermBuffers, TermKind
 from ..pallas import TmaLoad, matrix_buffer, pad_axis, plgpu, round_up, swizzle_bytes
-from .intervals import narrowed, pad_rows, row_intervals
-from .mask_bits import WORDS, pack_columns, pack_rows, visited_range
+from .intervals import pad_rows, row_intervals
+from .mask_bits import WORDS, pack_columns, pack_rows
 from .mods import prepare_mods
 from .tf32 import Products
 from .tile_classes import are_whole, kernel_classes, with_classes, with_order
@@ -53,14 +53,14 @@ def prepare(
     # Kernels compute those of a complete band. But a bias would count in the rows of a batch row of length 0.
     shift = None if reads_intervals else mask.shift
     is_computed = config.band.is_complete and (inputs.bias is None if mask.shift is None else shift is not None)
-    intervals = None if is_computed else row_intervals(mask, z.T, z.S, block_rows, block_kv)
-    allowed, mask_term = mask.allowed, None
     bias_term = None if inputs.bias is None else prepare_bias(inputs.bias, z.T, z.S, block_rows, block_kv)
+    allowed, mask_term, skips_empty = mask.allowed, None, False
     if allowed is not None:
         mask_term = _mask_term(allowed, z.T, z.S, block_rows, block_kv, transposes=transposes_mask)
-        if mask_term.kind is TermKind.TILED and intervals is not None and not transposes_mask:
-            bits = mask_term.array
-            intervals = narrowed(intervals, *visited_range(bits, block_rows), bits.shape[-2])
+        skips_empty = mask_term.kind is TermKind.TILED and not transposes_mask
+    intervals = None
+    if not is_computed:
+        intervals = row_intervals(mask, z.T, z.S, block_rows, block_kv, skips_empty=skips_empty)
     if intervals is not None and mask.tile_classes is not None:
         classes = kernel_classes(config, mask, z.T, z.S, block_rows, block_kv)
         intervals = replace(intervals, is_whole=are_whole(intervals, z.T, z.S, block_rows))
