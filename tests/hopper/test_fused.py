@@ -66,7 +66,7 @@ def _kernels_of(lowered: Any) -> int:
     return lowered.count("custom_call @mosaic_gpu")
 
 
-@pytest.mark.parametrize(("name", "dtype"), thinned(rotated(_CALLS, ["bfloat16", "float16"]), 2))
+@pytest.mark.parametrize(("name", "dtype"), thinned(rotated(_CALLS, ["bfloat16", "float16"]), 3))
 def test_lowers_for_cuda_without_a_gpu(name: str, dtype: str) -> None:
     """With 64-bit types beside one of the two dtypes."""
     shape, is_causal, scale, cores, parts = _CALLS[name]
