@@ -4,6 +4,7 @@ import collections
 import gc
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,8 @@ environment.configure()
 
 import hypothesis  # noqa: E402  (nothing may come before configure())
 import jax  # noqa: E402
+
+_LEFT_OUT = pytest.StashKey[int]()
 
 hypothesis.settings.register_profile(
     "default",
@@ -41,15 +44,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what is left to `--whole-grid`.
+    """Leave out what is left to `--whole-grid`: it is most of the tests, and skipping each takes time.
 
-    And the tests marked gpu where JAX has no GPU, but for those that say themselves why they cannot run.
+    Skip the tests marked gpu where JAX has no GPU, but for those that say themselves why they cannot run.
     """
     if not config.getoption("--whole-grid"):
-        rest = pytest.mark.skip(reason="a point of a grid that only --whole-grid runs, or another --grid-part")
-        for item in items:
-            if item.get_closest_marker("whole_grid"):
-                item.add_marker(rest)
+        rest = [item for item in items if item.get_closest_marker("whole_grid")]
+        config.hook.pytest_deselected(items=rest)
+        items[:] = [item for item in items if not item.get_closest_marker("whole_grid")]
+        config.stash[_LEFT_OUT] = len(rest)
     if jax.default_backend() == "gpu":
         return
     skip = pytest.mark.skip(reason=f"needs a GPU; JAX's backend is {jax.default_backend()}")
@@ -65,8 +68,24 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say why tests were skipped, each reason once; `-rs` says it of each test."""
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist tells how much it has left out."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left out"] = session.config.stash.get(_LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Each worker has collected all tests; one that crashed tells nothing."""
+    left_out = getattr(node, "workeroutput", {}).get("left out", 0)
+    node.config.stash[_LEFT_OUT] = max(left_out, node.config.stash.get(_LEFT_OUT, 0))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how much was left out, and why tests were skipped, each reason once; `-rs` says it of each test."""
+    if left_out := config.stash.get(_LEFT_OUT, 0):
+        terminalreporter.write_line(f"{left_out} left out: points that only --whole-grid runs, or another --grid-part")
     skipped = terminalreporter.stats.get("skipped", ())
     reasons = collections.Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
     for reason, count in reasons.most_common():

@@ -11,11 +11,12 @@ import pytest
 
 import jax_native_flash_attn
 from jax_native_flash_attn import mods
+from tests.support.grids import thinned
 
 _MODS = [f"mods.{name}" for name in mods.__all__ if "Examples:" in (getattr(mods, name).__doc__ or "")]
 
 
-@pytest.mark.parametrize("name", [*jax_native_flash_attn.__all__, *_MODS])
+@pytest.mark.parametrize("name", thinned([*jax_native_flash_attn.__all__, *_MODS], 2))
 def test_examples(name: str, monkeypatch: pytest.MonkeyPatch):
     """In an empty namespace, as they are pasted, with warnings as users have them."""
     monkeypatch.delenv("JAX_NATIVE_FLASH_ATTN_WARNINGS", raising=False)

@@ -105,8 +105,8 @@ GRADIENTS: dict[str, dict[str, Any]] = {
             ("plain", 128, 16, "float32"),
             ("mask", 80, 112, "float32"),
         ],
-        5,
-        2,
+        7,
+        3,
     ),
 )
 def test_gradients_lower_for_cuda_without_a_gpu(options: str, H: int, D: int | None, dtype: str) -> None:

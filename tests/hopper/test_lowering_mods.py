@@ -43,7 +43,7 @@ def _text(call: ModCall, kind: str) -> str:
 
 
 @pytest.mark.usefixtures("no_pure_jax")
-@pytest.mark.parametrize("name", thinned(list(CALLS), 7))
+@pytest.mark.parametrize("name", thinned(list(CALLS), 10, 7))
 def test_value_and_gradients(name: str) -> None:
     """A kernel for the forward, one for query, one for key and value or one each, and one for a bias."""
     kernels = _text(CALLS[name], "gradient").count("custom_call @mosaic_gpu")
@@ -56,7 +56,7 @@ def test_a_choice_by_one_number() -> None:
 
 
 @pytest.mark.usefixtures("no_pure_jax")
-@pytest.mark.parametrize("name", thinned(["alibi", "gate", "prefix"], 2))
+@pytest.mark.parametrize("name", thinned(["alibi", "gate", "prefix"], 3, 2))
 def test_tangents(name: str) -> None:
     assert _text(CALLS[name], "tangent").count("custom_call @mosaic_gpu") == 2
 

@@ -45,12 +45,12 @@ def test_mask_of_documents(documents: int, has_dead_rows: bool, is_bounded: bool
     """Few and many occupied tiles take different forms, decided at run time, with and without bounds."""
     L = 1024
     rng = np.random.default_rng(0)
-    query, key, value = (jnp.asarray(rng.standard_normal((1, L, 1, 8)), jnp.float32) for _ in range(3))
+    query, key, value = rng.standard_normal((3, 1, L, 1, 8)).astype(np.float32)
     document = np.arange(L) * documents // L
     mask = (document[:, None] == document) & ~(has_dead_rows & (np.arange(L) == 5))[:, None]
     with contextlib.nullcontext() if is_bounded else replacing(XlaKernels()):
         out = jax.jit(lambda *x: flash_attention(*x, mask=mask[None, None]))(query, key, value)
-    dense = jax.nn.dot_product_attention(query, key, value, mask=mask[None, None])
+    dense = jax.jit(jax.nn.dot_product_attention)(query, key, value, mask=mask[None, None])
     check_out("out", out, dense, query, key, value, mask=mask[None, None])
 
 
@@ -85,26 +85,29 @@ def test_bounds_of_logits(masks: str, magnitude: float, dtype: str, monkeypatch:
     monkeypatch.setattr(kernel, "forward", watched)
     rng = np.random.default_rng(0)
     shapes = (2, 131, 4, 16), (2, 139, 2, 16), (2, 139, 2, 16)
-    allowed = jnp.asarray(rng.random((2, 1, 131, 139)) < 0.5)
-    lengths = {"key_value_seq_lengths": jnp.array([0, 70]), "query_seq_lengths": jnp.array([100, 131])}
+    allowed = rng.random((2, 1, 131, 139)) < 0.5
+    has_a_dead_row = allowed & ~(np.arange(2 * 131).reshape(2, 1, 131, 1) == 131 + 5)
+    lengths = {"key_value_seq_lengths": np.array([0, 70]), "query_seq_lengths": np.array([100, 131])}
     options = {
         "plain": {},
         "causal": {"is_causal": True},
         "window": {"local_window_size": (20, 3)},
         "lengths": lengths,
-        "mask": {"mask": allowed.at[1, 0, 5].set(False)},  # a row without keys
+        "mask": {"mask": has_a_dead_row},
         "mask and lengths": {"mask": allowed, **lengths},
         "no keys": {"mask": allowed & False},
     }[masks]
     with enable_x64(dtype == "float64"):
-        query, key, value = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
-        query *= jnp.asarray(1.0 if np.isnan(magnitude) else magnitude, dtype)
-        padded = key if not np.isnan(magnitude) else key.at[1, 120].set(np.nan)
+        query, key, value = (rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in shapes)
+        query *= jnp.dtype(dtype).type(1.0 if np.isnan(magnitude) else magnitude)
+        padded = key.copy()
+        padded[1, 120] = np.nan if np.isnan(magnitude) else key[1, 120]
         call = functools.partial(flash_attention, block_q=64, block_kv=48, **options)
         out = jax.jit(call, compiler_options=FAST_COMPILATION)(query, padded, value)
         jax.effects_barrier()
         with lenient_promotion():
-            dense = jax.nn.dot_product_attention(query, key, value, **options)
+            reference = functools.partial(jax.nn.dot_product_attention, **options)
+            dense = jax.jit(reference, compiler_options=FAST_COMPILATION)(query, key, value)
     is_padding = "lengths" in masks
     assert taken == [magnitude == 1.0 or (np.isnan(magnitude) and is_padding)]
     if np.isnan(magnitude) and not is_padding:

@@ -67,7 +67,7 @@ CASES: dict[str, Case] = {
 }
 
 
-@by_family(CASES, every=3)
+@by_family(CASES, every=5)
 def test_calls(case: Case, family: str) -> None:
     check_family(case, family)
 
@@ -106,7 +106,8 @@ _BIASES = {str(full): full for full in itertools.product((False, True), repeat=4
 
 
 @by_family(
-    {name: named_case("odd", "plain", bias=full, mask=(True, False, False, True)) for name, full in _BIASES.items()}
+    {name: named_case("odd", "plain", bias=full, mask=(True, False, False, True)) for name, full in _BIASES.items()},
+    every=3,
 )
 def test_gradient_of_bias_in_each_shape(case: Case, family: str) -> None:
     check_family(case, family)
@@ -117,7 +118,8 @@ def test_gradient_of_bias_in_each_shape(case: Case, family: str) -> None:
         f"{scale}, {mask}": named_case("odd", mask, bias=(False, True, True, True), scale=scale)
         for scale in (-0.125, 0.3, 3.7, -1e-13, 1e-20)
         for mask in ("plain", "bias and mask")
-    }
+    },
+    every=3,
 )
 def test_any_scale_beside_a_bias(case: Case, family: str) -> None:
     """Products of Hopper kernels start with the bias, divided by what is left of the scale."""
@@ -195,7 +197,7 @@ def test_each_feature(case: Case, family: str) -> None:
         # `run_generated --pairs` has those of one feature and what `jax.nn` has too.
         if shape == "odd" or second in (*NEW_FEATURES, "vmap")
     },
-    every=3,
+    every=5,
 )
 def test_each_pair_of_features(case: Case, family: str) -> None:
     check_family(case, family)
@@ -265,7 +267,8 @@ _EDGE = features("soft cap", "sinks", "value dimension", "largest logits")
             ("positions", {"with_lse": True}),
             ("offset", {"query_offset": -1}),
         )
-    }
+    },
+    every=2,
 )
 def test_one_row_or_key(case: Case, family: str) -> None:
     check_family(_in_dtype_of(family, case), family)

@@ -17,6 +17,7 @@ from flax import nnx
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse
 from tests.adapters.comparison import assert_close
 from tests.support.environment import lenient_promotion
+from tests.support.grids import rotated, thinned
 
 B, T, FEATURES, HEADS = 2, 19, 24, 4
 
@@ -72,8 +73,7 @@ NNX_CALLS = {
 }
 
 
-@pytest.mark.parametrize("kv_heads", [None, 2])
-@pytest.mark.parametrize("name", NNX_CALLS)
+@pytest.mark.parametrize(("name", "kv_heads"), thinned(rotated(NNX_CALLS, [None, 2]), 2))
 def test_nnx_layer_with_the_function_replaced(name: str, kv_heads: int | None, patched):
     options = {} if kv_heads is None else {"num_kv_heads": kv_heads}
     try:

@@ -25,6 +25,9 @@ def qkv(B: int, T: int, S: int, N: int, K: int, H: int, dtype: Any = np.float32)
     return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
 
 
+keep_mask = functools.partial(jax.jit, static_argnums=(1, 2), compiler_options=FAST)(dropout_keep_mask)
+
+
 @pytest.mark.parametrize(("rate", "x64"), thinned(rotated([0.0, 0.1, 0.5, 0.999, 1.0], [False, True]), 2))
 def test_keep_mask_is_bernoulli_bit_for_bit(rate: float, x64: bool):
     with enable_x64(x64):
@@ -37,7 +40,7 @@ def test_keep_mask_is_bernoulli_bit_for_bit(rate: float, x64: bool):
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_keep_mask_of_extreme_rates(rate: float):
-    keep = np.asarray(dropout_keep_mask(jax.random.key(0), rate, (2, 2, 8, 8)))
+    keep = np.asarray(keep_mask(jax.random.key(0), rate, (2, 2, 8, 8)))
     assert keep.all() if rate == 0.0 else not keep.any()
 
 
@@ -80,9 +83,9 @@ def test_dropout_that_batch_rows_and_heads_share():
 def test_other_generators_agree_with_dropout_keep_mask(impl: str):
     query, key, value = qkv(1, 40, 50, 2, 1, 8)
     rng = jax.random.key(1, impl=impl)
-    keep = np.asarray(dropout_keep_mask(rng, 0.25, (1, 2, 40, 50)))
+    keep = np.asarray(keep_mask(rng, 0.25, (1, 2, 40, 50)))
     assert abs(keep.mean() - 0.75) < 0.05  # 4,000 draws: seven standard deviations
-    assert (keep != np.asarray(dropout_keep_mask(jax.random.key(2, impl=impl), 0.25, keep.shape))).any()
+    assert (keep != np.asarray(keep_mask(jax.random.key(2, impl=impl), 0.25, keep.shape))).any()
     out = flash_attention(query, key, value, dropout_rate=0.25, dropout_rng=rng, block_q=16, block_kv=16)
     with enable_x64():
         expected, _ = float64_oracle(query, key, value, dropout_rate=0.25, keep=keep)
@@ -225,6 +228,7 @@ def test_bits_at_indices_beyond_32_bits(x64: bool):
         small = jax.random.bits(jax.random.wrap_key_data(jnp.array(key, jnp.uint32)), (5,), jnp.uint32)
         assert [int(x) for x in small] == [a ^ b for a, b in (_threefry(key, i) for i in range(5))]
         dropout = make_dropout(0.4)
+        keep_tile = jax.jit(dropout.keep_tile, static_argnums=(4, 5), compiler_options=FAST)
         for T, S in (
             (2**15, 2**16),
             (2**16, 2**16),
@@ -243,6 +247,6 @@ def test_bits_at_indices_beyond_32_bits(x64: bool):
                     expected = ((first ^ second) >> 9) / 2**23 < np.float32(0.6)
                 else:
                     expected = ((first << 32 | second) >> 12) / 2**52 < 0.6
-                words, heads = jnp.array(key, jnp.uint32), jnp.uint32(head)
-                keep = dropout.keep_tile(words, heads, jnp.array([t], jnp.int32), jnp.array([s], jnp.int32), T, S)
+                words, heads = np.array(key, np.uint32), np.uint32(head)
+                keep = keep_tile(words, heads, np.array([t], np.int32), np.array([s], np.int32), T, S)
                 assert bool(keep) == expected, (T, S, head, t, s)

@@ -36,7 +36,7 @@ def _accelerator() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_generated_calls_are_as_accurate_as_dense_attention(dtype: str):
-    @settings(max_examples=3)
+    @settings(max_examples=2)
     @given(cases((dtype,)))
     def check(case: Case):
         check_case(case, compiler_options=FAST_COMPILATION)

@@ -120,17 +120,17 @@ def test_decoding_keeps_heads_apart(bad: float) -> None:
         check_out(name, out, dense, query, key, value, at=others)
 
 
-@pytest.mark.parametrize("masks", ["causal", "window", "lengths", "mask", "mask and causal"])
+@pytest.mark.parametrize("masks", thinned(["causal", "window", "lengths", "mask", "mask and causal"], 2))
 def test_masked_keys_may_be_anything(masks: str) -> None:
     """A short masked call is one kernel of XLA's, unless that makes something that is not finite."""
     rng = np.random.default_rng(0)
-    query, key, value = (jnp.asarray(rng.standard_normal((2, 96, 2, 8)), jnp.float32) for _ in range(3))
+    query, key, value = rng.standard_normal((3, 2, 96, 2, 8)).astype(np.float32)
     options = {
         "causal": {"is_causal": True},
         "window": {"local_window_size": (20, 3)},
-        "lengths": {"key_value_seq_lengths": jnp.array([90, 70])},
-        "mask": {"mask": jnp.asarray(rng.random((2, 1, 96, 96)) < 0.5)},
-        "mask and causal": {"mask": jnp.asarray(rng.random((2, 1, 96, 96)) < 0.5), "is_causal": True},
+        "lengths": {"key_value_seq_lengths": np.array([90, 70])},
+        "mask": {"mask": rng.random((2, 1, 96, 96)) < 0.5},
+        "mask and causal": {"mask": rng.random((2, 1, 96, 96)) < 0.5, "is_causal": True},
     }[masks]
     allowed = np.broadcast_to(masking(query, key, **options).allowed, (2, 2, 96, 96))[:, 0, :, 92]
     ours, reference = (
@@ -139,7 +139,7 @@ def test_masked_keys_may_be_anything(masks: str) -> None:
     )
     dense = reference(query, key, value)
     for bad in (np.inf, -np.inf, np.nan):
-        out = ours(query, key.at[:, 92].set(bad), value)
+        out = ours(query, np.where((np.arange(96) == 92)[:, None, None], np.float32(bad), key), value)
         check_out(f"out, {bad}", out, dense, query, key, value, at=~allowed, **options)
     assert np.isnan(out[allowed]).all()
 

@@ -94,7 +94,7 @@ PROJECTIONS = {
                 (True, "hvp"),
             ]
         ),
-        every=5,
+        every=7,
     ),
 )
 def test_fused_projection(

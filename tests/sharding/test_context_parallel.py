@@ -64,7 +64,7 @@ def test_value_and_largest_logits(name: str, strategy: str, devices: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "strategy", "devices"), [*thinned(GRID[: -len(_EVERYTHING)], 61, 1), *thinned(_EVERYTHING, 4, 3)]
+    ("name", "strategy", "devices"), [*thinned(GRID[: -len(_EVERYTHING)], 97, 1), *thinned(_EVERYTHING, 4, 3)]
 )
 def test_derivatives(name: str, strategy: str, devices: int) -> None:
     case = CASES[name]

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jax_native_flash_attn import balanced_order, context_parallel_attention, context_parallel_attention_with_lse
 from tests.sharding.test_meshes import assert_two_processes_agree
 from tests.support.environment import DEVICE_COUNT, fast_compilation
-from tests.support.grids import thinned
+from tests.support.grids import rotated, thinned
 from tests.support.programs import collective_counts, collective_elements, largest_in_text, primitives
 
 pytestmark = pytest.mark.skipif(jax.device_count() < DEVICE_COUNT, reason="needs eight devices")
@@ -72,8 +72,10 @@ COLLECTIVES = {
 }
 
 
-@pytest.mark.parametrize("others", ["nothing", "ids", "positions"])
-@pytest.mark.parametrize("strategy", COLLECTIVES)
+@pytest.mark.parametrize(
+    ("strategy", "others"),
+    [*((x, "nothing") for x in COLLECTIVES), *thinned(rotated(COLLECTIVES, ["ids", "positions"]), 2)],
+)
 def test_collectives(strategy: str, others: str) -> None:
     value, of_gradient, of_others = COLLECTIVES[strategy]
     given = {"nothing": {}, "ids": IDS, "positions": POSITIONS}[others]
@@ -104,8 +106,20 @@ def test_keys_that_no_row_attends_are_not_sent(options: dict[str, Any], steps: i
     text = compiled(f, *arrays()).as_text()
     assert collective_counts(text).get("collective-permute", 0) == steps
     assert collective_elements(text).get("collective-permute", 0) == keys * 2 * K * H
-    # Blocks travel again, but for those that XLA has kept, and gradients of key and value behind them, and home.
-    found = collective_counts(compiled(gradient(f), *arrays()).as_text())
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"is_causal": True, "local_window_size": (0, 0)}, 0),
+        ({"is_causal": True, "local_window_size": (9, 0)}, 2),
+        ({"local_window_size": (1, 1), "order": "balanced"}, 2),
+    ],
+    ids=str,
+)
+def test_keys_that_no_row_attends_are_not_sent_for_gradients(options: dict[str, Any], steps: int) -> None:
+    """Blocks travel again, but for those that XLA has kept, and gradients of key and value behind them, and home."""
+    found = collective_counts(compiled(gradient(attention(**options)), *arrays()).as_text())
     assert 2 * steps <= found.get("collective-permute", 0) <= 3 * steps
 
 

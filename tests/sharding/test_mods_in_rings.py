@@ -32,7 +32,6 @@ pytestmark = pytest.mark.skipif(jax.device_count() < DEVICE_COUNT, reason="needs
 _ALWAYS = (
     ("T5, balanced", "ring", 8),
     ("prefix and alibi, positions", "ring", 4),
-    ("document, window", "ring", 4),
 )
 _GRID = [(name, *place) for name, place in itertools.product(MODS, PLACES)]
 

@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 
 from tests.support.cases import Case, features
+from tests.support.grids import thinned
 from tests.support.transformations import check_transformation, in_float64
 
 _SHAPE = (2, 13, 17, 2, 2, 4)
@@ -20,7 +21,7 @@ _CASES = {
 }
 
 
-@pytest.mark.parametrize("name", _CASES)
+@pytest.mark.parametrize("name", thinned(_CASES, 2))
 def test_derivatives(name: str) -> None:
     """Under vmap each batch row has its own ids, offset and sinks."""
     names = _CASES[name]
@@ -32,7 +33,7 @@ def test_derivatives(name: str) -> None:
     check_transformation(name.partition(",")[0], case)
 
 
-@pytest.mark.parametrize("axes", ["rows", "keys", "rows and keys"])
+@pytest.mark.parametrize("axes", thinned(["rows", "keys", "rows and keys"], 2, 1))
 def test_ids_differ_under_vmap_and_a_boolean_mask_does_not(axes: str) -> None:
     mask = (False, False, "rows" in axes, "keys" in axes)
     case = Case(_SHAPE, mask=mask, is_causal=True, block_q=8, block_kv=8, **features("segments", "vmap"))

@@ -57,9 +57,10 @@ CASES = [
     for is_traced in (False, True)
     if length is None or band.lower is None
 ]
+of_cases = pytest.mark.parametrize(("name", "length", "is_traced"), thinned(CASES, 3))
 
 
-@pytest.mark.parametrize(("name", "length", "is_traced"), CASES)
+@of_cases
 def test_tiles_of_a_block_of_rows(name: str, length: int | None, is_traced: bool) -> None:
     intervals, mask = make_intervals(BANDS[name], length, is_traced=is_traced), dense(BANDS[name], length)
     for block in range(-(-T // ROWS)):
@@ -75,7 +76,7 @@ def test_tiles_of_a_block_of_rows(name: str, length: int | None, is_traced: bool
         assert intervals.has_left_edge or full_first == first
 
 
-@pytest.mark.parametrize(("name", "length", "is_traced"), CASES)
+@of_cases
 def test_query_tiles_of_a_block_of_keys(name: str, length: int | None, is_traced: bool) -> None:
     intervals, mask = make_intervals(BANDS[name], length, is_traced=is_traced), dense(BANDS[name], length)
     for block in range(-(-S // KEYS)):

@@ -184,7 +184,7 @@ def _tiles(device_mods: Any, program: Program, inputs: Inputs, config: Config, s
 
 @needs_backend
 @pytest.mark.parametrize(
-    ("name", "numbering"), thinned(rotated(SCORES | MASKS, ["plain", "plain, transposed", "offset", "positions"]), 2)
+    ("name", "numbering"), thinned(rotated(SCORES | MASKS, ["plain", "plain, transposed", "offset", "positions"]), 4)
 )
 def test_tiles(name: str, numbering: str, on_cpu: Any):
     """Each function as its program says, and the derivative of a score's; transposed, as for the gradient of keys."""

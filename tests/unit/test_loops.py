@@ -14,6 +14,7 @@ from jax_native_flash_attn._kernels.xla.shapes import TileShape
 from jax_native_flash_attn._semantics.join_masks import make_mask
 from jax_native_flash_attn._semantics.sizes import Sizes
 from tests.support.environment import fast_compilation
+from tests.support.grids import thinned
 from tests.support.oracle import allowed_pairs
 
 B, T, S, K, G, H = 2, 7, 9, 2, 2, 3
@@ -98,7 +99,7 @@ OTHERS = [name for name in TILES if name not in GENERAL]
 VISITS = [(masks, tile) for i, masks in enumerate(MASKS) for tile in (*GENERAL, OTHERS[i % len(OTHERS)])]
 
 
-@pytest.mark.parametrize(("masks", "tile"), VISITS)
+@pytest.mark.parametrize(("masks", "tile"), thinned(VISITS, 2))
 def test_each_allowed_score_is_visited_once(masks: str, tile: str):
     np.testing.assert_array_equal(compiled(lambda: visits(make_nest(MASKS[masks], TILES[tile])))(), dense(MASKS[masks]))
 

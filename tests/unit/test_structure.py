@@ -1,6 +1,7 @@
 """The rooms of the source: who imports whom, and how large they are."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,7 @@ FLOORS = (
 MAX_LINES, MAX_FUNCTION_LINES = 300, 120
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     paths = (path for path in ROOT.rglob("*.py") if path.name != "__init__.py")
     return {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text()) for path in paths}
@@ -49,6 +51,7 @@ def imports(module: str, tree: ast.Module, known: set[str]) -> Iterator[str]:
                 yield inner if inner in known else origin
 
 
+@functools.cache
 def edges() -> dict[str, set[str]]:
     trees = modules()
     return {name: set(imports(name, tree, set(trees))) for name, tree in trees.items()}
