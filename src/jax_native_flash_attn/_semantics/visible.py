@@ -31,7 +31,7 @@ def rows_with_a_key(start: jax.Array, stop: jax.Array, allowed: jax.Array, *, is
 
 
 def first_and_end(allowed: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of each row (..., T) of a mask (..., T, S), the first key that it leaves, and the end of those; S and 0 of none."""
+    """Of rows (..., T) of a mask (..., T, S), the first key that it leaves, and the end of those; S and 0 of none."""
     S, axis = allowed.shape[-1], allowed.ndim - 1
     column = lax.broadcasted_iota(jnp.int32, allowed.shape, axis)
 
