@@ -122,6 +122,19 @@ def test_gradients_lower_for_cuda_without_a_gpu(options: str, H: int, D: int | N
     assert "mosaic_gpu" in text
 
 
+@pytest.mark.usefixtures("no_pure_jax")
+@pytest.mark.parametrize("S", [61, 40])
+def test_gradients_of_few_float32_keys_lower_for_cuda(S: int) -> None:
+    """One tile of keys is turned then, whose number is no constant."""
+    query, *keys = call_types(Case((2, 70, S, 2, 1, 32), "float32")).values()
+
+    def gradients(query: jax.Array, *keys: jax.Array) -> Any:
+        out, pullback = jax.vjp(mosaic_attention, query, *keys)
+        return pullback(out)
+
+    assert "mosaic_gpu" in jax.jit(gradients).trace(query, *keys).lower(lowering_platforms=("cuda",)).as_text()
+
+
 ADDED: dict[str, dict[str, Any]] = {
     "soft cap": {"logits_soft_cap": 50.0, "is_causal": True},
     "soft cap, no fixed maximum": {"logits_soft_cap": 500.0, "bias": jax.ShapeDtypeStruct((2, 1, 1, 150), jnp.float32)},

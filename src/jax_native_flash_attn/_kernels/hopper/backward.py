@@ -110,6 +110,7 @@ def _dkey_dvalue(call: Backward, blocks: Blocks, wanted: KeyGradients, cores: in
 def fused(call: Backward, order: AdditionOrder) -> FusedGradients:
     """The gradients of query, key and value, (batch..., rows, heads, H), in their dtypes."""
     z, dtype = call.sizes, call.inputs.query.dtype
+    assert z.G % order.group == 0, (order, z)
     assert order.heads * order.group == math.prod(z.batch) * z.N, (order, z)
     plan = FusedPlan(call.config, z, dtype, BLOCKS, order)
     results: FusedGradients = launch(

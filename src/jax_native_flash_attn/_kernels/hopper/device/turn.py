@@ -5,6 +5,7 @@ once, some at a time: a product that has its left operand in registers wants the
 (`device/tf32.py`), which is no transposition of two axes.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -23,7 +24,10 @@ from .tf32 import TILES
 def kernel(plan: TurnPlan, operands: tuple[Any, Any | None], outs: TurnOuts, buffers: TurnBuffers) -> None:
     """Of one block of threads."""
     x, length = operands
-    *batch, head, tile_index = unravel(lax.axis_index("tile"), plan.tiles)
+    index = lax.axis_index("tile")
+    *batch, head, tile_index = unravel(index, plan.tiles)
+    if plan.tiles[-1] == 1:  # 0 too, but not to Mosaic, which would tile `buffers.rows`: see `TmaStore.at`
+        tile_index = lax.div(index, jnp.int32(math.prod(plan.tiles)))
     row = tile_index * ROWS
     plgpu.copy_gmem_to_smem(x.at[(*batch, pl.ds(plan.at(row), ROWS), head)], buffers.rows, buffers.ready)
     plgpu.barrier_wait(buffers.ready)

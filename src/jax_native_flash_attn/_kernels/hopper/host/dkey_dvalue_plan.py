@@ -24,10 +24,7 @@ from .tile_classes import query_tiles_of_classes
 # masked calls take 2 to 6% less there. Elsewhere it takes up to 3% more.
 _OVERLAPPED = 64, 128
 _MOST_AXES = 5  # of an array that TMA reads
-_LEAST_ROWS = (
-    8192  # that a block of keys visits, over all heads of a group; with fewer, sums would take what parts save
-)
-
+_LEAST_ROWS = 8192  # of queries, over all heads of a group; with fewer, sums would take what parts save
 _ABOUT = 1.1  # times the shortest time
 
 
