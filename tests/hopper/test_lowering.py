@@ -185,9 +185,9 @@ MOVED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 
 @pytest.mark.usefixtures("no_pure_jax")
-@pytest.mark.parametrize(("dtype", "T", "heads"), [("bfloat16", 1032, 8), ("float32", 1032, 8), ("bfloat16", 1000, 1)])
+@pytest.mark.parametrize(("dtype", "T", "heads"), [("bfloat16", 1032, 4), ("float32", 2048, 8), ("bfloat16", 500, 1)])
 def test_groups_in_parts(dtype: str, T: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One head of keys is too few blocks for a GPU: in long calls each query head has its keys to itself."""
+    """One head of keys is too few blocks for a GPU: in long calls a few query heads have the keys to themselves."""
     pretend_gpu(monkeypatch, "9.0")
     case = Case((1, T, 1200, 1, 8, 64), dtype, local_window_size=(300, 0))
 

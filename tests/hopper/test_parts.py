@@ -77,7 +77,7 @@ def divided(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[int, int]]]:
         return results | (pure_jax(self, call, given._replace(wanted=others), target) if others else {})
 
     monkeypatch.setattr(XlaKernels, "cotangent", of_hopper)
-    monkeypatch.setattr(dkey_dvalue_plan, "_LEAST_ROWS", 0)
+    monkeypatch.setattr(dkey_dvalue_plan, "_LEAST_ROWS", 1)
     monkeypatch.setattr(backward, "turn", turn)
     monkeypatch.setattr(backward, "rounded", unrounded)
     jax.clear_caches()

@@ -24,7 +24,7 @@ from .tile_classes import query_tiles_of_classes
 # masked calls take 2 to 6% less there. Elsewhere it takes up to 3% more.
 _OVERLAPPED = 64, 128
 _MOST_AXES = 5  # of an array that TMA reads
-_LEAST_ROWS = 8192  # of queries, over all heads of a group; with fewer, sums would take what parts save
+_LEAST_ROWS = 2048  # of queries in a part, over all its heads; with fewer, sums would take what parts save
 _ABOUT = 1.1  # times the shortest time
 
 
@@ -238,8 +238,6 @@ def group_parts(call: Backward, blocks: Blocks, wanted: KeyGradients, cores: int
     A block of keys takes as long as its group is large, and with a causal mask the longest twice the mean.
     """
     z = call.sizes
-    if z.G * z.T < _LEAST_ROWS:
-        return 1
     heads = math.prod(jax.tree.leaves(wanted)[0].shape[:-3]) * z.K
     items = heads * -(-z.S // (blocks.warpgroups * blocks.block_kv))
     is_uneven = (call.config.band.upper is None) != (call.config.band.lower is None)
@@ -250,7 +248,8 @@ def group_parts(call: Backward, blocks: Blocks, wanted: KeyGradients, cores: int
             return max(2 / parts, items / cores)
         return -(-items * parts // cores) / parts
 
-    times = {n: time(n) for n in range(1, z.G + 1) if z.G % n == 0}
+    most = max(1, z.G * z.T // _LEAST_ROWS)
+    times = {n: time(n) for n in range(1, min(z.G, most) + 1) if z.G % n == 0}
     return next(n for n, x in times.items() if x <= _ABOUT * min(times.values()))
 
 
