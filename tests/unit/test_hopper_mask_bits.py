@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn._semantics.join_masks import make_mask
+from jax_native_flash_attn._semantics.visible import first_and_end
 from tests.support.targets import needs_backend, why_no_backend
 
 if why_no_backend() is None:
@@ -25,6 +26,15 @@ def of_documents(*, rows_without_keys: bool) -> np.ndarray:
     if rows_without_keys:
         mask[70:73] = False
     return mask[None, None]
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
+def test_first_and_end_of_rows(density: float) -> None:
+    allowed = np.random.default_rng(1).random((2, 1, 40, 70)) < density
+    first, end = map(np.asarray, first_and_end(jnp.asarray(allowed)))
+    for at in np.ndindex(allowed.shape[:-1]):
+        keys = allowed[at].nonzero()[0]
+        assert (first[at], end[at]) == ((keys[0], keys[-1] + 1) if len(keys) else (70, 0))
 
 
 @pytest.mark.parametrize("columns", [32, 64, 128, 256])

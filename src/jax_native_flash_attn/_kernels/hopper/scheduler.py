@@ -189,11 +189,16 @@ def schedule(
     blocks to whichever multiprocessor is free.
     """
     items = math.prod(heads) * blocks * splits
-    is_uneven = (band.upper is None) != (band.lower is None)
+    is_uneven = is_one_sided(band)
     if cores is None or (is_uneven and group * blocks * splits < _BALANCED_ROUNDS * cores):
         cores = items
     first_first = is_uneven and band.upper is None
     return TileScheduler(heads, blocks, splits, group, min(items, cores), batch_fastest, first_first)
+
+
+def is_one_sided(band: Band) -> bool:
+    """Whether blocks have more keys the later they are, or the earlier."""
+    return (band.upper is None) != (band.lower is None)
 
 
 def is_even_band(band: Band, T: int, S: int, rows: int) -> bool:

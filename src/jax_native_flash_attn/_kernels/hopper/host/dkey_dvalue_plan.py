@@ -12,7 +12,7 @@ from ..blocks import Blocks
 from ..formulas import Formula, Kind
 from ..operands import BackwardOperands, Mods, Operands, TermBuffers, TransposedOperands
 from ..pallas import TmaLoad, TmaStore, plgpu, swizzle_bytes
-from ..scheduler import TileScheduler, heads_per_group, schedule
+from ..scheduler import TileScheduler, heads_per_group, is_one_sided, schedule
 from .backward import Backward
 from .intervals import query_tiles
 from .mask_bits import visited
@@ -240,7 +240,7 @@ def group_parts(call: Backward, blocks: Blocks, wanted: KeyGradients, cores: int
     z = call.sizes
     heads = math.prod(jax.tree.leaves(wanted)[0].shape[:-3]) * z.K
     items = heads * -(-z.S // (blocks.warpgroups * blocks.block_kv))
-    is_uneven = (call.config.band.upper is None) != (call.config.band.lower is None)
+    is_uneven = is_one_sided(call.config.band)
 
     def time(parts: int) -> float:
         """In those of a mean block of keys, with its whole group."""
