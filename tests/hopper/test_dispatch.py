@@ -43,6 +43,7 @@ def test_several_platforms_take_pure_jax(monkeypatch: pytest.MonkeyPatch) -> Non
         ("compiled for cpu", BFLOAT16, {}),
         ("precision is .*HIGHEST", FLOAT32, {"precision": "highest"}),
         ("more than 64 query rows", Case((1, 64, 128, 2, 1, 64)), {}),
+        ("more than one key", Case((1, 128, 1, 2, 1, 64)), {}),
         ("got float64", Case((1, 128, 128, 2, 1, 64), "float64"), {}),
         ("up to 256, got 264", Case((1, 128, 128, 2, 1, 264), "bfloat16"), {}),
         ("block_q", Case((1, 128, 128, 2, 1, 64), "bfloat16", block_q=64), {}),

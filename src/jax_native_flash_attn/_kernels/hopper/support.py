@@ -121,6 +121,8 @@ def _why_not_call(call: Call) -> str | None:
                 f"of float32 it takes head dimensions up to 128 and more than {_FEW_ROWS} query rows, "
                 f"got {_named(H, D)} and {inputs.sizes.T}"
             )
+        if inputs.sizes.S == 1:
+            return "of float32 it takes more than one key: XLA makes no rounded product of the values of one"
     if max(H, D) > 256:
         return f"it takes head dimensions up to 256, got {_named(H, D)}"
     return None
