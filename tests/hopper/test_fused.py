@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
-from jax_native_flash_attn import explain
-from jax_native_flash_attn._kernels.hopper import support
+from jax_native_flash_attn import context_parallel_attention, explain
+from jax_native_flash_attn._kernels.hopper import backward, cotangent, support
 from jax_native_flash_attn._kernels.hopper.addition_order import AdditionOrder
 from jax_native_flash_attn._kernels.hopper.blocks import BackwardBlocks, Blocks
 from jax_native_flash_attn._kernels.hopper.support import HopperKernels
@@ -29,7 +31,8 @@ pytestmark = [
 _BLOCKS = Blocks(64, 64, 2, 2)
 _H = 128
 
-# (B, T, S, K, G), whether causal, scale, at most how many blocks of keys at once, and parts of a group.
+# (B, T, S, K, G), whether causal, scale, at most how many blocks of keys at once (None: in launch order), and parts of
+# a group.
 _CALLS = {
     "full": ((2, 256, 384, 1, 1), False, None, 132, 1),
     "full, heads in turn": ((3, 320, 512, 1, 2), False, 0.2, 5, 1),
@@ -40,15 +43,18 @@ _CALLS = {
     "causal, parts of groups": ((2, 456, 456, 2, 4), True, 0.2, 8, 2),
     "causal, parts of one": ((1, 512, 512, 1, 3), True, None, 8, 3),
     "causal, several phases": ((1, 1024, 1024, 1, 2), True, -0.1, 2, 1),
+    "full, in launch order": ((2, 328, 512, 2, 2), False, None, None, 1),
+    "causal, in launch order": ((1, 1000, 1000, 3, 2), True, 0.2, None, 1),
+    "causal, parts in launch order": ((1, 512, 512, 1, 4), True, None, None, 2),
 }
 
 
-def _kernels(shape: tuple[int, ...], *, is_causal: bool, cores: int, parts: int = 1) -> HopperKernels:
+def _kernels(shape: tuple[int, ...], *, is_causal: bool, cores: int | None, parts: int = 1) -> HopperKernels:
     """Hopper kernels that make the gradients of a call in one, whether or not that is faster."""
     B, T, S, K, G = shape
     blocks, tiles, heads = -(-S // 128), -(-T // 64), B * K * parts
-    workers = min(cores, heads * blocks)
-    order = AdditionOrder(heads, blocks, tiles, G // parts, is_causal, workers)
+    workers = min(cores or heads * blocks, heads * blocks)
+    order = AdditionOrder(heads, blocks, tiles, G // parts, is_causal, workers, in_launch_order=cores is None)
     return HopperKernels(backward_blocks=BackwardBlocks(_BLOCKS, _BLOCKS, None, order))
 
 
@@ -89,34 +95,36 @@ _LONG = (2, 4096, 4096, 16, 1)
 
 
 @pytest.mark.parametrize(
-    ("shape", "options", "is_taken"),
+    ("shape", "options", "workers"),
     [
-        (_LONG, {}, True),
-        (_LONG, {"is_causal": True}, True),
-        ((2, 4096, 4096, 4, 4), {"is_causal": True}, True),
-        ((2, 4608, 4608, 24, 1), {"is_causal": True}, False),  # three heads are 108 blocks
-        ((1, 8192, 8192, 8, 8), {"is_causal": True}, True),  # in parts: more than the cache holds
-        ((1, 131072, 131072, 2, 1), {"is_causal": True}, False),  # a head more than the cache holds
-        ((1, 8192, 8192, 8, 8), {}, True),
-        ((2, 1024, 1024, 66, 1), {}, False),  # short
-        ((8, 2048, 2048, 16, 1), {}, True),
-        ((2, 4096, 8192, 16, 1), {}, False),  # blocks of keys less than two tiles of rows apart
-        ((2, 4100, 4100, 16, 1), {}, False),
-        (_LONG, {"local_window_size": (1024, 0)}, False),
-        (_LONG, {"logits_soft_cap": 30.0}, False),
-        (_LONG, {"key_value_seq_lengths": jax.ShapeDtypeStruct((2,), jnp.int32)}, False),
-        (_LONG, {"query_offset": jax.ShapeDtypeStruct((2,), jnp.int32), "is_causal": True}, False),
-        (_LONG, {"bias": jax.ShapeDtypeStruct((1, 16, 1, 4096), jnp.bfloat16)}, False),
-        (_LONG, {"mask": jax.ShapeDtypeStruct((2, 1, 1, 4096), jnp.bool_)}, False),
-        (_LONG, {"sinks": jax.ShapeDtypeStruct((16,), jnp.float32)}, True),
+        (_LONG, {}, 132),
+        (_LONG, {"is_causal": True}, 128),
+        ((2, 4096, 4096, 4, 4), {"is_causal": True}, 128),
+        ((2, 4608, 4608, 24, 1), {"is_causal": True}, 48 * 36),  # three heads would be 108 workers
+        ((1, 8192, 8192, 8, 8), {"is_causal": True}, 128),  # in parts: more than the cache holds
+        ((1, 131072, 131072, 2, 1), {"is_causal": True}, None),  # a head more than the cache holds
+        ((1, 8192, 8192, 8, 8), {}, 132),
+        ((2, 1024, 1024, 66, 1), {}, None),  # short
+        ((8, 2048, 2048, 16, 1), {}, 132),
+        ((2, 4096, 8192, 16, 1), {}, 32 * 64),  # else blocks of keys would be less than two tiles of rows apart
+        ((2, 4100, 4100, 16, 1), {}, None),
+        (_LONG, {"local_window_size": (1024, 0)}, None),
+        (_LONG, {"logits_soft_cap": 30.0}, None),
+        (_LONG, {"key_value_seq_lengths": jax.ShapeDtypeStruct((2,), jnp.int32)}, None),
+        (_LONG, {"query_offset": jax.ShapeDtypeStruct((2,), jnp.int32), "is_causal": True}, None),
+        (_LONG, {"bias": jax.ShapeDtypeStruct((1, 16, 1, 4096), jnp.bfloat16)}, None),
+        (_LONG, {"mask": jax.ShapeDtypeStruct((2, 1, 1, 4096), jnp.bool_)}, None),
+        (_LONG, {"sinks": jax.ShapeDtypeStruct((16,), jnp.float32)}, 132),
     ],
     ids=str,
 )
-def test_which_calls_take_it(monkeypatch: pytest.MonkeyPatch, shape: Any, options: Any, is_taken: bool) -> None:
+def test_which_calls_take_it(monkeypatch: pytest.MonkeyPatch, shape: Any, options: Any, workers: int | None) -> None:
+    """Those with more workers than multiprocessors in launch order."""
     pretend_gpu(monkeypatch, "9.0")
     monkeypatch.setattr(support, "_core_counts", lambda: frozenset({132}))
-    found = explain(*_types(shape, jnp.bfloat16)[:3], platform="cuda", **options)
-    assert (found.gradient.plan.fused is not None) == is_taken
+    found = explain(*_types(shape, jnp.bfloat16)[:3], platform="cuda", **options).gradient.plan.fused
+    assert (None if found is None else found.workers) == workers
+    assert found is None or found.in_launch_order == (workers > 132)
     wide = explain(*_types(shape, jnp.float32)[:3], platform="cuda", **options)
     assert wide.gradient.plan is None or wide.gradient.plan.fused is None
 
@@ -137,27 +145,56 @@ def test_a_vmapped_pullback_does_without(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("is_causal", thinned([False, True], 2, 1))
 def test_programs_for_other_gpus(monkeypatch: pytest.MonkeyPatch, is_causal: bool) -> None:
-    """Without a mask all blocks of threads have to run at once: so it must be known that they can."""
-    types = _types(_LONG, jnp.bfloat16)
+    """Without a mask, blocks of threads run in launch order, unless it is known that all of some can run at once."""
+    types, orders = _types((4, *_LONG[1:]), jnp.bfloat16), []
     pretend_gpu(monkeypatch, "9.0")
 
-    def kernels(devices: int = 1) -> int:
-        jax.clear_caches()
-        gradients = functools.partial(_gradients, is_causal=is_causal)
-        if devices > 1:
-            mesh = jax.make_mesh((devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-            spec = jax.sharding.PartitionSpec("x")
-            gradients = jax.shard_map(gradients, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-        return _kernels_of(jax.jit(gradients).trace(*types).lower(lowering_platforms=("cuda",)).as_text())
+    def fused(call: Any, order: AdditionOrder, *others: Any) -> Any:
+        orders.append(order)
+        return backward.fused(call, order, *others)
 
-    assert kernels() == (2 if is_causal else 3)
+    monkeypatch.setattr(cotangent, "fused", fused)
+    gradients = functools.partial(_gradients, is_causal=is_causal)
+
+    def is_in_launch_order(devices: int = 1) -> bool:
+        jax.clear_caches()
+        mesh = jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,))
+        split = jax.shard_map(gradients, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False)
+        lowered = jax.jit(split if devices > 1 else gradients).trace(*types).lower(lowering_platforms=("cuda",))
+        assert _kernels_of(lowered.as_text()) == 2
+        return orders.pop().in_launch_order
+
+    assert is_in_launch_order() != is_causal
     monkeypatch.setattr(support, "_core_counts", lambda: frozenset({132}))
-    assert kernels() == 2
-    assert kernels(devices=2) == (2 if is_causal else 3)
+    assert not is_in_launch_order()
+    assert is_in_launch_order(devices=2) != is_causal
     jax.clear_caches()
-    gradients = jax.jit(functools.partial(_gradients, is_causal=is_causal))
-    exported = jax.export.export(gradients, platforms=["cuda"], disabled_checks=_UNCHECKED)(*types)
-    assert _kernels_of(exported.mlir_module()) == (2 if is_causal else 3)
+    exported = jax.export.export(jax.jit(gradients), platforms=["cuda"], disabled_checks=_UNCHECKED)(*types)
+    assert _kernels_of(exported.mlir_module()) == 2
+    assert orders.pop().in_launch_order != is_causal
+
+
+@pytest.mark.parametrize("is_causal", thinned([False, True], 2))
+def test_blocks_of_a_ring(monkeypatch: pytest.MonkeyPatch, is_causal: bool) -> None:
+    """It makes the gradients of those that are whole, unrounded, in launch order."""
+    orders = []
+    pretend_gpu(monkeypatch, "9.0")
+
+    def fused(call: Any, order: AdditionOrder, *dtypes: Any) -> Any:
+        orders.append(order)
+        assert dtypes == (jnp.float32, jnp.float32)
+        return backward.fused(call, order, *dtypes)
+
+    def local(*x: jax.Array) -> jax.Array:
+        return context_parallel_attention(*x, axis_name="s", strategy="ring", is_causal=is_causal)
+
+    monkeypatch.setattr(cotangent, "fused", fused)
+    mesh, split = AbstractMesh((2,), ("s",), axis_types=(AxisType.Auto,)), P(None, "s")
+    ring = jax.shard_map(local, mesh=mesh, in_specs=(split,) * 3, out_specs=split)
+    gradients = jax.jit(lambda *x: jax.vjp(ring, *x[:3])[1](x[3]))
+    text = gradients.trace(*_types((1, 8192, 8192, 64, 1), jnp.bfloat16)).lower(lowering_platforms=("cuda",)).as_text()
+    assert [order.in_launch_order for order in orders] == ([True] if is_causal else [True, True])
+    assert _kernels_of(text) == (2 + 1 + 2 if is_causal else 2 + 2)
 
 
 _UNCHECKED = [jax.export.DisabledSafetyCheck.custom_call(x) for x in ("mosaic_gpu", "mosaic_gpu_v2")]

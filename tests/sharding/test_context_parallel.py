@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from jax_native_flash_attn._kernels.xla.family import XlaKernels
 from tests.support.context_parallel import (
     BY_KEYS,
     BY_ROWS,
@@ -69,6 +70,18 @@ def test_value_and_largest_logits(name: str, strategy: str, devices: int) -> Non
 def test_derivatives(name: str, strategy: str, devices: int) -> None:
     case = CASES[name]
     actual = run(derivatives(Split(case, strategy, make_mesh((devices,)))), numbers(case), others(case))
+    assert_close(actual, expected(name, devices))
+
+
+APART = (("bias by keys", 4), ("window, bias of keys", 4), ("everything", 8))
+
+
+@pytest.mark.parametrize(("name", "devices"), thinned(APART, 3, 1))
+def test_gradients_of_key_and_value_first(name: str, devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a family with a kernel for each: they travel home while the others are made."""
+    monkeypatch.setattr(XlaKernels, "makes_gradients_together", lambda *_: False)
+    case = CASES[name]
+    actual = run(derivatives(Split(case, "ring", make_mesh((devices,)))), numbers(case), others(case))
     assert_close(actual, expected(name, devices))
 
 

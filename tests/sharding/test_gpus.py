@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_native_flash_attn import (
     balanced_order,
+    context_parallel_attention,
     context_parallel_attention_with_lse,
     flash_attention,
     flash_attention_with_lse,
@@ -189,6 +190,27 @@ def test_split_sequence(name: str, strategy: str) -> None:
         return compiled(x, floats, others)
 
     _close(results(over_two), results(on_one))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_long_blocks_of_a_ring(is_causal: bool) -> None:
+    """One kernel makes all gradients of those that are whole, in launch order: transfers hold multiprocessors."""
+    mesh = jax.make_mesh((2,), ("sequence",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    arrays = [_random(i, (1, 8192, 64, 128)) for i in range(4)]
+    split = P(None, "sequence")
+
+    def over_two(*x: jax.Array) -> jax.Array:
+        return context_parallel_attention(*x, axis_name="sequence", strategy="ring", is_causal=is_causal)
+
+    def on_one(*x: jax.Array) -> jax.Array:
+        return flash_attention(*x, is_causal=is_causal)
+
+    ring = jax.shard_map(over_two, mesh=mesh, in_specs=(split,) * 3, out_specs=split)
+    found, again, expected = (
+        jax.jit(lambda *x, f=f: jax.vjp(f, *x[:3])[1](x[3]))(*arrays) for f in (ring, ring, on_one)
+    )
+    _close(found, expected)
+    assert all(bool((x == y).all()) for x, y in zip(found, again, strict=True))
 
 
 @pytest.mark.parametrize("transformation", ["value", "grad"])

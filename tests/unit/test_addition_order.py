@@ -11,6 +11,9 @@ from jax_native_flash_attn._kernels.hopper.addition_order import AdditionOrder
 
 _FULL = [(2, 4, 8, 1, 132), (5, 3, 5, 1, 7), (3, 7, 13, 2, 9), (4, 1, 1, 3, 3), (2, 6, 2, 1, 12)]
 _CAUSAL = [(6, 4, 8, 1, 8), (4, 4, 7, 1, 4), (1, 16, 32, 1, 4), (2, 8, 15, 3, 2), (8, 2, 4, 4, 8)]
+# In launch order, without multiprocessors.
+_FULL += [(2, 4, 8, 1), (3, 7, 5, 2)]
+_CAUSAL += [(2, 8, 16, 1), (2, 5, 9, 3)]
 
 
 def _sequences(order: AdditionOrder) -> list[list[tuple]]:
@@ -32,7 +35,10 @@ def _sequences(order: AdditionOrder) -> list[list[tuple]]:
 
 
 def _order(case: tuple, *, is_causal: bool) -> AdditionOrder:
-    heads, blocks, tiles, group, cores = case
+    heads, blocks, tiles, group, *cores = case
+    if not cores:
+        return AdditionOrder(heads, blocks, tiles, group, is_causal, heads * blocks, in_launch_order=True)
+    (cores,) = cores
     order = AdditionOrder.make(heads, blocks, tiles, group, cores, is_causal=is_causal)
     if order is None:  # where workers would idle, it is right all the same
         order = AdditionOrder(heads, blocks, tiles, group, is_causal, min(cores, heads * blocks))
@@ -54,6 +60,7 @@ def test_additions(is_causal, case):
         assert sorted(r for r, _ in found) == list(range(len(blocks)))
         assert sorted(b for _, b in found) == blocks
 
+    assert not (order.in_launch_order and order.needs_all_at_once)
     if not order.needs_all_at_once:
         turns = collections.defaultdict(dict)
         for worker, each in enumerate(sequences):
@@ -94,6 +101,25 @@ def test_additions(is_causal, case):
 def test_workers(heads, blocks, group, is_causal, workers):
     order = AdditionOrder.make(heads, blocks, 2 * blocks, group, 132, is_causal=is_causal)
     assert (None if order is None else order.workers) == workers
+
+
+@pytest.mark.parametrize(
+    ("heads", "blocks", "tiles", "group", "is_causal", "is_made"),
+    [
+        (16, 128, 256, 1, False, True),
+        (16, 128, 128, 1, False, True),  # fewer rows than keys
+        (48, 36, 72, 1, False, True),
+        (48, 36, 72, 1, True, True),
+        (1, 64, 128, 1, False, False),
+        (4, 33, 66, 1, False, False),  # one round, and half of another until its last block begins
+        (4, 64, 128, 8, False, True),
+        (1, 64, 128, 8, True, False),
+    ],
+)
+def test_in_launch_order(heads, blocks, tiles, group, is_causal, is_made):
+    order = AdditionOrder.make_in_launch_order(heads, blocks, tiles, group, 132, is_causal=is_causal)
+    assert (order is not None) == is_made
+    assert order is None or order.workers == heads * blocks
 
 
 def test_a_step_apart():

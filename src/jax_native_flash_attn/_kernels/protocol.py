@@ -115,6 +115,10 @@ class Kernels(Protocol):
         """Cotangents of some of the differentiable operands, by name."""
         ...
 
+    def makes_gradients_together(self, call: Call, target: Target) -> bool:
+        """Whether those of query, key and value take less time in one `cotangent` than some after others."""
+        ...
+
     def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
         """Tangents of 'out' and/or 'lse', by name."""
         ...

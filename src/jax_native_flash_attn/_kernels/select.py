@@ -89,6 +89,11 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
     return choose(call, Pass.COTANGENT, target).cotangent(call, given, target)
 
 
+def makes_gradients_together(call: Call, target: Target) -> bool:
+    """Whether the family for a cotangent does; of arrays the types suffice."""
+    return choose(call, Pass.COTANGENT, target).makes_gradients_together(call, target)
+
+
 def tangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
     """Tangents of 'out' and/or 'lse', by name."""
     return choose(call, Pass.TANGENT, target).tangent(call, given, target)

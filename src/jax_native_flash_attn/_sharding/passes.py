@@ -9,6 +9,7 @@ Around a ring, query rows and all that is theirs stay, and the blocks of key and
 """
 
 import functools
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -113,7 +114,7 @@ def _merged(a: Forward, b: Forward) -> Forward:
 
 
 class Sums(NamedTuple):
-    """Of a cotangent: what stays on a device, and what travels with the blocks of key and value."""
+    """Of a cotangent: what stays on a device, and what travels with the blocks of key and value, and then home."""
 
     resting: dict[str, jax.Array]
     moving: dict[str, jax.Array]
@@ -132,37 +133,45 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
     split = {name for name, x in wanted.items() if name == "bias" and x.shape[-1] > 1}
     of_block = wanted | {name: Shape((*wanted[name].shape[:-1], S), dtype) for name in split}
     travelling = [name for name in ("key", "value") if name in wanted]
-    # A family with a kernel for each gradient makes those of the own key and value last, while the others travel home.
-    late = {name: wanted[name] for name in travelling if is_opaque(call, Pass.COTANGENT, target)}
+
+    def found(sums: Sums, at: Visit, names: Iterable[str], lse: jax.Array) -> dict[str, jax.Array]:
+        asked = {name: at.type(name, of_block[name]) for name in names}
+        if not asked:
+            return {}
+        results = select.cotangent(at.call(of_blocks), _of_visit(given._replace(lse=lse), at, asked), target)
+        results = {name: at.known(x) for name, x in results.items()}
+        for name in split & results.keys():
+            whole = sums.resting[name] if name in sums.resting else jnp.zeros(wanted[name].shape, dtype)
+            results[name] = lax.dynamic_update_slice_in_dim(whole, results[name], at.first_key(S), -1)
+        return results
 
     def visit(sums: Sums, at: Visit) -> Sums:
-        asked = {name: at.type(name, x) for name, x in of_block.items() if not (at.is_own and name in late)}
-        found = select.cotangent(at.call(of_blocks), _of_visit(given, at, asked), target) if asked else {}
-        found = {name: at.known(x) for name, x in found.items()}
-        for name in split:
-            whole = sums.resting[name] if name in sums.resting else jnp.zeros(wanted[name].shape, dtype)
-            found[name] = lax.dynamic_update_slice_in_dim(whole, found[name], at.first_key(S), -1)
         if at.is_own:
-            return Sums(found, {})
-        moving = {name: found.pop(name) for name in travelling}
+            return Sums(found(sums, at, of_block, given.lse), {})
+        rest, lse = [name for name in of_block if name not in travelling], given.lse
+        # A family with a kernel for each gradient makes the last others while those of key and value travel home.
+        is_apart = at.is_last and not select.makes_gradients_together(at.call(of_blocks), target)
+        results = found(sums, at, travelling if is_apart else of_block, lse)
+        moving = {name: results.pop(name) for name in travelling}
         if sums.moving:
             arrived = shift(sums.moving, ring, at.hop)
             moving = {name: add_to_last_keys(arrived[name], x) for name, x in moving.items()}
-        added = {name: x if name in split else at.add_rows(name, sums.resting[name], x) for name, x in found.items()}
+        if at.is_last:
+            # Rounded, as the results are, but only on this way: rounding what others still add to would err more.
+            moving = {name: x.astype(given.wanted[name].dtype) for name, x in moving.items()}
+            if is_apart:
+                moving, lse = lax.optimization_barrier((moving, lse))
+            moving = shift(moving, ring, -ring.distances[-1])
+        if is_apart:
+            results = found(sums, at, rest, lse)
+        added = {name: x if name in split else at.add_rows(name, sums.resting[name], x) for name, x in results.items()}
         return Sums(sums.resting | added, moving)
 
     results: dict[str, jax.Array] = {}
     if wanted:
-        blocks = {"key": inputs.key, "value": inputs.value}
-        sums = go_around(ring, blocks, Sums({}, {}), visit)
-        # Rounded, as the results are, but only on this way: rounding what others still add to would err more.
-        rounded = {name: x.astype(given.wanted[name].dtype) for name, x in sums.moving.items()}
-        home = shift(rounded, ring, -ring.distances[-1])
-        results = dict(sums.resting)
-        if late:
-            own = Visit(axis_index(ring), axis_index(ring), blocks, is_own=True).call(of_blocks)
-            results |= select.cotangent(own, given._replace(wanted=late), target)
-        results |= {name: add_to_last_keys(results[name], x.astype(dtype)) for name, x in home.items()}
+        sums = go_around(ring, {"key": inputs.key, "value": inputs.value}, Sums({}, {}), visit)
+        home = {name: add_to_last_keys(sums.resting[name], x.astype(dtype)) for name, x in sums.moving.items()}
+        results = sums.resting | home
     if "scale" in given.wanted:
         results["scale"] = _of_scale(call, given, target)
     return {name: results[name].astype(like.dtype) for name, like in given.wanted.items()}

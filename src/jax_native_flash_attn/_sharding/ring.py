@@ -31,6 +31,7 @@ class Visit(NamedTuple):
       meeting: of which rows and keys the visit is, and what mask they have, if that is known; see `Ring.meeting`. Only
         these keys have travelled.
       is_before: with a meeting, whether the block stands before the device's, and not at the end of the sequence.
+      is_last: whether no other block comes after it.
     """
 
     rank: Any
@@ -40,6 +41,7 @@ class Visit(NamedTuple):
     is_own: bool = False
     meeting: Meeting | None = None
     is_before: Any = True
+    is_last: bool = False
 
     def call(self, call: Call) -> Call:
         """The call of the keys of this block alone."""
@@ -187,4 +189,4 @@ def go_around(
             return visited(state, at(distance, blocks, hops[0]), hops[0], distance + hops[0]), None
 
         (state, blocks), _ = lax.scan(body, (state, blocks), jnp.asarray(distances[2:-1], jnp.int32))
-    return visit(state, at(distances[-1], blocks, hops[-1]))
+    return visit(state, at(distances[-1], blocks, hops[-1])._replace(is_last=True))

@@ -14,6 +14,11 @@ shifts as those of Qiang et al. (2026, arXiv:2601.21824). Time is counted in ste
 The order of additions to a tile is that of these times. A worker comes to its tiles at rising times, so nobody waits
 for a later one: there is no deadlock, if all workers run at once. With a causal mask and no more blocks in a head than
 workers, each waits for workers of lower numbers alone, which a GPU starts first: then they need not.
+
+*In launch order* no call needs that: a worker takes one block, and waits for workers of lower numbers alone. Without a
+mask all begin at the first tile, each a step behind the block before it: in the first round they wait for that, later
+ones follow from it. With a causal mask all go up, and short blocks come first. Long blocks so come last, and some
+multiprocessors idle then.
 """
 
 from dataclasses import dataclass
@@ -53,7 +58,7 @@ class AdditionOrder:
 
     A group may have been divided into parts: each then counts as a head of keys.
 
-    `workers` are multiprocessors that all run at once.
+    `workers` are multiprocessors that all run at once, or, in launch order, all blocks.
     """
 
     heads: int
@@ -62,12 +67,13 @@ class AdditionOrder:
     group: int
     is_causal: bool
     workers: int
+    in_launch_order: bool = False
 
     @classmethod
     def make(
         cls, heads: int, blocks: int, tiles: int, group: int, cores: int, *, is_causal: bool
     ) -> "AdditionOrder | None":
-        """For so many multiprocessors; None where too many of them would idle."""
+        """For so many multiprocessors that all run at once; None where too many of them would idle."""
         workers = min(cores, heads * blocks)
         if is_causal:
             if blocks <= cores:
@@ -84,6 +90,20 @@ class AdditionOrder:
         busy = heads * blocks * length / (cores * rounds * round_length)
         return order if busy >= _LEAST_BUSY else None
 
+    @classmethod
+    def make_in_launch_order(
+        cls, heads: int, blocks: int, tiles: int, group: int, cores: int, *, is_causal: bool
+    ) -> "AdditionOrder | None":
+        """None where too many of so many multiprocessors would idle."""
+        if is_causal:  # the last ones have the most tiles, and half of the multiprocessors may wait for them
+            steps = heads * blocks * (tiles - (blocks - 1) * _RATIO / 2)
+            idle = cores * tiles / 2
+        else:  # the first ones of a head begin a step apart
+            steps = heads * blocks * tiles
+            idle = cores * (-(-heads * blocks // cores) * tiles + blocks / group) - steps
+        is_busy = steps >= _LEAST_BUSY * (steps + idle)
+        return cls(heads, blocks, tiles, group, is_causal, heads * blocks, in_launch_order=True) if is_busy else None
+
     @property
     def rounds(self) -> int:
         """The most blocks that a worker takes."""
@@ -92,7 +112,7 @@ class AdditionOrder:
     @property
     def needs_all_at_once(self) -> bool:
         """Whether a worker may wait for one of a higher number."""
-        return not self.is_causal or self._phases > 0
+        return not self.in_launch_order and (not self.is_causal or self._phases > 0)
 
     @property
     def _phases(self) -> int:
@@ -109,6 +129,8 @@ class AdditionOrder:
         if not self.is_causal:
             head = _div(n, self.blocks)
             block = n - head * self.blocks
+            if self.in_launch_order:
+                return Work(head, block, jnp.int32(0), jnp.int32(1), jnp.int32(self.tiles), k)
             start, count = self._running(head, k)
             first = lax.div((block - start) * self.tiles, count)
             return Work(head, block, first, jnp.int32(1), jnp.int32(self.tiles), k)
@@ -132,6 +154,8 @@ class AdditionOrder:
 
     def rank(self, work: Work, member: Any, tile: Any) -> Any:
         """How many blocks add to a tile of query head `member` of the group before this one does."""
+        if not self.is_causal and self.in_launch_order:
+            return work.block
         if not self.is_causal:
             start, count = self._running(work.head, work.phase)
             last = lax.div((tile + 1) * count - 1, jnp.int32(self.tiles)) - (work.block - start)

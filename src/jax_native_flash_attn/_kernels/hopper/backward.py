@@ -107,12 +107,12 @@ def _dkey_dvalue(call: Backward, blocks: Blocks, wanted: KeyGradients, cores: in
     return jax.tree.map(lambda x: x[..., : call.sizes.S, :, :], results)
 
 
-def fused(call: Backward, order: AdditionOrder) -> FusedGradients:
-    """The gradients of query, key and value, (batch..., rows, heads, H), in their dtypes."""
+def fused(call: Backward, order: AdditionOrder, query_dtype: Any, key_dtype: Any) -> FusedGradients:
+    """The gradients of query, and of key and value in `key_dtype`, (batch..., rows, heads, H)."""
     z, dtype = call.sizes, call.inputs.query.dtype
     assert z.G % order.group == 0, (order, z)
     assert order.heads * order.group == math.prod(z.batch) * z.N, (order, z)
-    plan = FusedPlan(call.config, z, dtype, BLOCKS, order)
+    plan = FusedPlan(call.config, z, dtype, BLOCKS, order, is_wide=order.group < z.G or key_dtype != dtype)
     results: FusedGradients = launch(
         functools.partial(fused_kernel.kernel, plan),
         plan.operands(call),
@@ -122,10 +122,11 @@ def fused(call: Backward, order: AdditionOrder) -> FusedGradients:
         warpgroups=BLOCKS.warpgroups + 1,
         has_barriers=False,
     )
-    if plan.parts > 1:
-        sums = (jnp.swapaxes(x.sum(-3)[..., : z.S, :], -2, -3).astype(dtype) for x in (results.key, results.value))
-        results = FusedGradients(results.query, *sums)
-    return replace(results, query=(results.query * call.inputs.scale[..., None, None, None]).astype(dtype))
+    query = (results.query * call.inputs.scale[..., None, None, None]).astype(query_dtype)
+    if not plan.is_wide:
+        return replace(results, query=query)
+    sums = (x.sum(-4)[..., : z.S, :, :].astype(key_dtype) for x in (results.key, results.value))
+    return FusedGradients(query, *sums)
 
 
 def dbias(call: Backward, blocks: Blocks, wanted: jax.ShapeDtypeStruct) -> jax.Array:

@@ -32,7 +32,7 @@ def cotangent(
     backward = _backward(call.config, inputs, given.out, given.lse, cotangents)
     order = (asked or plan(call.config, inputs, cores, at_once=at_once)).fused
     if order is not None and makes_all(backward, wanted):
-        gradients = fused(backward, order)
+        gradients = fused(backward, order, wanted["query"].dtype, wanted["key"].dtype)
         results = {"query": gradients.query, "key": gradients.key, "value": gradients.value}
     else:
         results = _by_several(call.config, backward, wanted, cotangents, asked, cores, at_once=at_once)

@@ -53,12 +53,10 @@ class HopperKernels:
 
     def plan(self, call: Call, which: Pass, target: Target) -> Blocks | BackwardBlocks:
         """A cotangent's is for all gradients but that of scale, a tangent's for a bias without one."""
-        from . import cotangent, tangent
+        from . import tangent
 
         if which is Pass.COTANGENT:
-            return self.backward_blocks or cotangent.plan(
-                call.config, call.inputs, _chip().cores, at_once=_runs_at_once(target)
-            )
+            return self._backward_blocks(call, target)
         if which is Pass.TANGENT:
             return self.tangent_blocks or tangent.plan(call.inputs)
         return self._forward_blocks(call)
@@ -67,6 +65,13 @@ class HopperKernels:
         from . import family
 
         return self.forward_blocks or family.plan(call.config, call.inputs, _chip())
+
+    def _backward_blocks(self, call: Call, target: Target) -> BackwardBlocks:
+        from . import cotangent
+
+        return self.backward_blocks or cotangent.plan(
+            call.config, call.inputs, _chip().cores, at_once=_runs_at_once(target)
+        )
 
     def forward(self, call: Call, target: Target) -> Forward:
         from . import family
@@ -78,6 +83,9 @@ class HopperKernels:
 
         at_once = _runs_at_once(target)
         return cotangent.cotangent(call, given, self.backward_blocks, _chip().cores, at_once=at_once)
+
+    def makes_gradients_together(self, call: Call, target: Target) -> bool:
+        return self._backward_blocks(call, target).fused is not None
 
     def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
         from . import tangent

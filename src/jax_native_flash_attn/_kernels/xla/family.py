@@ -87,6 +87,9 @@ class XlaKernels:
         )
         return cotangent.cotangent(Tiles(call, plan), given.out, given.lse, given.operands, wanted)
 
+    def makes_gradients_together(self, call: Call, target: Target) -> bool:
+        return True
+
     def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
         plan = make_plan(call, target, self.limits, further={**given.operands, "lse": given.lse})
         return tangent.tangent(Tiles(call, plan), given.out, given.lse, given.operands, given.wanted)

@@ -155,18 +155,17 @@ def _compute(context: FusedContext, work: Work, count: Any) -> None:
 def _write_keys(context: FusedContext, work: Work, dkey: jax.Array, dvalue: jax.Array) -> None:
     """Start writing the gradients of this warpgroup's keys and values, through the memory of these."""
     buffers, outs, wg = context.buffers, context.outs, context.wg
-    if context.plan.parts > 1:
-        rows = (*context.kv_head_and_part(work), pl.ds(work.block * BLOCK_KEYS + wg * _KEYS, _KEYS))
-        store(outs.key.at[rows], dkey)
-        store(outs.value.at[rows], dvalue)
+    *batch, kv_head, part = context.kv_head_and_part(work)
+    keys = pl.ds(work.block * BLOCK_KEYS + wg * _KEYS, _KEYS)
+    if context.plan.is_wide:
+        store(outs.key.at[(*batch, part, keys, kv_head)], dkey)
+        store(outs.value.at[(*batch, part, keys, kv_head)], dvalue)
         plgpu.barrier_arrive(buffers.keys_free)
         return
-    *batch, kv_head = context.kv_head(work)
     for half in range(2):
         store(buffers.key.at[wg, half], dkey[:, half * HALF : (half + 1) * HALF].astype(context.dtype))
     store(buffers.value.at[wg], dvalue.astype(context.dtype))
     plgpu.commit_smem()
-    keys = pl.ds(work.block * BLOCK_KEYS + wg * _KEYS, _KEYS)
     for half in range(2):
         out = outs.key.at[(*batch, keys, kv_head, pl.ds(half * HALF, HALF))]
         plgpu.copy_smem_to_gmem(buffers.key.at[wg, half], out)

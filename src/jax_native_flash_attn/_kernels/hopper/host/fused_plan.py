@@ -33,8 +33,8 @@ _JAX = (0, 11, 2)  # before, descriptors stay in registers, and these do not suf
 class FusedGradients:
     """(batch..., rows, heads, H). The kernel leaves that of query in float32, and not multiplied by scale.
 
-    Where a group of query heads has several parts, it leaves what each gives for keys and values, in float32:
-    (batch..., K, parts, whole blocks of keys, H).
+    Those of key and value it leaves in float32, too, where they are asked for so, or where a group of query heads has
+    several parts: (batch..., parts, whole blocks of keys, K, H).
     """
 
     query: Any
@@ -80,7 +80,10 @@ class FusedBuffers:
 
 @dataclass(frozen=True)
 class FusedPlan(KernelPlan):
+    """`is_wide`: whether the gradients of key and value leave in float32."""
+
     order: AdditionOrder
+    is_wide: bool
 
     @property
     def grid(self) -> dict[str, int]:
@@ -103,8 +106,8 @@ class FusedPlan(KernelPlan):
     def out_types(self) -> FusedGradients:
         z = self.sizes
         keys = jax.ShapeDtypeStruct((*z.batch, z.S, z.K, z.H), self.dtype)
-        if self.parts > 1:
-            keys = jax.ShapeDtypeStruct((*z.batch, z.K, self.parts, self.order.blocks * BLOCK_KEYS, z.H), jnp.float32)
+        if self.is_wide:
+            keys = jax.ShapeDtypeStruct((*z.batch, self.parts, self.order.blocks * BLOCK_KEYS, z.K, z.H), jnp.float32)
         query = jax.ShapeDtypeStruct((*z.batch, z.T, z.N, z.H), jnp.float32)
         return FusedGradients(query, keys, keys)
 
@@ -149,14 +152,20 @@ def _order(config: Config, inputs: Inputs, cores: int, parts: int, *, at_once: b
     if parts > 1 and not is_causal:
         return None
     blocks, tiles, group = -(-z.S // BLOCK_KEYS), -(-z.T // BLOCK_ROWS), z.G // parts
-    order = AdditionOrder.make(math.prod(z.batch) * z.K * parts, blocks, tiles, group, cores, is_causal=is_causal)
-    if order is None or tiles < _LEAST_TILES or (order.needs_all_at_once and not at_once):
-        return None
-    # Without a mask, blocks that begin less than two tiles apart would wait for each other (two: as measured).
-    if not is_causal and tiles < 2 * min(order.workers, blocks) - 1:
+    shape = math.prod(z.batch) * z.K * parts, blocks, tiles, group, cores
+    order = None
+    if config.has_all_keys:  # transfers around a ring hold multiprocessors: many blocks of one worker would begin late
+        order = AdditionOrder.make(*shape, is_causal=is_causal)
+    if order is not None:
+        # Without a mask, blocks that begin less than two tiles apart would wait for each other (two: as measured).
+        waits = not is_causal and tiles < 2 * min(order.workers, blocks) - 1
+        order = None if waits or (order.needs_all_at_once and not at_once) else order
+    if order is None:
+        order = AdditionOrder.make_in_launch_order(*shape, is_causal=is_causal)
+    if order is None or tiles < _LEAST_TILES:
         return None
     # What heads that run at once read and add to is read again by each block.
-    heads = -(-order.workers // blocks) * (group if is_causal else 1)
+    heads = -(-min(order.workers, cores) // blocks) * (group if is_causal else 1)
     return order if heads * z.T * _ROW_BYTES <= _MOST_BYTES else None
 
 
@@ -171,7 +180,6 @@ def _takes(config: Config, inputs: Inputs) -> bool:
         and config.score_mod is None
         and config.mask_mod is None
         and (is_causal or config.band in _FULL)
-        and config.has_all_keys
         and config.ring is None
     )
     has_own_rows = all(x.shape[:-3] == z.batch for x in (inputs.query, inputs.key, inputs.value))
@@ -184,10 +192,10 @@ def _takes(config: Config, inputs: Inputs) -> bool:
 
 
 def makes_all(call: Backward, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> bool:
-    """Whether gradients of query, key and value of all batch rows are `wanted`, in their dtype, and nothing else.
+    """Whether gradients of query, key and value of all batch rows are `wanted`, and nothing else.
 
     Cotangents may have batch rows that the inputs share, as under `jax.vmap` of a pullback; the kernel has no sums.
     """
-    batch, types = call.inputs.sizes.batch, {(x.shape[:-3], x.dtype) for x in wanted.values()}
-    is_whole = batch == call.sizes.batch and types == {(batch, call.inputs.query.dtype)}
-    return is_whole and set(wanted) == {"query", "key", "value"}
+    batches = {call.inputs.sizes.batch, call.sizes.batch, *(x.shape[:-3] for x in wanted.values())}
+    has_all = set(wanted) == {"query", "key", "value"} and wanted["key"].dtype == wanted["value"].dtype
+    return has_all and len(batches) == 1
