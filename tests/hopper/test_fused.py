@@ -42,7 +42,6 @@ _CALLS = {
     "causal, groups": ((2, 504, 504, 1, 3), True, 0.2, 4, 1),
     "causal, parts of groups": ((2, 456, 456, 2, 4), True, 0.2, 8, 2),
     "causal, parts of one": ((1, 512, 512, 1, 3), True, None, 8, 3),
-    "causal, several phases": ((1, 1024, 1024, 1, 2), True, -0.1, 2, 1),
     "full, in launch order": ((2, 328, 512, 2, 2), False, None, None, 1),
     "causal, in launch order": ((1, 1000, 1000, 3, 2), True, 0.2, None, 1),
     "causal, parts in launch order": ((1, 512, 512, 1, 4), True, None, None, 2),
@@ -101,6 +100,7 @@ _LONG = (2, 4096, 4096, 16, 1)
         (_LONG, {"is_causal": True}, 128),
         ((2, 4096, 4096, 4, 4), {"is_causal": True}, 128),
         ((2, 4608, 4608, 24, 1), {"is_causal": True}, 48 * 36),  # three heads would be 108 workers
+        ((1, 32768, 32768, 16, 1), {"is_causal": True}, 16 * 256),  # more blocks of a head than multiprocessors
         ((1, 8192, 8192, 8, 8), {"is_causal": True}, 128),  # in parts: more than the cache holds
         ((1, 131072, 131072, 2, 1), {"is_causal": True}, None),  # a head more than the cache holds
         ((1, 8192, 8192, 8, 8), {}, 132),

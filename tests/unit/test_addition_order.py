@@ -10,7 +10,7 @@ import pytest
 from jax_native_flash_attn._kernels.hopper.addition_order import AdditionOrder
 
 _FULL = [(2, 4, 8, 1, 132), (5, 3, 5, 1, 7), (3, 7, 13, 2, 9), (4, 1, 1, 3, 3), (2, 6, 2, 1, 12)]
-_CAUSAL = [(6, 4, 8, 1, 8), (4, 4, 7, 1, 4), (1, 16, 32, 1, 4), (2, 8, 15, 3, 2), (8, 2, 4, 4, 8)]
+_CAUSAL = [(6, 4, 8, 1, 8), (4, 4, 7, 1, 4), (3, 5, 9, 3, 5), (8, 2, 4, 4, 8)]
 # In launch order, without multiprocessors.
 _FULL += [(2, 4, 8, 1), (3, 7, 5, 2)]
 _CAUSAL += [(2, 8, 16, 1), (2, 5, 9, 3)]
@@ -27,7 +27,7 @@ def _sequences(order: AdditionOrder) -> list[list[tuple]]:
             tile = work.first
             for i in range(order.group * int(work.tiles)):
                 member = i // int(work.tiles)
-                rank = rank_of(work, member, tile)
+                rank = rank_of(work, tile)
                 mine.append(tuple(int(x) for x in (work.head, member, tile, work.block, rank)))
                 tile = following(work, tile)
         result.append(mine)
@@ -93,7 +93,7 @@ def test_additions(is_causal, case):
         (48, 36, 1, False, 132),
         (32, 64, 1, True, 128),
         (8, 64, 8, True, 128),
-        (16, 256, 1, True, 128),
+        (16, 256, 1, True, None),  # more blocks than run at once
         (48, 36, 1, True, None),  # 108 of 132
         (1, 64, 1, False, None),
     ],
@@ -107,6 +107,7 @@ def test_workers(heads, blocks, group, is_causal, workers):
     ("heads", "blocks", "tiles", "group", "is_causal", "is_made"),
     [
         (16, 128, 256, 1, False, True),
+        (16, 256, 512, 1, True, True),
         (16, 128, 128, 1, False, True),  # fewer rows than keys
         (48, 36, 72, 1, False, True),
         (48, 36, 72, 1, True, True),
@@ -120,15 +121,3 @@ def test_in_launch_order(heads, blocks, tiles, group, is_causal, is_made):
     order = AdditionOrder.make_in_launch_order(heads, blocks, tiles, group, 132, is_causal=is_causal)
     assert (order is not None) == is_made
     assert order is None or order.workers == heads * blocks
-
-
-def test_a_step_apart():
-    """Going up and down, times of one tile differ; without a phase of both, by two steps at least."""
-    order = _order((2, 8, 16, 1, 16), is_causal=True)
-    for k in (0, 1):
-        works = [order.work(jnp.int32(k), jnp.int32(w)) for w in range(order.workers)]
-        at = collections.defaultdict(list)
-        for work in works:
-            for tile in range(2 * int(work.block), 16):
-                at[int(work.head), tile].append(int(order.time(work, jnp.int32(0), jnp.int32(tile))))
-        assert all((np.diff(sorted(times)) >= 2).all() for times in at.values())

@@ -9,16 +9,16 @@ shifts as those of Qiang et al. (2026, arXiv:2601.21824). Time is counted in ste
 - With a causal mask, block b meets the tiles from 2 b on. A worker takes a long block *up*, from the first tile to the
   last, then a short one *down*, from the last tile to the first, so that both together are as long for every worker.
   Going up, block b is at tile q at time q - 2 b: two steps behind block b + 1. Going down, all end at once, and block b
-  is two steps behind block b - 1. Where a head has more blocks than run at once, even ones go up and odd ones down.
+  is two steps behind block b - 1. All blocks of a head run at once.
 
 The order of additions to a tile is that of these times. A worker comes to its tiles at rising times, so nobody waits
-for a later one: there is no deadlock, if all workers run at once. With a causal mask and no more blocks in a head than
-workers, each waits for workers of lower numbers alone, which a GPU starts first: then they need not.
+for a later one: there is no deadlock, if all workers run at once. With a causal mask each waits for workers of lower
+numbers alone, which a GPU starts first: then they need not.
 
-*In launch order* no call needs that: a worker takes one block, and waits for workers of lower numbers alone. Without a
-mask all begin at the first tile, each a step behind the block before it: in the first round they wait for that, later
-ones follow from it. With a causal mask all go up, and short blocks come first. Long blocks so come last, and some
-multiprocessors idle then.
+*In launch order* no call needs that, and heads may have any number of blocks: a worker takes one block, and waits for
+workers of lower numbers alone. Without a mask all begin at the first tile, each a step behind the block before it: in
+the first round they wait for that, later ones follow from it. With a causal mask all go up, and short blocks come
+first. Long blocks so come last, and some multiprocessors idle then.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Work(NamedTuple):
       first: the query tile that it begins with; it goes round, if there is no mask.
       step: 1 up, -1 down.
       tiles: how many it visits of one query head.
-      phase: in which the head's other blocks run, of `AdditionOrder.rank`.
+      round: of the worker's blocks.
     """
 
     head: Any
@@ -49,7 +49,7 @@ class Work(NamedTuple):
     first: Any
     step: Any
     tiles: Any
-    phase: Any
+    round: Any
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,7 @@ class AdditionOrder:
         """For so many multiprocessors that all run at once; None where too many of them would idle."""
         workers = min(cores, heads * blocks)
         if is_causal:
-            if blocks <= cores:
-                workers = blocks * min(cores // blocks, heads)
-            else:  # a head takes several rounds, in pairs
-                workers = next((w for w in range(cores, 0, -1) if blocks % (2 * w) == 0), 0)
+            workers = blocks * min(cores // blocks, heads)
         if workers == 0:
             return None
         order = cls(heads, blocks, tiles, group, is_causal, workers)
@@ -112,12 +109,7 @@ class AdditionOrder:
     @property
     def needs_all_at_once(self) -> bool:
         """Whether a worker may wait for one of a higher number."""
-        return not self.in_launch_order and (not self.is_causal or self._phases > 0)
-
-    @property
-    def _phases(self) -> int:
-        """Pairs of rounds that a head takes, if it takes whole ones."""
-        return self.blocks // (2 * self.workers)
+        return not (self.in_launch_order or self.is_causal)
 
     def rounds_of(self, worker: Any) -> Any:
         full, rest = divmod(self.heads * self.blocks, self.workers)
@@ -134,16 +126,11 @@ class AdditionOrder:
             start, count = self._running(head, k)
             first = lax.div((block - start) * self.tiles, count)
             return Work(head, block, first, jnp.int32(1), jnp.int32(self.tiles), k)
-        is_down = lax.rem(k, jnp.int32(2)) == 1
-        if self._phases:
-            head, phase = _div(k, 2 * self._phases), lax.rem(_div(k, 2), jnp.int32(self._phases))
-            place = 2 * (phase * self.workers + worker)  # even blocks go up, odd ones down
-        else:
-            head, phase = _div(n, self.blocks), k
-            place = self.blocks - 1 - (n - head * self.blocks)
-        block = jnp.where(is_down, self.blocks - 1 - place, place)
+        is_down, head = lax.rem(k, jnp.int32(2)) == 1, _div(n, self.blocks)
+        place = n - head * self.blocks
+        block = jnp.where(is_down, place, self.blocks - 1 - place)
         first = jnp.where(is_down, self.tiles - 1, _RATIO * block)
-        return Work(head, block, first, jnp.where(is_down, -1, 1), self.tiles - _RATIO * block, phase)
+        return Work(head, block, first, jnp.where(is_down, -1, 1), self.tiles - _RATIO * block, k)
 
     def following(self, work: Work, tile: Any) -> Any:
         """The query tile behind another; behind the last one of a query head, the first one of the next."""
@@ -152,66 +139,22 @@ class AdditionOrder:
         is_last = tile == jnp.where(work.step > 0, self.tiles - 1, _RATIO * work.block)
         return jnp.where(is_last, work.first, tile + work.step)
 
-    def rank(self, work: Work, member: Any, tile: Any) -> Any:
-        """How many blocks add to a tile of query head `member` of the group before this one does."""
+    def rank(self, work: Work, tile: Any) -> Any:
+        """How many blocks add to a tile of any query head before this one does."""
         if not self.is_causal and self.in_launch_order:
             return work.block
         if not self.is_causal:
-            start, count = self._running(work.head, work.phase)
+            start, count = self._running(work.head, work.round)
             last = lax.div((tile + 1) * count - 1, jnp.int32(self.tiles)) - (work.block - start)
             return start + jnp.where(last < 0, last + count, last)
         blocks = jnp.minimum(_div(tile, _RATIO) + 1, self.blocks)  # that add to the tile
-        if not self._phases:
-            return jnp.where(work.step > 0, blocks - 1 - work.block, work.block)
-        # Of the even blocks, which go up, and the odd ones, numbers of those that add, and of those of this phase.
-        ups, downs, (up, down) = _div(blocks + 1, 2), _div(blocks, 2), self._in_phase(work.phase)
-        before = jnp.minimum(ups, up) + jnp.maximum(downs - (down + self.workers), 0)
-        ups, downs, number = (
-            jnp.minimum(ups, up + self.workers),
-            jnp.minimum(downs, down + self.workers),
-            _div(work.block, 2),
-        )
-        rank = jnp.where(
-            work.step > 0,
-            ups - 1 - number + jnp.maximum(self._down_before(work, member, tile, downs) - down, 0),
-            number - down + jnp.maximum(ups - jnp.maximum(self._first_up_before(work, member, tile), up), 0),
-        )
-        return before + rank
-
-    def time(self, work: Work, member: Any, tile: Any) -> Any:
-        """Steps since a phase began. Of a causal mask."""
-        length = self.tiles - _RATIO * work.block
-        up = member * length + tile - _RATIO * work.block
-        return jnp.where(work.step > 0, up, self._end - (self.group - member) * length + self.tiles - 1 - tile)
-
-    @property
-    def _end(self) -> int:
-        return self.group * (2 * self.tiles - _RATIO * (self.blocks - 1))
+        return jnp.where(work.step > 0, blocks - 1 - work.block, work.block)
 
     def _running(self, head: Any, k: Any) -> tuple[Any, Any]:
         """The first of the blocks of a head that run in round k, and how many do."""
         before = k * self.workers - head * self.blocks
         start = jnp.maximum(before, 0)
         return start, jnp.minimum(before + self.workers, self.blocks) - start
-
-    def _in_phase(self, phase: Any) -> tuple[Any, Any]:
-        """Numbers of the first even block and the first odd one; `workers` of each run."""
-        return phase * self.workers, self.blocks // 2 - (phase + 1) * self.workers
-
-    def _down_before(self, work: Work, member: Any, tile: Any, downs: Any) -> Any:
-        """Up to which of the odd blocks all are at a tile before one that goes up."""
-        each = _RATIO * (self.group - member)
-        # The time of block b is `since` + each * b.
-        since = self._end - (self.group - member) * self.tiles + self.tiles - 1 - tile
-        steps = self.time(work, member, tile) - since - each
-        return jnp.minimum(_div(jnp.maximum(steps + 2 * each - 1, 0), 2 * each), downs)
-
-    def _first_up_before(self, work: Work, member: Any, tile: Any) -> Any:
-        """From which of the even blocks on all are at a tile no later than one that goes down."""
-        each = _RATIO * (member + 1)
-        # The time of block b is `since` - each * b.
-        since = member * self.tiles + tile
-        return _div(jnp.maximum(since - self.time(work, member, tile) + 2 * each - 1, 0), 2 * each)
 
 
 def _div(a: Any, b: Any) -> Any:

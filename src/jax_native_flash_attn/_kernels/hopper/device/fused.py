@@ -90,7 +90,7 @@ def _load_rows(context: FusedContext, work: Work, i: Any, count: Any, tile: Any)
 def _add(context: FusedContext, work: Work, i: Any, count: Any, tile: Any) -> None:
     """Add the gradient of query of step i, once all earlier additions to its tile are there."""
     buffers, slot, member = context.buffers, _slot(count + i), context.member(work, i)
-    turn, rank = context.turn(work, member, tile), context.plan.order.rank(work, member, tile)
+    turn, rank = context.turn(work, member, tile), context.plan.order.rank(work, tile)
     plgpu.barrier_wait(buffers.dquery_ready.at[slot])
     plgpu.semaphore_wait(turn, rank, decrement=False, memory_scope="gpu")
     rows = query_slice(context.outs.query, context.head(work, member), tile * BLOCK_ROWS, BLOCK_ROWS)
