@@ -24,28 +24,38 @@ from .._semantics.call import Call, Inputs, batch_of, sum_to
 from .._semantics.merging import merge
 from .._semantics.numerics import accumulation_dtype
 from .collectives import axis_index, shift
+from .halves import Halves, can_halve, in_halves
 from .ring import Visit, add_to_last_keys, go_around
 
 Shape = jax.ShapeDtypeStruct
 
 
-def types_of_step(call: Call) -> Call:
+def types_of_step(call: Call, which: Pass, target: Target) -> Call:
     """The call that a kernel gets, of types in place of arrays; in a ring, for a block that is not the device's own."""
     config, inputs = call
     if config.ring is None:
         return call
 
-    def visit(inputs: Inputs) -> Visit:
-        return Visit(0, 0, {"key": inputs.key, "value": inputs.value})
+    def types(in_halves: bool) -> Call:
+        def inputs_of(inputs: Inputs) -> Inputs:
+            return part(inputs).call(Call(config, inputs)).inputs
 
-    return Call(
-        visit(inputs).config(call), jax.eval_shape(lambda inputs: visit(inputs).inputs(Call(config, inputs)), inputs)
-    )
+        def part(inputs: Inputs) -> Visit | Halves:
+            visit = Visit(0, 0, {"key": inputs.key, "value": inputs.value})
+            return Halves(visit, False) if in_halves else visit
+
+        return Call(part(inputs).config(call), jax.eval_shape(inputs_of, inputs))
+
+    whole = types(False)
+    if which is not Pass.COTANGENT or not can_halve(call):
+        return whole
+    halves = types(True)
+    return halves if _pays(whole, halves, target) else whole
 
 
 def is_opaque(call: Call, which: Pass, target: Target) -> bool:
     """See `select.is_opaque`."""
-    return select.is_opaque(types_of_step(call), which, target)
+    return select.is_opaque(types_of_step(call, which, target), which, target)
 
 
 def forward(call: Call, target: Target) -> Forward:
@@ -134,11 +144,13 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
     of_block = wanted | {name: Shape((*wanted[name].shape[:-1], S), dtype) for name in split}
     travelling = [name for name in ("key", "value") if name in wanted]
 
-    def found(sums: Sums, at: Visit, names: Iterable[str], lse: jax.Array) -> dict[str, jax.Array]:
+    def found(sums: Sums, at: Visit | Halves, names: Iterable[str], lse: jax.Array) -> dict[str, jax.Array]:
         asked = {name: at.type(name, of_block[name]) for name in names}
         if not asked:
             return {}
         results = select.cotangent(at.call(of_blocks), _of_visit(given._replace(lse=lse), at, asked), target)
+        if isinstance(at, Halves):
+            return results
         results = {name: at.known(x) for name, x in results.items()}
         for name in split & results.keys():
             whole = sums.resting[name] if name in sums.resting else jnp.zeros(wanted[name].shape, dtype)
@@ -150,9 +162,10 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
             return Sums(found(sums, at, of_block, given.lse), {})
         rest, lse = [name for name in of_block if name not in travelling], given.lse
         # A family with a kernel for each gradient makes the last others while those of key and value travel home.
-        is_apart = at.is_last and not select.makes_gradients_together(at.call(of_blocks), target)
-        results = found(sums, at, travelling if is_apart else of_block, lse)
-        moving = {name: results.pop(name) for name in travelling}
+        part = _part_of(of_blocks, given, at, target)
+        is_apart = at.is_last and not select.makes_gradients_together(part.call(of_blocks), target)
+        results = found(sums, part, travelling if is_apart else of_block, lse)
+        moving = {name: part.of_keys(results.pop(name)) for name in travelling}
         if sums.moving:
             arrived = shift(sums.moving, ring, at.hop)
             moving = {name: add_to_last_keys(arrived[name], x) for name, x in moving.items()}
@@ -163,8 +176,10 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
                 moving, lse = lax.optimization_barrier((moving, lse))
             moving = shift(moving, ring, -ring.distances[-1])
         if is_apart:
-            results = found(sums, at, rest, lse)
-        added = {name: x if name in split else at.add_rows(name, sums.resting[name], x) for name, x in results.items()}
+            results = found(sums, part, rest, lse)
+        added = {
+            name: x if name in split else part.add_rows(name, sums.resting[name], x) for name, x in results.items()
+        }
         return Sums(sums.resting | added, moving)
 
     results: dict[str, jax.Array] = {}
@@ -177,7 +192,17 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
     return {name: results[name].astype(like.dtype) for name, like in given.wanted.items()}
 
 
-def _of_visit(given: LinearPass, at: Visit, wanted: dict[str, Shape]) -> LinearPass:
+def _part_of(call: Call, given: LinearPass, at: Visit, target: Target) -> Visit | Halves:
+    """The visit in halves, if one kernel then makes gradients that need several else."""
+    halves = in_halves(call, given, at)
+    return at if halves is None or not _pays(at.call(call), halves.call(call), target) else halves
+
+
+def _pays(whole: Call, halves: Call, target: Target) -> bool:
+    return not select.makes_gradients_together(whole, target) and select.makes_gradients_together(halves, target)
+
+
+def _of_visit(given: LinearPass, at: Visit | Halves, wanted: dict[str, Shape]) -> LinearPass:
     """What is asked of a visit, in its rows; bias and blocks are those of its keys already."""
     operands = {name: at.rows(name, x) for name, x in given.operands.items()}
     return LinearPass(at.rows("out", given.out), at.rows("lse", given.lse), operands, wanted)
