@@ -258,7 +258,7 @@ def test_what_is_made_of_what_the_kernel_leaves(
         assert (x.shape, x.dtype) == ((B, parts, 128, K, _H), jnp.float32)
         return np.asarray(x).sum(1)[:, :T].astype(dtype)
 
-    scaled = (np.asarray(left[0].query) * np.float32([0.3, 0.5])[:, None, None, None]).astype(query_dtype)
+    scaled = (np.asarray(left[0].query) * np.asarray([0.3, 0.5], np.float32)[:, None, None, None]).astype(query_dtype)
     keys, values = (expected(x, key_dtype) for x in (left[0].key, left[0].value))
     for x, like in [(found.query, scaled), (found.key, keys), (found.value, values)]:
         assert x.dtype == like.dtype

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jax_native_flash_attn import balanced_order, context_parallel_attention, context_parallel_attention_with_lse
 from jax_native_flash_attn._kernels import select
 from jax_native_flash_attn._kernels.xla.family import XlaKernels
+from jax_native_flash_attn._sharding import collectives
 from jax_native_flash_attn._sharding import passes as passes_module
 from tests.sharding.test_meshes import assert_two_processes_agree
 from tests.support.environment import DEVICE_COUNT, fast_compilation
@@ -93,7 +94,7 @@ def test_order_of_gradients_and_transfers(are_together: bool, monkeypatch: pytes
     """Those of key and value travel unrounded, and rounded home: meanwhile the last others are made, and not before."""
     events: list[tuple] = []
     held: list[Any] = []
-    make, shift, barrier = select.cotangent, passes_module.shift, lax.optimization_barrier
+    make, shift, barrier = select.cotangent, collectives.shift, lax.optimization_barrier
 
     def made(call: Any, given: Any, target: Any) -> Any:
         events.append(("made", *sorted(given.wanted), *(["held"] if any(given.lse is x for x in held) else [])))
