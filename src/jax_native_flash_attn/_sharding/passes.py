@@ -9,7 +9,7 @@ Around a ring, query rows and all that is theirs stay, and the blocks of key and
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -134,11 +134,13 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
     of_block = wanted | {name: Shape((*wanted[name].shape[:-1], S), dtype) for name in split}
     travelling = [name for name in ("key", "value") if name in wanted]
 
-    def found(sums: Sums, at: Visit, names: Iterable[str], lse: jax.Array) -> dict[str, jax.Array]:
-        asked = {name: at.type(name, of_block[name]) for name in names}
-        if not asked:
+    def asked(at: Visit, names: Collection[str], lse: jax.Array) -> LinearPass:
+        return _of_visit(given._replace(lse=lse), at, {name: at.type(name, of_block[name]) for name in names})
+
+    def found(sums: Sums, at: Visit, names: Collection[str], lse: jax.Array) -> dict[str, jax.Array]:
+        if not names:
             return {}
-        results = select.cotangent(at.call(of_blocks), _of_visit(given._replace(lse=lse), at, asked), target)
+        results = select.cotangent(at.call(of_blocks), asked(at, names, lse), target)
         results = {name: at.known(x) for name, x in results.items()}
         for name in split & results.keys():
             whole = sums.resting[name] if name in sums.resting else jnp.zeros(wanted[name].shape, dtype)
@@ -150,7 +152,9 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
             return Sums(found(sums, at, of_block, given.lse), {})
         rest, lse = [name for name in of_block if name not in travelling], given.lse
         # A family with a kernel for each gradient makes the last others while those of key and value travel home.
-        is_apart = at.is_last and not select.makes_gradients_together(at.call(of_blocks), target)
+        is_apart = at.is_last and not select.makes_gradients_together(
+            at.call(of_blocks), asked(at, of_block, lse), target
+        )
         results = found(sums, at, travelling if is_apart else of_block, lse)
         moving = {name: results.pop(name) for name in travelling}
         if sums.moving:
