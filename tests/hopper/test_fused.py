@@ -11,11 +11,14 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from jax_native_flash_attn import context_parallel_attention, explain
-from jax_native_flash_attn._kernels.hopper import backward, cotangent, support
+from jax_native_flash_attn._kernels.hopper import backward, cotangent, forward, support
 from jax_native_flash_attn._kernels.hopper.addition_order import AdditionOrder
 from jax_native_flash_attn._kernels.hopper.blocks import BackwardBlocks, Blocks
+from jax_native_flash_attn._kernels.hopper.host.backward import Backward
 from jax_native_flash_attn._kernels.hopper.support import HopperKernels
 from jax_native_flash_attn._kernels.select import replacing
+from jax_native_flash_attn._semantics.call import Config, Inputs
+from jax_native_flash_attn._semantics.masks import Band, MaskOperands
 from tests.support.cases import named_case
 from tests.support.environment import enable_x64
 from tests.support.families import skip_unless_taken
@@ -104,6 +107,7 @@ _LONG = (2, 4096, 4096, 16, 1)
         ((1, 8192, 8192, 8, 8), {"is_causal": True}, 128),  # in parts: more than the cache holds
         ((1, 131072, 131072, 2, 1), {"is_causal": True}, None),  # a head more than the cache holds
         ((1, 8192, 8192, 8, 8), {}, 132),
+        ((1, 8192, 8192, 1, 8), {}, None),  # too few blocks of keys; without a mask, groups have no parts
         ((2, 1024, 1024, 66, 1), {}, None),  # short
         ((8, 2048, 2048, 16, 1), {}, 132),
         ((2, 4096, 8192, 16, 1), {}, 32 * 64),  # else blocks of keys would be less than two tiles of rows apart
@@ -196,6 +200,70 @@ def test_blocks_of_a_ring(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     text = gradients.trace(*_types((1, 8192, 8192, 64, 1), jnp.bfloat16)).lower(lowering_platforms=("cuda",)).as_text()
     assert [order.in_launch_order for order in orders] == ([True] if kind == "causal" else [True, True])
     assert _kernels_of(text) == (2 + 1 + 2 if kind == "causal" else 2 + 2)
+
+
+@pytest.mark.parametrize(
+    ("is_causal", "last"), [(False, [{"query", "key", "value"}]), (True, [{"key", "value"}, {"query"}])]
+)
+def test_what_a_ring_asks_of_it(monkeypatch: pytest.MonkeyPatch, is_causal: bool, last: list[set[str]]) -> None:
+    """Of a block with a mask by rows, for which each gradient has its own kernel, those that travel home come first."""
+    asked, make = [], cotangent.cotangent
+    pretend_gpu(monkeypatch, "9.0")
+
+    def made(call: Any, given: Any, *others: Any, **named: Any) -> Any:
+        asked.append(set(given.wanted))
+        return make(call, given, *others, **named)
+
+    def launch(*unused: Any, out_types: Any, **named: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_types)
+
+    for module in (backward, forward):  # kernels are left out: they take long to lower
+        monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(cotangent, "cotangent", made)
+    mesh, split = AbstractMesh((2,), ("s",), axis_types=(AxisType.Auto,)), P(None, "s")
+    attention = functools.partial(context_parallel_attention, axis_name="s", strategy="ring", is_causal=is_causal)
+    ring = jax.shard_map(attention, mesh=mesh, in_specs=(split,) * 3, out_specs=split)
+    gradients = jax.jit(lambda *x: jax.vjp(ring, *x[:3])[1](x[3]))
+    gradients.trace(*_types((1, 8192, 8192, 64, 1), jnp.bfloat16)).lower(lowering_platforms=("cuda",))
+    assert asked == [{"query", "key", "value"}, *last]
+
+
+@pytest.mark.parametrize(
+    ("parts", "query_dtype", "key_dtype"),
+    [(1, "float16", "float16"), (2, "float16", "float16"), (1, "float16", "float32"), (2, "float32", "float32")],
+)
+def test_what_is_made_of_what_the_kernel_leaves(
+    monkeypatch: pytest.MonkeyPatch, parts: int, query_dtype: str, key_dtype: str
+) -> None:
+    """Numbers in place of a kernel's: query's are scaled; key's are summed over parts; each is rounded as asked."""
+    left: list[Any] = []
+
+    def launch(*unused: Any, out_types: Any, **named: Any) -> Any:
+        rng = np.random.default_rng(0)
+        left.append(jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), out_types))
+        return left[0]
+
+    monkeypatch.setattr(backward, "launch", launch)
+    B, T, K, G = 2, 72, 3, 4
+    query, key, value, dout = (jnp.zeros(x.shape, x.dtype) for x in _types((B, T, T, K, G), jnp.float16))
+    inputs = Inputs(query, key, value, jnp.asarray([0.3, 0.5]), None, MaskOperands(), None, None, None)
+    rows = jnp.zeros((B, K * G, T), jnp.float32)
+    config = Config(Band(upper=0), None, None, None, None, needs_lse=True)
+    order = AdditionOrder(B * K * parts, 1, 2, G // parts, True, B * K * parts, in_launch_order=True)
+    found = backward.fused(Backward(config, inputs, inputs.sizes, dout, rows, rows), order, query_dtype, key_dtype)
+
+    def expected(x: jax.Array, dtype: str) -> np.ndarray:
+        if parts == 1 and key_dtype == "float16":  # as the kernel leaves it
+            assert (x.shape, x.dtype) == (key.shape, key.dtype)
+            return np.asarray(x)
+        assert (x.shape, x.dtype) == ((B, parts, 128, K, _H), jnp.float32)
+        return np.asarray(x).sum(1)[:, :T].astype(dtype)
+
+    scaled = (np.asarray(left[0].query) * np.asarray([0.3, 0.5], np.float32)[:, None, None, None]).astype(query_dtype)
+    keys, values = (expected(x, key_dtype) for x in (left[0].key, left[0].value))
+    for x, like in [(found.query, scaled), (found.key, keys), (found.value, values)]:
+        assert x.dtype == like.dtype
+        np.testing.assert_array_equal(x, like)
 
 
 _UNCHECKED = [jax.export.DisabledSafetyCheck.custom_call(x) for x in ("mosaic_gpu", "mosaic_gpu_v2")]

@@ -90,7 +90,7 @@ def test_halves(devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of other blocks, where kernels without masks make all gradients together."""
     calls = []
 
-    def makes_together(_: Any, call: Any, __: Any) -> bool:
+    def makes_together(_: Any, call: Any, *__: Any) -> bool:
         calls.append(call)
         return call.inputs.mask.key_start is None
 

@@ -9,10 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_native_flash_attn import balanced_order, context_parallel_attention, context_parallel_attention_with_lse
+from jax_native_flash_attn._kernels import select
+from jax_native_flash_attn._kernels.xla.family import XlaKernels
+from jax_native_flash_attn._sharding import collectives
+from jax_native_flash_attn._sharding import passes as passes_module
 from tests.sharding.test_meshes import assert_two_processes_agree
 from tests.support.environment import DEVICE_COUNT, fast_compilation
 from tests.support.grids import rotated, thinned
@@ -82,6 +87,39 @@ def test_collectives(strategy: str, others: str) -> None:
     f, expected = attention(strategy, is_causal=True), value | (of_others if given else set())
     assert set(collective_counts(compiled(f, *arrays(), given).as_text())) == expected
     assert set(collective_counts(compiled(gradient(f), *arrays(), given).as_text())) == expected | of_gradient
+
+
+@pytest.mark.parametrize("are_together", [True, False])
+def test_order_of_gradients_and_transfers(are_together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of key and value travel unrounded, and rounded home: meanwhile the last others are made, and not before."""
+    events: list[tuple] = []
+    held: list[Any] = []
+    make, shift, barrier = select.cotangent, collectives.shift, lax.optimization_barrier
+
+    def made(call: Any, given: Any, target: Any) -> Any:
+        events.append(("made", *sorted(given.wanted), *(["held"] if any(given.lse is x for x in held) else [])))
+        return make(call, given, target)
+
+    def sent(tree: Any, ring: Any, hop: int) -> Any:
+        events.append(("sent", *{str(x.dtype) for x in jax.tree.leaves(tree)}, hop))
+        return shift(tree, ring, hop)
+
+    def barred(operands: Any) -> Any:
+        results = barrier(operands)
+        held.extend(jax.tree.leaves(results))
+        return results
+
+    monkeypatch.setattr(XlaKernels, "makes_gradients_together", lambda *_: are_together)
+    monkeypatch.setattr(select, "cotangent", made)
+    monkeypatch.setattr(passes_module, "shift", sent)
+    monkeypatch.setattr(lax, "optimization_barrier", barred)
+    jax.jit(gradient(attention())).lower(*(jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in arrays()))
+
+    every, home = ("made", "key", "query", "value"), [("sent", "float32", 1), ("sent", "bfloat16", -3)]
+    assert events[:4] == [every, every, every, ("sent", "float32", 1)]
+    assert events[4:] == (
+        [every, *home] if are_together else [("made", "key", "value"), *home, ("made", "query", "held")]
+    )
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,8 @@ def test_workers(heads, blocks, group, is_causal, workers):
         (16, 128, 256, 1, False, True),
         (16, 256, 512, 1, True, True),
         (16, 128, 128, 1, False, True),  # fewer rows than keys
+        (48, 128, 32, 1, False, False),  # so few that the first block of a head ends before the last begins
+        (33, 128, 32, 4, False, True),
         (48, 36, 72, 1, False, True),
         (48, 36, 72, 1, True, True),
         (1, 64, 128, 1, False, False),

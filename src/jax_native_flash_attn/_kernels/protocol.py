@@ -115,8 +115,8 @@ class Kernels(Protocol):
         """Cotangents of some of the differentiable operands, by name."""
         ...
 
-    def makes_gradients_together(self, call: Call, target: Target) -> bool:
-        """Whether those of query, key and value take less time in one `cotangent` than some after others."""
+    def makes_gradients_together(self, call: Call, given: LinearPass, target: Target) -> bool:
+        """Whether one `cotangent` takes less time than one for some of what is wanted, and one for the rest."""
         ...
 
     def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:

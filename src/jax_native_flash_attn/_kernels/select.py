@@ -89,9 +89,9 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
     return choose(call, Pass.COTANGENT, target).cotangent(call, given, target)
 
 
-def makes_gradients_together(call: Call, target: Target) -> bool:
-    """Whether the family for a cotangent does; of arrays the types suffice."""
-    return choose(call, Pass.COTANGENT, target).makes_gradients_together(call, target)
+def makes_gradients_together(call: Call, given: LinearPass, target: Target) -> bool:
+    """Whether one `cotangent` takes less time than one for some of what is wanted, and one for the rest."""
+    return choose(call, Pass.COTANGENT, target).makes_gradients_together(call, given, target)
 
 
 def tangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:

@@ -93,7 +93,7 @@ class CudnnKernels:
             found = found._replace(value=found.value.astype(jnp.float32) + of_mean)
         return {name: _unfolded(getattr(found, name), batch, like) for name, like in wanted.items()}
 
-    def makes_gradients_together(self, call: Call, target: Target) -> bool:
+    def makes_gradients_together(self, call: Call, given: LinearPass, target: Target) -> bool:
         return True
 
     def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:

@@ -16,9 +16,10 @@ for a later one: there is no deadlock, if all workers run at once. With a causal
 numbers alone, which a GPU starts first: then they need not.
 
 *In launch order* no call needs that, and heads may have any number of blocks: a worker takes one block, and waits for
-workers of lower numbers alone. Without a mask all begin at the first tile, each a step behind the block before it: in
-the first round they wait for that, later ones follow from it. With a causal mask all go up, and short blocks come
-first. Long blocks so come last, and some multiprocessors idle then.
+workers of lower numbers alone. Without a mask all begin at the first tile, each behind the block before it: in the
+first round they wait for that, and later ones follow from it, if the first one of a head does not end before the last
+has begun. With a causal mask all go up, and short blocks come first. Long blocks so come last, and some multiprocessors
+idle then.
 """
 
 from dataclasses import dataclass
@@ -95,7 +96,9 @@ class AdditionOrder:
         if is_causal:  # the last ones have the most tiles, and half of the multiprocessors may wait for them
             steps = heads * blocks * (tiles - (blocks - 1) * _RATIO / 2)
             idle = cores * tiles / 2
-        else:  # the first ones of a head begin a step apart
+        elif 2 * tiles * group <= min(blocks, cores):  # half a step apart, they would wait in every round
+            return None
+        else:  # the first ones of a head begin up to a step apart
             steps = heads * blocks * tiles
             idle = cores * (-(-heads * blocks // cores) * tiles + blocks / group) - steps
         is_busy = steps >= _LEAST_BUSY * (steps + idle)

@@ -31,7 +31,7 @@ def cotangent(
     wanted = {name: padded_type(x) if name in _WITH_HEAD_DIM else x for name, x in given.wanted.items()}
     backward = _backward(call.config, inputs, given.out, given.lse, cotangents)
     order = (asked or plan(call.config, inputs, cores, at_once=at_once)).fused
-    if order is not None and makes_all(backward, wanted):
+    if order is not None and makes_all(inputs, backward.sizes.batch, wanted):
         gradients = fused(backward, order, wanted["query"].dtype, wanted["key"].dtype)
         results = {"query": gradients.query, "key": gradients.key, "value": gradients.value}
     else:

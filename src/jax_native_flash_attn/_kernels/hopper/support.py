@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..._semantics.call import Call
+from ..._semantics.call import Call, batch_of
 from ..gpus import compute_capabilities as _compute_capabilities
 from ..protocol import Forward, LinearPass, Pass, Target
 from ..reasons import why_not_differentiated, why_not_on_nvidia, why_pure_jax_alone
@@ -84,8 +84,11 @@ class HopperKernels:
         at_once = _runs_at_once(target)
         return cotangent.cotangent(call, given, self.backward_blocks, _chip().cores, at_once=at_once)
 
-    def makes_gradients_together(self, call: Call, target: Target) -> bool:
-        return self._backward_blocks(call, target).fused is not None
+    def makes_gradients_together(self, call: Call, given: LinearPass, target: Target) -> bool:
+        from .host.fused_plan import makes_all
+
+        is_fused = self._backward_blocks(call, target).fused is not None
+        return is_fused and makes_all(call.inputs, batch_of(given.operands), given.wanted)
 
     def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
         from . import tangent

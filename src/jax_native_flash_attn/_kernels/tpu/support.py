@@ -71,7 +71,7 @@ class TpuKernels:
 
         return cotangent.cotangent(call, given, self.plan(call, Pass.COTANGENT, target), self.interpret)
 
-    def makes_gradients_together(self, call: Call, target: Target) -> bool:
+    def makes_gradients_together(self, call: Call, given: LinearPass, target: Target) -> bool:
         return False
 
     def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:

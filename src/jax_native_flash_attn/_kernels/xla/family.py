@@ -87,7 +87,7 @@ class XlaKernels:
         )
         return cotangent.cotangent(Tiles(call, plan), given.out, given.lse, given.operands, wanted)
 
-    def makes_gradients_together(self, call: Call, target: Target) -> bool:
+    def makes_gradients_together(self, call: Call, given: LinearPass, target: Target) -> bool:
         return True
 
     def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:

@@ -191,11 +191,12 @@ def _takes(config: Config, inputs: Inputs) -> bool:
     return is_16_bit and are_known and (z.T == z.S or not is_causal)
 
 
-def makes_all(call: Backward, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> bool:
+def makes_all(inputs: Inputs, batch: tuple[Any, ...], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> bool:
     """Whether gradients of query, key and value of all batch rows are `wanted`, and nothing else.
 
-    Cotangents may have batch rows that the inputs share, as under `jax.vmap` of a pullback; the kernel has no sums.
+    Cotangents, whose `batch` axes these are, may have batch rows that the inputs share, as under `jax.vmap` of a
+    pullback; the kernel has no sums.
     """
-    batches = {call.inputs.sizes.batch, call.sizes.batch, *(x.shape[:-3] for x in wanted.values())}
+    batches = {inputs.sizes.batch, batch, *(x.shape[:-3] for x in wanted.values())}
     has_all = set(wanted) == {"query", "key", "value"} and wanted["key"].dtype == wanted["value"].dtype
     return has_all and len(batches) == 1
