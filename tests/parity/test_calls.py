@@ -67,7 +67,7 @@ CASES: dict[str, Case] = {
 }
 
 
-@by_family(CASES, every=7)
+@by_family(CASES, every=5)
 def test_calls(case: Case, family: str) -> None:
     check_family(case, family)
 
