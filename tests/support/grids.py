@@ -37,6 +37,14 @@ def rotated(outer: Iterable[Any], inner: Sequence[Any]) -> list[tuple[Any, Any]]
     return [(x, inner[(i + j) % len(inner)]) for i, x in enumerate(outer) for j in range(len(inner))]
 
 
+def in_part(part: int) -> pytest.MarkDecorator:
+    """The marker of a test, or of a file's `pytestmark`, that takes long beside what may differ between JAX versions.
+
+    It runs in part 0, or in part 1, alone.
+    """
+    return pytest.mark.one_part if _part % 2 == part else pytest.mark.whole_grid
+
+
 def rest(point: Any) -> Any:
     """A parameter that is left to the whole grid."""
     values = point if isinstance(point, tuple) and not hasattr(point, "_fields") else (point,)
