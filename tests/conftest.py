@@ -15,7 +15,7 @@ environment.configure()
 import hypothesis  # noqa: E402  (nothing may come before configure())
 import jax  # noqa: E402
 
-_LEFT_OUT = pytest.StashKey[dict[str, int]]()
+_LEFT_OUT = pytest.StashKey[int]()
 
 hypothesis.settings.register_profile(
     "default",
@@ -45,26 +45,23 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is left to `--whole-grid`, and what is marked gpu where JAX has no GPU.
+    """Leave out what is left to `--whole-grid`: it is most of the tests, and skipping each takes time.
 
-    Together they are most of the tests, and skipping each takes time. Tests marked gpu that say themselves why they
-    cannot run are skipped.
+    Skip the tests marked gpu where JAX has no GPU, but for those that say themselves why they cannot run.
     """
-    rest: dict[str, set[pytest.Item]] = {}
     if not config.getoption("--whole-grid"):
         whole = {(config.invocation_params.dir / name).resolve() for name in config.getoption("--whole-grid-of")}
-        rest["points that only --whole-grid runs, or another --grid-part"] = {
-            item for item in items if item.get_closest_marker("whole_grid") and item.path not in whole
-        }
-    if jax.default_backend() != "gpu":
-        markers = ((item, item.get_closest_marker("gpu")) for item in items)
-        rest[f"need a GPU; JAX's backend is {jax.default_backend()}"] = {
-            item for item, marker in markers if marker and not marker.kwargs.get("says_why")
-        }
-    left_out = set[pytest.Item]().union(*rest.values())
-    config.hook.pytest_deselected(items=list(left_out))
-    items[:] = [item for item in items if item not in left_out]
-    config.stash[_LEFT_OUT] = {reason: len(found) for reason, found in rest.items() if found}
+        rest = {item for item in items if item.get_closest_marker("whole_grid") and item.path not in whole}
+        config.hook.pytest_deselected(items=list(rest))
+        items[:] = [item for item in items if item not in rest]
+        config.stash[_LEFT_OUT] = len(rest)
+    if jax.default_backend() == "gpu":
+        return
+    skip = pytest.mark.skip(reason=f"needs a GPU; JAX's backend is {jax.default_backend()}")
+    for item in items:
+        marker = item.get_closest_marker("gpu")
+        if marker and not marker.kwargs.get("says_why"):
+            item.add_marker(skip)
 
 
 def pytest_collection_finish() -> None:
@@ -77,20 +74,20 @@ def pytest_collection_finish() -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of pytest-xdist tells how much it has left out."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left out"] = session.config.stash.get(_LEFT_OUT, {})
+        session.config.workeroutput["left out"] = session.config.stash.get(_LEFT_OUT, 0)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Each worker has collected all tests; one that crashed tells nothing."""
-    if left_out := getattr(node, "workeroutput", {}).get("left out"):
-        node.config.stash[_LEFT_OUT] = left_out
+    left_out = getattr(node, "workeroutput", {}).get("left out", 0)
+    node.config.stash[_LEFT_OUT] = max(left_out, node.config.stash.get(_LEFT_OUT, 0))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say how much was left out, and why tests were skipped, each reason once; `-rs` says it of each test."""
-    for reason, count in config.stash.get(_LEFT_OUT, {}).items():
-        terminalreporter.write_line(f"{count} left out: {reason}")
+    if left_out := config.stash.get(_LEFT_OUT, 0):
+        terminalreporter.write_line(f"{left_out} left out: points that only --whole-grid runs, or another --grid-part")
     skipped = terminalreporter.stats.get("skipped", ())
     reasons = collections.Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
     for reason, count in reasons.most_common():
