@@ -29,7 +29,7 @@ def thinned(points: Iterable[Any], every: int, first: int = 0) -> list[Any]:
 
     `every` should have no factor in common with the length of the inner axes of a product, so that all are met.
     """
-    return [point if is_chosen(i, every, first) else rest(point) for i, point in enumerate(points)]
+    return [_marked(point, "grid_point") if is_chosen(i, every, first) else rest(point) for i, point in enumerate(points)]
 
 
 def rotated(outer: Iterable[Any], inner: Sequence[Any]) -> list[tuple[Any, Any]]:
@@ -47,5 +47,9 @@ def in_part(part: int) -> pytest.MarkDecorator:
 
 def rest(point: Any) -> Any:
     """A parameter that is left to the whole grid."""
+    return _marked(point, "whole_grid")
+
+
+def _marked(point: Any, marker: str) -> Any:
     values = point if isinstance(point, tuple) and not hasattr(point, "_fields") else (point,)
-    return pytest.param(*values, marks=pytest.mark.whole_grid)
+    return pytest.param(*values, marks=getattr(pytest.mark, marker))
