@@ -29,7 +29,9 @@ def thinned(points: Iterable[Any], every: int, first: int = 0) -> list[Any]:
 
     `every` should have no factor in common with the length of the inner axes of a product, so that all are met.
     """
-    return [_marked(point, "grid_point") if is_chosen(i, every, first) else rest(point) for i, point in enumerate(points)]
+    return [
+        _marked(point, "grid_point" if is_chosen(i, every, first) else "whole_grid") for i, point in enumerate(points)
+    ]
 
 
 def rotated(outer: Iterable[Any], inner: Sequence[Any]) -> list[tuple[Any, Any]]:
