@@ -30,6 +30,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--x64", action="store_true", help="run with jax_enable_x64: uv run pytest -m gpu --x64")
     parser.addoption("--whole-grid", action="store_true", help="run every point of the grids in tests/support/grids.py")
+    parser.addoption("--whole-grid-of", action="append", default=[], metavar="FILE", help="of the grids in this file")
     parser.addoption(
         "--grid-part", type=int, default=0, metavar="N", help="run other points of these grids; 0 is usual"
     )
@@ -49,9 +50,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Skip the tests marked gpu where JAX has no GPU, but for those that say themselves why they cannot run.
     """
     if not config.getoption("--whole-grid"):
-        rest = [item for item in items if item.get_closest_marker("whole_grid")]
-        config.hook.pytest_deselected(items=rest)
-        items[:] = [item for item in items if not item.get_closest_marker("whole_grid")]
+        whole = {(config.invocation_params.dir / name).resolve() for name in config.getoption("--whole-grid-of")}
+        rest = {item for item in items if item.get_closest_marker("whole_grid") and item.path not in whole}
+        config.hook.pytest_deselected(items=list(rest))
+        items[:] = [item for item in items if item not in rest]
         config.stash[_LEFT_OUT] = len(rest)
     if jax.default_backend() == "gpu":
         return

@@ -18,6 +18,7 @@ import jax_native_flash_attn.adapters.flax as adapter
 from jax_native_flash_attn.adapters.flax import attention_fn
 from tests.adapters.comparison import assert_close, compiled
 from tests.support.environment import lenient_promotion
+from tests.support.grids import thinned
 
 B, T, FEATURES, HEADS = 2, 9, 16, 4
 KV_HEADS = {"num_kv_heads": 2} if "num_kv_heads" in inspect.signature(nnx.MultiHeadAttention).parameters else {}
@@ -47,7 +48,7 @@ def nnx_layers(**options: Any) -> list[nnx.MultiHeadAttention]:
     return [make(rngs=nnx.Rngs(0)), make(rngs=nnx.Rngs(0), attention_fn=attention_fn)]
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("deterministic", thinned([False, True], 2))
 def test_nnx(deterministic: bool):
     """A float mask, dropout and its absence, and grouped heads."""
     mask = nnx.make_causal_mask(jnp.ones((B, T)))

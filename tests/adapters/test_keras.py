@@ -79,11 +79,14 @@ def results(layer: Any, **call: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "options", "call"),
-    [
-        ("GroupQueryAttention", WINDOW, ALL),
-        ("MultiHeadAttention", {"dropout": 0.4, "value_dim": 3}, {**PADDING, "training": False}),
-        ("GroupQueryAttention", {"dropout": 0.4}, {**ALL, "training": True}),
-    ],
+    thinned(
+        [
+            ("GroupQueryAttention", WINDOW, ALL),
+            ("MultiHeadAttention", {"dropout": 0.4, "value_dim": 3}, {**PADDING, "training": False}),
+            ("GroupQueryAttention", {"dropout": 0.4}, {**ALL, "training": True}),
+        ],
+        2,
+    ),
     ids=["all masks", "evaluation", "dropout"],
 )
 def test_same_as_own(name: str, options: dict[str, Any], call: dict[str, Any]):

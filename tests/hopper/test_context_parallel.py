@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax_native_flash_attn import context_parallel_attention, explain, flash_attention, mods
 from jax_native_flash_attn._kernels.xla.family import XlaKernels
 from jax_native_flash_attn._sharding import lowering
-from tests.support.grids import rest, thinned
+from tests.support.grids import in_part, rest, thinned
 from tests.support.targets import needs_backend, pretend_gpu
 
 pytestmark = needs_backend
@@ -80,6 +80,7 @@ def test_a_ring_lowers_for_cuda(name: str) -> None:
     assert "collective_permute" in text
 
 
+@in_part(1)
 def test_explicit_axes_lower_for_cuda() -> None:
     mesh = jax.make_mesh((DEVICES,), ("s",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:DEVICES])
     with jax.set_mesh(mesh):

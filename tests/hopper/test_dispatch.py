@@ -10,6 +10,7 @@ import pytest
 from jax_native_flash_attn import explain
 from tests.support.cases import Case, call_types
 from tests.support.environment import enable_x64
+from tests.support.grids import in_part
 from tests.support.hopper import lowered_text
 from tests.support.targets import needs_backend, pretend_gpu, pretend_no_backend
 
@@ -55,6 +56,7 @@ def test_asking_where_it_cannot_run_is_an_error(reason: str, case: Case, options
         lowered_text("mosaic_gpu", platform, case=case, **options)
 
 
+@in_part(1)
 @needs_backend
 def test_unsupported_calls_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, "9.0")

@@ -106,6 +106,7 @@ _LONG = (2, 4096, 4096, 16, 1)
         ((1, 32768, 32768, 16, 1), {"is_causal": True}, 16 * 256),  # more blocks of a head than multiprocessors
         ((1, 8192, 8192, 8, 8), {"is_causal": True}, 128),  # in parts: more than the cache holds
         ((1, 131072, 131072, 2, 1), {"is_causal": True}, None),  # a head more than the cache holds
+        ((1, 131072, 131072, 2, 1), {}, 2 * 1024),  # likewise: blocks of keys go through the rows together
         ((1, 8192, 8192, 8, 8), {}, 132),
         ((1, 8192, 8192, 1, 8), {}, None),  # too few blocks of keys; without a mask, groups have no parts
         ((2, 1024, 1024, 66, 1), {}, None),  # short

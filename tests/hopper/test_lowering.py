@@ -12,7 +12,7 @@ import pytest
 from jax_native_flash_attn import flash_attention_with_lse
 from jax_native_flash_attn._kernels.xla.family import XlaKernels
 from tests.support.cases import SHAPES, Case, call_types, named_case, static_options
-from tests.support.grids import thinned
+from tests.support.grids import in_part, rotated, thinned
 from tests.support.hopper import VMAPS, lowered_text, mosaic_attention, shared_operand_gradients, vmap_arguments
 from tests.support.targets import needs_backend, pretend_gpu
 
@@ -20,12 +20,12 @@ pytestmark = needs_backend
 
 
 @pytest.mark.parametrize(
-    ("shape", "options", "has_residual"),
-    [*((shape, "causal", False) for shape in ("tile", "many items", "one row, keys split")), ("prime", "plain", True)],
+    ("shape", "dtype"),
+    thinned(rotated(["tile", "many items", "one row, keys split", "prime"], ["bfloat16", "float32"]), 2),
 )
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_lowers_for_cuda_without_a_gpu(shape: str, options: str, has_residual: bool, dtype: str) -> None:
+def test_lowers_for_cuda_without_a_gpu(shape: str, dtype: str) -> None:
     """What the grid of `test_lowering_transformations` lacks: other shapes."""
+    options, has_residual = ("plain", True) if shape == "prime" else ("causal", False)
     case = named_case(shape, options, dtype=dtype)
     if case.shape[1] == 1 and dtype == "float32":
         pytest.skip("a row of float32 takes pure JAX")
@@ -51,7 +51,7 @@ def test_values_of_another_dimension_lower_for_cuda(shape: str, H: int, D: int, 
     assert "mosaic_gpu" in lowered_text("mosaic_gpu", "cuda", case=case)
 
 
-@pytest.mark.parametrize("H", [64, 80])
+@pytest.mark.parametrize("H", thinned([64, 80], 2))
 def test_rows_of_any_number_are_not_copied(H: int) -> None:
     """But for those whose tiles are several columns wide, and by JAX that cannot swizzle rows, which are padded."""
     arrays = call_types(Case((2, 301, 333, 4, 1, H), "bfloat16")).values()
@@ -105,8 +105,8 @@ GRADIENTS: dict[str, dict[str, Any]] = {
             ("plain", 128, 16, "float32"),
             ("mask", 80, 112, "float32"),
         ],
-        7,
-        3,
+        9,
+        8,
     ),
 )
 def test_gradients_lower_for_cuda_without_a_gpu(options: str, H: int, D: int | None, dtype: str) -> None:
@@ -123,7 +123,7 @@ def test_gradients_lower_for_cuda_without_a_gpu(options: str, H: int, D: int | N
 
 
 @pytest.mark.usefixtures("no_pure_jax")
-@pytest.mark.parametrize("S", [61, 40])
+@pytest.mark.parametrize("S", thinned([61, 40], 2))
 def test_gradients_of_few_float32_keys_lower_for_cuda(S: int) -> None:
     """One tile of keys is turned then, whose number is no constant."""
     query, *keys = call_types(Case((2, 70, S, 2, 1, 32), "float32")).values()
@@ -185,7 +185,9 @@ MOVED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 
 @pytest.mark.usefixtures("no_pure_jax")
-@pytest.mark.parametrize(("dtype", "T", "heads"), [("bfloat16", 1032, 4), ("float32", 2048, 8), ("bfloat16", 500, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "T", "heads"), thinned([("bfloat16", 1032, 4), ("float32", 2048, 8), ("bfloat16", 500, 1)], 2)
+)
 def test_groups_in_parts(dtype: str, T: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One head of keys is too few blocks for a GPU: in long calls a few query heads have the keys to themselves."""
     pretend_gpu(monkeypatch, "9.0")
@@ -273,6 +275,7 @@ def test_the_gradient_of_a_bias_of_rows_inside_a_soft_cap_takes_pure_jax() -> No
         jax.jit(jax.grad(loss)).trace(*operands).lower(lowering_platforms=("cuda",))
 
 
+@in_part(1)
 @pytest.mark.usefixtures("no_pure_jax")
 def test_three_warpgroups_of_the_gradient_of_bias_fit_into_shared_memory() -> None:
     shape = (2, 384, 384, 4, 1, 64)

@@ -8,7 +8,7 @@ import pytest
 
 from jax_native_flash_attn import explain, flash_attention, mods
 from jax_native_flash_attn._kernels.xla.family import XlaKernels
-from tests.support.grids import thinned
+from tests.support.grids import in_part, thinned
 from tests.support.hopper_mods import CALLS, ModCall, attention, floats, split
 from tests.support.targets import needs_backend, pretend_gpu
 
@@ -43,7 +43,7 @@ def _text(call: ModCall, kind: str) -> str:
 
 
 @pytest.mark.usefixtures("no_pure_jax")
-@pytest.mark.parametrize("name", thinned(list(CALLS), 10, 7))
+@pytest.mark.parametrize("name", thinned(list(CALLS), 13, 7))
 def test_value_and_gradients(name: str) -> None:
     """A kernel for the forward, one for query, one for key and value or one each, and one for a bias."""
     kernels = _text(CALLS[name], "gradient").count("custom_call @mosaic_gpu")
@@ -87,6 +87,7 @@ def test_explain_of_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {each.family for each in (found.forward, found.gradient, found.tangent)} == {"mosaic_gpu"}
 
 
+@in_part(1)
 @pytest.mark.usefixtures("no_pure_jax")
 def test_the_gradient_of_arguments_takes_pure_jax(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, "9.0")

@@ -197,7 +197,7 @@ def test_each_feature(case: Case, family: str) -> None:
         # `run_generated --pairs` has those of one feature and what `jax.nn` has too.
         if shape == "odd" or second in (*NEW_FEATURES, "vmap")
     },
-    every=5,
+    every=7,
 )
 def test_each_pair_of_features(case: Case, family: str) -> None:
     check_family(case, family)

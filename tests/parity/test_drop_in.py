@@ -60,7 +60,7 @@ def nnx_results(layer: nnx.MultiHeadAttention, call: dict[str, Any]) -> Any:
         out = layer(inputs(), **call)
         return (out**2).sum(), out
 
-    gradients, out = nnx.grad(loss, has_aux=True)(layer)
+    gradients, out = nnx.jit(nnx.grad(loss, has_aux=True))(layer)
     return out, nnx.to_pure_dict(nnx.state(gradients))
 
 
@@ -126,8 +126,11 @@ def test_linen_evaluates_and_trains_with_flash_attention_itself(rate: float, bro
     for options in ({"deterministic": True}, {"deterministic": False, "rngs": {"dropout": jax.random.key(3)}}):
 
         def results(layer, options=options):
-            loss = lambda p: jnp.square(layer.apply(p, inputs(), **options)).sum()  # noqa: E731
-            return layer.apply(parameters, inputs(), **options), jax.grad(loss)(parameters)
+            def loss(parameters):
+                out = layer.apply(parameters, inputs(), **options)
+                return jnp.square(out).sum(), out
+
+            return jax.jit(jax.grad(loss, has_aux=True))(parameters)
 
         assert_close(results(ours), results(reference))
 

@@ -10,7 +10,7 @@ import pytest
 
 from jax_native_flash_attn import flash_attention, flash_attention_with_lse
 from tests.support.environment import enable_x64, fast_compilation, lenient_promotion
-from tests.support.grids import rotated, thinned
+from tests.support.grids import in_part, rotated, thinned
 from tests.support.oracle import float64_oracle
 from tests.support.reference import reference_attention
 
@@ -115,6 +115,7 @@ def test_lengths(options: dict[str, Any], masked: bool):
             np.testing.assert_array_equal(ours, theirs, err_msg=str(pair))
 
 
+@in_part(0)
 def test_block_sizes():
     arrays = qkv((1, 11, 13, 2, 8))
     with enable_x64():

@@ -36,7 +36,7 @@ def _accelerator() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_generated_calls_are_as_accurate_as_dense_attention(dtype: str):
-    @settings(max_examples=2)
+    @settings(max_examples=1)
     @given(cases((dtype,)))
     def check(case: Case):
         check_case(case, compiler_options=FAST_COMPILATION)
@@ -98,11 +98,10 @@ def test_bounds_are_decided_at_run_time(scale: float, is_bounded: bool, monkeypa
         return forward(tiles, bounds)
 
     monkeypatch.setattr(kernel, "forward", watched)
-    jax.clear_caches()
-    jax.block_until_ready(flash_attention(*_arrays(scale)))
+    # A new function, which JAX lowers with what is watched.
+    jax.block_until_ready(jax.jit(lambda *x: flash_attention(*x))(*_arrays(scale)))
     jax.effects_barrier()
     assert taken == [is_bounded]
-    jax.clear_caches()
 
 
 @pytest.mark.parametrize("which", ["query", "value"])

@@ -330,7 +330,7 @@ def test_errors(name: str, f: Callable[..., Any]) -> None:
     call = {"axis_name": "s", **_X, **changes}
     call = {name: np.ones(x, np.float32) if name in _X else x for name, x in call.items()}
     with pytest.raises(ValueError, match=message):
-        jax.shard_map(lambda: f(**call), mesh=make_mesh(), in_specs=(), out_specs=P(), check_vma=False)()
+        jax.eval_shape(jax.shard_map(lambda: f(**call), mesh=make_mesh(), in_specs=(), out_specs=P(), check_vma=False))
 
 
 @pytest.mark.parametrize("f", [context_parallel_attention, context_parallel_attention_with_lse])

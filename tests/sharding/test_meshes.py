@@ -151,7 +151,7 @@ def assert_sharded_as(x: jax.Array, mesh: Mesh, spec: P) -> None:
 # ---- the matrix
 
 
-@over_kinds_and("transformation", rotated(KINDS, ["value", "grad", "jvp", "hvp"]), 2)
+@over_kinds_and("transformation", rotated(KINDS, ["value", "grad", "jvp", "hvp"]), 4)
 def test_collectives_and_output_sharding(partitioned: str, transformation: str):
     mesh = make_mesh(partitioned)
     f = in_shard_map(attention, BOTH, mesh) if partitioned == "shard_map" else attention
@@ -211,7 +211,7 @@ def test_lengths_inside_shard_map():
     assert_close(results, jax.jit(whole, compiler_options=FAST)(*arrays()))
 
 
-@over_kinds("auto", "unit", "explicit")
+@over_kinds(*thinned(("auto", "unit", "explicit"), 2))
 def test_masks_are_sharded_too(partitioned: str):
     mesh = make_mesh(partitioned)
     mask = np.random.default_rng(1).random((B, 1, T, T)) < 0.7
@@ -280,7 +280,7 @@ def test_operands_that_disagree_about_a_mesh_axis(partitioned: str, query_spec: 
     assert_close(jax.jit(transformed(attention)["grad"], compiler_options=FAST)(*placed), unsharded("grad"))
 
 
-@over_kinds("auto", "unit")
+@over_kinds(*thinned(("auto", "unit"), 2))
 def test_heads_of_a_shard_that_span_key_heads(partitioned: str):
     # Twelve query heads over four devices, six key/value heads: three query heads read one and a half.
     mesh = make_mesh(partitioned, (2, 4))
@@ -302,8 +302,7 @@ def test_fewer_key_heads_than_shards_under_explicit_axes():
         jax.jit(attention)(query, key, value)
 
 
-@pytest.mark.parametrize("transformation", ["value", "grad"])
-@over_kinds("auto", "unit")
+@over_kinds_and("transformation", rotated(("auto", "unit"), ["grad", "value"]), 2)
 def test_sharded_sequence_under_auto_axes(partitioned: str, transformation: str):
     mesh = make_mesh(partitioned)
     spec = P("data", "model", None, None)
@@ -465,7 +464,7 @@ def test_shard_map_over_the_batch_with_heads_auto(transformation: str):
     assert_close(results, unsharded(transformation))
 
 
-@over_kinds_and("transformation", itertools.product(KINDS, ("value", "grad", "hvp")), 2)
+@over_kinds_and("transformation", rotated(KINDS, ["value", "grad", "hvp"]), 3)
 def test_vmap_over_a_sharded_axis(partitioned: str, transformation: str):
     if OLD_JAX and partitioned == "explicit":
         pytest.skip("older JAX loses track of the mapped axis")

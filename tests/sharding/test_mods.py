@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_native_flash_attn import context_parallel_attention, flash_attention, mods
 from tests.support.environment import fast_compilation
-from tests.support.grids import rest
+from tests.support.grids import rest, thinned
 from tests.support.targets import pretend_whole_kernels
 
 B, T, S, N, K, H = 2, 8, 12, 4, 2, 4
@@ -113,7 +113,9 @@ def of_a_sequence() -> Any:
     return arrays, loss, gradients(*arrays)
 
 
-@pytest.mark.parametrize(("kind", "tiles"), [(AxisType.Auto, {"block_kv": 3}), (AxisType.Explicit, {})])
+@pytest.mark.parametrize(
+    ("kind", "tiles"), thinned([(AxisType.Auto, {"block_kv": 3}), (AxisType.Explicit, {})], 2), ids=str
+)
 def test_a_sequence_without_shard_map(
     kind: AxisType, tiles: dict[str, int], of_a_sequence: Any, monkeypatch: pytest.MonkeyPatch
 ):

@@ -29,10 +29,7 @@ from tests.support.grids import rest
 
 pytestmark = pytest.mark.skipif(jax.device_count() < DEVICE_COUNT, reason="needs eight devices")
 
-_ALWAYS = (
-    ("T5, balanced", "ring", 8),
-    ("prefix and alibi, positions", "ring", 4),
-)
+_ALWAYS = (("prefix and alibi, positions", "ring", 4),)
 _GRID = [(name, *place) for name, place in itertools.product(MODS, PLACES)]
 
 

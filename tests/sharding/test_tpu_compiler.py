@@ -57,7 +57,7 @@ _KINDS, _TRANSFORMATIONS = ("auto", "explicit", "shard_map"), ("value", "grad", 
 
 @pytest.mark.parametrize(
     ("heads", "kind", "transformation"),
-    thinned(itertools.product([(4, 4), (8, 2)], _KINDS, _TRANSFORMATIONS), 2),
+    thinned(itertools.product([(4, 4), (8, 2)], _KINDS, _TRANSFORMATIONS), 5),
     ids=str,
 )
 def test_batch_and_heads(heads: tuple[int, int], kind: str, transformation: str) -> None:

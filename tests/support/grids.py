@@ -29,7 +29,9 @@ def thinned(points: Iterable[Any], every: int, first: int = 0) -> list[Any]:
 
     `every` should have no factor in common with the length of the inner axes of a product, so that all are met.
     """
-    return [point if is_chosen(i, every, first) else rest(point) for i, point in enumerate(points)]
+    return [
+        _marked(point, "grid_point" if is_chosen(i, every, first) else "whole_grid") for i, point in enumerate(points)
+    ]
 
 
 def rotated(outer: Iterable[Any], inner: Sequence[Any]) -> list[tuple[Any, Any]]:
@@ -37,7 +39,19 @@ def rotated(outer: Iterable[Any], inner: Sequence[Any]) -> list[tuple[Any, Any]]
     return [(x, inner[(i + j) % len(inner)]) for i, x in enumerate(outer) for j in range(len(inner))]
 
 
+def in_part(part: int) -> pytest.MarkDecorator:
+    """The marker of a test, or of a file's `pytestmark`, that takes long beside what may differ between JAX versions.
+
+    It runs in part 0, or in part 1, alone.
+    """
+    return pytest.mark.one_part if _part % 2 == part else pytest.mark.whole_grid
+
+
 def rest(point: Any) -> Any:
     """A parameter that is left to the whole grid."""
+    return _marked(point, "whole_grid")
+
+
+def _marked(point: Any, marker: str) -> Any:
     values = point if isinstance(point, tuple) and not hasattr(point, "_fields") else (point,)
-    return pytest.param(*values, marks=pytest.mark.whole_grid)
+    return pytest.param(*values, marks=getattr(pytest.mark, marker))

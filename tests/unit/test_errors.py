@@ -139,7 +139,7 @@ def describe(value: Any) -> str:
 def error_of_reference(arguments: dict[str, Any]) -> Exception | None:
     try:
         with warnings.catch_warnings(action="ignore"):  # of complex numbers, and of H = 0
-            reference_attention(**arguments)
+            jax.eval_shape(lambda: reference_attention(**arguments))
     except Exception as error:
         return error
     return None

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tests.support.environment import lenient_promotion
+from tests.support.grids import in_part
 
 for module in ("flax", "optax", "tqdm"):
     pytest.importorskip(module)
@@ -44,12 +45,14 @@ def test_a_sequence_over_devices_trains_as_on_one() -> None:
     assert "of a loss, ok" in found.stdout
 
 
+@in_part(0)
 def test_a_length_that_devices_do_not_divide_is_an_error() -> None:
     found = run("long_context.py", "--context", "40")
     assert found.returncode != 0
     assert "pad the sequence" in found.stderr
 
 
+@in_part(1)
 def test_a_cache_gives_the_logits_of_one_forward(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     small = "--turns 2 --prompt 6 --chunk 3 --reply 2 --window 5 --layers 1 --width 16 --heads 4 --cached-heads 2"
     with lenient_promotion(), jax.default_matmul_precision("highest"):
@@ -57,6 +60,7 @@ def test_a_cache_gives_the_logits_of_one_forward(load: Load, capsys: pytest.Capt
     assert capsys.readouterr().out.count("  ok\n") == 3
 
 
+@in_part(0)
 def test_second_derivatives_of_a_network_are_those_on_dense_attention(load: Load) -> None:
     from flax import nnx
 

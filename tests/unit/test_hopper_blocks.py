@@ -13,6 +13,9 @@ from jax_native_flash_attn._kernels.hopper.backward_blocks import (
 )
 from jax_native_flash_attn._kernels.hopper.blocks import Blocks, Chip, forward_blocks, shared_bytes
 from jax_native_flash_attn._semantics.sizes import Sizes
+from tests.support.grids import in_part
+
+pytestmark = in_part(0)
 
 MOST = 227 * 1024  # bytes of shared memory that a block of threads may use
 BARRIERS = 1024  # bytes, and what aligns the buffers

@@ -6,12 +6,13 @@ import pytest
 
 from jax_native_flash_attn._semantics.join_masks import make_mask
 from jax_native_flash_attn._semantics.visible import first_and_end
+from tests.support.grids import in_part
 from tests.support.targets import needs_backend, why_no_backend
 
 if why_no_backend() is None:
     from jax_native_flash_attn._kernels.hopper.host import intervals, mask_bits
 
-pytestmark = needs_backend
+pytestmark = [needs_backend, in_part(0)]
 
 T, S = 150, 330
 

@@ -57,7 +57,7 @@ CASES = [
     for is_traced in (False, True)
     if length is None or band.lower is None
 ]
-of_cases = pytest.mark.parametrize(("name", "length", "is_traced"), thinned(CASES, 3))
+of_cases = pytest.mark.parametrize(("name", "length", "is_traced"), thinned(CASES, 4, 1))
 
 
 @of_cases
@@ -137,7 +137,7 @@ def moved_intervals(band: Band, shift: int, length: int | None, *, attends: bool
 def of_moved(function):
     """Cases of a test of moved rows."""
     cases = itertools.product((True, False), MOVED, (None, 0, 100))
-    return pytest.mark.parametrize(("attends", "name", "length"), thinned(cases, 2))(function)
+    return pytest.mark.parametrize(("attends", "name", "length"), thinned(cases, 4))(function)
 
 
 @of_moved

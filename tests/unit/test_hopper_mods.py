@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,13 @@ def _traced(function: Any, args: tuple, *, is_score: bool) -> tuple[Program, dic
     return trace_mod(function, name, args, jnp.float32 if is_score else None)
 
 
+class _Part(NamedTuple):
+    """Of an axis."""
+
+    start: Any
+    count: int
+
+
 class _Ref:
     """A reference of a kernel, of an array."""
 
@@ -92,7 +99,9 @@ class _Ref:
         self.x, self.shape = x, x.shape
 
     def __getitem__(self, index: Any) -> Any:
-        return self.x[tuple(i if isinstance(i, slice) else int(i) for i in index)]
+        starts, counts = zip(*(i if isinstance(i, _Part) else (i, 1) for i in index), strict=True)
+        x = jax.lax.dynamic_slice(self.x, [jnp.int32(i) for i in starts], counts)
+        return x.reshape([i.count for i in index if isinstance(i, _Part)])
 
     @property
     def at(self) -> "_Ref":
@@ -122,8 +131,8 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     class Pl:
         @staticmethod
-        def ds(start: Any, count: int) -> slice:
-            return slice(int(start), int(start) + count)
+        def ds(start: Any, count: int) -> _Part:
+            return _Part(start, count)
 
     monkeypatch.setattr(evaluation, "plgpu", Plgpu)
     monkeypatch.setattr(mod_reads, "pl", Pl)
@@ -159,24 +168,27 @@ def _tiles(device_mods: Any, program: Program, inputs: Inputs, config: Config, s
 
     prepared = prepare_mods(config, inputs, BLOCK, BLOCK, needs_slope=program.has_score)
     prepared = jax.tree.map(_Ref, prepared)
+
+    @jax.jit  # one program for all tiles
+    def tile_at(x: Any, b: Any, row: Any, key: Any) -> tuple[list[Any], Any]:
+        tile = device_mods.TileMods(prepared, (b, 1 - b), (BLOCK, BLOCK), int(transposed), (None, None), None)
+        place = Place(row, key)
+        if not transposed:
+            tile.load_rows(place.row)
+        if not program.has_score:
+            return [tile.mask(place)], None
+        value, slope = tile.score(x, place)
+        added = tile.added(place, lambda y: x + y / FACTOR, FACTOR, FACTOR * FLOOR) if tile.adds else None
+        return [value, jnp.ones_like(x) if slope is None else slope], added
+
     outputs = np.zeros((1 + program.has_score, B, N, T + BLOCK, S + BLOCK), np.float32 if program.has_score else bool)
     score = np.pad(score, [(0, 0)] * 2 + [(0, BLOCK)] * 2)
     for b, row, key in np.ndindex(B, -(-T // BLOCK), -(-S // BLOCK)):
-        h = 1 - b
-        at = np.s_[b, h, row * BLOCK : (row + 1) * BLOCK, key * BLOCK : (key + 1) * BLOCK]
-        tile = device_mods.TileMods(prepared, (b, h), (BLOCK, BLOCK), int(transposed), (None, None), None)
-        place = Place(row * BLOCK, key * BLOCK)
-        if not transposed:
-            tile.load_rows(place.row)
-        if program.has_score:
-            x = jnp.asarray(score[at].T if transposed else score[at])
-            value, slope = tile.score(x, place)
-            found = [value, jnp.ones_like(x) if slope is None else slope]
-            if tile.adds:
-                added = tile.added(place, lambda y, x=x: x + y / FACTOR, FACTOR, FACTOR * FLOOR)
-                np.testing.assert_allclose(added, jnp.maximum(value, FLOOR), rtol=2e-4, atol=2e-4)
-        else:
-            found = [tile.mask(place)]
+        at = np.s_[b, 1 - b, row * BLOCK : (row + 1) * BLOCK, key * BLOCK : (key + 1) * BLOCK]
+        x = score[at].T if transposed else score[at]
+        found, added = jax.tree.map(np.asarray, tile_at(x, *map(np.int32, (b, row * BLOCK, key * BLOCK))))
+        if added is not None:
+            np.testing.assert_allclose(added, np.maximum(found[0], FLOOR), rtol=2e-4, atol=2e-4)
         for output, x in zip(outputs, found, strict=True):
             output[at] = x.T if transposed else x
     return outputs[..., :T, :S]
@@ -215,12 +227,11 @@ def test_tiles(name: str, numbering: str, on_cpu: Any):
         return program(((x,) if program.has_score else ()) + tuple(indices), args_in)
 
     if is_score:
-        value, slope = jax.jvp(whole, (jnp.asarray(score),), (jnp.ones_like(score),))
-        expected = [value, slope]
+        expected = jax.jit(lambda x: jax.jvp(whole, (x,), (jnp.ones_like(x),)))(score)
     else:
-        expected = [whole(None)]
+        expected = [jax.jit(whole)(None)]
     for x, y in zip(got, expected, strict=True):
-        x, y = (z[[0, 1], [1, 0]] for z in (x, np.broadcast_to(y, x.shape)))
+        x, y = (np.asarray(z)[[0, 1], [1, 0]] for z in (x, np.broadcast_to(y, x.shape)))
         np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-4, err_msg=name)
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn._semantics.masks import Band, ColumnRange
+from tests.support.grids import in_part
 from tests.support.targets import needs_backend, why_no_backend
 
 if why_no_backend() is None:
     from jax_native_flash_attn._kernels.hopper.scheduler import Item, TileScheduler, schedule, split_of
 
-pytestmark = needs_backend
+pytestmark = [needs_backend, in_part(0)]
 
 
 @pytest.mark.parametrize(("items", "workers", "splits"), [(1, 1, 1), (300, 132, 1), (264, 132, 2), (7, 132, 3)])

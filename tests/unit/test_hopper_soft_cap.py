@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.grids import in_part
 from tests.support.targets import needs_backend
 
-pytestmark = needs_backend
+pytestmark = [needs_backend, in_part(0)]
 
 
 @pytest.mark.parametrize("end", ["near", "far"])

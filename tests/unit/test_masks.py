@@ -10,6 +10,9 @@ import pytest
 
 from jax_native_flash_attn._semantics import join_masks, masks
 from jax_native_flash_attn._semantics.positions import Order
+from tests.support.grids import in_part
+
+pytestmark = in_part(0)
 
 LENGTHS = [(1, 1), (1, 9), (9, 1), (5, 7), (7, 5), (6, 6)]  # T, S
 SIDES = (None, -8, -6, -1, 0, 2, 7, 9)

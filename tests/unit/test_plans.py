@@ -10,7 +10,10 @@ from jax_native_flash_attn._kernels.hopper.support import HopperKernels
 from jax_native_flash_attn._kernels.select import families, replacing
 from jax_native_flash_attn._kernels.xla.family import XlaKernels
 from jax_native_flash_attn._kernels.xla.limits import Limits
+from tests.support.grids import in_part
 from tests.support.targets import needs_backend, pretend_gpu
+
+pytestmark = in_part(0)
 
 TYPES = [jax.ShapeDtypeStruct((2, 256, n, 64), jnp.bfloat16) for n in (4, 2, 2)]
 

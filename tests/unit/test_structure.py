@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax_native_flash_attn
+from tests.support.grids import in_part
+
+pytestmark = in_part(0)
 
 ROOT = Path(jax_native_flash_attn.__file__).parent
 # From the ground up: a floor imports floors before it, and itself.

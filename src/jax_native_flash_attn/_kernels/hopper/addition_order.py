@@ -81,12 +81,9 @@ class AdditionOrder:
         if workers == 0:
             return None
         order = cls(heads, blocks, tiles, group, is_causal, workers)
-        length = sum(tiles - _RATIO * b for b in range(blocks)) / blocks if is_causal else tiles
-        # Of a causal mask, two rounds take as long as the shortest and the longest block.
-        round_length = tiles - (blocks - 1) * _RATIO / 2 if is_causal else tiles
+        # Of a causal mask, two rounds take as long as the shortest and the longest block: as two of mean length.
         rounds = order.rounds + (order.rounds % 2 if is_causal else 0)
-        busy = heads * blocks * length / (cores * rounds * round_length)
-        return order if busy >= _LEAST_BUSY else None
+        return order if heads * blocks >= _LEAST_BUSY * cores * rounds else None
 
     @classmethod
     def make_in_launch_order(

@@ -153,20 +153,29 @@ def _order(config: Config, inputs: Inputs, cores: int, parts: int, *, at_once: b
         return None
     blocks, tiles, group = -(-z.S // BLOCK_KEYS), -(-z.T // BLOCK_ROWS), z.G // parts
     shape = math.prod(z.batch) * z.K * parts, blocks, tiles, group, cores
+    if tiles < _LEAST_TILES:
+        return None
+
+    def fits(order: AdditionOrder) -> bool:
+        """Whether what heads that run at once read and add to, and each block reads again, stays in the cache.
+
+        In launch order, without a mask, blocks go through the rows together: the first one reads for all.
+        """
+        heads = -(-min(order.workers, cores) // blocks) * (group if is_causal else 1)
+        goes_together = order.in_launch_order and not is_causal
+        return goes_together or heads * z.T * _ROW_BYTES <= _MOST_BYTES
+
     order = None
     if config.has_all_keys:  # transfers around a ring hold multiprocessors: many blocks of one worker would begin late
         order = AdditionOrder.make(*shape, is_causal=is_causal)
     if order is not None:
         # Without a mask, blocks that begin less than two tiles apart would wait for each other (two: as measured).
         waits = not is_causal and tiles < 2 * min(order.workers, blocks) - 1
-        order = None if waits or (order.needs_all_at_once and not at_once) else order
+        may_wait = at_once or not order.needs_all_at_once
+        order = order if may_wait and not waits and fits(order) else None
     if order is None:
         order = AdditionOrder.make_in_launch_order(*shape, is_causal=is_causal)
-    if order is None or tiles < _LEAST_TILES:
-        return None
-    # What heads that run at once read and add to is read again by each block.
-    heads = -(-min(order.workers, cores) // blocks) * (group if is_causal else 1)
-    return order if heads * z.T * _ROW_BYTES <= _MOST_BYTES else None
+    return order if order is not None and fits(order) else None
 
 
 def _takes(config: Config, inputs: Inputs) -> bool:
