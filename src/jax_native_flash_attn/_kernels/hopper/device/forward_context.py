@@ -64,6 +64,7 @@ class Rows:
 
     def __init__(self, context: ForwardContext, item: Item, scale: Any):
         """`scale` if it was read before."""
+        context = context.of_head(item.head)
         blocks, self.wg = context.blocks, context.wg
         self.context, self.item, self.dtype = context, item, context.dtype
         self.shape = blocks.block_q, blocks.block_kv

@@ -5,7 +5,7 @@ with such a row visits all tiles, none of which is full.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -41,6 +41,9 @@ class MovedIntervals(Intervals):
     shift: Any = None
     attends_without_key: bool = False
 
+    def of_head(self, head: tuple) -> "MovedIntervals":
+        return replace(self, shift=self._shift_of(head))
+
     @property
     def is_moved(self) -> bool:
         return True
@@ -55,15 +58,16 @@ class MovedIntervals(Intervals):
 
     def bounds(self, head: tuple) -> tuple[Any, Any]:
         """If a head has no keys, beyond all."""
-        shift = self.shift
-        if len(shift.shape) > 0:
-            shift = shift[broadcast_index(head[:-1], shift.shape)]
-        lower, upper = self.band.moved(shift, self.T, self.S)
+        lower, upper = self.band.moved(self._shift_of(head), self.T, self.S)
         if not self.is_cut:
             return lower, upper
         if upper is not None:
             return lower, jnp.where(self.is_dead(head), -self.T, upper)
         return jnp.where(self.is_dead(head), self.S, lower), upper
+
+    def _shift_of(self, head: tuple) -> Any:
+        shift = self.shift
+        return shift[broadcast_index(head[:-1], shift.shape)] if len(shift.shape) > 0 else shift
 
     def right_tiles(self, block_rows: int) -> int:
         return -(-self.S // self.block_kv)
