@@ -174,7 +174,7 @@ def _platform_here() -> str:
 
 
 def _explain(call: Call, which: Pass, target: Target) -> PassExplanation:
-    call = types_of_step(call)
+    call = types_of_step(call, which, target)
     family = select.choose(call, which, target)
     reasons = {name: reason for name, reason in select.reasons(call, which, target).items() if reason is not None}
     later = [f.name for f in select.families() if f.name != family.name and f.name not in reasons]

@@ -179,9 +179,10 @@ def test_programs_for_other_gpus(monkeypatch: pytest.MonkeyPatch, is_causal: boo
     assert orders.pop().in_launch_order != is_causal
 
 
-@pytest.mark.parametrize("is_causal", thinned([False, True], 2))
-def test_blocks_of_a_ring(monkeypatch: pytest.MonkeyPatch, is_causal: bool) -> None:
-    """It makes the gradients of those that are whole, unrounded, in launch order."""
+@pytest.mark.parametrize("kind", thinned(["full", "causal", "balanced"], 2))
+def test_blocks_of_a_ring(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """It makes the gradients of those that are whole, and of whole halves, unrounded, in launch order."""
+    options: dict[str, Any] = {"is_causal": kind != "full", "order": "balanced" if kind == "balanced" else None}
     orders = []
     pretend_gpu(monkeypatch, "9.0")
 
@@ -191,15 +192,15 @@ def test_blocks_of_a_ring(monkeypatch: pytest.MonkeyPatch, is_causal: bool) -> N
         return backward.fused(call, order, *dtypes)
 
     def local(*x: jax.Array) -> jax.Array:
-        return context_parallel_attention(*x, axis_name="s", strategy="ring", is_causal=is_causal)
+        return context_parallel_attention(*x, axis_name="s", strategy="ring", **options)
 
     monkeypatch.setattr(cotangent, "fused", fused)
     mesh, split = AbstractMesh((2,), ("s",), axis_types=(AxisType.Auto,)), P(None, "s")
     ring = jax.shard_map(local, mesh=mesh, in_specs=(split,) * 3, out_specs=split)
     gradients = jax.jit(lambda *x: jax.vjp(ring, *x[:3])[1](x[3]))
     text = gradients.trace(*_types((1, 8192, 8192, 64, 1), jnp.bfloat16)).lower(lowering_platforms=("cuda",)).as_text()
-    assert [order.in_launch_order for order in orders] == ([True] if is_causal else [True, True])
-    assert _kernels_of(text) == (2 + 1 + 2 if is_causal else 2 + 2)
+    assert [order.in_launch_order for order in orders] == ([True] if kind == "causal" else [True, True])
+    assert _kernels_of(text) == (2 + 1 + 2 if kind == "causal" else 2 + 2)
 
 
 @pytest.mark.parametrize(

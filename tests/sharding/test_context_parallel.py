@@ -85,6 +85,23 @@ def test_gradients_of_key_and_value_first(name: str, devices: int, monkeypatch: 
     assert_close(actual, expected(name, devices))
 
 
+@pytest.mark.parametrize("devices", thinned([2, 4, 8], 3, 1))
+def test_halves(devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of other blocks, where kernels without masks make all gradients together."""
+    calls = []
+
+    def makes_together(_: Any, call: Any, *__: Any) -> bool:
+        calls.append(call)
+        return call.inputs.mask.key_start is None
+
+    monkeypatch.setattr(XlaKernels, "makes_gradients_together", makes_together)
+    name = "balanced, causal"
+    case = CASES[name]
+    actual = run(derivatives(Split(case, "ring", make_mesh((devices,)))), numbers(case), others(case))
+    assert any(len(call.sizes.batch) == 2 for call in calls)
+    assert_close(actual, expected(name, devices))
+
+
 OUT_ALONE = ("causal", "no key", "balanced, ids", "bias by keys", "sinks and mask", "cross, dropout")
 
 

@@ -63,14 +63,16 @@ def make_ring(
 ) -> Ring:
     """The ring of a call whose devices have so many rows and keys each, over a mesh with these axes."""
     distances = visited_distances(settings, arrays, *lengths, size, is_balanced=is_balanced)
-    window = None if is_balanced or len(distances) == 1 else _only_window(settings, arrays, lengths)
+    reach = None if len(distances) == 1 else _only_reach(settings, arrays, lengths)
+    window = None if is_balanced or reach is None or reach.right != 0 else reach.left
     if window is not None and (len(distances) > MOST_UNROLLED or window >= (size - 1) * lengths[1]):
         window = None  # most of the blocks are attended as a whole: on devices that have none before them, by nobody
-    return Ring(axis_name, size, distances, mesh_order(axis_name, mesh_axes), is_balanced, window=window)
+    order, has_halves = mesh_order(axis_name, mesh_axes), is_balanced and reach == Reach(None, 0)
+    return Ring(axis_name, size, distances, order, is_balanced, window=window, has_halves=has_halves)
 
 
-def _only_window(settings: Settings, arrays: Arrays, lengths: tuple[int, int]) -> int | None:
-    """See `Ring.window`."""
+def _only_reach(settings: Settings, arrays: Arrays, lengths: tuple[int, int]) -> Reach | None:
+    """What a row attends, if that is all that masks say, and itself is in it."""
     masks = ("mask", "query_lengths", "key_value_lengths", "query_segment_ids", "key_value_segment_ids")
     moving = ("traced_window", "query_positions", "key_value_positions", "query_offset")
     if any(getattr(arrays, name) is not None for name in masks + moving):
@@ -80,7 +82,7 @@ def _only_window(settings: Settings, arrays: Arrays, lengths: tuple[int, int]) -
     reach = reach_of(is_causal=settings.is_causal, static_window=settings.static_window, traced_window=None)
     if lengths[0] != lengths[1] or not sees_itself(reach, settings.static_offset, ()):
         return None
-    return reach.left if reach.right == 0 else None
+    return reach
 
 
 def visited_distances(

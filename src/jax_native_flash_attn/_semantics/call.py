@@ -32,6 +32,8 @@ class Ring:
         tiles those of all rows.
       window: how many keys before its own a row attends, where that and causality are all that masks say, and tokens
         stand in order: `meeting` then knows what is attended of a block. Otherwise intervals say so.
+      has_halves: whether tokens are in the order of `balanced_order`, and causality is all that masks say: another
+        device then attends halves of a block, as `in_halves` knows. Intervals say so, too.
     """
 
     axis_name: Any
@@ -41,6 +43,7 @@ class Ring:
     is_balanced: bool = False
     has_whole_masks: bool = False
     window: int | None = None
+    has_halves: bool = False
 
     def meeting(self, distance: int, length: int) -> "Meeting | None":
         """Of the rows of a device and the keys `distance` places before it, `length` each; None if that is all."""

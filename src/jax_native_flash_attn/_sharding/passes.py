@@ -9,9 +9,9 @@ Around a ring, query rows and all that is theirs stay, and the blocks of key and
 """
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,28 +24,35 @@ from .._semantics.call import Call, Inputs, batch_of, sum_to
 from .._semantics.merging import merge
 from .._semantics.numerics import accumulation_dtype
 from .collectives import axis_index, shift
+from .halves import Halves, in_halves
 from .ring import Visit, add_to_last_keys, go_around
 
 Shape = jax.ShapeDtypeStruct
 
 
-def types_of_step(call: Call) -> Call:
+def types_of_step(call: Call, which: Pass, target: Target) -> Call:
     """The call that a kernel gets, of types in place of arrays; in a ring, for a block that is not the device's own."""
-    config, inputs = call
-    if config.ring is None:
+    if call.config.ring is None:
         return call
+    configs = []
 
-    def visit(inputs: Inputs) -> Visit:
-        return Visit(0, 0, {"key": inputs.key, "value": inputs.value})
+    def step(inputs: Inputs) -> Inputs:
+        part = visit = Visit(0, 0, {"key": inputs.key, "value": inputs.value})
+        whole = call._replace(inputs=inputs)
+        if which is Pass.COTANGENT:
+            z, wanted = call.sizes, {name: getattr(inputs, name) for name in ("query", "key", "value")}
+            out, lse = jnp.zeros((*z.batch, z.T, z.N, z.D)), jnp.zeros((*z.batch, z.N, z.T))
+            part = _part_of(whole, LinearPass(out, lse, {"out": out}, wanted), wanted, visit, target)
+        configs.append(part.config(whole))
+        return part.call(whole).inputs
 
-    return Call(
-        visit(inputs).config(call), jax.eval_shape(lambda inputs: visit(inputs).inputs(Call(config, inputs)), inputs)
-    )
+    inputs = jax.eval_shape(step, call.inputs)
+    return Call(configs.pop(), inputs)
 
 
 def is_opaque(call: Call, which: Pass, target: Target) -> bool:
     """See `select.is_opaque`."""
-    return select.is_opaque(types_of_step(call), which, target)
+    return select.is_opaque(types_of_step(call, which, target), which, target)
 
 
 def forward(call: Call, target: Target) -> Forward:
@@ -134,13 +141,15 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
     of_block = wanted | {name: Shape((*wanted[name].shape[:-1], S), dtype) for name in split}
     travelling = [name for name in ("key", "value") if name in wanted]
 
-    def asked(at: Visit, names: Collection[str], lse: jax.Array) -> LinearPass:
-        return _of_visit(given._replace(lse=lse), at, {name: at.type(name, of_block[name]) for name in names})
+    def asked(at: Visit | Halves, names: Collection[str], lse: jax.Array) -> LinearPass:
+        return _of_visit(given._replace(lse=lse), at, {name: of_block[name] for name in names})
 
-    def found(sums: Sums, at: Visit, names: Collection[str], lse: jax.Array) -> dict[str, jax.Array]:
+    def found(sums: Sums, at: Visit | Halves, names: Collection[str], lse: jax.Array) -> dict[str, jax.Array]:
         if not names:
             return {}
         results = select.cotangent(at.call(of_blocks), asked(at, names, lse), target)
+        if isinstance(at, Halves):
+            return results
         results = {name: at.known(x) for name, x in results.items()}
         for name in split & results.keys():
             whole = sums.resting[name] if name in sums.resting else jnp.zeros(wanted[name].shape, dtype)
@@ -152,11 +161,12 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
             return Sums(found(sums, at, of_block, given.lse), {})
         rest, lse = [name for name in of_block if name not in travelling], given.lse
         # A family with a kernel for each gradient makes the last others while those of key and value travel home.
+        part = _part_of(of_blocks, given, of_block, at, target)
         is_apart = at.is_last and not select.makes_gradients_together(
-            at.call(of_blocks), asked(at, of_block, lse), target
+            part.call(of_blocks), asked(part, of_block, lse), target
         )
-        results = found(sums, at, travelling if is_apart else of_block, lse)
-        moving = {name: results.pop(name) for name in travelling}
+        results = found(sums, part, travelling if is_apart else of_block, lse)
+        moving = {name: part.of_keys(results.pop(name)) for name in travelling}
         if sums.moving:
             arrived = shift(sums.moving, ring, at.hop)
             moving = {name: add_to_last_keys(arrived[name], x) for name, x in moving.items()}
@@ -167,8 +177,10 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
                 moving, lse = lax.optimization_barrier((moving, lse))
             moving = shift(moving, ring, -ring.distances[-1])
         if is_apart:
-            results = found(sums, at, rest, lse)
-        added = {name: x if name in split else at.add_rows(name, sums.resting[name], x) for name, x in results.items()}
+            results = found(sums, part, rest, lse)
+        added = {
+            name: x if name in split else part.add_rows(name, sums.resting[name], x) for name, x in results.items()
+        }
         return Sums(sums.resting | added, moving)
 
     results: dict[str, jax.Array] = {}
@@ -181,10 +193,21 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
     return {name: results[name].astype(like.dtype) for name, like in given.wanted.items()}
 
 
-def _of_visit(given: LinearPass, at: Visit, wanted: dict[str, Shape]) -> LinearPass:
+def _part_of(call: Call, given: LinearPass, wanted: Mapping[str, Shape], at: Visit, target: Target) -> Visit | Halves:
+    """The visit in halves, if one kernel then makes gradients that need several else."""
+    halves = in_halves(call, given, at)
+
+    def is_together(part: Visit | Halves) -> bool:
+        return select.makes_gradients_together(part.call(call), _of_visit(given, part, wanted), target)
+
+    return at if halves is None or is_together(at) or not is_together(halves) else halves
+
+
+def _of_visit(given: LinearPass, at: Visit | Halves, wanted: Mapping[str, Any]) -> LinearPass:
     """What is asked of a visit, in its rows; bias and blocks are those of its keys already."""
     operands = {name: at.rows(name, x) for name, x in given.operands.items()}
-    return LinearPass(at.rows("out", given.out), at.rows("lse", given.lse), operands, wanted)
+    types = {name: at.type(name, x) for name, x in wanted.items()}
+    return LinearPass(at.rows("out", given.out), at.rows("lse", given.lse), operands, types)
 
 
 def _of_scale(call: Call, given: LinearPass, target: Target) -> jax.Array:
@@ -215,8 +238,7 @@ def tangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Arra
     def visit(sums: dict[str, jax.Array], at: Visit) -> dict[str, jax.Array]:
         operands = {name: at.keys(x, S) if name == "bias" else x for name, x in resting.items()}
         operands |= {name: at.blocks[f"d{name}"] for name in ("key", "value") if f"d{name}" in at.blocks}
-        asked = {name: at.type(name, x) for name, x in wanted.items()}
-        found = select.tangent(at.call(of_blocks), _of_visit(given._replace(operands=operands), at, asked), target)
+        found = select.tangent(at.call(of_blocks), _of_visit(given._replace(operands=operands), at, wanted), target)
         return {name: at.add_rows(name, sums[name], at.known(x)) if sums else x for name, x in found.items()}
 
     sums = go_around(ring, blocks, {}, visit)

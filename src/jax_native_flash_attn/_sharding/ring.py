@@ -98,7 +98,7 @@ class Visit(NamedTuple):
 
     def rows(self, name: str, x: jax.Array) -> jax.Array:
         """Those that are visited, of an array of this name."""
-        axis = _axis(name, "T")
+        axis = row_axis(name)
         if self.meeting is None or axis is None or x.shape[axis] == 1:
             return x
         return lax.slice_in_dim(x, 0, self.meeting.length, axis=axis)
@@ -108,7 +108,7 @@ class Visit(NamedTuple):
         if self.meeting is None:
             return x
         shape = list(x.shape)
-        for axis in (_axis(name, "T"), _axis(name, "S")):
+        for axis in (row_axis(name), _axis(name, "S")):
             if axis is not None and shape[axis] > 1:
                 shape[axis] = self.meeting.length
         return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
@@ -119,7 +119,7 @@ class Visit(NamedTuple):
 
     def with_rows(self, name: str, whole: jax.Array, part: jax.Array) -> jax.Array:
         """An array of all rows with other numbers in those that are visited."""
-        axis = _axis(name, "T")
+        axis = row_axis(name)
         if whole.shape == part.shape or axis is None:
             return part
         return lax.dynamic_update_slice_in_dim(whole, part, 0, whole.ndim + axis)
@@ -127,11 +127,19 @@ class Visit(NamedTuple):
     def add_rows(self, name: str, whole: jax.Array, part: jax.Array) -> jax.Array:
         return self.with_rows(name, whole, part + self.rows(name, whole))
 
+    def of_keys(self, part: jax.Array) -> jax.Array:
+        """A gradient of the keys or values that are visited."""
+        return part
+
 
 def _axis(name: str, letter: str) -> int | None:
     """The number of an axis, from the end; None if arrays of this name lack it."""
     layout = LAYOUTS[name]
     return layout.index(letter) - len(layout) if letter in layout else None
+
+
+def row_axis(name: str) -> int | None:
+    return _axis(name, "T")
 
 
 def last_keys(x: jax.Array, count: int) -> jax.Array:
