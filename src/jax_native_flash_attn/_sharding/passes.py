@@ -131,10 +131,12 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
     """See `select.cotangent`."""
     if call.config.ring is None:
         return select.cotangent(call, given, target)
-    config, inputs = call = split_masks(call, axis_index(call.config.ring))
+    rank = axis_index(call.config.ring)
+    config, inputs = call = split_masks(call, rank)
     ring, dtype, S = config.ring, accumulation_dtype(inputs.query.dtype), call.sizes.S
     assert ring is not None
-    of_blocks = Call(config, inputs._replace(sinks=None))
+    of_blocks, blocks = Call(config, inputs._replace(sinks=None)), {"key": inputs.key, "value": inputs.value}
+    own = Visit(rank, rank, blocks, is_own=True)
     # Sums over blocks, unrounded; but for a bias of keys, each block has its own.
     wanted = {name: Shape(x.shape, dtype) for name, x in given.wanted.items() if name != "scale"}
     split = {name for name, x in wanted.items() if name == "bias" and x.shape[-1] > 1}
@@ -156,17 +158,22 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
             results[name] = lax.dynamic_update_slice_in_dim(whole, results[name], at.first_key(S), -1)
         return results
 
+    # While gradients of key and value travel home, the own block is visited; or the last one for the other gradients.
+    other = _part_of(of_blocks, given, of_block, own._replace(is_own=False), target)
+    meets_whole = len(ring.distances) > 1 and ring.meeting(ring.distances[-1], S) is None
+    own_is_last = bool(travelling) and meets_whole and _is_together(of_blocks, given, of_block, other, target)
+
     def visit(sums: Sums, at: Visit) -> Sums:
         if at.is_own:
-            return Sums(found(sums, at, of_block, given.lse), {})
-        rest, lse = [name for name in of_block if name not in travelling], given.lse
-        # A family with a kernel for each gradient makes the last others while those of key and value travel home.
+            return sums if own_is_last else Sums(found(sums, at, of_block, given.lse), {})
         part = _part_of(of_blocks, given, of_block, at, target)
-        is_apart = at.is_last and not select.makes_gradients_together(
-            part.call(of_blocks), asked(part, of_block, lse), target
-        )
+        rest, lse = [name for name in of_block if name not in travelling], given.lse
+        is_apart = at.is_last and not own_is_last and not _is_together(of_blocks, given, of_block, part, target)
         results = found(sums, part, travelling if is_apart else of_block, lse)
-        moving = {name: part.of_keys(results.pop(name)) for name in travelling}
+        moving = {name: results.pop(name) for name in travelling}
+        if at.is_last and own_is_last:
+            moving, lse = lax.optimization_barrier((moving, lse))
+        moving = {name: part.of_keys(x) for name, x in moving.items()}
         if sums.moving:
             arrived = shift(sums.moving, ring, at.hop)
             moving = {name: add_to_last_keys(arrived[name], x) for name, x in moving.items()}
@@ -178,14 +185,19 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
             moving = shift(moving, ring, -ring.distances[-1])
         if is_apart:
             results = found(sums, part, rest, lse)
-        added = {
-            name: x if name in split else part.add_rows(name, sums.resting[name], x) for name, x in results.items()
-        }
-        return Sums(sums.resting | added, moving)
+        resting = sums.resting
+        if at.is_last and own_is_last:
+            so_far = resting | {name: results.pop(name) for name in split & results.keys()}
+            resting = found(Sums(so_far, {}), own, of_block, lse)
+            resting |= {name: so_far[name] + resting[name] for name in so_far.keys() - split}
+        for name in results.keys() - split:
+            whole = resting[name] if name in resting else jnp.zeros(wanted[name].shape, dtype)
+            results[name] = part.add_rows(name, whole, results[name])
+        return Sums(resting | results, moving)
 
     results: dict[str, jax.Array] = {}
     if wanted:
-        sums = go_around(ring, {"key": inputs.key, "value": inputs.value}, Sums({}, {}), visit)
+        sums = go_around(ring, blocks, Sums({}, {}), visit)
         home = {name: add_to_last_keys(sums.resting[name], x.astype(dtype)) for name, x in sums.moving.items()}
         results = sums.resting | home
     if "scale" in given.wanted:
@@ -196,11 +208,16 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
 def _part_of(call: Call, given: LinearPass, wanted: Mapping[str, Shape], at: Visit, target: Target) -> Visit | Halves:
     """The visit in halves, if one kernel then makes gradients that need several else."""
     halves = in_halves(call, given, at)
+    if halves is None or _is_together(call, given, wanted, at, target):
+        return at
+    return halves if _is_together(call, given, wanted, halves, target) else at
 
-    def is_together(part: Visit | Halves) -> bool:
-        return select.makes_gradients_together(part.call(call), _of_visit(given, part, wanted), target)
 
-    return at if halves is None or is_together(at) or not is_together(halves) else halves
+def _is_together(
+    call: Call, given: LinearPass, wanted: Mapping[str, Shape], at: Visit | Halves, target: Target
+) -> bool:
+    """Whether one kernel makes all gradients of a visit."""
+    return select.makes_gradients_together(at.call(call), _of_visit(given, at, wanted), target)
 
 
 def _of_visit(given: LinearPass, at: Visit | Halves, wanted: Mapping[str, Any]) -> LinearPass:
