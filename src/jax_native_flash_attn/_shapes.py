@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ._semantics.errors import describe
+
 
 class Axes(NamedTuple):
     """Sizes of a call, and whether its arrays were given without a batch."""
@@ -34,6 +36,16 @@ class Axes(NamedTuple):
         return f". If query, key and value are {letters}, as in PyTorch, transpose each with x.swapaxes(-3, -2)"
 
 
+def as_array(x: Any, name: str) -> jax.Array:
+    refusal = TypeError(f"{name} must be an array of numbers, got {describe(x)}")
+    if isinstance(x, str):  # of which JAX tries to make a number
+        raise refusal
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise refusal from error
+
+
 def as_4d(x: Any, name: str, asarray: Callable[[Any], Any] = jnp.asarray) -> Any:
     """An array of rank 4, with axes of size 1 put in front as `jax.nn` does."""
     if x is None:
@@ -49,7 +61,7 @@ def as_query_key_value(
 ) -> tuple[jax.Array, jax.Array, jax.Array, Axes]:
     """Of rank 4. Key and value are one block of `blocks`; `Axes.S` is the length of all."""
     arrays: dict[str, Any] = {"query": query, "key": key, "value": value}
-    arrays = {name: None if x is None else jnp.asarray(x) for name, x in arrays.items()}
+    arrays = {name: None if x is None else as_array(x, name) for name, x in arrays.items()}
     query, key, value = (as_4d(x, name) for name, x in arrays.items())
     _check_dtypes(query, key, value)
     is_unbatched = all(x.ndim == 3 for x in arrays.values())

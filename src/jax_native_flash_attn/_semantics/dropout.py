@@ -222,7 +222,7 @@ def dropout_keep_mask(dropout_rng: jax.Array, dropout_rate: float, shape: tuple[
 
 def check_dropout(dropout_rate: Any, dropout_rng: Any) -> None:
     refuse_traced(dropout_rate, "dropout_rate")
-    if not isinstance(dropout_rate, int | float | np.floating):
+    if isinstance(dropout_rate, bool) or not isinstance(dropout_rate, int | float | np.floating):
         raise TypeError(f"dropout_rate must be a Python number (static), such as 0.1, got {describe(dropout_rate)}")
     if not 0 <= dropout_rate <= 1:
         raise ValueError(f"dropout_rate must be a probability, in [0, 1], got {dropout_rate}")
