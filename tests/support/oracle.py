@@ -498,8 +498,9 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype, sin
     dkey_noise = np.abs(scale) * column(
         root("bnts,btnh->bsnh", own, query), root("bnts,btnh->bsnh", common_probs, query)
     )
-    dvalue_noise = root("bnts,btnd->bsnd", probs_noise * factor, dout)
-    # Dense may sum the keys in several parts, which is more exact (of few rows, XLA does so in JAX 0.12).
+    # Dense may sum keys, or rows, in several parts, which is more exact (of few rows, XLA does so in JAX 0.12).
+    summing_rows = accumulating(query.shape[1]) * wide * root("bnts,btnd->bsnd", probs * factor, dout)
+    dvalue_noise = np.hypot(root("bnts,btnd->bsnd", probs_noise * factor, dout), summing_rows)
     summing_keys = accumulating(value.shape[1]) * wide * root("bnts,bsnd->btnd", probs * factor, value)
     out_noise = np.hypot(root("bnts,bsnd->btnd", probs_noise * factor, value), summing_keys)
     rounded = low * root("bnts,bnts->bnt", probs * factor, dprobs)[..., None]
