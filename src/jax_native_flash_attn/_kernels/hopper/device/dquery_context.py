@@ -68,7 +68,6 @@ class DQueryRows:
     """The rows of the k-th item that one warpgroup computes."""
 
     def __init__(self, context: DQueryContext, k: Any, item: Item):
-        context = context.of_head(item.head)
         blocks, wg = context.blocks, context.wg
         self.context, self.item, self.num_tiles = context, item, item.num_tiles
         self.shape = blocks.block_q, blocks.block_kv

@@ -100,7 +100,6 @@ class TangentRows:
     """The rows of the k-th item that one warpgroup computes."""
 
     def __init__(self, context: TangentContext, k: Any, item: Item):
-        context = context.of_head(item.head)
         blocks, wg, operands = context.blocks, context.wg, context.tangent_operands
         self.context, self.item, self.num_tiles = context, item, item.num_tiles
         self.shape = blocks.block_q, blocks.block_kv
