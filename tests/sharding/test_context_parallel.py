@@ -85,21 +85,36 @@ def test_gradients_of_key_and_value_first(name: str, devices: int, monkeypatch: 
     assert_close(actual, expected(name, devices))
 
 
-@pytest.mark.parametrize("devices", thinned([2, 4, 8], 3, 1))
-def test_halves(devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of other blocks, where kernels without masks make all gradients together."""
-    calls = []
+@pytest.fixture
+def halved(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The calls of a family whose kernels make all gradients together without masks alone, and so take halves."""
+    calls: list[Any] = []
 
     def makes_together(_: Any, call: Any, *__: Any) -> bool:
         calls.append(call)
         return call.inputs.mask.key_start is None
 
     monkeypatch.setattr(XlaKernels, "makes_gradients_together", makes_together)
+    return calls
+
+
+@pytest.mark.parametrize("devices", thinned([2, 4, 8], 3, 1))
+def test_halves(devices: int, halved: list[Any]) -> None:
+    """Of other blocks, where kernels without masks make all gradients together."""
     name = "balanced, causal"
     case = CASES[name]
     actual = run(derivatives(Split(case, "ring", make_mesh((devices,)))), numbers(case), others(case))
-    assert any(len(call.sizes.batch) == 2 for call in calls)
+    assert any(len(call.sizes.batch) == 2 for call in halved)
     assert_close(actual, expected(name, devices))
+
+
+@pytest.mark.parametrize("name", ["balanced, window", "balanced, bias"])
+def test_no_halves(name: str, halved: list[Any]) -> None:
+    """Where there is more than causality."""
+    case = CASES[name]
+    actual = run(derivatives(Split(case, "ring", make_mesh((2,)))), numbers(case), others(case))
+    assert all(len(call.sizes.batch) == 1 for call in halved)
+    assert_close(actual, expected(name, 2))
 
 
 OUT_ALONE = ("causal", "no key", "balanced, ids", "bias by keys", "sinks and mask", "cross, dropout")

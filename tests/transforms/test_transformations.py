@@ -700,6 +700,30 @@ def test_derivatives_of_a_vmapped_function(in_axes: tuple[int | None, ...]):
             assert_close(found, expected[transformation])
 
 
+@pytest.mark.parametrize("in_axes", [(0, None), (None, 0)], ids=["out", "lse"])
+def test_vmap_of_a_pullback_over_one_cotangent(in_axes: tuple[int | None, int | None]):
+    """Of out and lse, one has an axis that the other and the inputs lack."""
+    with enable_x64():
+        at = point()
+        lead = tuple(() if axis is None else (V,) for axis in in_axes)
+        cotangents = normal(63, (*lead[0], *SHAPES["query"])), normal(64, (*lead[1], B, T, N))
+
+        static, arrays = split_options(MASKS["boolean"])
+        masks = oracle_masks(MASKS["boolean"])
+
+        def with_lse(*primals: Any) -> Results:
+            query, key, value, bias, scale = primals
+            return flash_attention_with_lse(query, key, value, bias, scale=scale, **static, **arrays, **BLOCKS)
+
+        def pulled_back(f: Function) -> Function:
+            pullback = jax.vjp(f, *at.primals)[1]
+            return jax.jit(jax.vmap(lambda *x: pullback(x), in_axes), compiler_options=FAST)
+
+        actual = pulled_back(with_lse)(*cotangents)
+        expected = pulled_back(functools.partial(dense_float64, masks=masks))(*cotangents)
+        assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("mode", ["value", "gradient"])
 @pytest.mark.parametrize("length", [64, 2048])
 def test_vmap_over_a_batch_costs_what_the_batch_costs(length: int, mode: str):

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from .._semantics.call import Call
+from .._semantics.call import Call, batch_of
 
 
 class Pass(enum.Enum):
@@ -88,6 +89,11 @@ class LinearPass(NamedTuple):
     lse: jax.Array
     operands: Mapping[str, jax.Array]
     wanted: Mapping[str, jax.ShapeDtypeStruct]
+
+    @property
+    def batch(self) -> tuple[Any, ...]:
+        """The batch axes that operands and log-sum-exp broadcast to; operands may have one of that name, too."""
+        return jnp.broadcast_shapes(batch_of(self.operands), self.lse.shape[:-2])
 
 
 class Kernels(Protocol):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from ..._semantics.call import Call, Inputs, batch_of, sum_to
+from ..._semantics.call import Call, Inputs, sum_to
 from ..protocol import LinearPass
 from .backward_blocks import tangent_blocks
 from .blocks import Blocks
@@ -22,7 +22,7 @@ def tangent(call: Call, given: LinearPass, asked: Blocks | None, cores: int) -> 
     """See `select.tangent`. `asked`: blocks in place of those that `plan` chooses."""
     config, inputs, dtype = call.config, call.inputs, call.inputs.query.dtype
     blocks = asked or plan(inputs, dbias_type=given.operands.get("bias"))
-    batch = jnp.broadcast_shapes(inputs.sizes.batch, batch_of(given.operands), given.lse.shape[:-2])
+    batch = jnp.broadcast_shapes(inputs.sizes.batch, given.batch)
     tangents = {
         name: pad_head_dim(x.astype(dtype)) if name in ("query", "key", "value") else x
         for name, x in given.operands.items()

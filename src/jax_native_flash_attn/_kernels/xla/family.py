@@ -63,7 +63,7 @@ class XlaKernels:
         """Of the usual form; derivatives of query, key and value."""
         if which is Pass.FORWARD:
             return make_plan(call, target, self.limits)
-        return make_plan(call, target, self.limits, further={})
+        return make_plan(call, target, self.limits, further=())
 
     def forward(self, call: Call, target: Target) -> Forward:
         # Of the forms, JAX differentiates the usual one alone.
@@ -81,7 +81,7 @@ class XlaKernels:
             call,
             target,
             self.limits,
-            further={**given.operands, "lse": given.lse},
+            further=given.batch,
             summed_over_batch="bias" in wanted and math.prod(wanted["bias"].shape[-2:]) > 1,
             rounds_weights="scale" not in wanted,
         )
@@ -91,7 +91,7 @@ class XlaKernels:
         return True
 
     def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
-        plan = make_plan(call, target, self.limits, further={**given.operands, "lse": given.lse})
+        plan = make_plan(call, target, self.limits, further=given.batch)
         return tangent.tangent(Tiles(call, plan), given.out, given.lse, given.operands, given.wanted)
 
 

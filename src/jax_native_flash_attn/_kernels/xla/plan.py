@@ -1,13 +1,12 @@
 """How a pass of a call runs in pure JAX: tile shape, dtypes, and which of several equal forms. One frozen value."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from ..._semantics.call import Call, batch_of
+from ..._semantics.call import Call
 from ..._semantics.numerics import accumulation_dtype
 from ..._semantics.sizes import Sizes
 from ..protocol import Target
@@ -91,7 +90,7 @@ def make_plan(
     target: Target,
     limits: Limits,
     *,
-    further: Mapping[str, Any] | None = None,
+    further: tuple[Any, ...] | None = None,
     is_bounded: bool = False,
     assumes_finite: bool = False,
     has_documents: bool = False,
@@ -104,7 +103,7 @@ def make_plan(
     Args:
       call, target: what is computed, and where.
       limits: the sizes at which a pass takes another tile or form.
-      further: other operands of the kernel; None for the forward kernel.
+      further: batch axes of the other operands of the kernel; None for the forward kernel.
       is_bounded: whether bounds of the logits are known (see `family.py`).
       assumes_finite: whether what is not finite may reach results that it should not, even from padding.
       has_documents: whether a boolean mask over rows and keys leaves little, in blocks.
@@ -115,7 +114,7 @@ def make_plan(
     config, inputs = call
     mask, dtype, is_cpu = inputs.mask, np.dtype(inputs.query.dtype), target.platform == "cpu"
     sizes = inputs.sizes
-    sizes = replace(sizes, batch=jnp.broadcast_shapes(sizes.batch, batch_of(further or {})))
+    sizes = replace(sizes, batch=jnp.broadcast_shapes(sizes.batch, further or ()))
     accumulate = accumulation_dtype(dtype)
     product = product_dtype(dtype, target.platform, has_few_products=sizes.has_few_products)
     # XLA:CPU (0.12 and before) fails at run time on a bfloat16 product into which it folded a transpose. Reverse mode
