@@ -12,13 +12,13 @@ from ._semantics.constant_masks import hidden
 from ._semantics.errors import describe, refuse_traced
 from ._semantics.numerics import bias_floor
 from ._semantics.positions import clip_window_side
-from ._shapes import Axes, as_4d, check_broadcastable
+from ._shapes import Axes, as_4d, as_array, check_broadcastable
 
 LARGEST = int(np.iinfo(np.int32).max)
 
 
 def as_bias(bias: Any, axes: Axes) -> jax.Array:
-    given = jnp.asarray(bias)
+    given = as_array(bias, "bias")
     bias = as_4d(given, "bias")
     if jnp.issubdtype(bias.dtype, jnp.complexfloating):
         raise TypeError(f"bias must be real, got {bias.dtype}")
@@ -33,7 +33,7 @@ def as_mask(mask: Any, axes: Axes, *, is_staged: bool) -> Any:
     is_known = isinstance(mask, np.ndarray | jax.Array) and not isinstance(mask, Tracer)
     is_known = is_known and (isinstance(mask, np.ndarray) or mask.is_fully_addressable)
     asarray = np.asarray if is_staged and is_known else jnp.asarray
-    given = asarray(mask)
+    given = as_array(mask, "mask", asarray)
     mask = as_4d(given, "mask", asarray)
     if mask.dtype != jnp.bool_:
         raise ValueError(
@@ -117,7 +117,7 @@ def as_soft_cap(cap: Any) -> float | None:
 def as_sinks(sinks: Any, heads: int) -> jax.Array | None:
     if sinks is None:
         return None
-    sinks = jnp.asarray(sinks)
+    sinks = as_array(sinks, "sinks")
     if sinks.shape != (heads,):
         raise ValueError(f"sinks must have a number for each query head, shape (N,) = ({heads},), got {sinks.shape}")
     if not jnp.issubdtype(sinks.dtype, jnp.floating):

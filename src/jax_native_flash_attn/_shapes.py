@@ -36,13 +36,13 @@ class Axes(NamedTuple):
         return f". If query, key and value are {letters}, as in PyTorch, transpose each with x.swapaxes(-3, -2)"
 
 
-def as_array(x: Any, name: str) -> jax.Array:
+def as_array(x: Any, name: str, asarray: Callable[[Any], Any] = jnp.asarray) -> Any:
     refusal = TypeError(f"{name} must be an array of numbers, got {describe(x)}")
     if isinstance(x, str):  # of which JAX tries to make a number
         raise refusal
     try:
-        return jnp.asarray(x)
-    except (TypeError, ValueError) as error:
+        return asarray(x)
+    except (TypeError, ValueError, OverflowError) as error:
         raise refusal from error
 
 
@@ -50,7 +50,7 @@ def as_4d(x: Any, name: str, asarray: Callable[[Any], Any] = jnp.asarray) -> Any
     """An array of rank 4, with axes of size 1 put in front as `jax.nn` does."""
     if x is None:
         raise ValueError(f"{name} must be an array, got None")
-    x = asarray(x)
+    x = as_array(x, name, asarray)
     if x.ndim > 4:
         raise ValueError(f"{name} must have at most 4 dimensions, got shape {x.shape}: take jax.vmap for more")
     return x.reshape((1,) * (4 - x.ndim) + x.shape)
