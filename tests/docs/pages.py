@@ -63,11 +63,10 @@ def run(document: Document) -> dict[str, Any]:
 @contextlib.contextmanager
 def _undone() -> Iterator[None]:
     """Restore what a page may change: JAX's options and attention function, and the environment."""
-    options = dict(jax.config.values)
+    options, variables = dict(jax.config.values), dict(os.environ)
     with (
         lenient_promotion(),
         mock.patch.object(jax.nn, "dot_product_attention", jax.nn.dot_product_attention),
-        mock.patch.dict(os.environ),
     ):
         try:
             yield
@@ -75,3 +74,9 @@ def _undone() -> Iterator[None]:
             for name, value in options.items():
                 if jax.config.values[name] != value:
                     jax.config.update(name, value)
+            # Not all of them, as `mock.patch.dict` does: a thread of XLA that reads one meanwhile would crash.
+            for name in os.environ.keys() - variables.keys():
+                del os.environ[name]
+            for name, value in variables.items():
+                if os.environ.get(name) != value:
+                    os.environ[name] = value
