@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._kernels.protocol import LinearPass
-from .._semantics.call import Call, Config
+from .._semantics.call import Call
 from .._semantics.masks import MaskOperands
 from .ring import Visit, row_axis
 
@@ -51,10 +51,7 @@ class Halves(NamedTuple):
         inputs, blocks = call.inputs, self.visit.blocks
         keys = {name: self._keys(blocks[name]) for name in ("key", "value")}
         query, scale = self.rows("query", inputs.query), inputs.scale[None]
-        return Call(self.config(call), inputs._replace(query=query, scale=scale, mask=MaskOperands(), **keys))
-
-    def config(self, call: Call) -> Config:
-        return self.visit.config(call)
+        return Call(self.visit.config(call), inputs._replace(query=query, scale=scale, mask=MaskOperands(), **keys))
 
     def rows(self, name: str, x: jax.Array) -> jax.Array:
         """Those of both pairs, of an array of this name."""

@@ -1,8 +1,8 @@
 """A ring of devices around which blocks of key and value travel (Ring Attention, Liu et al. 2023, arXiv:2310.01889).
 
-A device visits its own block first, or, for gradients, last. A block that is visited is on its way to the next device
-meanwhile: the two do not depend on each other. Memory is that of two blocks beside the operands, however many devices
-there are: more than a few are visited in a loop.
+A device visits its own block first, or, for some gradients, last. A block that is visited is on its way to the next
+device meanwhile: the two do not depend on each other. Memory is that of two blocks beside the operands, however many
+devices there are: more than a few are visited in a loop.
 """
 
 import itertools

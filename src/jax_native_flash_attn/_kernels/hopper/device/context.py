@@ -1,8 +1,8 @@
 """What all blocks of threads of one kernel share, as the device code sees it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 from jax import lax
 
@@ -53,14 +53,11 @@ class KernelContext:
         """Whether the tiles that need a mask are visited before the others, in a loop of their own."""
         return False
 
-    def of_head(self, head: tuple) -> Self:
-        return replace(self, intervals=self.intervals.of_head(head))
-
     def for_each_item(self, scheduler: TileScheduler, body: Callable[[Any, Item], None]) -> None:
         """`body(k, item)` for the k-th item of this worker, a block of query rows."""
 
         def ranges_of(head: Any, block: Any) -> ColumnRange:
-            return self.intervals.of_head(head).ranges(head, block, self.blocks.rows)
+            return self.intervals.ranges(head, block, self.blocks.rows)
 
         # Without tiles that need a mask before the others, these come last anyway.
         edges_first = self.edges_first and self.intervals.has_left_edge

@@ -3,7 +3,7 @@
 The pipeline is drawn in `forward.py`; `ForwardBuffers` says what the barriers are for.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ class Rows:
 
     def __init__(self, context: ForwardContext, item: Item, scale: Any):
         """`scale` if it was read before."""
-        context = context.of_head(item.head)
+        context = replace(context, intervals=context.intervals.of_head(item.head))
         blocks, self.wg = context.blocks, context.wg
         self.context, self.item, self.dtype = context, item, context.dtype
         self.shape = blocks.block_q, blocks.block_kv
