@@ -149,7 +149,7 @@ def _bounds(
     A tile that is full knows nothing of dead rows, nor of ids: where these count, no stop is far enough for one.
     """
     least_stop = stop if dead is None else jnp.where(dead, 0, stop)
-    least_stop = least_stop if mask.is_exact is None else jnp.where(mask.is_exact, least_stop, 0)
+    least_stop = least_stop if mask.is_exact is None else jnp.where(mask.is_exact != 0, least_stop, 0)
     vectors = jnp.broadcast_arrays(first, start, least_stop, end)
     operands = [x.reshape(*x.shape[:-1], -1, block) for x in vectors]
     lowest, largest = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
