@@ -13,7 +13,7 @@ from jax.extend.core import Primitive
 from .._kernels import select
 from .._kernels.protocol import Target
 from .._semantics import visible
-from .._semantics.masks import MaskOperands
+from .._semantics.masks import Band, MaskOperands
 from .._semantics.varying import vary_alike
 from .._semantics.visible import Visible
 from .._sharding import lowering, types
@@ -29,13 +29,14 @@ def find_visible(
     S: int,
     padded: jax.Array | None = None,
     has_dead_rows: bool | None = None,
+    band: Band | None = None,
     *,
     implementation: str | None = None,
 ) -> Visible:
     """See `_semantics.visible.find_visible`. `implementation`: what the call asks for."""
     leaves, structure = jax.tree.flatten((mask, padded))
-    params = {"structure": structure, "T": T, "S": S, "has_dead_rows": has_dead_rows, "implementation": implementation}
-    return Visible(*_apply(vary_alike(leaves), **params))
+    params = {"structure": structure, "T": T, "S": S, "has_dead_rows": has_dead_rows, "band": band}
+    return Visible(*_apply(vary_alike(leaves), **params, implementation=implementation))
 
 
 def _apply(leaves: Sequence[Any], **params: Any) -> Any:
@@ -48,20 +49,21 @@ def _visible(
     T: int,
     S: int,
     has_dead_rows: bool | None,
+    band: Band | None,
     implementation: str | None,
     target: Target,
 ) -> tuple[jax.Array, ...]:
     mask, padded = jax.tree.unflatten(structure, leaves)
-    found = select.find_visible(mask, T, S, padded, has_dead_rows, target, implementation)
+    found = select.find_visible(mask, T, S, padded, has_dead_rows, band, target, implementation)
     return tuple(x for x in found if x is not None)
 
 
 def _abstract_eval(
-    *leaves: Any, structure: Any, T: int, S: int, has_dead_rows: bool | None, **unused: Any
+    *leaves: Any, structure: Any, T: int, S: int, has_dead_rows: bool | None, band: Band | None, **unused: Any
 ) -> list[Any]:
     shapes = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves])
     results = jax.eval_shape(
-        lambda mask, padded: visible.find_visible(mask, T, S, padded, has_dead_rows, may_branch=False), *shapes
+        lambda mask, padded: visible.find_visible(mask, T, S, padded, has_dead_rows, band, may_branch=False), *shapes
     )
     return [types.result_aval(leaves, x.shape, x.dtype) for x in results if x is not None]
 

@@ -12,7 +12,7 @@ import jax
 
 from .._semantics import visible
 from .._semantics.call import Call
-from .._semantics.masks import MaskOperands
+from .._semantics.masks import Band, MaskOperands
 from .._semantics.visible import Visible
 from .cudnn.family import CudnnKernels
 from .hopper.support import HopperKernels
@@ -108,6 +108,7 @@ def find_visible(
     S: int,
     padded: jax.Array | None,
     has_dead_rows: bool | None,
+    band: Band | None,
     target: Target,
     implementation: str | None,
 ) -> Visible:
@@ -117,10 +118,11 @@ def find_visible(
     """
     kernels = next(family for family in families() if isinstance(family, HopperKernels))
     if implementation != FAMILIES[-1].name and kernels.finds_visible(mask, T, S, target, implementation):
-        return kernels.find_visible(mask, T, S, padded, has_dead_rows)
+        return kernels.find_visible(mask, T, S, padded, has_dead_rows, band)
     block_scores = 1 << (20 if target.platform == "cpu" else 26)
-    may_branch = not target.is_sharded
-    return visible.find_visible(mask, T, S, padded, has_dead_rows, may_branch=may_branch, block_scores=block_scores)
+    return visible.find_visible(
+        mask, T, S, padded, has_dead_rows, band, may_branch=not target.is_sharded, block_scores=block_scores
+    )
 
 
 def is_opaque(call: Call, which: Pass, target: Target) -> bool:

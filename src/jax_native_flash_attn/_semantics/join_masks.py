@@ -86,12 +86,14 @@ def make_mask(
         operands = operands._replace(query_ids=of_rows(order.query_ids), key_ids=of_keys(order.key_ids))
     if operands.key_ids is not None or operands.key_positions is not None:
         in_length = is_query_row(T, query_lengths, None)
+        is_known = (order.has_positions or is_static) and within is None and key_value_lengths is None
         start, stop, has_key, *rest = find_visible(
-            operands._replace(key_start=start, key_stop=stop),
+            operands if is_known else operands._replace(key_start=start, key_stop=stop),
             T,
             S,
             None if in_length is None else ~in_length[:, None, :],
             None if has_elements or within is not None else has_dead_rows,
+            band if is_known else None,
         )
         operands = operands._replace(**dict(zip(("is_exact", "row_start", "row_stop", "row_bounds"), rest, strict=True)))
     elif allowed is None or mask_mod is not None:

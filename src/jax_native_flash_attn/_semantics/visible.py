@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .masks import DEAD, ROWS_OF_BOUNDS, MaskOperands
+from .masks import DEAD, ROWS_OF_BOUNDS, Band, MaskOperands
 from .sizes import static_size
 
 
@@ -78,6 +78,7 @@ def find_visible(
     S: int,
     padded: jax.Array | None = None,
     has_dead_rows: bool | None = None,
+    band: Band | None = None,
     *,
     may_branch: bool = True,
     block_scores: int = 1 << 20,
@@ -92,6 +93,7 @@ def find_visible(
       T, S: the lengths.
       padded: (batch..., 1, T) bool: rows that are none, beside those of a negative id; None: no others.
       has_dead_rows: whether rows without a key attend all; None: that is not known yet, and nothing is said of rows.
+      band: in place of the intervals of `mask`, if nothing traced is in them.
       may_branch: whether the choice between the two may be made at run time, once for all batch rows. Otherwise every
         element is compared.
       block_scores: how many elements are compared at once; XLA may write them.
@@ -101,6 +103,7 @@ def find_visible(
       too; and `is_exact`, (batch..., 1, 1), whether the intervals hold no other keys. `row_start`, `row_stop` and
       `row_bounds` are as in `MaskOperands`.
     """
+    mask = with_intervals(mask, T, S, band)
     assert mask.key_start is not None
     assert mask.key_stop is not None
     key_start, key_stop = mask.key_start, mask.key_stop
@@ -135,6 +138,14 @@ def find_visible(
     if has_dead_rows is None:
         return found
     return found._replace(**_rows(found, padded_rows(mask, padded), S, has_dead_rows=has_dead_rows))
+
+
+def with_intervals(mask: MaskOperands, T: int, S: int, band: Band | None) -> MaskOperands:
+    """With those of a band, if there is one."""
+    if band is None:
+        return mask
+    start, stop = (jnp.asarray(x)[None, None, :] for x in band.intervals(T, S))
+    return mask._replace(key_start=start, key_stop=stop)
 
 
 def padded_rows(mask: MaskOperands, padded: jax.Array | None) -> jax.Array | None:

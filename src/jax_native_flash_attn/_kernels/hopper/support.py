@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ..._semantics.call import Call, batch_of
-from ..._semantics.masks import MaskOperands
+from ..._semantics.masks import Band, MaskOperands
 from ..._semantics.visible import Visible
 from ..gpus import compute_capabilities as _compute_capabilities
 from ..protocol import Forward, LinearPass, Pass, Target
@@ -100,11 +100,17 @@ class HopperKernels:
         return reason is None and all(isinstance(n, int) for n in (T, S, *shapes))
 
     def find_visible(
-        self, mask: MaskOperands, T: int, S: int, padded: jax.Array | None, has_dead_rows: bool | None
+        self,
+        mask: MaskOperands,
+        T: int,
+        S: int,
+        padded: jax.Array | None,
+        has_dead_rows: bool | None,
+        band: Band | None,
     ) -> Visible:
         from . import visible
 
-        return visible.find_visible(mask, T, S, padded, has_dead_rows)
+        return visible.find_visible(mask, T, S, padded, has_dead_rows, band)
 
     def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
         from . import tangent

@@ -6,21 +6,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..._semantics.masks import MaskOperands
-from ..._semantics.visible import Visible, rows_with_a_key
+from ..._semantics.masks import Band, MaskOperands
+from ..._semantics.visible import Visible, rows_with_a_key, with_intervals
 from .device import visible as visible_kernel
 from .host.visible_plan import VisibleOuts, VisiblePlan
 from .pallas import launch
 
 
 def find_visible(
-    mask: MaskOperands, T: int, S: int, padded: jax.Array | None, has_dead_rows: bool | None, interpret: Any = None
+    mask: MaskOperands,
+    T: int,
+    S: int,
+    padded: jax.Array | None,
+    has_dead_rows: bool | None,
+    band: Band | None = None,
+    *,
+    interpret: Any = None,
 ) -> Visible:
     """See `_semantics.visible.find_visible`. Where there is no further mask, XLA adds nothing that kernels read.
 
     Rows that are padding have no key here, whatever the masks leave them.
     """
-    plan = VisiblePlan.make(mask, T, S, marks_dead=bool(has_dead_rows))
+    if padded is not None:
+        mask, band = with_intervals(mask, T, S, band), None
+    plan = VisiblePlan.make(mask, T, S, band, marks_dead=bool(has_dead_rows))
     found: VisibleOuts = launch(
         functools.partial(visible_kernel.kernel, plan),
         plan.operands(mask, padded),

@@ -113,6 +113,10 @@ class _Search(NamedTuple):
             return load(ref.at[index], layout=ROW)
 
         start, stop, ids = rows(operands.key_start), rows(operands.key_stop), rows(operands.query_ids)
+        if plan.band is not None:
+            row = iota((ROWS, 8), 0).max(axis=1) + block * ROWS
+            start, stop = plan.band.interval(row, plan.S, jnp)
+            stop = jnp.where(row < plan.T, stop, -1)
         lowest, highest = rows(operands.lowest_position), rows(operands.highest_position)
         is_row = stop >= 0
         if ids is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ...._semantics.masks import ROWS_OF_BOUNDS, MaskOperands
+from ...._semantics.masks import ROWS_OF_BOUNDS, Band, MaskOperands
 from ..pallas import pad_axis, round_up
 from .intervals import pad_rows
 
@@ -27,14 +27,15 @@ class VisibleOperands:
     """Ids and positions; None where a call has none.
 
     Attributes:
-      key_start, key_stop: (batch..., N or 1, T), what other masks leave; the stop of padding is -1.
+      key_start, key_stop: (batch..., N or 1, T), what other masks leave, if `VisiblePlan.band` does not say it; the stop
+        of padding is -1.
       query_ids, lowest_position, highest_position: (batch..., 1, T), padded to whole blocks, as the former.
       key_ids, key_positions: (batch..., 1, S), padded to whole parts by repeating the last one.
       id_chunks, position_chunks: the same, (batch..., 1, chunks, keys of a chunk).
     """
 
-    key_start: Any
-    key_stop: Any
+    key_start: Any | None
+    key_stop: Any | None
     query_ids: Any | None
     lowest_position: Any | None
     highest_position: Any | None
@@ -61,19 +62,18 @@ class VisiblePlan:
 
     T: int
     S: int
+    band: Band | None
     lead: tuple[int, ...]
     key_lead: tuple[int, ...]
     marks_dead: bool
 
     @classmethod
-    def make(cls, mask: MaskOperands, T: int, S: int, *, marks_dead: bool) -> "VisiblePlan":
-        assert mask.key_start is not None
-        assert mask.key_stop is not None
+    def make(cls, mask: MaskOperands, T: int, S: int, band: Band | None, *, marks_dead: bool) -> "VisiblePlan":
+        intervals = [x.shape[:-1] for x in (mask.key_start, mask.key_stop) if x is not None]
         of_rows = [x.shape[:-2] for x in (mask.query_ids, mask.lowest_position, mask.highest_position) if x is not None]
         of_keys = [x.shape[:-2] for x in (mask.key_ids, mask.key_positions) if x is not None]
         key_lead = jnp.broadcast_shapes(*of_keys)
-        lead = jnp.broadcast_shapes(mask.key_start.shape[:-1], mask.key_stop.shape[:-1], key_lead, *of_rows)
-        return cls(T, S, lead, key_lead, marks_dead)
+        return cls(T, S, band, jnp.broadcast_shapes(*intervals, key_lead, *of_rows), key_lead, marks_dead)
 
     @property
     def parts(self) -> int:
@@ -108,9 +108,9 @@ class VisiblePlan:
         return {"block": self.checks + math.prod(self.lead) * self.blocks}
 
     def operands(self, mask: MaskOperands, padded: jax.Array | None) -> VisibleOperands:
-        assert mask.key_start is not None
-        assert mask.key_stop is not None
-        stop = mask.key_stop if padded is None else jnp.where(padded, -1, mask.key_stop)
+        start, stop = mask.key_start, mask.key_stop
+        if stop is not None and padded is not None:
+            stop = jnp.where(padded, -1, stop)
 
         def rows(x: jax.Array | None) -> jax.Array | None:
             return None if x is None else pad_rows(x[..., 0], self.T, ROWS)
@@ -127,8 +127,8 @@ class VisiblePlan:
 
         key_ids, key_positions = keys(mask.key_ids), keys(mask.key_positions)
         return VisibleOperands(
-            key_start=pad_rows(mask.key_start, self.T, ROWS),
-            key_stop=pad_rows(stop, self.T, ROWS, -1),
+            key_start=None if start is None else pad_rows(start, self.T, ROWS),
+            key_stop=None if stop is None else pad_rows(stop, self.T, ROWS, -1),
             query_ids=rows(mask.query_ids),
             lowest_position=rows(mask.lowest_position),
             highest_position=rows(mask.highest_position),
