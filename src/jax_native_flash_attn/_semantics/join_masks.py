@@ -87,7 +87,7 @@ def make_mask(
     if operands.key_ids is not None or operands.key_positions is not None:
         in_length = is_query_row(T, query_lengths, None)
         is_known = (order.has_positions or is_static) and within is None and key_value_lengths is None
-        start, stop, has_key, *rest = find_visible(
+        found = find_visible(
             operands if is_known else operands._replace(key_start=start, key_stop=stop),
             T,
             S,
@@ -95,7 +95,9 @@ def make_mask(
             None if has_elements or within is not None else has_dead_rows,
             band if is_known else None,
         )
-        operands = operands._replace(**dict(zip(("is_exact", "row_start", "row_stop", "row_bounds"), rest, strict=True)))
+        start, stop, has_key = found[:3]
+        names = "is_exact", "row_start", "row_stop", "row_bounds"
+        operands = operands._replace(**{name: getattr(found, name) for name in names})
     elif allowed is None or mask_mod is not None:
         has_key = start < stop
     else:

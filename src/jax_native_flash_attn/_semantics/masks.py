@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
 # The row_start of a row without any key that attends all of them, with logits of 0.
 DEAD = -1
 # Rows of each block of `MaskOperands.row_bounds`.

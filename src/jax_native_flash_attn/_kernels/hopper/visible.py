@@ -29,10 +29,12 @@ def find_visible(
     """
     if padded is not None:
         mask, band = with_intervals(mask, T, S, band), None
+        assert mask.key_stop is not None
+        mask = mask._replace(key_stop=jnp.where(padded, -1, mask.key_stop))
     plan = VisiblePlan.make(mask, T, S, band, marks_dead=bool(has_dead_rows))
     found: VisibleOuts = launch(
         functools.partial(visible_kernel.kernel, plan),
-        plan.operands(mask, padded),
+        plan.operands(mask),
         out_types=plan.out_types(),
         scratch=(),
         grid=plan.grid,

@@ -11,9 +11,7 @@ from ..operands import QueryTiles
 from ..pallas import broadcast_index
 
 
-def bounds_of_block(
-    ref: Any, head: tuple, block: Any, block_rows: int, S: int, decides_elements: Any
-) -> Bounds:
+def bounds_of_block(ref: Any, head: tuple, block: Any, block_rows: int, S: int, decides_elements: Any) -> Bounds:
     """Of so many rows, a multiple of those that have bounds. Where elements are compared, no tile is full."""
     index, count, parts = broadcast_index(head, ref.shape[:-2]), ref.shape[-2], block_rows // ROWS_OF_BOUNDS
     found = []
@@ -21,9 +19,8 @@ def bounds_of_block(
         place = block * parts + i
         part = Bounds(*(ref[(*index, jnp.minimum(place, count - 1), c)] for c in range(4)))
         if count % parts:  # behind the last rows there are those that attend nothing
-            is_none = place >= count
-            largest_start, least_stop = jnp.where(is_none, S, part.largest_start), jnp.where(is_none, 0, part.least_stop)
-            part = part._replace(largest_start=largest_start, least_stop=least_stop)
+            largest_start = jnp.where(place < count, part.largest_start, S)
+            part = part._replace(largest_start=largest_start, least_stop=jnp.where(place < count, part.least_stop, 0))
         found.append(part)
     kinds = jnp.minimum, jnp.maximum, jnp.minimum, jnp.maximum
     bounds = Bounds(*(functools.reduce(kind, x) for kind, x in zip(kinds, zip(*found, strict=True), strict=True)))

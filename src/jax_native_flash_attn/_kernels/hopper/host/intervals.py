@@ -78,8 +78,8 @@ def query_tiles(
 ) -> QueryTiles | None:
     """For every block of keys, the query tiles that touch it, and for every query tile the keys all its rows may see.
 
-    `firsts` and `ends`, (batch..., key blocks), have the first and the end of the query tiles of a block, in any head and
-    anywhere along a batch axis that is not of size 1 in `summed`; a block without any has an end of 0. `bounds`,
+    `firsts` and `ends`, (batch..., key blocks), have the first and the end of the query tiles of a block, in any head
+    and anywhere along a batch axis that is not of size 1 in `summed`; a block without any has an end of 0. `bounds`,
     (batch..., N or 1, query tiles, 2), has the keys that all rows of a tile attend; or there are `row_bounds`, as of
     `MaskOperands`.
 

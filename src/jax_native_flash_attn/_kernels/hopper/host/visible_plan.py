@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ...._semantics.masks import ROWS_OF_BOUNDS, Band, MaskOperands
-from ..pallas import pad_axis, round_up
+from ..pallas import round_up
 from .intervals import pad_rows
 
 ROWS = ROWS_OF_BOUNDS
@@ -27,8 +27,8 @@ class VisibleOperands:
     """Ids and positions; None where a call has none.
 
     Attributes:
-      key_start, key_stop: (batch..., N or 1, T), what other masks leave, if `VisiblePlan.band` does not say it; the stop
-        of padding is -1.
+      key_start, key_stop: (batch..., N or 1, T), what other masks leave, if `VisiblePlan.band` does not say it; the
+        stop of padding is -1.
       query_ids, lowest_position, highest_position: (batch..., 1, T), padded to whole blocks, as the former.
       key_ids, key_positions: (batch..., 1, S), padded to whole parts by repeating the last one.
       id_chunks, position_chunks: the same, (batch..., 1, chunks, keys of a chunk).
@@ -48,7 +48,7 @@ class VisibleOperands:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class VisibleOuts:
-    """`start`, `stop`, `bounds`: as of `MaskOperands.row_start`; `is_sorted`: int32, for each row of the keys' batch."""
+    """Those of `MaskOperands` on rows; and, for each batch row of the keys, whether these are sorted, as int32."""
 
     start: Any
     stop: Any
@@ -107,10 +107,8 @@ class VisiblePlan:
     def grid(self) -> dict[str, int]:
         return {"block": self.checks + math.prod(self.lead) * self.blocks}
 
-    def operands(self, mask: MaskOperands, padded: jax.Array | None) -> VisibleOperands:
-        start, stop = mask.key_start, mask.key_stop
-        if stop is not None and padded is not None:
-            stop = jnp.where(padded, -1, stop)
+    def operands(self, mask: MaskOperands) -> VisibleOperands:
+        """The stop of padding is -1 in `mask`."""
 
         def rows(x: jax.Array | None) -> jax.Array | None:
             return None if x is None else pad_rows(x[..., 0], self.T, ROWS)
@@ -127,8 +125,8 @@ class VisiblePlan:
 
         key_ids, key_positions = keys(mask.key_ids), keys(mask.key_positions)
         return VisibleOperands(
-            key_start=None if start is None else pad_rows(start, self.T, ROWS),
-            key_stop=None if stop is None else pad_rows(stop, self.T, ROWS, -1),
+            key_start=None if mask.key_start is None else pad_rows(mask.key_start, self.T, ROWS),
+            key_stop=None if mask.key_stop is None else pad_rows(mask.key_stop, self.T, ROWS, -1),
             query_ids=rows(mask.query_ids),
             lowest_position=rows(mask.lowest_position),
             highest_position=rows(mask.highest_position),
