@@ -174,7 +174,7 @@ CASES = {
     "padded between": Keys(65, 129, ("padded between", "padded between"), band=Band(-9, 40), batch=(1, 2)),
     "one key": Keys(3, 1, ("shuffled", "all padded"), has_padding=True),
     "last out of order": Keys(5, 1024, ("shuffled", "last out of order")),
-    "largest": Keys(63, 127, ("largest", "largest"), has_dead_rows=False),
+    "largest": Keys(63, 512, ("largest", "largest"), has_dead_rows=False),
     "positions": Keys(130, 333, positions="sorted", reach=(40, 3), batch=(2, 1), has_padding=True),
     "permuted positions": Keys(66, 200, positions="permuted", reach=(20, None), band=Band(lower=-30)),
     "ids, positions, lengths": Keys(
