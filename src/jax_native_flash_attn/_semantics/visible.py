@@ -144,7 +144,8 @@ def with_intervals(mask: MaskOperands, T: int, S: int, band: Band | None) -> Mas
     """With those of a band, if there is one."""
     if band is None:
         return mask
-    start, stop = (jnp.asarray(x)[None, None, :] for x in band.intervals(T, S))
+    batch = next(x.ndim for x in (mask.key_ids, mask.key_positions) if x is not None) - 2
+    start, stop = (jnp.asarray(x).reshape((1,) * batch + (T,)) for x in band.intervals(T, S))
     return mask._replace(key_start=start, key_stop=stop)
 
 
