@@ -253,6 +253,26 @@ def test_other_shapes_lower(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None
     assert "mosaic_gpu" in _text(masks, with_gradients=shape[1] > 3, shape=shape)
 
 
+def test_calls_under_vmap_share_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ids of each call's own, and lengths and keys' ids that they share."""
+    pretend_gpu(monkeypatch, "9.0")
+
+    def call(rows: jax.Array, keys: jax.Array, lengths: jax.Array, *arrays: jax.Array) -> Any:
+        masks: dict[str, Any] = {"query_segment_ids": rows, "key_value_segment_ids": keys}
+        return flash_attention(*arrays, **masks, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
+
+    types = (
+        jax.ShapeDtypeStruct((3, 2, 512), jnp.int32),
+        _IDS["query_segment_ids"],
+        jax.ShapeDtypeStruct((2,), jnp.int32),
+    )
+    arrays = list(call_types(Case(_SHAPE, "bfloat16")).values())[:3]
+    mapped = jax.jit(jax.vmap(call, (0, None, None, None, None, None)))
+    text = mapped.trace(*types, *arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert not re.search(r"stablehlo\.(case|if|while)\b", text)
+    assert sum("custom_call @mosaic_gpu" in line for line in text.splitlines()) == 2
+
+
 # ---- on a GPU
 
 
