@@ -29,6 +29,12 @@ import numpy as np
 DEAD = -1
 # Rows of each block of `MaskOperands.row_bounds`.
 ROWS_OF_BOUNDS = 64
+_MOST_BLOCKS = 4  # of these rows that a kernel for GPUs has in one block
+
+
+def rows_in_blocks(T: int) -> int:
+    """As many rows as whole blocks of such a kernel have, whatever its blocks."""
+    return max(-(-T // n) * n for n in (ROWS_OF_BOUNDS * i for i in range(1, _MOST_BLOCKS + 1)))
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,9 @@ class MaskOperands(NamedTuple):
         whose positions are between these, both included; or None.
       is_exact: (B, 1, 1) int32: not 0 where the intervals say all that ids and positions say; None without these. Where
         they do not, every element is compared.
-      row_start, row_stop: (B, N, T) int32: `key_start` and `key_stop`, beside ids and positions, as kernels for GPUs
-        read them: dead rows have `DEAD` and S. None where another mask, of elements, decides which rows are dead.
+      row_start, row_stop: (B, N, `rows_in_blocks(T)`) int32: `key_start` and `key_stop`, beside ids and positions, as
+        kernels for GPUs read them: dead rows have `DEAD` and S, and those behind the last are as padding. None where
+        another mask, of elements, decides which rows are dead.
       row_bounds: (B, N, blocks of `ROWS_OF_BOUNDS` rows, 4) int32: of the intervals of these, the least and the largest
         start, and the least and the largest stop; the least stop of dead rows is 0.
       tile_classes: (B, N, tiles of rows, tiles of keys) int8: what all masks leave of a tile, if one is a `mask_mod`;

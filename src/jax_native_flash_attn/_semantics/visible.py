@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .masks import DEAD, ROWS_OF_BOUNDS, Band, MaskOperands
+from .masks import DEAD, ROWS_OF_BOUNDS, Band, MaskOperands, rows_in_blocks
 from .sizes import static_size
 
 
@@ -162,13 +162,10 @@ def _rows(found: Visible, padded: jax.Array | None, S: int, *, has_dead_rows: bo
     start, stop = jnp.where(found.has_key, found.key_start, start), jnp.where(found.has_key, found.key_stop, stop)
     if padded is not None:
         start, stop = jnp.where(padded, S, start), jnp.where(padded, 0, stop)
-    missing = -start.shape[-1] % ROWS_OF_BOUNDS
-    edges = [(0, 0)] * (start.ndim - 1) + [(0, missing)]
-    blocks = (
-        jnp.pad(x, edges, constant_values=value).reshape(*x.shape[:-1], -1, ROWS_OF_BOUNDS)
-        for x, value in ((start, S), (stop, 0))
-    )
-    first, end = blocks
+    T = start.shape[-1]
+    edges = [(0, 0)] * (start.ndim - 1) + [(0, rows_in_blocks(T) - T)]
+    start, stop = jnp.pad(start, edges, constant_values=S), jnp.pad(stop, edges)
+    first, end = (x.reshape(*x.shape[:-1], -1, ROWS_OF_BOUNDS) for x in (start, stop))
     is_dead = first == DEAD
     first = jnp.where(is_dead, 0, first)
     bounds = first.min(-1), first.max(-1), jnp.where(is_dead, 0, end).min(-1), end.max(-1)

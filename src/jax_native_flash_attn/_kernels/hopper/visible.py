@@ -50,5 +50,5 @@ def find_visible(
         lead = jnp.broadcast_shapes(has_key.shape[:-1], mask.allowed.shape[:-2])
         has_key &= rows_with_a_key(start, stop, mask.allowed, is_banded=True)
         has_key = jnp.broadcast_to(has_key, (*lead, T))
-    of_rows = () if has_dead_rows is None else (start, stop, found.bounds)
+    of_rows = () if has_dead_rows is None else (found.start, found.stop, found.bounds)
     return Visible(jnp.maximum(start, 0), stop, has_key, is_exact, *of_rows)

@@ -111,17 +111,19 @@ class _Search(NamedTuple):
         def rows(ref: Any) -> Any:
             if ref is None:
                 return None
-            index = (*broadcast_index(lead, ref.shape[:-1]), pl.ds(block * ROWS, ROWS))
+            index = (*broadcast_index(lead, ref.shape[:-1]), pl.ds(first, ROWS))
             return load(ref.at[index], layout=ROW)
 
+        first = jnp.minimum(block, plan.last_block) * ROWS
+
         ids, lowest, highest = map(rows, (operands.query_ids, operands.lowest_position, operands.highest_position))
+        row = iota((ROWS, 8), 0).max(axis=1) + block * ROWS
+        is_row = row < plan.T
         if plan.band is None:
             start, stop = rows(operands.key_start), rows(operands.key_stop)
-            is_row = stop >= 0
+            is_row &= stop >= 0
         else:
-            row = iota((ROWS, 8), 0).max(axis=1) + block * ROWS
             start, stop = plan.band.interval(row, plan.S, jnp)
-            is_row = row < plan.T
         is_row = is_row if ids is None else is_row & (ids >= 0)
         if plan.band is None:
             keys = jnp.where(is_row, start, plan.S).min(), jnp.where(is_row, stop, 0).max()

@@ -48,9 +48,9 @@ def row_intervals(
     """
     if mask.key_start is None or mask.key_stop is None:
         return None
-    if mask.row_start is not None and mask.row_stop is not None and block_rows % ROWS_OF_BOUNDS == 0:
-        start, stop = pad_rows(mask.row_start, T, block_rows, S), pad_rows(mask.row_stop, T, block_rows)
-        return RowIntervals(start, stop, None, row_bounds=mask.row_bounds)
+    if mask.row_start is not None and block_rows % ROWS_OF_BOUNDS == 0:
+        assert mask.row_start.shape[-1] >= round_up(T, block_rows), block_rows
+        return RowIntervals(mask.row_start, mask.row_stop, None, row_bounds=mask.row_bounds)
     start, stop, dead = _padded(mask, T, S, block_rows)
     visited = start, stop
     if skips_empty:

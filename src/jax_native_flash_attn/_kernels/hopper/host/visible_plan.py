@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ...._semantics.masks import ROWS_OF_BOUNDS, Band, MaskOperands
+from ...._semantics.masks import ROWS_OF_BOUNDS, Band, MaskOperands, rows_in_blocks
 from ..pallas import round_up
 from .intervals import pad_rows
 
@@ -96,7 +96,12 @@ class VisiblePlan:
 
     @property
     def blocks(self) -> int:
-        return -(-self.T // ROWS)
+        return rows_in_blocks(self.T) // ROWS
+
+    @property
+    def last_block(self) -> int:
+        """With a row of the call."""
+        return -(-self.T // ROWS) - 1
 
     @property
     def checks(self) -> int:
