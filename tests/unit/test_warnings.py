@@ -66,7 +66,7 @@ WARNS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "query_offset without is_causal=True, local_window_size, .* changes nothing, .*: add the one that is meant",
         {},
     ),
-    "(B, N, T, H) as (B, T, N, H): 128 heads or more, of few tokens": (
+    "(B, N, T, H) as (B, T, N, H): many heads of few tokens": (
         {"query": WIDE, "key": WIDE, "value": WIDE},
         r"query of shape \(2, 4, 256, 8\) and key of shape \(2, 4, 256, 8\) are read as \(B, T, N, H\) and .*, 4 "
         r"queries of 256 heads\. .*\(B, N, T, H\), .*, transpose each with x.swapaxes\(-3, -2\), .*; jax.vmap",
@@ -268,10 +268,11 @@ def layout_warnings(query: tuple[int, ...], key: tuple[int, ...], **options: Any
     return [str(w.message) for w in found if "as in PyTorch" in str(w.message)]
 
 
-# (query, key), which may be what is meant. Models are named by their query heads, key/value heads and head dimension.
+# What may be meant: sizes of models, with few tokens, and of other layers.
 MEANT: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool]] = {
     # (query, key, is_causal)
     "Falcon 180B, 8 tokens": ((2, 8, 232, 64), (2, 8, 8, 64), True),
+    "232 heads, 8 tokens": ((2, 8, 232, 64), (2, 8, 232, 64), True),
     "Falcon 180B, one token": ((2, 1, 232, 64), (2, 2048, 8, 64), False),
     "Falcon 40B, drafted tokens": ((1, 4, 128, 64), (1, 4096, 8, 64), False),
     "Llama 3 405B, 8 tokens": ((1, 8, 128, 128), (1, 8, 8, 128), True),
@@ -284,6 +285,7 @@ MEANT: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool]] = {
     "BLOOM, 2 tokens": ((1, 2, 112, 128), (1, 2, 112, 128), False),
     "GPT-3, 20 tokens": ((1, 20, 96, 128), (1, 20, 96, 128), False),
     "Falcon 7B": ((1, 8, 71, 64), (1, 8, 1, 64), False),
+    "T5 11B, cross-attention": ((2, 8, 128, 128), (2, 12, 128, 128), False),
     "T5 XXL, 8 tokens": ((1, 8, 64, 64), (1, 8, 64, 64), False),
     "ALBERT xxlarge, 8 tokens": ((1, 8, 64, 64), (1, 8, 64, 64), False),
     "frames": ((256, 16, 24, 64), (256, 16, 24, 64), False),
@@ -331,6 +333,9 @@ SAYS_WHO = {
     "local_window_size": 8,
     "query_seq_lengths": np.full(2, 8),
     "key_value_seq_lengths": np.full(2, 8),
+    "query_segment_ids": np.zeros((2, 8), int),
+    "query_positions": np.zeros((2, 8), int),
+    "key_value_positions": np.zeros((2, 8), int),
     "query_offset": 0,
     "mask_mod": lambda b, n, t, s: t >= s,
     "score_mod": lambda score, b, n, t, s: score,
@@ -340,7 +345,10 @@ SAYS_WHO = {
 @pytest.mark.parametrize("name", SAYS_WHO)
 def test_models_of_128_heads_say_who_attends_whom(name: str):
     shape = (2, 8, 128, 64)
-    assert layout_warnings(shape, shape, **{name: SAYS_WHO[name]}) == []
+    options = {name: SAYS_WHO[name]}
+    if name == "query_segment_ids":
+        options["key_value_segment_ids"] = SAYS_WHO[name]
+    assert layout_warnings(shape, shape, **options) == []
     assert len(layout_warnings(shape, shape)) == 1
 
 
