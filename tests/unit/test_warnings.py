@@ -250,8 +250,11 @@ def test_lengths_are_those_of_a_whole_sequence():
 
     with warnings.catch_warnings(action="error"):
         trace(QUERY, QUERY, is_causal=True)
+        trace(QUERY, QUERY, query_seq_lengths=np.full(B, 2 * T))
     with pytest.warns(AttentionWarning, match="T = 6 < S = 10"):
         trace(QUERY, KEY, is_causal=True)
+    with pytest.warns(AttentionWarning, match="query_seq_lengths .* of 0 to 6, got 7"):
+        trace(QUERY, QUERY, query_seq_lengths=np.full(B, 2 * T + 1))
     with pytest.warns(AttentionWarning, match=r"mask of shape \(2, 6, 10\)") as found:
         trace(QUERY, KEY, mask=jnp.ones((B, 2 * T, 2 * S), bool))
     assert len(found) == 1
@@ -398,6 +401,13 @@ def test_a_loop_reads_an_array_once(reads: list[Any]):
     assert caught(loop) == []
     assert caught(lambda: attend(bias=BIAS)) == []  # as `attend` is what calls
     assert caught(lambda: flash_attention(QUERY, KEY, VALUE, bias=BIAS)) == ["bias"]
+
+
+def test_all_of_a_bias_is_read():
+    bias = np.eye(100, dtype="float32")
+    assert caught(lambda: _warnings.warn_of_bias(bias, jnp.asarray(bias)[None, None])) == ["bias"]
+    bias[-1, -1] = 2
+    assert caught(lambda: _warnings.warn_of_bias(bias, jnp.asarray(bias)[None, None])) == []
 
 
 def test_lists_are_read_too():
