@@ -17,6 +17,7 @@ from .host.fused_plan import fused_order, makes_all
 from .host.head_dims import pad_head_dim, pad_head_dims, padded_type
 from .host.operands import kind_of, term_bytes
 from .operands import TermKind
+from .pallas import cut_last_axis
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -38,7 +39,8 @@ def cotangent(
         results = _by_several(call.config, backward, wanted, cotangents, asked, cores, at_once=at_once)
     results = {name: sum_to(results[name], like) for name, like in wanted.items()}
     return {
-        name: x[..., : given.wanted[name].shape[-1]] if name in _WITH_HEAD_DIM else x for name, x in results.items()
+        name: cut_last_axis(x, given.wanted[name].shape[-1]) if name in _WITH_HEAD_DIM else x
+        for name, x in results.items()
     }
 
 
