@@ -146,8 +146,8 @@ def flash_attention(
 
     Warns:
       AttentionWarning: legal, but hardly meant: `is_causal` with T < S and no offset or positions, a window with no
-        keys, a mask (N, T, S) with B = N or (T, S) with B = T, a query of rank 1 or 2, lengths that no sequence has, or
-        positions, an offset or a `dropout_rng` that go unread.
+        keys, a mask (N, T, S) with B = N or (T, S) with B = T, a query of rank 1 or 2, heads that look like tokens, a
+        bias of 0 and 1, lengths that no sequence has, or positions, an offset or a `dropout_rng` that go unread.
 
     Examples:
       >>> import jax

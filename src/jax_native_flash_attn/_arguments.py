@@ -31,10 +31,12 @@ from ._semantics.dense import NAME as DENSE
 from ._semantics.dropout import Dropout, check_dropout, head_indices, make_dropout, threefry_words
 from ._semantics.masks import Band
 from ._semantics.numerics import accumulation_dtype
-from ._shapes import as_query_key_value
+from ._shapes import Axes, as_query_key_value
 from ._warnings import (
+    warn_of_bias,
     warn_of_causal,
     warn_of_dropout,
+    warn_of_layout,
     warn_of_lengths,
     warn_of_positions,
     warn_of_shapes,
@@ -78,6 +80,7 @@ def check(
     blocks: int = 1,
 ) -> tuple[Settings, Arrays]:
     """The one place that knows the public names; see `flash_attention`. Key and value are one block of `blocks`."""
+    given = dict(locals())
     is_causal = as_static_bool(is_causal, "is_causal")
     block_q, block_kv = as_block(block_q, "block_q"), as_block(block_kv, "block_kv")
     if implementation == DENSE and (block_q or block_kv):
@@ -87,7 +90,6 @@ def check(
         )
     dropout_rate = _as_rate(dropout_rate, dropout_rng, deterministic)
     precision = as_precision(precision)
-    query_shape, mask_shape = np.shape(query), getattr(mask, "shape", ())
     query, key, value, axes = as_query_key_value(query, key, value, blocks=blocks)
     B, T, N, H, S, *_ = axes
     bias = None if bias is None else as_bias(bias, axes)
@@ -123,8 +125,7 @@ def check(
         offset = traced_offset if static_offset == 0 else static_offset
         warn_of_positions(query_positions=query_positions, key_value_positions=key_positions, query_offset=offset)
     warn_of_window(window, is_causal=is_causal)
-    warn_of_shapes(query_shape, mask_shape, B, blocks * T, S, N)
-    warn_of_lengths(query_seq_lengths, blocks * T, key_value_seq_lengths, S)
+    _warn_of_arrays(given, axes._replace(T=blocks * T), bias, query_lengths, key_value_lengths)
     settings = Settings(
         is_causal=is_causal,
         static_window=static_window,
@@ -162,6 +163,23 @@ def check(
         **numbers,
     )
     return settings, arrays
+
+
+_SAYS_WHO_ATTENDS = (
+    *("bias", "mask", "is_causal", "local_window_size", "query_seq_lengths", "key_value_seq_lengths"),
+    *("query_segment_ids", "query_positions", "key_value_positions", "query_offset", "score_mod", "mask_mod"),
+)
+
+
+def _warn_of_arrays(given: dict[str, Any], axes: Axes, bias: Any, query_lengths: Any, key_value_lengths: Any) -> None:
+    """By arguments as they were given, and converted, with the axes of whole sequences."""
+    B, T, N, _, S, *_ = axes
+    warn_of_shapes(np.shape(given["query"]), getattr(given["mask"], "shape", ()), B, T, S, N)
+    is_alone = all(given[name] is None or given[name] is False for name in _SAYS_WHO_ATTENDS)
+    warn_of_layout(np.shape(given["query"]), np.shape(given["key"]), T, S, is_alone=is_alone)
+    warn_of_lengths("query_seq_lengths", given["query_seq_lengths"], query_lengths, T)
+    warn_of_lengths("key_value_seq_lengths", given["key_value_seq_lengths"], key_value_lengths, S)
+    warn_of_bias(given["bias"], bias)
 
 
 def _as_rate(rate: Any, rng: Any, deterministic: Any) -> float:

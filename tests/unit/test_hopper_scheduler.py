@@ -154,8 +154,17 @@ def test_each_tile_is_visited_once_and_edges_before_others(ranges: tuple[int, in
     edges = [*range(stop - 1, full_stop - 1, -1), *range(full_first - 1, first - 1, -1)]
     visited = [int(item.tile(i)) for i in range(item.num_tiles)]
     assert item.num_edges == len(edges)
-    assert visited == [*edges, *range(full_stop - 1, full_first - 1, -1)]
-    assert [int(item._replace(edges_first=False).tile(i)) for i in range(stop - first)] == [*range(first, stop)][::-1]
+    full = [*range(full_stop - 1, full_first - 1, -1)]
+    assert visited == [*edges, *full]
+    downwards = item._replace(edges_first=False)
+    assert [int(downwards.tile(i)) for i in range(stop - first)] == [*range(first, stop)][::-1]
+    item = item._replace(has_tail=True)
+    before = int(item.num_before_tail)
+    visited = [int(item.tile(i)) for i in range(item.num_tiles)]
+    assert visited[:before] == ([edges[0], *full] if edges else full)
+    assert visited[before:] == edges[1:]
+    if full_first == first:  # edges come first downwards, too
+        assert [int(downwards._replace(has_tail=True).tile(i)) for i in range(item.num_tiles)] == visited
 
 
 @pytest.mark.parametrize("band", [Band(None, 0), Band(None, -300), Band(0, None), Band(-300, None)])

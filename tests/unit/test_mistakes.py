@@ -1,6 +1,6 @@
 """Mistakes of users who come from elsewhere: messages name the argument, what was given, what is accepted, and the fix.
 
-The numbers are those of the try-out by a new user. What is legal there, and no error, is left out.
+The numbers are those of the try-out by a new user: what is an error, what is legal and warns, and what is right.
 """
 
 import functools
@@ -8,6 +8,7 @@ import inspect
 import pickle
 import pydoc
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any, get_overloads
 
@@ -17,6 +18,8 @@ import numpy as np
 import pytest
 
 from jax_native_flash_attn import (
+    AttentionWarning,
+    _warnings,
     context_parallel_attention,
     context_parallel_attention_with_lse,
     dropout_keep_mask,
@@ -280,11 +283,72 @@ MISTAKES: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
 ]  # fmt: skip
 
 
+# What `jax.nn` takes, and is hardly meant: (mistake, call, what the warning says).
+HARDLY_MEANT: list[tuple[str, Callable[[], Any], str]] = [
+    ("01 rank 2", lambda: f(Q[0, :, 0], KV[0, :, 0], KV[0, :, 0]),
+        r"query of shape \(128, 64\) is read as heads at one position.* pass query, key and value with an axis "),
+    ("03 PyTorch's layout", lambda: f(*transposed(Q, KV, KV)),
+        r"query of shape \(2, 8, 128, 64\) and key of shape \(2, 8, 128, 64\) are read as \(B, T, N, H\) and "
+        r"\(B, S, K, H\), 8 queries of 128 heads\. If query, key and value are \(B, N, T, H\), .*each with x.swapaxes"),
+    ("04 PyTorch's layout, grouped heads", lambda: f(*transposed(Q, FEW, FEW)),
+        r"query of shape \(2, 8, 128, 64\) and key of shape \(2, 2, 128, 64\) are read as .*each with x.swapaxes"),
+    ("04b PyTorch's layout, T = 2 * S", lambda: f(*transposed(Q.repeat(4, 1), KV.repeat(2, 1), KV.repeat(2, 1))),
+        r"query of shape \(2, 8, 512, 64\) and key of shape \(2, 8, 256, 64\) are read as .* 8 queries of 512 heads"),
+    ("05 query alone", lambda: f(*transposed(Q), KV, KV),
+        r"query of shape \(2, 8, 128, 64\) beside key of shape \(2, 128, 8, 64\) .* with query.swapaxes\(-3, -2\)"),
+    ("16 mask of 0 and 1 as a bias", lambda: f(Q, KV, KV, jnp.tril(jnp.ones((T, S)))),
+        r"bias of shape \(128, 128\) holds 0 and 1 alone, which are added .*: pass mask=bias.astype\(bool\); bias - 1"),
+    ("18b padding mask, B = T", lambda: f(Q[:, :2], KV, KV, mask=numbers(B, S, dtype=bool)),
+        r"mask of shape \(2, 128\) is read as \(T, S\), .* pass mask\[:, None, None, :\]"),
+    ("27 long lengths", lambda: f(Q, KV, KV, key_value_seq_lengths=jnp.array([100, 4096])),
+        "key_value_seq_lengths has lengths outside of 0 to 128, got 4096, which is taken for 128: give how many"),
+    ("27b negative lengths", lambda: f(Q, KV, KV, key_value_seq_lengths=jnp.array([-1, 128])),
+        "key_value_seq_lengths has lengths outside of 0 to 128, got -1, which is taken for 0: give how many tokens"),
+    ("28 negative window", lambda: f(Q, KV, KV, local_window_size=-1),
+        r"local_window_size=\(-1, -1\) leaves all queries without keys: .* no window is None"),
+    ("28b window of flash_attn", lambda: f(Q, KV, KV, local_window_size=(-1, -1)),
+        r"local_window_size=\(-1, -1\) leaves all queries without keys: .* A side without a limit is S, not -1"),
+    ("56 decoding", lambda: f(Q[:, -1:], KV, KV, is_causal=True),
+        "is_causal=True with T = 1 < S = 128 .* pass query_offset=S - T"),
+]  # fmt: skip
+# What is no mistake: (number, call, what it is the same as).
+RIGHT: list[tuple[str, Callable[[], Any], Callable[[], Any]]] = [
+    ("21b raw key", lambda: f(Q, KV, KV, dropout_rate=0.1, dropout_rng=jax.random.key_data(RNG)),
+        lambda: f(Q, KV, KV, dropout_rate=0.1, dropout_rng=RNG)),
+    *((f"{number} lengths", functools.partial(f, Q, KV, KV, key_value_seq_lengths=lengths),
+        lambda: f(Q, KV, KV, key_value_seq_lengths=jnp.array([100, 128], jnp.int32)))
+        for number, lengths in ((23, [100, 128]), (24, np.array([100, 128])))),
+    *((f"{number} scale", functools.partial(f, Q, KV, KV, scale=scale), functools.partial(f, Q, KV, KV, scale=same))
+        for number, scale, same in ((39, np.float64(0.125), 0.125), (40, np.int64(1), 1.0))),
+    ("43 is_causal=1", lambda: f(Q, KV, KV, is_causal=1), lambda: f(Q, KV, KV, is_causal=True)),
+    ("47 value's head dimension", lambda: f(Q, KV, KV[..., :32]), lambda: f(Q, KV, KV)[..., :32]),
+    ("53 float64", lambda: f(*(np.asarray(x, np.float64) for x in (Q, KV, KV))), lambda: f(Q, KV, KV)),
+    ("54 lists", lambda: f(*[[[[1.0, 2.0]]]] * 3), lambda: f(*[jnp.array([[[1.0, 2.0]]])] * 3)),
+    ("57 tile of 100", lambda: f(Q, KV, KV, block_q=100), lambda: f(Q, KV, KV)),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(("call", "error", "says"), [row[1:] for row in MISTAKES], ids=[row[0] for row in MISTAKES])
 def test_mistake(call: Callable[[], Any], error: type[Exception], says: str):
     with pytest.raises(error, match=says) as raised:
         call()
     assert type(raised.value) is error
+
+
+@pytest.mark.parametrize(("call", "says"), [row[1:] for row in HARDLY_MEANT], ids=[row[0] for row in HARDLY_MEANT])
+def test_hardly_meant(call: Callable[[], Any], says: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("JAX_NATIVE_FLASH_ATTN_WARNINGS")
+    monkeypatch.setattr(_warnings, "_looked_at", set())
+    with pytest.warns(AttentionWarning, match=says) as found:
+        call()
+    assert [x.filename for x in found] == [__file__]
+
+
+@pytest.mark.parametrize(("call", "same"), [row[1:] for row in RIGHT], ids=[row[0] for row in RIGHT])
+def test_right(call: Callable[[], Any], same: Callable[[], Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("JAX_NATIVE_FLASH_ATTN_WARNINGS")
+    with warnings.catch_warnings(action="error", category=AttentionWarning):
+        np.testing.assert_allclose(call(), same(), rtol=2e-6)
 
 
 def test_what_cannot_run_says_why():  # 31

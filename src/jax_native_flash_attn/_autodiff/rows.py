@@ -36,7 +36,8 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
     results: dict[str, jax.Array] = {}
     wanted = dict(given.wanted)
     if (like := wanted.pop("sinks", None)) is not None:
-        results["sinks"] = sum_to(-(_sink_weights(call, given) * _delta(call, given)).sum(-1), like)
+        delta = given.delta(accumulation_dtype(call.inputs.query.dtype))
+        results["sinks"] = sum_to(-(_sink_weights(call, given) * delta).sum(-1), like)
     like = wanted.get("bias")
     if like is not None and like.shape[-1] == 1 and call.config.adds_bias:
         results["bias"] = _of_rows(call, given, wanted.pop("bias"))
@@ -67,22 +68,12 @@ def _sink_weights(call: Call, given: LinearPass) -> jax.Array:
     return jnp.exp(call.inputs.sinks[..., None] - given.lse)
 
 
-def _delta(call: Call, given: LinearPass) -> jax.Array:
-    """(batch..., N, T)"""
-    dtype, cotangents = accumulation_dtype(call.inputs.query.dtype), given.operands
-    delta = jnp.zeros((), dtype)
-    if "out" in cotangents:
-        products = (cotangents["out"].astype(dtype) * given.out.astype(dtype)).sum(-1)
-        delta += jnp.swapaxes(products, -1, -2)
-    return delta - cotangents["lse"].astype(dtype) if "lse" in cotangents else delta
-
-
 def _of_rows(call: Call, given: LinearPass, like: jax.ShapeDtypeStruct) -> jax.Array:
     z, mask, dtype = call.sizes, call.inputs.mask, accumulation_dtype(call.inputs.query.dtype)
     cotangents = given.operands
     rows = cotangents["lse"].astype(dtype) if "lse" in cotangents else jnp.zeros((1,) * (len(z.batch) + 2), dtype)
     if call.inputs.sinks is not None:
-        rows += _sink_weights(call, given) * _delta(call, given)
+        rows += _sink_weights(call, given) * given.delta(dtype)
     if mask.key_start is not None and mask.key_stop is not None:
         has_key = mask.key_start < mask.key_stop
         has_key = has_key.reshape(*has_key.shape[:-1], -1, z.T).any(-2)  # in any block of a ring

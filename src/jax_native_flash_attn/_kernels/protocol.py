@@ -83,17 +83,34 @@ class LinearPass(NamedTuple):
       out, lse: residuals, as the forward pass gave them.
       operands: tangents by name, of some of the differentiable operands; or cotangents, of 'out' and/or 'lse'.
       wanted: shapes and dtypes of the results by name; an axis of size 1 is summed over.
+      products: of a cotangent, out times its cotangent, summed over D, if that is known: (batch..., N, T).
     """
 
     out: jax.Array
     lse: jax.Array
     operands: Mapping[str, jax.Array]
     wanted: Mapping[str, jax.ShapeDtypeStruct]
+    products: jax.Array | None = None
 
     @property
     def batch(self) -> tuple[Any, ...]:
         """The batch axes that operands and log-sum-exp broadcast to; operands may have one of that name, too."""
         return jnp.broadcast_shapes(batch_of(self.operands), self.lse.shape[:-2])
+
+    def with_products(self, dtype: Any) -> "LinearPass":
+        """The same cotangent with its products, in this dtype; they are 0 where out has no cotangent."""
+        if self.products is not None:
+            return self
+        if "out" not in self.operands:
+            return self._replace(products=jnp.zeros(self.lse.shape, dtype))
+        products = (self.operands["out"].astype(dtype) * self.out.astype(dtype)).sum(-1)
+        return self._replace(products=jnp.swapaxes(products, -1, -2))
+
+    def delta(self, dtype: Any) -> jax.Array:
+        """What a cotangent subtracts from those of a row's weights: (batch..., N, T), see `xla/cotangent.py`."""
+        products = self.with_products(dtype).products
+        assert products is not None
+        return products.astype(dtype) - self.operands["lse"].astype(dtype) if "lse" in self.operands else products
 
 
 class Kernels(Protocol):

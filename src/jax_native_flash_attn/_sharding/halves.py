@@ -57,12 +57,10 @@ class Halves(NamedTuple):
         """Those of both pairs, of an array of this name."""
         axis = row_axis(name)
         assert axis is not None
-        first, second = jnp.split(x, 2, axis)
-        return jnp.stack([jnp.where(self.is_before, first, second), second])
+        return _chosen(x, axis, [jnp.where(self.is_before, 0, 1), 1])
 
     def _keys(self, x: jax.Array) -> jax.Array:
-        first, second = jnp.split(x, 2, -3)
-        return jnp.stack([first, jnp.where(self.is_before, first, second)])
+        return _chosen(x, -3, [0, jnp.where(self.is_before, 0, 1)])
 
     def type(self, name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         """See `Visit.type`."""
@@ -86,3 +84,10 @@ class Halves(NamedTuple):
     def _apart(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What x adds to the first half, and to the second."""
         return jnp.where(self.is_before, x, 0), jnp.where(self.is_before, 0, x)
+
+
+def _chosen(x: jax.Array, axis: int, numbers: list[Any]) -> jax.Array:
+    """Some halves along an axis, stacked. A gather: XLA:GPU copies it twice as fast as it stacks what `where` gives."""
+    axis %= x.ndim
+    halves = x.reshape(*x.shape[:axis], 2, x.shape[axis] // 2, *x.shape[axis + 1 :])
+    return jnp.moveaxis(halves, axis, 0).at[jnp.stack(numbers)].get(mode="promise_in_bounds")

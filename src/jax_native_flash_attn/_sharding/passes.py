@@ -132,6 +132,7 @@ def cotangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Ar
     config, inputs = call = split_masks(call, rank)
     ring, dtype, S = config.ring, accumulation_dtype(inputs.query.dtype), call.sizes.S
     assert ring is not None
+    given = given.with_products(dtype)  # of all visits
     of_blocks, blocks = Call(config, inputs._replace(sinks=None)), {"key": inputs.key, "value": inputs.value}
     own = Visit(rank, rank, blocks, is_own=True)
     # Sums over blocks, unrounded; but for a bias of keys, each block has its own.
@@ -221,7 +222,8 @@ def _of_visit(given: LinearPass, at: Visit | Halves, wanted: Mapping[str, Any]) 
     """What is asked of a visit, in its rows; bias and blocks are those of its keys already."""
     operands = {name: at.rows(name, x) for name, x in given.operands.items()}
     types = {name: at.type(name, x) for name, x in wanted.items()}
-    return LinearPass(at.rows("out", given.out), at.rows("lse", given.lse), operands, types)
+    products = None if given.products is None else at.rows("lse", given.products)
+    return LinearPass(at.rows("out", given.out), at.rows("lse", given.lse), operands, types, products)
 
 
 def _of_scale(call: Call, given: LinearPass, target: Target) -> jax.Array:

@@ -17,6 +17,7 @@ from .host.fused_plan import fused_order, makes_all
 from .host.head_dims import pad_head_dim, pad_head_dims, padded_type
 from .host.operands import kind_of, term_bytes
 from .operands import TermKind
+from .pallas import cut_last_axis
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -29,7 +30,7 @@ def cotangent(
     """See `select.cotangent`. `asked`: blocks in place of those that `plan` chooses; `at_once`: as of that."""
     inputs, cotangents = pad_head_dims(call.inputs), given.operands
     wanted = {name: padded_type(x) if name in _WITH_HEAD_DIM else x for name, x in given.wanted.items()}
-    backward = _backward(call.config, inputs, given.out, given.lse, cotangents)
+    backward = _backward(call.config, inputs, given)
     order = (asked or plan(call.config, inputs, cores, at_once=at_once)).fused
     if order is not None and makes_all(inputs, backward.sizes.batch, wanted):
         gradients = fused(backward, order, wanted["query"].dtype, wanted["key"].dtype)
@@ -38,7 +39,8 @@ def cotangent(
         results = _by_several(call.config, backward, wanted, cotangents, asked, cores, at_once=at_once)
     results = {name: sum_to(results[name], like) for name, like in wanted.items()}
     return {
-        name: x[..., : given.wanted[name].shape[-1]] if name in _WITH_HEAD_DIM else x for name, x in results.items()
+        name: cut_last_axis(x, given.wanted[name].shape[-1]) if name in _WITH_HEAD_DIM else x
+        for name, x in results.items()
     }
 
 
@@ -128,21 +130,13 @@ def is_even(inputs: Inputs) -> bool:
     return mask.key_value_length is None and not is_traced
 
 
-def _backward(
-    config: Config, inputs: Inputs, out: jax.Array, lse: jax.Array, cotangents: Mapping[str, jax.Array]
-) -> Backward:
+def _backward(config: Config, inputs: Inputs, given: LinearPass) -> Backward:
     """`inputs` with the head dimensions of the kernels, all else with those of the call."""
-    z, dtype = inputs.sizes, inputs.query.dtype
-    if "out" in cotangents:
-        dout = cotangents["out"]
-        delta = jnp.swapaxes((dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1), -1, -2)
-    else:
-        dout, delta = jnp.zeros(out.shape, dtype), jnp.zeros(lse.shape, jnp.float32)
-    if "lse" in cotangents:
-        delta = delta - cotangents["lse"].astype(jnp.float32)
-    batch = jnp.broadcast_shapes(z.batch, dout.shape[:-3], delta.shape[:-2], lse.shape[:-2])
+    z, dtype, delta = inputs.sizes, inputs.query.dtype, given.delta(jnp.float32)
+    dout = given.operands["out"] if "out" in given.operands else jnp.zeros(given.out.shape, dtype)
+    batch = jnp.broadcast_shapes(z.batch, dout.shape[:-3], delta.shape[:-2], given.lse.shape[:-2])
     return Backward(
-        config, inputs, replace(z, batch=batch), pad_head_dim(dout.astype(dtype)), lse.astype(jnp.float32), delta
+        config, inputs, replace(z, batch=batch), pad_head_dim(dout.astype(dtype)), given.lse.astype(jnp.float32), delta
     )
 
 

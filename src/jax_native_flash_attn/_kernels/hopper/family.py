@@ -14,6 +14,7 @@ from .blocks import Blocks, Chip, forward_blocks
 from .forward import forward as forward_kernel
 from .host.head_dims import pad_head_dims
 from .host.operands import column_bytes, has_bits_alone, starts_with_addend, term_bytes
+from .pallas import cut_last_axis
 
 _FEW_ROWS = 64  # of one warpgroup
 
@@ -22,8 +23,8 @@ def forward(config: Config, inputs: Inputs, blocks: Blocks, cores: int) -> Forwa
     """See `select.forward`. `blocks`: as of `plan`."""
     D = inputs.sizes.D
     results = _forward(config, pad_head_dims(inputs), blocks, cores)
-    rounded = None if results.rounded is None else results.rounded[..., :D]
-    return results._replace(out=results.out[..., :D], rounded=rounded)
+    rounded = None if results.rounded is None else cut_last_axis(results.rounded, D)
+    return results._replace(out=cut_last_axis(results.out, D), rounded=rounded)
 
 
 def _forward(config: Config, inputs: Inputs, blocks: Blocks, cores: int) -> Forward:

@@ -244,8 +244,34 @@ def round_up(n: int, multiple: int) -> int:
 
 def pad_axis(x: jax.Array, axis: int, length: int, value: Any = 0) -> jax.Array:
     """`x` itself if its axis has this length already."""
-    missing = length - x.shape[axis]
+    missing, axis = length - x.shape[axis], axis % x.ndim
     if missing == 0:
         return x
-    axis %= x.ndim
+    if value == 0 and _has_pairs(x) and (axis != x.ndim - 1 or missing % 2 == 0):
+        pairs = _pairs_of(x)
+        return _of_pairs(_padded(pairs, axis, missing // 2 if axis == x.ndim - 1 else missing), x.dtype)
+    return _padded(x, axis, missing, value)
+
+
+def cut_last_axis(x: jax.Array, length: int) -> jax.Array:
+    """The first elements along the last axis."""
+    if length != x.shape[-1] and length % 2 == 0 and _has_pairs(x):
+        return _of_pairs(_pairs_of(x)[..., : length // 2], x.dtype)
+    return x[..., :length]
+
+
+def _padded(x: jax.Array, axis: int, missing: int, value: Any = 0) -> jax.Array:
     return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)], constant_values=value)
+
+
+def _has_pairs(x: jax.Array) -> bool:
+    """Whether to copy two numbers as one: of 16 bits, XLA:GPU then takes three quarters of the time."""
+    return x.dtype.itemsize == 2 and x.ndim > 1 and x.shape[-1] % 2 == 0
+
+
+def _pairs_of(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2), jnp.uint32)
+
+
+def _of_pairs(pairs: jax.Array, dtype: Any) -> jax.Array:
+    return lax.bitcast_convert_type(pairs, dtype).reshape(*pairs.shape[:-1], 2 * pairs.shape[-1])

@@ -38,6 +38,7 @@ class Item(NamedTuple):
       ranges: its tiles.
       is_empty: whether the split has no tiles; the one in `ranges` then counts for nothing.
       edges_first: whether the tiles that need a mask are visited first.
+      has_tail: whether these, but for the first, are visited behind the others instead.
       tile_at: the tile at a place in `ranges`; None where that is its number.
     """
 
@@ -48,6 +49,7 @@ class Item(NamedTuple):
     ranges: ColumnRange
     is_empty: Any
     edges_first: bool = False
+    has_tail: bool = False
     tile_at: Callable[[Any], Any] | None = None
 
     @property
@@ -58,6 +60,11 @@ class Item(NamedTuple):
     def num_edges(self) -> Any:
         """How many tiles need a mask."""
         return self.num_tiles - (self.ranges.full_stop - self.ranges.full_first)
+
+    @property
+    def num_before_tail(self) -> Any:
+        """How many tiles are visited before those of the tail: the first one, and those that need no mask."""
+        return self.num_tiles - (jnp.maximum(self.num_edges, 1) - 1) if self.has_tail else self.num_tiles
 
     def tile(self, i: Any) -> Any:
         """The i-th one visited."""
@@ -71,6 +78,9 @@ class Item(NamedTuple):
     def place(self, i: Any) -> Any:
         """In `ranges`."""
         first, full_first, full_stop, stop = self.ranges
+        if self.has_tail:  # from the order without a tail: the first, those behind the edges, and these
+            before, behind = self.num_before_tail, self.num_tiles - self.num_before_tail
+            i = jnp.where(i == 0, i, jnp.where(i < before, i + behind, i - (before - 1)))
         if not self.edges_first:
             return stop - 1 - i
         # Behind the full ones, before them, and these.
@@ -155,6 +165,7 @@ class TileScheduler:
         body: Callable[[Any, Item], None],
         *,
         edges_first: bool = False,
+        has_tail: bool = False,
         tile_at: Callable[[Any, Any], Callable[[Any], Any] | None] = lambda head, block: None,
     ) -> None:
         """`body(k, item)` for the k-th item of a worker; `ranges_of(head, block)` are tiles of all splits.
@@ -165,7 +176,7 @@ class TileScheduler:
         def run(k: Any, n: Any, count: Any) -> Any:
             head, block, split = self.item(n)
             ranges, is_empty = split_of(ranges_of(head, block), split, self.splits)
-            item = Item(count, head, block, split, ranges, is_empty, edges_first, tile_at(head, block))
+            item = Item(count, head, block, split, ranges, is_empty, edges_first, has_tail, tile_at(head, block))
             body(k, item)
             return count + item.num_tiles
 

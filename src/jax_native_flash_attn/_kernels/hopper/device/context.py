@@ -53,6 +53,11 @@ class KernelContext:
         """Whether the tiles that need a mask are visited before the others, in a loop of their own."""
         return False
 
+    @property
+    def has_tail(self) -> bool:
+        """Whether all tiles that need a mask but one are visited behind the others, in a loop of their own."""
+        return False
+
     def for_each_item(self, scheduler: TileScheduler, body: Callable[[Any, Item], None]) -> None:
         """`body(k, item)` for the k-th item of this worker, a block of query rows."""
 
@@ -60,7 +65,5 @@ class KernelContext:
             return self.intervals.ranges(head, block, self.blocks.rows)
 
         # Without tiles that need a mask before the others, these come last anyway.
-        edges_first = self.edges_first and self.intervals.has_left_edge
-        scheduler.for_each_item(
-            lax.axis_index("worker"), ranges_of, body, edges_first=edges_first, tile_at=self.intervals.tile_at
-        )
+        order = {"edges_first": self.edges_first and self.intervals.has_left_edge, "has_tail": self.has_tail}
+        scheduler.for_each_item(lax.axis_index("worker"), ranges_of, body, **order, tile_at=self.intervals.tile_at)

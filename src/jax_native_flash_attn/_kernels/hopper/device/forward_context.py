@@ -55,7 +55,15 @@ class ForwardContext(KernelContext):
 
     @property
     def edges_first(self) -> bool:
-        """Where each tile may need a mask, a branch in the pipeline's loop takes longer than these tiles alone."""
+        return self.has_tail
+
+    @property
+    def has_tail(self) -> bool:
+        """Where each tile may need a mask, a branch in the pipeline's loop takes longer than these tiles alone.
+
+        Before the pipeline, their loop takes longer than behind it, also where it has no tile: the first tile of the
+        pipeline then has the sums of others to keep.
+        """
         return self.intervals.is_traced or self.intervals.is_moved
 
 

@@ -74,15 +74,21 @@ def attend(rows: Rows) -> None:
     # for the exponent.
     softmax = Softmax(rows, vectors, jnp.abs(logits.scale) * LOG2E)
     _scale_query(rows)
-    carry, start = _no_tiles(rows), jnp.int32(0)
-    if context.edges_first:
-        start = jnp.maximum(rows.item.num_edges - 1, 0)
-        carry = lax.fori_loop(0, start, functools.partial(_edge_tile, softmax), carry)
-    acc, p, top, total = _first_tile(softmax, start, first_is_edge, carry)
-    carry = acc, _carried(rows, p, top), top, total
-    carry = lax.fori_loop(start + 1, rows.num_tiles, functools.partial(_step, softmax, top), carry)
+    acc, p, top, total = _first_tile(softmax, first_is_edge)
+    carry, stop = (acc, _carried(rows, p, top), top, total), rows.item.num_before_tail
+    carry = lax.fori_loop(1, stop, functools.partial(_step, softmax, top), carry)
     acc, p, top, total = lax.optimization_barrier(carry)
-    _finish(rows, acc, p, top, total)
+    free_query = functools.partial(plgpu.barrier_arrive, context.buffers.query_free.at[rows.wg])
+    if context.has_tail:
+        pl.when(stop == rows.num_tiles)(free_query)
+        acc = _last_product(rows, acc, p, stop - 1)
+        tail = functools.partial(_tail_tile, softmax)
+        acc, top, total = lax.fori_loop(stop, rows.num_tiles, tail, (acc, top, total))
+        pl.when(stop < rows.num_tiles)(free_query)
+    else:
+        free_query()
+        acc = _last_product(rows, acc, p, stop - 1)
+    write(rows, acc, top, total)
 
 
 def _no_tiles(rows: Rows) -> tuple:
@@ -99,7 +105,7 @@ def _first_is_edge(rows: Rows) -> Any:
     intervals, ranges = rows.context.intervals, rows.item.ranges
     if intervals.is_moved:
         return True
-    if rows.context.edges_first:
+    if rows.context.has_tail:
         return rows.item.num_edges > 0
     if intervals.is_cut:
         return (ranges.stop - 1 < ranges.full_first) | (ranges.stop > ranges.full_stop)
@@ -182,10 +188,9 @@ def _waits_at_end(rows: Rows) -> bool:
     return rows.context.intervals.is_cut or rows.context.sizes.H <= 64
 
 
-def _tile_alone(softmax: Softmax, i: Any, is_edge: Any, carry: tuple) -> tuple[Any, Any, Any, Any]:
-    """Weights of tile i, of whose products none runs beside others; numerator, maxima and sums to add to."""
+def _tile_alone(softmax: Softmax, i: Any, is_edge: Any, top: Any, total: Any) -> tuple[Any, Any, Any, Any]:
+    """As `softmax`, with the scores of tile i, beside which no product runs."""
     rows, context, logits = softmax.rows, softmax.rows.context, softmax.rows.logits
-    acc, top, total = carry
     slot = rows.slot(i)
     context.key_ring.wait_until_ready(slot)
     terms = logits.tile_terms(softmax.vectors, rows.item.tile(i), slot)
@@ -193,15 +198,16 @@ def _tile_alone(softmax: Softmax, i: Any, is_edge: Any, carry: tuple) -> tuple[A
     products = pl.run_state(lambda ref: _issue_scores(rows, ref, slot))(plgpu.ACC.init(initial))
     p, top, total, correction = softmax(products, terms, i, top, total, is_edge)
     context.key_ring.release(slot)
-    if context.edges_first and not context.plan.has_fixed_top:
-        acc = acc * columns_of(correction, acc.shape)
-    return acc, p, top, total
+    return p, top, total, correction
 
 
-def _edge_tile(softmax: Softmax, i: Any, carry: tuple) -> tuple:
-    """All of a tile that needs a mask, where those come first: its code stays out of the pipeline's loop."""
+def _tail_tile(softmax: Softmax, i: Any, carry: tuple) -> tuple:
+    """All of a tile that needs a mask, behind those that do not: its code stays out of the pipeline's loop."""
     rows = softmax.rows
-    acc, p, top, total = _tile_alone(softmax, i, True, carry)
+    acc, *so_far = carry
+    p, top, total, correction = _tile_alone(softmax, i, True, *so_far)
+    if not rows.context.plan.has_fixed_top:
+        acc = acc * columns_of(correction, acc.shape)
     rows.wait_for_value(i)
     weights, slot = rows.as_operand(p), rows.slot(i)
     acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, rows.value(slot)))(plgpu.ACC.init(acc))
@@ -209,12 +215,14 @@ def _edge_tile(softmax: Softmax, i: Any, carry: tuple) -> tuple:
     return acc, top, total
 
 
-def _first_tile(softmax: Softmax, i: Any, is_edge: Any, carry: tuple) -> tuple[Any, Any, Any, Any]:
-    """The first tile of the pipeline, up to its second product."""
-    result = _tile_alone(softmax, i, is_edge, carry)
-    if _waits_at_end(softmax.rows):
-        softmax.rows.wait_for_value(i)
-    return result
+def _first_tile(softmax: Softmax, is_edge: Any) -> tuple[Any, Any, Any, Any]:
+    """The first tile of the pipeline, up to its second product: the state of a step."""
+    rows = softmax.rows
+    acc, *nothing = _no_tiles(rows)
+    p, top, total, _ = _tile_alone(softmax, jnp.int32(0), is_edge, *nothing)
+    if _waits_at_end(rows):
+        rows.wait_for_value(jnp.int32(0))
+    return acc, p, top, total
 
 
 def _step(softmax: Softmax, no_weights: Any, i: Any, carry: tuple) -> tuple:
@@ -223,7 +231,7 @@ def _step(softmax: Softmax, no_weights: Any, i: Any, carry: tuple) -> tuple:
     takes_turns, turn, warpgroups = context.plan.takes_turns, context.buffers.turn, context.blocks.warpgroups
     acc, p, top, total = lax.optimization_barrier(carry)
     slot, previous = rows.slot(i), rows.slot(i - 1)
-    has_edges = context.intervals.has_many_edges(context.blocks.rows) and not context.edges_first
+    has_edges = context.intervals.has_many_edges(context.blocks.rows) and not context.has_tail
     # All waits come first: control flow between two products would serialise them.
     context.key_ring.wait_until_ready(slot)
     if not _waits_at_end(rows):
@@ -271,14 +279,12 @@ def _weights(rows: Rows, carried: Any) -> Any:
     return carried if buffer is None else buffer.at[rows.wg]
 
 
-def _finish(rows: Rows, acc: Any, p: Any, top: Any, total: Any) -> None:
-    """The second product of the last tile, and the results."""
-    context = rows.context
-    plgpu.barrier_arrive(context.buffers.query_free.at[rows.wg])
-    last = rows.slot(rows.num_tiles - 1)
+def _last_product(rows: Rows, acc: Any, p: Any, i: Any) -> Any:
+    """The second product of the pipeline's last tile."""
+    last = rows.slot(i)
     if not _waits_at_end(rows):
-        rows.wait_for_value(rows.num_tiles - 1)
+        rows.wait_for_value(i)
     weights = _weights(rows, p)
     acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, rows.value(last)))(plgpu.ACC.init(acc))
-    context.value_ring.release(last)
-    write(rows, acc, top, total)
+    rows.context.value_ring.release(last)
+    return acc

@@ -42,14 +42,7 @@ class Backward:
 
 
 def make_backward(call: Call, given: LinearPass) -> Backward:
-    inputs, cotangents, out, lse = call.inputs, given.operands, given.out, given.lse.astype(jnp.float32)
-    if "out" in cotangents:
-        dout = cotangents["out"]
-        delta = jnp.swapaxes((dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1), -1, -2)
-    else:
-        dout, delta = jnp.zeros(out.shape, inputs.query.dtype), jnp.zeros(lse.shape, jnp.float32)
-    if "lse" in cotangents:
-        delta = delta - cotangents["lse"].astype(jnp.float32)
-    z = inputs.sizes
+    inputs, z, lse, delta = call.inputs, call.sizes, given.lse.astype(jnp.float32), given.delta(jnp.float32)
+    dout = given.operands["out"] if "out" in given.operands else jnp.zeros(given.out.shape, inputs.query.dtype)
     batch = jnp.broadcast_shapes(z.batch, dout.shape[:-3], delta.shape[:-2], lse.shape[:-2])
     return Backward(call, replace(z, batch=batch), dout.astype(inputs.query.dtype), lse, delta)
