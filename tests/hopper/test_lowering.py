@@ -61,7 +61,7 @@ def test_rows_of_any_number_are_not_copied(H: int) -> None:
         return out, pullback(out)
 
     text = jax.jit(gradients).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
-    rows = rf"tensor<2x3\d\dx4x{H}x"
+    rows = rf"tensor<2x3\d\dx4x({H}xbf16|{H // 2}xui32)"  # two numbers are copied as one
     assert not re.search(rf"stablehlo\.slice.*{rows}", text)
     is_padded = H > 64 or jax.__version_info__ < (0, 11, 2)
     assert bool(re.search(rf"stablehlo\.pad.*{rows}", text)) == is_padded
