@@ -15,8 +15,8 @@ A block of threads goes through several items of `scheduler.py`, one after the o
 all of them: while the computing warpgroups finish one item, the tiles of the next are loaded.
 
 Only tiles in which some row's interval begins or ends need a mask. For a causal mask that is the first one visited.
-Static windows and lengths decide at run time, in the loop. Where intervals are traced, all tiles that need a mask are
-visited first, one by one; the last of them starts the pipeline.
+Static windows and lengths decide at run time, in the loop. Where intervals are traced or moved, the first tile that
+needs a mask starts the pipeline, and the others are visited behind it, one by one.
 """
 
 from dataclasses import dataclass
