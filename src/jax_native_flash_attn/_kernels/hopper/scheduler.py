@@ -29,7 +29,7 @@ def is_outside(ranges: ColumnRange, tile: Any) -> Any:
 
 
 class Item(NamedTuple):
-    """One item of a worker. Its tiles are visited last one first, or those that need a mask before or behind the others.
+    """One item of a worker. Its tiles are visited last one first, or those with a mask before or behind the others.
 
     Attributes:
       count: tiles of the worker's items before; the ring of slots goes on from there.
