@@ -1,5 +1,6 @@
 """From a checked call to the kernels and back: the steps of one call, in order."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -122,7 +123,7 @@ def prepare(settings: Settings, arrays: Arrays) -> Prepared:
         "allowed": arrays.mask,
         "static_offset": settings.static_offset,
         "order": order,
-        "find_visible": find_visible,
+        "find_visible": functools.partial(find_visible, implementation=settings.implementation),
         "has_dead_rows": arrays.sinks is None,
         "mask_mod": None,
     }

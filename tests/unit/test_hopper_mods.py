@@ -431,6 +431,6 @@ def test_lists_hold_what_is_not_empty(shape: tuple[int, int], blocks: tuple[int,
             np.testing.assert_array_equal(np.sort(order[:edges]), np.flatnonzero(classes[i] == PARTIAL))
             np.testing.assert_array_equal(np.sort(order[edges:end]), np.flatnonzero(classes[i] == FULL))
     assert found.order is not None
-    for j, (first, end) in enumerate(found.ranges[0]):
+    for j, (first, end) in enumerate(zip(found.firsts[0], found.ends[0], strict=True)):
         met = found.order[0, j, first:end]
         np.testing.assert_array_equal(np.sort(met), np.flatnonzero(classes[:, j] != EMPTY))

@@ -10,7 +10,10 @@ from dataclasses import replace
 
 import jax
 
+from .._semantics import visible
 from .._semantics.call import Call
+from .._semantics.masks import Band, MaskOperands
+from .._semantics.visible import Visible
 from .cudnn.family import CudnnKernels
 from .hopper.support import HopperKernels
 from .protocol import Forward, Kernels, LinearPass, Pass, Target
@@ -97,6 +100,29 @@ def makes_gradients_together(call: Call, given: LinearPass, target: Target) -> b
 def tangent(call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
     """Tangents of 'out' and/or 'lse', by name."""
     return choose(call, Pass.TANGENT, target).tangent(call, given, target)
+
+
+def find_visible(
+    mask: MaskOperands,
+    T: int,
+    S: int,
+    padded: jax.Array | None,
+    has_dead_rows: bool | None,
+    band: Band | None,
+    target: Target,
+    implementation: str | None,
+) -> Visible:
+    """See `_semantics.visible.find_visible`; by the kernel of the family that has one, where that runs.
+
+    `implementation`: what the call asks for.
+    """
+    kernels = next(family for family in families() if isinstance(family, HopperKernels))
+    if implementation != FAMILIES[-1].name and kernels.finds_visible(mask, T, S, target, implementation):
+        return kernels.find_visible(mask, T, S, padded, has_dead_rows, band)
+    block_scores = 1 << (20 if target.platform == "cpu" else 26)
+    return visible.find_visible(
+        mask, T, S, padded, has_dead_rows, band, may_branch=not target.is_sharded, block_scores=block_scores
+    )
 
 
 def is_opaque(call: Call, which: Pass, target: Target) -> bool:

@@ -235,7 +235,8 @@ def split_masks(call: Call, rank: jax.Array) -> Call:
         classes = part(classes, config.mask_block, -2, rank * T, T)
         blocks = [part(classes, config.mask_block, -1, jnp.int32(i * S), S) for i in range(ring.size)]
         classes = jnp.concatenate(blocks, -1)
-    mask = mask._replace(key_start=start, key_stop=stop, is_exact=is_exact, tile_classes=classes, shift=None)
+    mask = mask.without_rows()._replace(key_start=start, key_stop=stop)
+    mask = mask._replace(is_exact=is_exact, tile_classes=classes, shift=None)
     return Call(replace(config, band=own, ring=replace(ring, has_whole_masks=False)), inputs._replace(mask=mask))
 
 

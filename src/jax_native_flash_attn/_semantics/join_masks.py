@@ -27,7 +27,7 @@ def make_mask(
     static_band: Band = _NO_BAND,
     static_offset: int = 0,
     order: Order = _NO_ORDER,
-    find_visible: Callable[[MaskOperands, int, int], Visible] = find_visible,
+    find_visible: Callable[..., Visible] = find_visible,
     has_dead_rows: bool = True,
     within: tuple[jax.Array, jax.Array] | None = None,
     mask_mod: MaskMod | None = None,
@@ -85,8 +85,19 @@ def make_mask(
     if order.query_ids is not None and order.key_ids is not None:
         operands = operands._replace(query_ids=of_rows(order.query_ids), key_ids=of_keys(order.key_ids))
     if operands.key_ids is not None or operands.key_positions is not None:
-        start, stop, has_key, is_exact = find_visible(operands._replace(key_start=start, key_stop=stop), T, S)
-        operands = operands._replace(is_exact=is_exact)
+        in_length = is_query_row(T, query_lengths, None)
+        is_known = (order.has_positions or is_static) and within is None and key_value_lengths is None
+        found = find_visible(
+            operands if is_known else operands._replace(key_start=start, key_stop=stop),
+            T,
+            S,
+            None if in_length is None else ~in_length[:, None, :],
+            None if has_elements or within is not None else has_dead_rows,
+            band if is_known else None,
+        )
+        start, stop, has_key = found[:3]
+        names = "is_exact", "row_start", "row_stop", "row_bounds"
+        operands = operands._replace(**{name: getattr(found, name) for name in names})
     elif allowed is None or mask_mod is not None:
         has_key = start < stop
     else:

@@ -25,6 +25,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# The row_start of a row without any key that attends all of them, with logits of 0.
+DEAD = -1
+# Rows of each block of `MaskOperands.row_bounds`.
+ROWS_OF_BOUNDS = 64
+_MOST_BLOCKS = 4  # of these rows that a kernel for GPUs has in one block
+
+
+def rows_in_blocks(T: int) -> int:
+    """As many rows as whole blocks of such a kernel have, whatever its blocks."""
+    return max(-(-T // n) * n for n in (ROWS_OF_BOUNDS * i for i in range(1, _MOST_BLOCKS + 1)))
+
 
 @dataclass(frozen=True)
 class Band:
@@ -86,8 +97,13 @@ class MaskOperands(NamedTuple):
       query_ids, key_ids: (B, 1, T, 1) and (B, 1, 1, S) int32: a row attends keys of its own id only; or None.
       lowest_position, highest_position: (B, 1, T, 1) int32, and key_positions: (B, 1, 1, S) int32: a row attends keys
         whose positions are between these, both included; or None.
-      is_exact: (B, 1, 1) bool: whether the intervals say all that ids and positions say; None without these. Where they
-        do not, every element is compared.
+      is_exact: (B, 1, 1) int32: not 0 where the intervals say all that ids and positions say; None without these. Where
+        they do not, every element is compared.
+      row_start, row_stop: (B, N, `rows_in_blocks(T)`) int32: `key_start` and `key_stop`, beside ids and positions, as
+        kernels for GPUs read them: dead rows have `DEAD` and S, and those behind the last are as padding. None where
+        another mask, of elements, decides which rows are dead.
+      row_bounds: (B, N, blocks of `ROWS_OF_BOUNDS` rows, 4) int32: of the intervals of these, the least and the largest
+        start, and the least and the largest stop; the least stop of dead rows is 0.
       tile_classes: (B, N, tiles of rows, tiles of keys) int8: what all masks leave of a tile, if one is a `mask_mod`;
         see `tile_masks.Tiles`.
     """
@@ -104,7 +120,14 @@ class MaskOperands(NamedTuple):
     highest_position: jax.Array | None = None
     key_positions: jax.Array | None = None
     is_exact: jax.Array | None = None
+    row_start: jax.Array | None = None
+    row_stop: jax.Array | None = None
+    row_bounds: jax.Array | None = None
     tile_classes: jax.Array | None = None
+
+    def without_rows(self) -> "MaskOperands":
+        """For other rows: what is known of each row, but for its interval, is made anew."""
+        return self._replace(row_start=None, row_stop=None, row_bounds=None)
 
     def matches(self, read: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array | None:
         """What ids and positions say of each element, (B, 1, T, S), or of those that `read` takes; None without any."""

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .masks import MaskOperands
+from .masks import DEAD, ROWS_OF_BOUNDS, Band, MaskOperands, rows_in_blocks
 from .sizes import static_size
 
 
@@ -67,10 +67,21 @@ class Visible(NamedTuple):
     key_stop: jax.Array
     has_key: jax.Array
     is_exact: jax.Array
+    row_start: jax.Array | None = None
+    row_stop: jax.Array | None = None
+    row_bounds: jax.Array | None = None
 
 
 def find_visible(
-    mask: MaskOperands, T: int, S: int, *, may_branch: bool = True, block_scores: int = 1 << 20
+    mask: MaskOperands,
+    T: int,
+    S: int,
+    padded: jax.Array | None = None,
+    has_dead_rows: bool | None = None,
+    band: Band | None = None,
+    *,
+    may_branch: bool = True,
+    block_scores: int = 1 << 20,
 ) -> Visible:
     """Intervals of keys that hold all that ids and positions leave of those given.
 
@@ -80,14 +91,19 @@ def find_visible(
     Args:
       mask: all but `dead` and `is_exact`.
       T, S: the lengths.
+      padded: (batch..., 1, T) bool: rows that are none, beside those of a negative id; None: no others.
+      has_dead_rows: whether rows without a key attend all; None: that is not known yet, and nothing is said of rows.
+      band: in place of the intervals of `mask`, if nothing traced is in them.
       may_branch: whether the choice between the two may be made at run time, once for all batch rows. Otherwise every
         element is compared.
       block_scores: how many elements are compared at once; XLA may write them.
 
     Returns:
       `key_start`, `key_stop`, (batch..., N or 1, T); `has_key`, likewise, whether a row has a key that `allowed` leaves
-      too; and `is_exact`, (batch..., 1, 1), whether the intervals hold no other keys.
+      too; and `is_exact`, (batch..., 1, 1), whether the intervals hold no other keys. `row_start`, `row_stop` and
+      `row_bounds` are as in `MaskOperands`.
     """
+    mask = with_intervals(mask, T, S, band)
     assert mask.key_start is not None
     assert mask.key_stop is not None
     key_start, key_stop = mask.key_start, mask.key_stop
@@ -114,10 +130,46 @@ def find_visible(
 
     if not may_branch:
         start, stop, has_key = by_comparison()
-        return Visible(start, stop, has_key, jnp.zeros_like(is_sorted))
-    are_sorted = is_sorted.all()
-    start, stop, has_key = lax.cond(are_sorted, by_search, by_comparison)
-    return Visible(start, stop, has_key, jnp.broadcast_to(are_sorted, is_sorted.shape))
+        are_sorted = jnp.bool_(False)
+    else:
+        are_sorted = is_sorted.all()
+        start, stop, has_key = lax.cond(are_sorted, by_search, by_comparison)
+    found = Visible(start, stop, has_key, jnp.broadcast_to(are_sorted, is_sorted.shape).astype(jnp.int32))
+    if has_dead_rows is None:
+        return found
+    return found._replace(**_rows(found, padded_rows(mask, padded), S, has_dead_rows=has_dead_rows))
+
+
+def with_intervals(mask: MaskOperands, T: int, S: int, band: Band | None) -> MaskOperands:
+    """With those of a band, if there is one."""
+    if band is None:
+        return mask
+    batch = next(x.ndim for x in (mask.key_ids, mask.key_positions) if x is not None) - 2
+    start, stop = (jnp.asarray(x).reshape((1,) * batch + (T,)) for x in band.intervals(T, S))
+    return mask._replace(key_start=start, key_stop=stop)
+
+
+def padded_rows(mask: MaskOperands, padded: jax.Array | None) -> jax.Array | None:
+    """`padded` and rows of a negative id; None if there are none."""
+    if mask.query_ids is None:
+        return padded
+    has_no_id = mask.query_ids[..., 0] < 0
+    return has_no_id if padded is None else padded | has_no_id
+
+
+def _rows(found: Visible, padded: jax.Array | None, S: int, *, has_dead_rows: bool) -> dict[str, jax.Array]:
+    start, stop = (DEAD, S) if has_dead_rows else (S, 0)
+    start, stop = jnp.where(found.has_key, found.key_start, start), jnp.where(found.has_key, found.key_stop, stop)
+    if padded is not None:
+        start, stop = jnp.where(padded, S, start), jnp.where(padded, 0, stop)
+    T = start.shape[-1]
+    edges = [(0, 0)] * (start.ndim - 1) + [(0, rows_in_blocks(T) - T)]
+    start, stop = jnp.pad(start, edges, constant_values=S), jnp.pad(stop, edges)
+    first, end = (x.reshape(*x.shape[:-1], -1, ROWS_OF_BOUNDS) for x in (start, stop))
+    is_dead = first == DEAD
+    first = jnp.where(is_dead, 0, first)
+    bounds = first.min(-1), first.max(-1), jnp.where(is_dead, 0, end).min(-1), end.max(-1)
+    return {"row_start": start, "row_stop": stop, "row_bounds": jnp.stack(bounds, -1)}
 
 
 def _compare(mask: MaskOperands, T: int, S: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -83,7 +83,7 @@ class Visit(NamedTuple):
         changed = {name: self.keys(given[name], length) for name, length in lengths.items() if name in given}
         if mask.key_value_length is not None:
             changed["key_value_length"] = jnp.clip(mask.key_value_length - self.source * z.S, 0, z.S)
-        return mask._replace(**changed)
+        return mask.without_rows()._replace(**changed)
 
     def first_key(self, length: int) -> Any:
         """The number of the first one visited, of blocks of this length."""

@@ -93,7 +93,7 @@ def _pack_groups(config: Config, inputs: Inputs) -> Inputs:
         # From positions: a table would be a constant, which custom_partitioning does not take.
         row = jnp.arange(z.T, dtype=jnp.int32).reshape((1,) * (len(z.batch) + 1) + (z.T,))
         start, stop = config.band.interval(row, z.S, jnp)
-    packed_mask = mask._replace(
+    packed_mask = mask.without_rows()._replace(
         key_start=rows(start, 0),
         key_stop=rows(stop, 0),
         allowed=rows(mask.allowed, 1),

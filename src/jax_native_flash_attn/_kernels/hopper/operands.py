@@ -11,8 +11,6 @@ import jax
 
 from .formulas import Formula, Kind
 
-# The key_start of a row without any key: it attends all of them, with logits of 0.
-DEAD = -1
 # Added to the logits of keys that a mask of keys excludes: see `device/logits.py`.
 MASKED = -(2.0**125)
 # The class of a tile in part of which the rows may attend all keys, but for what a `mask_mod` says.
@@ -49,6 +47,8 @@ class RowIntervals:
     A row without any key has `DEAD` as its key_start. With `tile_order`, (..., blocks, tiles), ranges are of places in
     that; with `tile_classes`, likewise, as of `tile_masks.Tiles` or `WHOLE`, they have no meaning. With either,
     `is_whole`, (..., blocks), is not 0 where all rows of a block may attend all keys, but for what a `mask_mod` says.
+
+    In place of tile ranges there may be `row_bounds`, as of `MaskOperands`, which the kernel makes them of.
     """
 
     key_start: Any
@@ -57,6 +57,7 @@ class RowIntervals:
     tile_order: Any | None = None
     tile_classes: Any | None = None
     is_whole: Any | None = None
+    row_bounds: Any | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -218,8 +219,10 @@ class TransposedOperands:
 class QueryTiles:
     """Which query tiles a block of keys meets: see `query_tiles` and, with `order`, `query_tiles_of_classes`."""
 
-    ranges: Any | None = None
+    firsts: Any | None = None
+    ends: Any | None = None
     bounds: Any | None = None
+    row_bounds: Any | None = None
     longest: Any | None = None
     order: Any | None = None
     classes: Any | None = None

@@ -32,11 +32,13 @@ def launch(
     grid: dict[str, int],
     warpgroups: int,
     has_barriers: bool = True,
+    interpret: Any = None,
 ) -> Any:
     """Results of a Pallas kernel over a grid of blocks of `warpgroups` threads named "wg", in the tree of `out_types`.
 
     `body(inputs, outs, scratch)` gets references, in the trees of the arguments of the same name. With `has_barriers`
     all threads of a warpgroup meet around each access to shared memory; without, only where `body` says so.
+    `interpret`: parameters of Pallas' interpreter, which runs it without a GPU.
     """
     operands, input_tree = jax.tree.flatten(inputs)
     types, out_tree = jax.tree.flatten(out_types)
@@ -66,6 +68,7 @@ def launch(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
             unsafe_no_auto_barriers=not has_barriers,
         ),
+        **({} if interpret is None else {"interpret": interpret}),
     )(*operands)
     return jax.tree.unflatten(out_tree, results)
 

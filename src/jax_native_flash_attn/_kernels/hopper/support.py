@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from ..._semantics.call import Call, batch_of
+from ..._semantics.masks import Band, MaskOperands
+from ..._semantics.visible import Visible
 from ..gpus import compute_capabilities as _compute_capabilities
 from ..protocol import Forward, LinearPass, Pass, Target
 from ..reasons import why_not_differentiated, why_not_on_nvidia, why_pure_jax_alone
@@ -90,6 +92,26 @@ class HopperKernels:
         is_fused = self._backward_blocks(call, target).fused is not None
         return is_fused and makes_all(call.inputs, batch_of(given.operands), given.wanted)
 
+    def finds_visible(self, mask: MaskOperands, T: int, S: int, target: Target, implementation: str | None) -> bool:
+        """Whether there is a kernel for `find_visible` in a call that asks for this implementation."""
+        is_asked = implementation == self.name
+        shapes = [n for x in jax.tree.leaves(mask) for n in x.shape]
+        reason = why_not_on_nvidia(target) or _why_not_device(is_asked=is_asked) or _why_not_backend()
+        return reason is None and all(isinstance(n, int) for n in (T, S, *shapes))
+
+    def find_visible(
+        self,
+        mask: MaskOperands,
+        T: int,
+        S: int,
+        padded: jax.Array | None,
+        has_dead_rows: bool | None,
+        band: Band | None,
+    ) -> Visible:
+        from . import visible
+
+        return visible.find_visible(mask, T, S, padded, has_dead_rows, band)
+
     def tangent(self, call: Call, given: LinearPass, target: Target) -> dict[str, jax.Array]:
         from . import tangent
 
@@ -154,7 +176,7 @@ def _why_not_backend() -> str | None:
     if jax.__version_info__[:2] < _JAX_WITH_BACKEND:
         return f"it needs JAX {'.'.join(map(str, _JAX_WITH_BACKEND))}, this is {jax.__version__}"
     try:
-        from . import cotangent, family, tangent  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        from . import cotangent, family, tangent, visible  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         return f"Pallas' Mosaic GPU backend cannot be imported: {error}"
     return None

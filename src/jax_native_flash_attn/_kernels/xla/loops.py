@@ -148,7 +148,7 @@ class Nest(MaskedTiles):
             any_dead = self.row_slice(self.mask.dead, at).any()
             traced = traced._replace(full_stop=jnp.where(any_dead, traced.full_first, traced.full_stop))
         if self.mask.is_exact is not None:
-            is_exact = self.row_slice(self.mask.is_exact, at).all()
+            is_exact = (self.row_slice(self.mask.is_exact, at) != 0).all()
             traced = traced._replace(full_stop=jnp.where(is_exact, traced.full_stop, traced.full_first))
         return ColumnRange(*(x * block for x in traced)), True, True
 

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ...._semantics.masks import Band, ColumnRange
+from ...._semantics.masks import DEAD, Band, ColumnRange
 from ...._semantics.sizes import Sizes
 from ..host.intervals import Bounds, tile_ranges
-from ..operands import DEAD, Elements, Operands, QueryTiles, RowIntervals
+from ..operands import Elements, Operands, QueryTiles, RowIntervals
 from ..pallas import ROW, broadcast_index, iota, load, pl, spread
+from .row_bounds import bounds_of_block, is_any_masked
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,9 @@ class Intervals:
 
     def ranges(self, head: tuple, block: Any, block_rows: int) -> ColumnRange:
         """Tiles of a block of rows of one head, as scalars."""
+        if self.traced is not None and self.traced.row_bounds is not None:
+            bounds = bounds_of_block(self.traced.row_bounds, head, block, block_rows, self.S, self.decides_elements)
+            return tile_ranges(bounds, self.block_kv, self.S)
         if self.traced is not None:
             ref = self.traced.tile_ranges
             assert ref is not None
@@ -183,10 +187,10 @@ class Intervals:
     def query_tiles_of(self, batch: Any, block: Any, block_q: int, block_keys: int) -> tuple[Any, Any]:
         """First and end of the query tiles with a row that attends a block of keys."""
         tiles = self.query_tiles or QueryTiles()
-        if tiles.ranges is not None:
-            ref = tiles.ranges
-            index = broadcast_index(batch, ref.shape[:-2])
-            return ref[(*index, block, 0)], ref[(*index, block, 1)]
+        if tiles.firsts is not None:
+            assert tiles.ends is not None
+            first, end = (x[(*broadcast_index(batch, x.shape[:-1]), block)] for x in (tiles.firsts, tiles.ends))
+            return jnp.minimum(first, end), end
         key = jnp.int32(block * block_keys)
         first, stop = self.query_tiles_between(batch, key, jnp.minimum(key + block_keys, self.S) - 1, block_q)
         if self.is_cut:
@@ -211,13 +215,11 @@ class Intervals:
     def is_query_edge(self, head: tuple, row: Any, block: Any, block_q: int, block_keys: int) -> Any:
         """Whether a tile needs a mask; keys and rows past the ends do not, as nothing that comes of them is kept."""
         key, edge, (lower, upper) = jnp.int32(block * block_keys), False, self.bounds(head)
-        if self.query_tiles is not None and self.query_tiles.bounds is not None:
-            ref = self.query_tiles.bounds
-            tile = (*broadcast_index(head, ref.shape[:-2]), lax.div(row, jnp.int32(block_q)))
-            last = jnp.minimum(key + block_keys, self.S)
-            return (ref[(*tile, 0)] > key) | (ref[(*tile, 1)] < last)
+        tiles, last = self.query_tiles or QueryTiles(), jnp.minimum(key + block_keys, self.S)
+        if tiles.bounds is not None or tiles.row_bounds is not None:
+            return is_any_masked(tiles, head, lax.div(row, jnp.int32(block_q)), key, last, self.decides_elements)
         if self.is_cut:
-            edge = self.is_dead(head) | (self.end(head) < jnp.minimum(key + block_keys, self.S))
+            edge = self.is_dead(head) | (self.end(head) < last)
         if upper is not None:
             edge = edge | (row + upper < key + (block_keys - 1))
         if lower is not None:

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ...._semantics.masks import ColumnRange, MaskOperands
+from ...._semantics.masks import DEAD, ROWS_OF_BOUNDS, ColumnRange, MaskOperands
 from ...._semantics.visible import first_and_end
-from ..operands import DEAD, QueryTiles, RowIntervals
+from ..operands import QueryTiles, RowIntervals
 from ..pallas import pad_axis, round_up
 
 
@@ -48,6 +48,9 @@ def row_intervals(
     """
     if mask.key_start is None or mask.key_stop is None:
         return None
+    if mask.row_start is not None and block_rows % ROWS_OF_BOUNDS == 0:
+        assert mask.row_start.shape[-1] >= round_up(T, block_rows), block_rows
+        return RowIntervals(mask.row_start, mask.row_stop, None, row_bounds=mask.row_bounds)
     start, stop, dead = _padded(mask, T, S, block_rows)
     visited = start, stop
     if skips_empty:
@@ -75,9 +78,10 @@ def query_tiles(
 ) -> QueryTiles | None:
     """For every block of keys, the query tiles that touch it, and for every query tile the keys all its rows may see.
 
-    `ranges`, (batch..., key blocks, 2), has the first and the end of the query tiles of a block, in any head and
-    anywhere along a batch axis that is not of size 1 in `summed`; `bounds`, (batch..., N or 1, query tiles, 2), has the
-    keys that all rows of a tile attend.
+    `firsts` and `ends`, (batch..., key blocks), have the first and the end of the query tiles of a block, in any head
+    and anywhere along a batch axis that is not of size 1 in `summed`; a block without any has an end of 0. `bounds`,
+    (batch..., N or 1, query tiles, 2), has the keys that all rows of a tile attend; or there are `row_bounds`, as of
+    `MaskOperands`.
 
     `visited`: (batch..., N or 1, key blocks, query tiles), whether a boolean mask leaves anything in these.
 
@@ -96,22 +100,25 @@ def query_tiles(
         )
     if mask.key_start is None or mask.key_stop is None:
         return None
-    start, stop, dead = _padded(mask, T, S, block_q)
-    least_start, low, high, largest_stop = _bounds(mask, start, stop, dead, block_q, start, stop)
-    num_tiles = start.shape[-1] // block_q
-    first_key = jnp.arange(0, S, block_keys, dtype=jnp.int32).reshape((1,) * (start.ndim - 1) + (-1, 1))
+    dead, bounds, row_bounds = None, None, None
+    if mask.row_bounds is not None and block_q == ROWS_OF_BOUNDS:
+        row_bounds = mask.row_bounds
+        least_start, largest_stop = row_bounds[..., 0], row_bounds[..., 3]
+    else:
+        start, stop, dead = _padded(mask, T, S, block_q)
+        least_start, low, high, largest_stop = _bounds(mask, start, stop, dead, block_q, start, stop)
+        bounds = jnp.stack([low, high], -1)
+    num_tiles = least_start.shape[-1]
+    first_key = jnp.arange(0, S, block_keys, dtype=jnp.int32).reshape((1,) * (least_start.ndim - 1) + (-1, 1))
     attends = (least_start[..., None, :] < first_key + block_keys) & (largest_stop[..., None, :] > first_key)
     if visited is not None:
         has_dead = False if dead is None else dead.reshape(*dead.shape[:-1], num_tiles, block_q).any(-1)[..., None, :]
         attends &= visited | has_dead
-    tile = jnp.arange(num_tiles, dtype=jnp.int32).reshape((1,) * start.ndim + (-1,))
+    tile = jnp.arange(num_tiles, dtype=jnp.int32).reshape((1,) * least_start.ndim + (-1,))
     first = jnp.where(attends, tile, num_tiles).min((-1, -3))
     end = jnp.where(attends, tile + 1, 0).max((-1, -3))
     first, end = first.min(axes, keepdims=True), end.max(axes, keepdims=True)
-    return QueryTiles(
-        ranges=jnp.stack([jnp.minimum(first, end), end], -1),
-        bounds=jnp.stack([low, high], -1),
-    )
+    return QueryTiles(firsts=first, ends=end, bounds=bounds, row_bounds=row_bounds)
 
 
 def pad_rows(x: jax.Array, T: int, block: int, value: Any = 0) -> jax.Array:
@@ -149,7 +156,7 @@ def _bounds(
     A tile that is full knows nothing of dead rows, nor of ids: where these count, no stop is far enough for one.
     """
     least_stop = stop if dead is None else jnp.where(dead, 0, stop)
-    least_stop = least_stop if mask.is_exact is None else jnp.where(mask.is_exact, least_stop, 0)
+    least_stop = least_stop if mask.is_exact is None else jnp.where(mask.is_exact != 0, least_stop, 0)
     vectors = jnp.broadcast_arrays(first, start, least_stop, end)
     operands = [x.reshape(*x.shape[:-1], -1, block) for x in vectors]
     lowest, largest = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max

@@ -96,7 +96,7 @@ def _elements(mask: MaskOperands, T: int, S: int, block_rows: int, block_kv: int
         return None if x is None else pad_axis(x[..., 0, :], -1, round_up(S, block_kv))
 
     return Elements(
-        is_exact=mask.is_exact.all().astype(jnp.int32)[None],
+        is_exact=mask.is_exact.min()[None],
         query_ids=rows(mask.query_ids),
         key_ids=keys(mask.key_ids),
         lowest_position=rows(mask.lowest_position),

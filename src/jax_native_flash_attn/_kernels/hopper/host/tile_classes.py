@@ -57,8 +57,7 @@ def query_tiles_of_classes(classes: jax.Array, summed: tuple[int, ...]) -> Query
     axes = tuple(i for i, n in enumerate(summed) if n > 1)
     largest = classes.max((*axes, classes.ndim - 3), keepdims=True).squeeze(-3)
     order, _, visited = _listed(jnp.swapaxes(jnp.minimum(largest, PARTIAL), -1, -2), (PARTIAL,))
-    ranges = jnp.stack([jnp.zeros_like(visited), visited], -1)
-    return QueryTiles(ranges=ranges, order=order, classes=classes)
+    return QueryTiles(firsts=jnp.zeros_like(visited), ends=visited, order=order, classes=classes)
 
 
 def _listed(classes: jax.Array, kinds: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -45,7 +45,7 @@ def row_blocks(call: Call, block_q: int) -> RowBlocks:
     if mask.dead is not None:
         full_stop = jnp.where(mask.dead, 0, full_stop)
     if mask.is_exact is not None:
-        full_stop = jnp.where(mask.is_exact, full_stop, 0)
+        full_stop = jnp.where(mask.is_exact != 0, full_stop, 0)
     blocks = -(-z.T // block_q)
 
     def reduced(x: Any, kind: Any, neutral: int) -> Any:
