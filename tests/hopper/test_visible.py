@@ -46,7 +46,8 @@ class Keys:
     batch: tuple[int, int] = (1, 1)
     lengths: tuple[int, ...] | None = None  # of keys: intervals are arrays then
     has_padding: bool = False
-    has_dead_rows: bool = True
+    has_dead_rows: bool | None = True
+    mask: tuple[int, int, int, int] | None = None  # the shape of a boolean one
 
 
 def _make_ids(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
@@ -94,12 +95,18 @@ def _make(keys: Keys) -> tuple[MaskOperands, Any]:
         start, stop = keys.band.intervals(keys.T, keys.S)
         stop = np.minimum(stop[None, None], np.asarray(keys.lengths, np.int32)[:, None, None])
         mask = mask._replace(key_start=start[None, None], key_stop=stop)
+    if keys.mask is not None:
+        mask = mask._replace(allowed=rng.random(keys.mask) < 0.05)
     padded = rng.random((rows_batch, 1, keys.T)) < 0.3 if keys.has_padding else None
     return jax.tree.map(jnp.asarray, mask), padded
 
 
 class Expected(NamedTuple):
+    """`has_key`: of rows that are none, that is not known."""
+
     is_exact: int
+    is_row: np.ndarray
+    has_key: np.ndarray
     row_start: np.ndarray
     row_stop: np.ndarray
     row_bounds: np.ndarray
@@ -133,7 +140,9 @@ def _expected(keys: Keys, operands: MaskOperands, padded: Any) -> Expected:
         first, end = (x[..., at : at + ROWS_OF_BOUNDS] for x in (row_start, row_stop))
         sure, visited = np.where(first == DEAD, 0, end), np.maximum(first, 0)
         bounds.append(np.stack([visited.min(-1), visited.max(-1), sure.min(-1), end.max(-1)], -1))
-    return Expected(int(_is_sorted(mask)), row_start, row_stop, np.stack(bounds, -2))
+    if mask.allowed is not None:
+        has_key = (allowed & mask.allowed).any(-1)
+    return Expected(int(_is_sorted(mask)), is_row, has_key, row_start, row_stop, np.stack(bounds, -2))
 
 
 def _is_sorted(mask: Any) -> bool:
@@ -153,10 +162,15 @@ def _is_sorted(mask: Any) -> bool:
     return all(rows)
 
 
-def _assert_found(found: Visible, expected: Expected) -> None:
+def _assert_found(keys: Keys, found: Visible, expected: Expected) -> None:
     assert found.is_exact.dtype == jnp.int32
     assert (np.asarray(found.is_exact) == expected.is_exact).all()
+    has_key = np.asarray(found.has_key)
+    np.testing.assert_array_equal(has_key & expected.is_row, np.broadcast_to(expected.has_key, has_key.shape))
     for name in ("row_start", "row_stop", "row_bounds"):
+        if keys.has_dead_rows is None:
+            assert getattr(found, name) is None
+            continue
         x, y = np.asarray(getattr(found, name)), getattr(expected, name)
         np.testing.assert_array_equal(x, np.broadcast_to(y, x.shape), name)
     T = found.key_start.shape[-1]
@@ -182,32 +196,46 @@ CASES = {
     "several parts": Keys(70, 8300, ("shuffled", "sorted"), "sorted", (None, 30), band=Band(upper=4000)),
     "several parts, shuffled": Keys(65, 16500, ("sorted", "shuffled"), batch=(1, 2), band=Band(lower=20)),
 }
+# Rows that several masks leave no key together, though each leaves them some.
+MASKED = {
+    "mask": Keys(66, 90, positions="permuted", batch=(2, 2), has_dead_rows=None, mask=(2, 1, 66, 90)),
+    "mask of keys": Keys(66, 90, positions="permuted", reach=(30, 0), has_dead_rows=None, mask=(2, 1, 1, 90)),
+    "mask of heads": Keys(
+        66, 90, ("shuffled", "shuffled"), batch=(2, 2), lengths=(90, 40), has_dead_rows=None, mask=(1, 3, 66, 90)
+    ),
+    "mask of rows": Keys(
+        66, 90, ("sorted", "shuffled"), band=Band(upper=-4), has_padding=True, has_dead_rows=None, mask=(1, 1, 66, 1)
+    ),
+    "stops before all keys": Keys(66, 90, ("sorted", "sorted"), batch=(2, 2), lengths=(90, -5), has_padding=True),
+}
+_ALL = CASES | MASKED
+_NAMES = [*thinned(CASES, 4), *MASKED]
 
 
 @pytest.mark.skipif(_interpreter() is None, reason="JAX before 0.12 has no interpreter of Mosaic GPU kernels")
-@pytest.mark.parametrize("name", thinned(CASES, 4))
+@pytest.mark.parametrize("name", _NAMES)
 def test_the_kernel_finds_what_numpy_does(name: str) -> None:
     from jax_native_flash_attn._kernels.hopper import visible
 
-    keys = CASES[name]
+    keys = _ALL[name]
     mask, padded = _make(keys)
     band = keys.band if keys.lengths is None else None
     interpret = _interpreter()()
     found = visible.find_visible(mask, keys.T, keys.S, padded, keys.has_dead_rows, band, interpret=interpret)
-    _assert_found(found, _expected(keys, mask, padded))
+    _assert_found(keys, found, _expected(keys, mask, padded))
 
 
-@pytest.mark.parametrize("name", thinned(CASES, 4))
+@pytest.mark.parametrize("name", _NAMES)
 @pytest.mark.parametrize("may_branch", [True, False])
 def test_xla_finds_what_numpy_does(name: str, may_branch: bool) -> None:
     """Whether keys are sorted is not said where XLA may not branch."""
-    keys = CASES[name]
+    keys = _ALL[name]
     mask, padded = _make(keys)
     band = keys.band if keys.lengths is None else None
     find = functools.partial(semantics.find_visible, T=keys.T, S=keys.S, may_branch=may_branch)
     found = find(mask, padded=padded, has_dead_rows=keys.has_dead_rows, band=band)
     expected = _expected(keys, mask, padded)
-    _assert_found(found, expected if may_branch else expected._replace(is_exact=0))
+    _assert_found(keys, found, expected if may_branch else expected._replace(is_exact=0))
 
 
 _SHAPE = (2, 512, 512, 2, 2, 64)
@@ -279,16 +307,16 @@ _on_gpu = pytest.mark.gpu(says_why=True)
 
 
 @_on_gpu
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", _ALL)
 def test_the_kernel_finds_on_a_gpu_what_numpy_does(name: str) -> None:
     from jax_native_flash_attn._kernels.hopper import visible
 
     skip_unless_taken(named_case("tile", "plain"), "mosaic_gpu")
-    keys = CASES[name]
+    keys = _ALL[name]
     mask, padded = _make(keys)
     band = keys.band if keys.lengths is None else None
     find = jax.jit(lambda mask, padded: visible.find_visible(mask, keys.T, keys.S, padded, keys.has_dead_rows, band))
-    _assert_found(find(mask, padded), _expected(keys, mask, padded))
+    _assert_found(keys, find(mask, padded), _expected(keys, mask, padded))
 
 
 _LONG = (2, 1000, 1000, 2, 2, 64)

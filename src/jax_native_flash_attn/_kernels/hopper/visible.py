@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ..._semantics.masks import Band, MaskOperands
 from ..._semantics.visible import Visible, rows_with_a_key, with_intervals
 from .device import visible as visible_kernel
-from .host.visible_plan import VisibleOuts, VisiblePlan
+from .host.visible_plan import PADDED, VisibleOuts, VisiblePlan
 from .pallas import launch
 
 
@@ -29,8 +29,8 @@ def find_visible(
     """
     if padded is not None:
         mask, band = with_intervals(mask, T, S, band), None
-        assert mask.key_stop is not None
-        mask = mask._replace(key_stop=jnp.where(padded, -1, mask.key_stop))
+        assert mask.key_start is not None
+        mask = mask._replace(key_start=jnp.where(padded, PADDED, mask.key_start))
     plan = VisiblePlan.make(mask, T, S, band, marks_dead=bool(has_dead_rows))
     found: VisibleOuts = launch(
         functools.partial(visible_kernel.kernel, plan),
@@ -48,7 +48,10 @@ def find_visible(
     has_key = (start >= 0) & (start < stop)
     if mask.allowed is not None:
         lead = jnp.broadcast_shapes(has_key.shape[:-1], mask.allowed.shape[:-2])
-        has_key &= rows_with_a_key(start, stop, mask.allowed, is_banded=True)
+        # Of keys that are not sorted, others lie between, which the mask may leave too.
+        matches = mask.matches()
+        assert matches is not None
+        has_key &= rows_with_a_key(start, stop, mask.allowed & matches, is_banded=True)
         has_key = jnp.broadcast_to(has_key, (*lead, T))
     of_rows = () if has_dead_rows is None else (found.start, found.stop, found.bounds)
     return Visible(jnp.maximum(start, 0), stop, has_key, is_exact, *of_rows)

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from ...._semantics.masks import DEAD
-from ..host.visible_plan import CHUNKS, ROWS, VisibleOperands, VisibleOuts, VisiblePlan
+from ..host.visible_plan import CHUNKS, PADDED, ROWS, VisibleOperands, VisibleOuts, VisiblePlan
 from ..pallas import COLUMN, ROW, broadcast_index, iota, load, pl, plgpu, spread, store, unravel
 
 _LEAST, _LAST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
@@ -121,7 +121,7 @@ class _Search(NamedTuple):
         is_row = row < plan.T
         if plan.band is None:
             start, stop = rows(operands.key_start), rows(operands.key_stop)
-            is_row &= stop >= 0
+            is_row &= start < PADDED
         else:
             start, stop = plan.band.interval(row, plan.S, jnp)
         is_row = is_row if ids is None else is_row & (ids >= 0)

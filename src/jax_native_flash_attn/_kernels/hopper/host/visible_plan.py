@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ...._semantics.masks import ROWS_OF_BOUNDS, Band, MaskOperands, rows_in_blocks
 from ..pallas import round_up
@@ -17,6 +18,8 @@ from .intervals import pad_rows
 
 ROWS = ROWS_OF_BOUNDS
 CHUNKS = 64  # rows of a matrix in registers
+# The key_start of rows that are padding. A stop cannot tell: offsets and lengths may leave a row a negative one.
+PADDED = np.iinfo(np.int32).max
 _LARGEST_CHUNK = 128
 _PAIRS = 4096  # of neighbours that are compared at once
 
@@ -28,7 +31,7 @@ class VisibleOperands:
 
     Attributes:
       key_start, key_stop: (batch..., N or 1, T), what other masks leave, if `VisiblePlan.band` does not say it; the
-        stop of padding is -1.
+        start of padding is `PADDED`.
       query_ids, lowest_position, highest_position: (batch..., 1, T), padded to whole blocks, as the former.
       key_ids, key_positions: (batch..., 1, S), padded to whole parts by repeating the last one.
       id_chunks, position_chunks: the same, (batch..., 1, chunks, keys of a chunk).
@@ -113,7 +116,7 @@ class VisiblePlan:
         return {"block": self.checks + math.prod(self.lead) * self.blocks}
 
     def operands(self, mask: MaskOperands) -> VisibleOperands:
-        """The stop of padding is -1 in `mask`."""
+        """The start of padding is `PADDED` in `mask`."""
 
         def rows(x: jax.Array | None) -> jax.Array | None:
             return None if x is None else pad_rows(x[..., 0], self.T, ROWS)
@@ -131,7 +134,7 @@ class VisiblePlan:
         key_ids, key_positions = keys(mask.key_ids), keys(mask.key_positions)
         return VisibleOperands(
             key_start=None if mask.key_start is None else pad_rows(mask.key_start, self.T, ROWS),
-            key_stop=None if mask.key_stop is None else pad_rows(mask.key_stop, self.T, ROWS, -1),
+            key_stop=None if mask.key_stop is None else pad_rows(mask.key_stop, self.T, ROWS),
             query_ids=rows(mask.query_ids),
             lowest_position=rows(mask.lowest_position),
             highest_position=rows(mask.highest_position),
