@@ -142,7 +142,7 @@ def _expected(keys: Keys, operands: MaskOperands, padded: Any) -> Expected:
         bounds.append(np.stack([visited.min(-1), visited.max(-1), sure.min(-1), end.max(-1)], -1))
     if mask.allowed is not None:
         has_key = (allowed & mask.allowed).any(-1)
-    return Expected(int(_is_sorted(mask)), is_row, has_key, row_start, row_stop, np.stack(bounds, -2))
+    return Expected(int(_is_sorted(mask)), is_row, np.asarray(has_key), row_start, row_stop, np.stack(bounds, -2))
 
 
 def _is_sorted(mask: Any) -> bool:
