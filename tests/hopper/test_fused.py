@@ -279,7 +279,7 @@ def _dense(
     G = query.shape[2] // key.shape[2]
     keys, values = (np.repeat(x, G, axis=2) for x in (key, value))
     logits = np.einsum("btnh,bsnh->bnts", query, keys) * scale
-    tangents = 0.0 if cap is None else np.tanh(logits / cap)
+    tangents: Any = 0.0 if cap is None else np.tanh(logits / cap)
     logits = logits if cap is None else cap * tangents
     if is_causal:
         logits = np.where(np.tri(*logits.shape[-2:], dtype=bool), logits, -np.inf)

@@ -33,6 +33,7 @@ from .backward import Weights, logits_cotangent, scaled_lse, softmax_weights
 from .changes import prepared
 from .fused_context import FusedContext
 from .logits import TileLogits
+from .masks import within_band
 from .terms import RowVectors, TileTerms
 from .transfers import query_slice, row_slice
 
@@ -245,8 +246,10 @@ class FusedTile:
         weights = softmax_weights(self.logits, s, self.terms, self.rows, self.tile, lse, masked=False)
 
         def edge(weights: Weights) -> Weights:
-            allowed = self.context.allowed(hide_from_compiler(self.rows.row), self.tile * _KEYS)
-            return weights.where(allowed)
+            # Counted from the tile's first key: that leaves fewer numbers in registers.
+            S, first, band = self.context.sizes.S, self.tile * _KEYS, self.context.config.band
+            row, end = hide_from_compiler(self.rows.row) - first, S - first if S % BLOCK_KEYS else None
+            return weights.where(within_band(band, row, 0, end, self.logits.shape, q_axis=1))
 
         if isinstance(self.masked, bool):
             return edge(weights) if self.masked else weights
