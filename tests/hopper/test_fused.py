@@ -76,10 +76,11 @@ def _kernels_of(lowered: Any) -> int:
 
 @pytest.mark.parametrize(("name", "dtype"), thinned(rotated(_CALLS, ["bfloat16", "float16"]), 3))
 def test_lowers_for_cuda_without_a_gpu(name: str, dtype: str) -> None:
-    """With 64-bit types beside one of the two dtypes."""
+    """With 64-bit types beside one of the two dtypes, and inside a soft cap in some."""
     shape, is_causal, scale, cores, parts = _CALLS[name]
+    cap = 50.0 if parts > 1 or cores is None else None
     with enable_x64(dtype == "float16"), replacing(_kernels(shape, is_causal=is_causal, cores=cores, parts=parts)):
-        gradients = jax.jit(functools.partial(_gradients, is_causal=is_causal, scale=scale))
+        gradients = jax.jit(functools.partial(_gradients, is_causal=is_causal, scale=scale, logits_soft_cap=cap))
         text = gradients.trace(*_types(shape, dtype)).lower(lowering_platforms=("cuda",)).as_text()
     assert _kernels_of(text) == 2  # and the forward
 
@@ -114,7 +115,7 @@ _LONG = (2, 4096, 4096, 16, 1)
         ((2, 4096, 8192, 16, 1), {}, 32 * 64),  # else blocks of keys would be less than two tiles of rows apart
         ((2, 4100, 4100, 16, 1), {}, None),
         (_LONG, {"local_window_size": (1024, 0)}, None),
-        (_LONG, {"logits_soft_cap": 30.0}, None),
+        (_LONG, {"logits_soft_cap": 30.0}, 132),
         (_LONG, {"key_value_seq_lengths": jax.ShapeDtypeStruct((2,), jnp.int32)}, None),
         (_LONG, {"query_offset": jax.ShapeDtypeStruct((2,), jnp.int32), "is_causal": True}, None),
         (_LONG, {"bias": jax.ShapeDtypeStruct((1, 16, 1, 4096), jnp.bfloat16)}, None),
@@ -270,12 +271,16 @@ def test_what_is_made_of_what_the_kernel_leaves(
 _UNCHECKED = [jax.export.DisabledSafetyCheck.custom_call(x) for x in ("mosaic_gpu", "mosaic_gpu_v2")]
 
 
-def _dense(query: Any, key: Any, value: Any, dout: Any, scale: float, *, is_causal: bool, dtype: Any) -> tuple:
+def _dense(
+    query: Any, key: Any, value: Any, dout: Any, scale: float, *, is_causal: bool, dtype: Any, cap: float | None = None
+) -> tuple:
     """Gradients of dense attention in float64, with weights and their cotangents rounded to `dtype`, if that is one."""
     rounded = (lambda x: x) if dtype is None else (lambda x: np.asarray(jnp.asarray(x, dtype), np.float64))
     G = query.shape[2] // key.shape[2]
     keys, values = (np.repeat(x, G, axis=2) for x in (key, value))
     logits = np.einsum("btnh,bsnh->bnts", query, keys) * scale
+    tangents: Any = 0.0 if cap is None else np.tanh(logits / cap)
+    logits = logits if cap is None else cap * tangents
     if is_causal:
         logits = np.where(np.tri(*logits.shape[-2:], dtype=bool), logits, -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
@@ -283,7 +288,7 @@ def _dense(query: Any, key: Any, value: Any, dout: Any, scale: float, *, is_caus
     out = rounded(np.einsum("bnts,bsnh->btnh", rounded(weights), values))
     dweights = np.einsum("btnh,bsnh->bnts", dout, values)
     delta = np.einsum("btnh,btnh->bnt", dout, out)[..., None]
-    dlogits = rounded(weights * (dweights - delta) * scale)
+    dlogits = rounded(weights * (dweights - delta) * (1 - tangents**2) * scale)
     dquery = np.einsum("bnts,bsnh->btnh", dlogits, keys)
     dkey, dvalue = (np.einsum("bnts,btnh->bsnh", x, y) for x, y in ((dlogits, query), (rounded(weights), dout)))
     grouped = (x.reshape(*x.shape[:2], -1, G, x.shape[-1]).sum(-2) for x in (dkey, dvalue))
@@ -300,18 +305,32 @@ def _arrays(shape: tuple[int, ...], dtype: Any) -> list[jax.Array]:
 @pytest.mark.parametrize("name", _CALLS)
 def test_gradients(name: str, dtype: Any) -> None:
     """As accurate as dense attention's in the same dtype, and the same bits in every run."""
+    _check_gradients(name, dtype, None)
+
+
+@pytest.mark.gpu(says_why=True)
+@pytest.mark.parametrize("cap", [50.0, 12.0, 5.0, 1.0])
+@pytest.mark.parametrize("name", ["full, odd lengths", "causal, groups"])
+def test_gradients_inside_a_soft_cap(name: str, cap: float) -> None:
+    """Of which the largest logits, about 5, are a small part, or another that has a polynomial of its own."""
+    _check_gradients(name, jnp.bfloat16, cap)
+
+
+def _check_gradients(name: str, dtype: Any, cap: float | None) -> None:
     skip_unless_taken(named_case("tile", "plain"), "mosaic_gpu")
     shape, is_causal, scale, cores, parts = _CALLS[name]
-    arrays = _arrays(shape, dtype)
+    arrays, multiplier = _arrays(shape, dtype), _H**-0.5 if scale is None else scale
+    call = functools.partial(_gradients, is_causal=is_causal, scale=scale, logits_soft_cap=cap)
     with replacing(_kernels(shape, is_causal=is_causal, cores=cores, parts=parts)):
-        gradients = jax.jit(functools.partial(_gradients, is_causal=is_causal, scale=scale)).lower(*arrays).compile()
+        gradients = jax.jit(call).lower(*arrays).compile()
     assert _kernels_of(gradients.as_text().replace('custom_call_target="', "custom_call @")) == 2
     found = gradients(*arrays)
-    wide, multiplier = [np.asarray(x, np.float64) for x in arrays], _H**-0.5 if scale is None else scale
-    exact = _dense(*wide, multiplier, is_causal=is_causal, dtype=None)
-    dense = _dense(*wide, multiplier, is_causal=is_causal, dtype=dtype)
-    for of, actual, narrow, expected in zip(("query", "key", "value"), found, dense, exact, strict=True):
-        assert_as_accurate_as_dense(of, actual, narrow, expected)
+    query, key, value, dout = (np.asarray(x, np.float64) for x in arrays)
+    exact, narrow = (
+        _dense(query, key, value, dout, multiplier, is_causal=is_causal, dtype=x, cap=cap) for x in (None, dtype)
+    )
+    for of, *results in zip(("query", "key", "value"), found, narrow, exact, strict=True):
+        assert_as_accurate_as_dense(of, *results)
     for _ in range(5):
         again = gradients(*arrays)
         assert all(bool((x == y).all()) for x, y in zip(found, again, strict=True))

@@ -11,11 +11,15 @@ from tests.support.targets import needs_backend
 pytestmark = [needs_backend, in_part(0)]
 
 
-@pytest.mark.parametrize("end", ["near", "far"])
+@pytest.mark.parametrize("end", ["nearest", "near", "far"])
 def test_polynomials_are_as_accurate_as_float32(end: str) -> None:
     from jax_native_flash_attn._kernels.hopper.device import soft_cap
 
-    ends = {"near": (soft_cap._NEAR, soft_cap._SHORT), "far": (soft_cap._FAR, soft_cap._LONG)}
+    ends = {
+        "nearest": (soft_cap._NEAREST, soft_cap._SHORTEST),
+        "near": (soft_cap._NEAR, soft_cap._SHORT),
+        "far": (soft_cap._FAR, soft_cap._LONG),
+    }
     last, coefficients = ends[end]
     y = np.linspace(1e-6, last, 100_001, dtype=np.float32)
     polynomial = np.zeros_like(y)

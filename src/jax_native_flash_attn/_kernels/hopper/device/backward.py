@@ -39,17 +39,22 @@ class Weights(NamedTuple):
     p: jax.Array
     through: jax.Array
 
+    def where(self, allowed: jax.Array) -> "Weights":
+        """Elsewhere 0."""
+        p = jnp.where(allowed, self.p, 0.0)
+        return Weights(p, p if self.through is self.p else jnp.where(allowed, self.through, 0.0))
+
 
 def softmax_weights(
     logits: TileLogits,
-    products: jax.Array,
+    products: Any,
     terms: TileTerms,
     rows: RowVectors,
     tile: Any,
     row_lse: jax.Array,
     masked: Any,
 ) -> Weights:
-    """Of a tile, from its products q . k."""
+    """Of a tile, from its products q . k, `prepared` or not."""
     row_factor = None
     if logits.has_terms and not logits.is_transposed:
         row_factor = logits.of_rows(to_base_2(row_lse))
@@ -65,9 +70,9 @@ def softmax_weights(
             return (x - lse) * factor
         return (x if factor is None else x * factor) - lse
 
-    products, terms, multiplier, slope = changed(logits, products, terms, rows, tile, logits.scale * LOG2E)
-    p = jnp.exp2(logits(products, terms, rows, tile, multiplier, masked, exponents))
-    through = p if logits.config.logits_soft_cap is None else p * (1.0 - products * products)
+    x, terms, multiplier, slope = changed(logits, products, terms, rows, tile, logits.scale * LOG2E)
+    p = jnp.exp2(logits(x, terms, rows, tile, multiplier, masked, exponents))
+    through = p if logits.config.logits_soft_cap is None else p * (1.0 - x * x)
     # Where there is no weight, as in padding, a derivative need not be finite.
     return Weights(p, through if slope is None else jnp.where(p > 0, through * slope, 0.0))
 

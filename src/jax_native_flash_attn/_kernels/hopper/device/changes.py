@@ -10,7 +10,7 @@ from jax import lax
 from ...._semantics.numerics import LN2, LOG2E
 from ..pallas import iota, zeros
 from .logits import TileLogits
-from .soft_cap import soft_cap
+from .soft_cap import Prepared, prepare, soft_cap, tangents
 from .terms import RowVectors, TileTerms
 
 
@@ -72,9 +72,9 @@ def _divided(logits: TileLogits, x: Any) -> Any:
 
 
 def changed(
-    logits: TileLogits, products: jax.Array, terms: TileTerms, rows: RowVectors, tile: Any, multiplier: Any
+    logits: TileLogits, products: Any, terms: TileTerms, rows: RowVectors, tile: Any, multiplier: Any
 ) -> Changed:
-    """Of a tile, whose products come to base 2 by the multiplier; the same, if there is neither."""
+    """Of a tile, whose products, `prepared` or not, come to base 2 by the multiplier; the same, if there is neither."""
     config, slope, mods = logits.config, None, logits.mods
     if config.score_mod is not None and mods is not None and not logits.starts_with_addend:
         if mods.adds:
@@ -92,11 +92,25 @@ def changed(
     cap = config.logits_soft_cap
     if cap is None:
         return Changed(products, terms, multiplier, slope)
-    size = 1.0 if not logits.scales_cap else cap if logits.has_terms else cap * LOG2E
-    factor = multiplier * (LN2 / cap)
     if terms.bias is not None:
-        products, factor = _scores(logits, products, terms.bias, multiplier), 1.0 / cap
-    return Changed(soft_cap(products, factor, size), terms._replace(bias=None), cap * LOG2E / size, slope)
+        products, multiplier = _scores(logits, products, terms.bias, multiplier), LOG2E
+    size = _size(logits, cap)
+    capped = (
+        tangents(products) if isinstance(products, Prepared) else soft_cap(products, multiplier * (LN2 / cap), size)
+    )
+    return Changed(capped, terms._replace(bias=None), cap * LOG2E / size, slope)
+
+
+def prepared(logits: TileLogits, products: jax.Array, multiplier: Any) -> Prepared:
+    """Products that come to base 2 by the multiplier, with the branches of the soft cap behind them: see `prepare`."""
+    cap = logits.config.logits_soft_cap
+    assert cap is not None
+    return prepare(products, multiplier * (LN2 / cap), _size(logits, cap))
+
+
+def _size(logits: TileLogits, cap: float) -> float:
+    """By what the tangents of a soft cap come multiplied."""
+    return 1.0 if not logits.scales_cap else cap if logits.has_terms else cap * LOG2E
 
 
 def _scores(logits: TileLogits, products: jax.Array, bias: jax.Array | None, multiplier: Any) -> jax.Array:

@@ -24,13 +24,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ...._semantics.numerics import LOG2E
 from ..addition_order import BLOCK_KEYS, BLOCK_ROWS, Work
 from ..host.fused_plan import HALF, HEAD_DIM, FusedBuffers, FusedGradients, FusedPlan
 from ..operands import BackwardOperands
 from ..pallas import COLUMN, hide_from_compiler, load, pl, plgpu, store, warp_specialize, zeros
-from .backward import logits_cotangent, scaled_lse, softmax_weights
+from .backward import Weights, logits_cotangent, scaled_lse, softmax_weights
+from .changes import prepared
 from .fused_context import FusedContext
 from .logits import TileLogits
+from .masks import within_band
 from .terms import RowVectors, TileTerms
 from .transfers import query_slice, row_slice
 
@@ -209,13 +212,16 @@ class FusedTile:
         for half in range(2):
             columns = query.at[:, pl.ds(half * HALF, HALF)]
             plgpu.wgmma(s_ref, buffers.key.at[self.buffer, half], columns.transpose((1, 0)))
+        s: Any = None
+        if context.config.logits_soft_cap is not None:  # its branch takes the registers of dP
+            s = prepared(self.logits, plgpu.wgmma_accumulator_load(s_ref, wait_n=0), self.logits.scale * LOG2E)
         plgpu.wgmma(dp_ref, buffers.value.at[self.buffer], dout.transpose((1, 0)))
-        p = self._weights(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
-        rounded = p.astype(context.dtype)
+        weights = self._weights(plgpu.wgmma_accumulator_load(s_ref, wait_n=1) if s is None else s)
+        rounded = weights.p.astype(context.dtype)
         dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=0)
         plgpu.wgmma(dvalue_ref, rounded, dout)
         delta = self._of_rows(buffers.delta)
-        ds = logits_cotangent(self.logits, p, dp, self.rows, self.tile, delta).astype(context.dtype)
+        ds = logits_cotangent(self.logits, weights.through, dp, self.rows, self.tile, delta).astype(context.dtype)
         at = _slot(self.n)
         store(buffers.dlogits.at[at, wg], ds)
         plgpu.commit_smem()
@@ -234,15 +240,17 @@ class FusedTile:
         """Read late: a vector along the columns takes 16 registers, and these are all in use."""
         return load(buffer.at[self.slot], layout=COLUMN)
 
-    def _weights(self, s: Any) -> jax.Array:
+    def _weights(self, s: Any) -> Weights:
         """P^T. It is masked last, where fewest registers are in use."""
         lse = scaled_lse(self.context.row_operands, self._of_rows(self.context.buffers.lse))
-        p = softmax_weights(self.logits, s, self.terms, self.rows, self.tile, lse, masked=False).p
+        weights = softmax_weights(self.logits, s, self.terms, self.rows, self.tile, lse, masked=False)
 
-        def edge(p: jax.Array) -> jax.Array:
-            allowed = self.context.allowed(hide_from_compiler(self.rows.row), self.tile * _KEYS)
-            return jnp.where(allowed, p, 0.0)
+        def edge(weights: Weights) -> Weights:
+            # Counted from the tile's first key: that leaves fewer numbers in registers.
+            S, first, band = self.context.sizes.S, self.tile * _KEYS, self.context.config.band
+            row, end = hide_from_compiler(self.rows.row) - first, S - first if S % BLOCK_KEYS else None
+            return weights.where(within_band(band, row, 0, end, self.logits.shape, q_axis=1))
 
         if isinstance(self.masked, bool):
-            return edge(p) if self.masked else p
-        return lax.cond(self.masked, edge, lambda p: p, p)
+            return edge(weights) if self.masked else weights
+        return lax.cond(self.masked, edge, lambda weights: weights, weights)

@@ -1,6 +1,5 @@
 """What all blocks of keys of the fused backward share in the kernel. The pipeline is drawn in `fused.py`."""
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ from jax import lax
 from ..addition_order import BLOCK_KEYS, Work
 from ..host.fused_plan import FusedBuffers, FusedGradients, FusedPlan
 from ..operands import BackwardOperands, TermBuffers
-from ..pallas import iota, pl, plgpu, unravel
+from ..pallas import pl, plgpu, unravel
 from .backward import BackwardContext
 from .context import shared_fields
 from .logits import TileLogits
@@ -80,16 +79,3 @@ class FusedContext(BackwardContext):
         """Whether a block has keys beyond the last: they need a mask, as no weight may be infinite."""
         S = self.sizes.S
         return work.block == S // BLOCK_KEYS if S % BLOCK_KEYS else False
-
-    def allowed(self, row: Any, key: Any) -> Any:
-        """As `Intervals.allowed`, relative to the tile's first key.
-
-        With that one, the compiler keeps so many numbers in registers that it has products wait for each other.
-        """
-        shape = self.blocks.block_kv, self.blocks.block_q
-        upper, terms = self.config.band.upper, []
-        if upper is not None:
-            terms.append(iota(shape, 1) + (row - key + upper) >= iota(shape, 0))
-        if self.sizes.S % BLOCK_KEYS:
-            terms.append(iota(shape, 0) < self.sizes.S - key)
-        return functools.reduce(jnp.logical_and, terms)

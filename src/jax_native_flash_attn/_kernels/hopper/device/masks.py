@@ -23,6 +23,15 @@ from ..pallas import ROW, broadcast_index, iota, load, pl, spread
 from .row_bounds import bounds_of_block, is_any_masked
 
 
+def within_band(band: Band, row: Any, column: Any, end: Any | None, shape: Any, q_axis: int) -> jax.Array:
+    """The mask of the tile from (row, column) on, in registers; `end` of the keys, if it is to be compared."""
+    position, key = iota(shape, q_axis) + row, iota(shape, 1 - q_axis) + column
+    terms = [] if band.lower is None else [key >= position + band.lower]
+    terms += [] if band.upper is None else [key <= position + band.upper]
+    terms += [] if end is None else [key < end]
+    return functools.reduce(jnp.logical_and, terms)
+
+
 @dataclass(frozen=True)
 class Intervals:
     """The interval masks of a call, as a kernel sees them.
@@ -250,19 +259,12 @@ class Intervals:
 
         Rows of the tile lie along axis `q_axis` of `shape`. A dead row that does not skip its tiles has all keys.
         """
-        column = iota(shape, 1 - q_axis) + column
         if rows is not None:
+            column = iota(shape, 1 - q_axis) + column
             start, stop = (spread(x, shape, q_axis) for x in rows)
             return (column >= start) & (column < stop)
-        position = iota(shape, q_axis) + row
-        terms = []
-        if self.band.lower is not None:
-            terms.append(column >= position + self.band.lower)
-        if self.band.upper is not None:
-            terms.append(column <= position + self.band.upper)
-        if self.S % self.block_kv or self.is_cut or not terms:
-            terms.append(column < self.end(head))
-        result = functools.reduce(jnp.logical_and, terms)
+        has_end = self.S % self.block_kv or self.is_cut or self.band.lower is self.band.upper is None
+        result = within_band(self.band, row, column, self.end(head) if has_end else None, shape, q_axis)
         dead = self.dead(None, head, row, shape, q_axis)
         return result if dead is None else result | dead
 

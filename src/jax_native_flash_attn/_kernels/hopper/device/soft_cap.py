@@ -2,26 +2,27 @@
 
 The GPU's own tangent has an error of 2^-11: for a cap of 50, 0.02 in a logit, more than rounding to 16 bits does to
 weights. One made of an exponential and a reciprocal takes twice what the softmax takes of the unit for both. So it is
-a polynomial, a short one if no element of a warp's share of a tile is beyond `_NEAR` of the cap, as is usual, a longer
-one up to `_FAR`; only warps with an element further out take the exponential.
+a polynomial, the shortest if no element of a warp's share of a tile is beyond `_NEAREST` of the cap, as is usual,
+longer ones up to `_NEAR` and `_FAR`; only warps with an element further out take the exponential.
 """
 
 import struct
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, scf
+from jaxlib.mlir.dialects import arith, llvm, scf
 
 from ...._semantics.numerics import LOG2E
 from ..pallas import plgpu
 
-# tanh(y) = y * polynomial(y^2) up to |y| = _NEAR, or _FAR, to a relative error of 1e-7 (minimax).
-_NEAR, _FAR = 0.4, 1.0
+# tanh(y) = y * polynomial(y^2) up to |y| = _NEAREST, _NEAR or _FAR, to a relative error of 1e-7 (minimax).
+_NEAREST, _NEAR, _FAR = 0.2, 0.4, 1.0
+_SHORTEST = 0.9999998948, -0.3332859090, 0.1301540755
 _SHORT = 0.9999999019, -0.3333136244, 0.1327097650, -0.0475535930
 _LONG = 0.9999999502, -0.3333283915, 0.1332520401, -0.0534570270, 0.0202899758, -0.0062033751, 0.0010410213
 # Within these, powers of elements and of the factor in front of them stay in the range of float32.
@@ -30,44 +31,111 @@ _LARGEST_FACTOR, _LARGEST_ELEMENT = 1e4, 1e5
 
 def soft_cap(x: jax.Array, factor: Any, size: float) -> jax.Array:
     """size * tanh(factor * x) of a float32 matrix in `Layout.WGMMA`; `factor` is a scalar."""
-    factor = jnp.asarray(factor, jnp.float32)
-    magnitude, square = jnp.abs(factor), factor * factor
-    nearest = jnp.where(magnitude <= _LARGEST_FACTOR, jnp.minimum(_NEAR / magnitude, _LARGEST_ELEMENT), -1.0)
-    # Of the polynomial in x itself, which saves a product for each element.
-    powers = [factor]
-    while len(powers) < len(_SHORT):
-        powers.append(powers[-1] * square)
-    scalars = nearest, factor, *(power * (c * size) for power, c in zip(powers, _SHORT, strict=True))
+    scalars = _scalars(factor, size)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,) * (1 + len(scalars)), return_type=_type_of(x))
+    def emit(_: Any, array: Any, *scalars: Any) -> Any:
+        nearest, factor, *coefficients = (scalar.registers.flat[0] for scalar in scalars)
+        elements = _elements(array)
+        largest, count = _largest(elements), len(elements)
+
+        def all_of(tangent: Callable[[Any, Any, float], Any]) -> Callable[[], list[Any]]:
+            return lambda: [tangent(x, factor, size) for x in elements]
+
+        def is_beyond(part: float) -> Any:
+            return _any(f"mul.f32 x, $1, $2; abs.f32 x, x; setp.gt.f32 p, x, {_number(part)};", largest, factor)
+
+        def beyond_near() -> list[Any]:
+            return _either(is_beyond(_FAR), all_of(_exact), all_of(_far), count)
+
+        def beyond_nearest() -> list[Any]:
+            return _either(is_beyond(_NEAR), beyond_near, all_of(_near), count)
+
+        def near() -> list[Any]:
+            return [_nearest(x, coefficients) for x in elements]
+
+        capped = _either(_any("setp.gt.f32 p, $1, $2;", largest, nearest), beyond_nearest, near, count)
+        return _like(array, capped)
+
+    return emit(x, *scalars)
+
+
+class Prepared(NamedTuple):
+    """What the shortest polynomial, with these coefficients, makes the tangents of."""
+
+    x: jax.Array
+    coefficients: tuple[jax.Array, ...]
+
+
+def prepare(x: jax.Array, factor: Any, size: float) -> Prepared:
+    """The part of `soft_cap` that has branches, for kernels that have few registers: it needs none beside x.
+
+    Where elements are too large for the shortest polynomial, they are replaced by their tangents, and its coefficients
+    by those that multiply these by size.
+    """
+    scalars = _scalars(factor, size)
+    scalar = plgpu.ShapeDtypeStruct((), jnp.float32, plgpu.Layout.WG_SPLAT(()))
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA,) * (1 + len(scalars)),
-        return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, plgpu.Layout.WGMMA),
+        arg_types=(plgpu.Layout.WGMMA,) * (1 + len(scalars)), return_type=(_type_of(x), *(scalar,) * len(_SHORTEST))
     )
     def emit(_: Any, array: Any, *scalars: Any) -> Any:
         nearest, factor, *coefficients = (scalar.registers.flat[0] for scalar in scalars)
-        pairs = list(array.registers.flat)
-        elements = [llvm.extractelement(pair, _index(i)) for pair in pairs for i in range(2)]
-        largest = _largest(elements)
+        elements = _elements(array)
+        found, count = [*elements, *coefficients], len(elements) + len(coefficients)
+        # One after the other: with one inside of another, products wait for each other, for want of registers.
+        for is_right, tangent in zip(_which(_largest(elements), nearest, factor), (_near, _far, _exact), strict=True):
 
-        def beyond_near() -> list[Any]:
-            text = f"mul.f32 x, $1, $2; abs.f32 x, x; setp.gt.f32 p, x, {_number(_FAR)};"
-            is_beyond = _any(text, largest, factor)
-            return _either(
-                is_beyond,
-                lambda: [_exact(x, factor, size) for x in elements],
-                lambda: [_far(x, factor, size) for x in elements],
-                len(elements),
-            )
+            def tangents(tangent: Callable[[Any, Any, float], Any] = tangent) -> list[Any]:
+                return [*(tangent(x, factor, 1.0) for x in elements), *map(_constant, (size, 0.0, 0.0))]
 
-        is_beyond = _any("setp.gt.f32 p, $1, $2;", largest, nearest)
-        capped = _either(is_beyond, beyond_near, lambda: [_near(x, coefficients) for x in elements], len(elements))
-        registers = np.empty_like(array.registers)
-        for i, place in enumerate(np.ndindex(*registers.shape)):
-            pair = llvm.insertelement(llvm.mlir_undef(pairs[i].type), capped[2 * i], _index(0))
-            registers[place] = llvm.insertelement(pair, capped[2 * i + 1], _index(1))
-        return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
+            found = _either(is_right, tangents, lambda found=found: found, count)
+        return _like(array, found), *(mgpu.FragmentedArray.splat(x, ()) for x in found[len(elements) :])
 
-    return emit(x, *scalars)
+    x, *coefficients = emit(x, *scalars)
+    return Prepared(x, tuple(coefficients))
+
+
+def tangents(prepared: Prepared) -> jax.Array:
+    """As `soft_cap` gives them."""
+    x, coefficients = prepared
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,) * (1 + len(coefficients)), return_type=_type_of(x))
+    def emit(_: Any, array: Any, *coefficients: Any) -> Any:
+        of_thread = [x.registers.flat[0] for x in coefficients]
+        return _like(array, [_nearest(x, of_thread) for x in _elements(array)])
+
+    return emit(x, *coefficients)
+
+
+def _scalars(factor: Any, size: float) -> tuple[jax.Array, ...]:
+    """Up to where the shortest polynomial holds, the factor, and that polynomial's coefficients.
+
+    They are those of the polynomial in x itself, which saves a product for each element.
+    """
+    factor = jnp.asarray(factor, jnp.float32)
+    magnitude, square = jnp.abs(factor), factor * factor
+    nearest = jnp.where(magnitude <= _LARGEST_FACTOR, jnp.minimum(_NEAREST / magnitude, _LARGEST_ELEMENT), -1.0)
+    powers = factor, factor * square, factor * square * square
+    return nearest, factor, *(power * (c * size) for power, c in zip(powers, _SHORTEST, strict=True))
+
+
+def _type_of(x: jax.Array) -> Any:
+    return plgpu.ShapeDtypeStruct(x.shape, jnp.float32, plgpu.Layout.WGMMA)
+
+
+def _elements(array: Any) -> list[Any]:
+    """Those that a thread has."""
+    return [llvm.extractelement(pair, _index(i)) for pair in array.registers.flat for i in range(2)]
+
+
+def _like(array: Any, elements: list[Any]) -> Any:
+    """The matrix of the first of these elements."""
+    registers = np.empty_like(array.registers)
+    for i, place in enumerate(np.ndindex(*registers.shape)):
+        pair = llvm.insertelement(llvm.mlir_undef(array.registers.flat[i].type), elements[2 * i], _index(0))
+        registers[place] = llvm.insertelement(pair, elements[2 * i + 1], _index(1))
+    return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
 
 
 def _largest(elements: list[Any]) -> Any:
@@ -91,7 +159,22 @@ def _any(set_predicate: str, *operands: Any) -> Any:
     return llvm.trunc(ir.IntegerType.get_signless(1), vote, overflow_flags=llvm.IntegerOverflowFlags.none)
 
 
+def _which(largest: Any, nearest: Any, factor: Any) -> list[Any]:
+    """Whether elements of a warp are beyond the nearest: all within `_NEAR`, or else within `_FAR`, or not."""
+    i32, compare = ir.IntegerType.get_signless(32), arith.CmpFPredicate
+    # Numbers that are not negative compare as their bits do.
+    text = "redux.sync.max.u32 $0, $1, 0xffffffff;"
+    bits: Any = llvm.inline_asm(i32, [llvm.bitcast(i32, largest)], text, "=r,r", has_side_effects=True, asm_dialect=0)
+    largest = llvm.bitcast(ir.F32Type.get(), bits)
+    y = _asm("{ .reg .f32 y; mul.f32 y, $1, $2; abs.f32 $0, y; }", largest, factor)
+    beyond = [arith.cmpf(compare.OGT, *x) for x in ((largest, nearest), (y, _constant(_NEAR)), (y, _constant(_FAR)))]
+    true = arith.constant(ir.IntegerType.get_signless(1), 1)
+    within = [arith.xori(x, true) for x in beyond[1:]]
+    return [arith.andi(beyond[0], within[0]), arith.andi(beyond[1], within[1]), beyond[2]]
+
+
 def _either(condition: Any, then: Callable[[], list[Any]], otherwise: Callable[[], list[Any]], count: int) -> list[Any]:
+    """So many float32."""
     branch: Any = scf.IfOp(condition, [ir.F32Type.get()] * count, has_else=True)
     for block, build in ((branch.then_block, then), (branch.else_block, otherwise)):
         with ir.InsertionPoint(block):
@@ -99,13 +182,17 @@ def _either(condition: Any, then: Callable[[], list[Any]], otherwise: Callable[[
     return list(branch.results)
 
 
-def _near(x: Any, coefficients: list[Any]) -> Any:
-    text = "mul.f32 s, $1, $1; fma.rn.f32 p, s, $5, $4; fma.rn.f32 p, s, p, $3; fma.rn.f32 p, s, p, $2; "
-    return _asm("{ .reg .f32 s, p; " + text + "mul.f32 $0, p, $1; }", x, *coefficients)
+def _nearest(x: Any, coefficients: Sequence[Any]) -> Any:
+    text = "mul.f32 s, $1, $1; fma.rn.f32 p, s, $4, $3; fma.rn.f32 p, s, p, $2; mul.f32 $0, p, $1;"
+    return _asm("{ .reg .f32 s, p; " + text + " }", x, *coefficients)
+
+
+def _near(x: Any, factor: Any, size: float) -> Any:
+    return _asm("{ .reg .f32 y, s, p; " + _tangent(_SHORT, size) + "mov.f32 $0, p; }", x, factor)
 
 
 def _far(x: Any, factor: Any, size: float) -> Any:
-    return _asm("{ .reg .f32 y, s, p; " + _far_text(size) + "mov.f32 $0, p; }", x, factor)
+    return _asm("{ .reg .f32 y, s, p; " + _tangent(_LONG, size) + "mov.f32 $0, p; }", x, factor)
 
 
 def _exact(x: Any, factor: Any, size: float) -> Any:
@@ -115,12 +202,12 @@ def _exact(x: Any, factor: Any, size: float) -> Any:
         f"rcp.approx.ftz.f32 e, e; fma.rn.f32 e, e, {_number(-2 * size)}, {_number(size)}; "
         f"abs.f32 y, y; setp.lt.f32 far, y, {_number(_FAR)}; selp.f32 $0, p, e, far; }}"
     )
-    return _asm("{ .reg .f32 y, s, p, e; .reg .pred far; " + _far_text(size) + text, x, factor)
+    return _asm("{ .reg .f32 y, s, p, e; .reg .pred far; " + _tangent(_LONG, size) + text, x, factor)
 
 
-def _far_text(size: float) -> str:
-    """y = factor * x, and p its tangent."""
-    first, second, *others = (_number(c * size) for c in _LONG[::-1])
+def _tangent(coefficients: tuple[float, ...], size: float) -> str:
+    """y = factor * x, and p its tangent times size."""
+    first, second, *others = (_number(c * size) for c in reversed(coefficients))
     steps = "".join(f"fma.rn.f32 p, s, p, {c}; " for c in others)
     return f"mul.f32 y, $1, $2; mul.f32 s, y, y; fma.rn.f32 p, s, {first}, {second}; {steps}mul.f32 p, p, y; "
 
@@ -133,6 +220,10 @@ def _asm(text: str, *operands: Any) -> Any:
 def _index(i: int) -> Any:
     i32 = ir.IntegerType.get_signless(32)
     return llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, i)).result
+
+
+def _constant(x: float) -> Any:
+    return llvm.ConstantOp(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), x)).result
 
 
 def _number(x: float) -> str:

@@ -185,7 +185,6 @@ def _takes(config: Config, inputs: Inputs) -> bool:
         inputs.bias is None
         and all(x is None for x in inputs.mask)
         and config.dropout is None
-        and config.logits_soft_cap is None
         and config.score_mod is None
         and config.mask_mod is None
         and (is_causal or config.band in _FULL)
