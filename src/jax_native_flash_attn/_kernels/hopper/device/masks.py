@@ -70,16 +70,15 @@ class Intervals:
         **others: Any,
     ) -> Self:
         """`others` are fields of a subclass."""
-        traced, length, is_cut = operands.intervals, operands.length, operands.is_cut
         elements = operands.elements
         return cls(
             band=band,
             T=sizes.T,
             S=sizes.S,
             block_kv=block_kv,
-            traced=traced,
-            key_value_length=length,
-            is_cut=is_cut,
+            traced=operands.intervals,
+            key_value_length=operands.length,
+            is_cut=operands.is_cut,
             query_tiles=query_tiles,
             elements=elements,
             decides_elements=False if elements is None else elements.is_exact[0] == 0,
@@ -249,8 +248,7 @@ class Intervals:
             return None
         start, stop = self.traced.key_start, self.traced.key_stop
         index = (*broadcast_index(head, start.shape[:-1]), pl.ds(row, count))
-        start, stop = (load(ref.at[index], layout=layout) for ref in (start, stop))
-        return start, stop
+        return load(start.at[index], layout=layout), load(stop.at[index], layout=layout)
 
     def allowed(
         self, rows: tuple[jax.Array, jax.Array] | None, head: tuple, row: Any, column: Any, shape: Any, q_axis: int
