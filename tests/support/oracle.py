@@ -486,9 +486,9 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype, sin
 
     # Accumulated one by one, n random terms of root square sum r, in all e, are a random walk that ends at e. The root
     # mean square of its partial sums is sqrt(r^2 / 6 + e^2 / 3), and rounding each errs by `wide` of it at most,
-    # uniformly, which is another 1 / 3. Where e is about r, that is sqrt(n / 6) wide r.
+    # uniformly, which is another 1 / 3. An e below r is as good as r, sqrt(n / 6) wide r: it cancels in the end alone.
     def accumulating(n, r, e):
-        return wide * np.sqrt(n / 18 * (r**2 + 2 * e**2))
+        return wide * np.sqrt(n / 18 * (r**2 + 2 * np.maximum(r, np.abs(e)) ** 2))
 
     # Dense takes delta from the very dprobs that it is subtracted from; where they are equal (a row with one key),
     # it is exact. A flash backward sums D products twice.
