@@ -431,6 +431,19 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype, sin
     and gradient: products of inputs, probabilities, their cotangents and those of logits round to
     `dtype`, all else to the wider dtype. Independent roundings add as root of squares; that of a
     row's delta = dout . out is common to the row and adds coherently. The gradient of scale stays wide.
+
+    Each bound comes from the size of what is added or multiplied, not from the size of the result, which may be 0:
+
+    - dz = p * (dp - delta) of a row with one key is 0. Its error is that of dp and of delta, and so the roundings of
+      their own terms.
+    - Behind a soft cap, dz is multiplied by a slope 1 - t^2, which is 0 where the cap is reached. The error of a
+      product is a * error(b) + b * error(a) + error(a) * error(b). The last of these is what is left where dz and the
+      slope are both 0.
+    - t is a tanh, and no lone rounding: XLA makes it as a quotient of polynomials. The last step of each rounds a
+      product and a sum; the numerator is then multiplied by x, and the quotient rounds too. These are six.
+    - A sum of n terms has n roundings, of its partial sums. The library may sum the rows of a whole group of heads one
+      after the other, where dense code sums those of one head, with a smaller error. n is the former.
+
     `bias` is for a bias of full shape, and `bias_row` its coherent part: reduce_bias_noise takes
     them to the shape of the bias.
     """
@@ -456,23 +469,30 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype, sin
         return np.sqrt(_sum_heads(noise * noise, K))
 
     product_size = root("btnh,bsnh->bnts", query, key) * np.abs(scale) + np.abs(bias)
-    logit_size = np.where(allowed, np.maximum(slope * product_size, np.abs(logits)), 0.0)
+    # A cap's tanh has six roundings; its product with the cap is one more, and the slope divides that by the cap again.
+    capped_size = np.abs(logits) * (math.sqrt(6 + 1) if masks.cap < math.inf else 1.0)
+    logit_size = np.where(allowed, np.maximum(slope * product_size, capped_size), 0.0)
     lse_noise = wide * (1.0 + logit_size.max(axis=-1, keepdims=True, initial=0.0))  # (B, N, T, 1)
     if sinks is not None:
         lse_noise = lse_noise + wide * np.abs(sinks)[None, :, None, None]
-    # The slope is 1 - tanh^2: that of a large logit cancels.
-    slope_noise = wide * (1.0 + 2.0 * slope * product_size / masks.cap) if masks.cap < math.inf else 0.0
+    # The slope is 1 - tanh^2: that of a large logit cancels. The square has the error of tanh twice, and its own.
+    slope_noise = 0.0
+    if masks.cap < math.inf:
+        square = (1.0 - slope) * math.sqrt(2**2 * (6 + 2) + 1)
+        slope_noise = wide * (slope + square + 2.0 * slope * product_size / masks.cap)
+    steepest = slope + slope_noise
     probs_wide = probs * wide * (1.0 + logit_size)  # as softmax leaves them
     probs_noise = probs_wide + probs * (low + lse_noise)  # as they enter the product with value
 
-    # Accumulated one by one, n random terms of root square sum r make partial sums of r sqrt(k / n); rounding each errs
-    # by `wide` of it at most, uniformly: sqrt(n / 6) wide r.
-    def accumulating(n):
-        return math.sqrt(n / 6)
+    # Accumulated one by one, n random terms of root square sum r, in all e, are a random walk that ends at e. The root
+    # mean square of its partial sums is sqrt(r^2 / 6 + e^2 / 3), and rounding each errs by `wide` of it at most,
+    # uniformly, which is another 1 / 3. An e below r is as good as r, sqrt(n / 6) wide r: it cancels in the end alone.
+    def accumulating(n, r, e):
+        return wide * np.sqrt(n / 18 * (r**2 + 2 * np.maximum(r, np.abs(e)) ** 2))
 
     # Dense takes delta from the very dprobs that it is subtracted from; where they are equal (a row with one key),
     # it is exact. A flash backward sums D products twice.
-    summing = 1.0 + accumulating(value.shape[-1])
+    summing = 1.0 + math.sqrt(value.shape[-1] / 6)
     dprobs_size = summing * root("btnd,bsnd->bnts", dout, value) + np.abs(dprobs)
     delta_size = summing * rows(root("btnd,btnd->btn", dout, out)) + np.abs(delta)
 
@@ -480,7 +500,7 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype, sin
         """Of the cotangents in front of the cap."""
         noise = probs * (rounding * np.abs(dprobs) + wide * dprobs_size) * factor + rounding * np.abs(dlogits)
         noise = noise + (probs_wide + probs * lse_noise) * np.abs(dprobs * factor - delta)
-        return np.where(live, noise * slope + np.abs(dlogits) * slope_noise, 0.0)
+        return np.where(live, noise * steepest + np.abs(dlogits) * slope_noise, 0.0)
 
     own = own_noise(low)
     common = np.where(live, wide * delta_size, 0.0)  # times probs and slope, the same sign along a row
@@ -488,7 +508,7 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype, sin
     def column(own_size, common_size):
         return np.sqrt(own_size**2 + common_size**2)
 
-    common_probs = common * probs * slope
+    common_probs = common * probs * steepest
     lse_rows = lse_noise[..., 0].transpose(0, 2, 1)[..., None]  # (B, T, N, 1)
     # Dense multiplies the cotangents of logits with the products before any of them is rounded to `dtype`.
     scale_own = root("bnts,bnts->", own_noise(wide), plain)
@@ -498,20 +518,25 @@ def noise_floor(query, key, value, bias, scale, masks: Masking, dout, dtype, sin
     dkey_noise = np.abs(scale) * column(
         root("bnts,btnh->bsnh", own, query), root("bnts,btnh->bsnh", common_probs, query)
     )
+
+    def summing_rows(terms, total):  # of each query head, to those of a key/value head
+        return accumulating(query.shape[1] * query.shape[2] // K, per_head(terms), _sum_heads(total, K))
+
     # Dense may sum keys, or rows, in several parts, which is more exact (of few rows, XLA does so in JAX 0.12).
-    summing_rows = accumulating(query.shape[1]) * wide * root("bnts,btnd->bsnd", probs * factor, dout)
-    dvalue_noise = np.hypot(root("bnts,btnd->bsnd", probs_noise * factor, dout), summing_rows)
-    summing_keys = accumulating(value.shape[1]) * wide * root("bnts,bsnd->btnd", probs * factor, value)
-    out_noise = np.hypot(root("bnts,bsnd->btnd", probs_noise * factor, value), summing_keys)
+    dkey_sum = summing_rows(np.abs(scale) * root("bnts,btnh->bsnh", x.dproducts, query), x.dkey)
+    dvalue_noise = root("bnts,btnd->bsnd", probs_noise * factor, dout)
+    dvalue_sum = summing_rows(root("bnts,btnd->bsnd", probs * factor, dout), x.dvalue)
+    out_sum = accumulating(value.shape[1], root("bnts,bsnd->btnd", probs * factor, value), out)
+    out_noise = np.hypot(root("bnts,bsnd->btnd", probs_noise * factor, value), out_sum)
     rounded = low * root("bnts,bnts->bnt", probs * factor, dprobs)[..., None]
     sink_noise = x.sink_probs * (rounded + wide * delta_size + (lse_noise + wide) * np.abs(delta))
     return {
         "out": out_noise + (low + lse_rows) * np.abs(out),
         "lse": 3 * lse_rows[..., 0] + low * np.abs(lse),
         "query": np.abs(scale) * (dquery_own + dquery_common) + low * np.abs(x.dquery),
-        "key": per_head(dkey_noise + low * np.abs(x.dkey)),
+        "key": np.hypot(per_head(dkey_noise), dkey_sum) + per_head(low * np.abs(x.dkey)),
         # 1 / (1 - rate), and 1 / S of rows without a key, are rounded once for all rows.
-        "value": per_head(dvalue_noise + (low + 2 * wide) * np.abs(x.dvalue)),
+        "value": np.hypot(per_head(dvalue_noise), dvalue_sum) + per_head((low + 2 * wide) * np.abs(x.dvalue)),
         "scale": scale_own + scale_common + wide * np.abs(x.dscale),
         "bias": own,
         "bias_row": common_probs,
