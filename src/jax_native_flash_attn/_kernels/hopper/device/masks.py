@@ -25,7 +25,7 @@ from .row_bounds import bounds_of_block, is_any_masked
 
 def within_band(band: Band, row: Any, column: Any, end: Any | None, shape: Any, q_axis: int) -> jax.Array:
     """The mask of the tile from (row, column) on, in registers; `end` of the keys, if it is to be compared."""
-    position, key = iota(shape, q_axis) + row, iota(shape, 1 - q_axis) + column
+    key, position = iota(shape, 1 - q_axis) + column, iota(shape, q_axis) + row
     terms = [] if band.lower is None else [key >= position + band.lower]
     terms += [] if band.upper is None else [key <= position + band.upper]
     terms += [] if end is None else [key < end]
