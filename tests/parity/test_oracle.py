@@ -151,6 +151,12 @@ ROUNDINGS = {
         (1, 97, 97, 1, 5, 10), "float64", magnitude=6.0, mask=(True, False, True, False), mask_density=0.0,
         scale=1.0, value_dim=8, block_q=128, block_kv=32, seed=3681221,
     ),
+    "one key, dropped in some rows; the largest of several errors": Case(
+        (1, 61, 1, 1, 2, 8), "bfloat16", bias=(True, True, False, False), mask_density=0.9, poison=True, scale=-0.5,
+        dropout_rate=0.1, broadcast_dropout=True, value_dim=1, query_positions="permuted",
+        key_value_positions="restarting", query_offset=0, integer_dtype="uint64", block_q=32, block_kv=32,
+        unbatched=True, x64=True, seed=400,
+    ),
 }  # fmt: skip
 
 
