@@ -556,7 +556,9 @@ def reduce_bias_noise(own: Any, common: Any, shape: tuple[int, ...]) -> np.ndarr
     return np.sqrt(squares)
 
 
-_EXACT = 1e-3  # of the floor: an error of dense attention below has none of the roundings that the floor counts
+# An error of dense attention below this part of the floor has none of the roundings that the floor counts. A choice: it
+# is derived from nothing.
+_EXACT = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,7 +68,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(x: jax.Array, factor: Any, size: float) -> Prepared:
-    """The part of `soft_cap` that has branches, for kernels that have few registers: it needs none beside x.
+    """The part of `soft_cap` that has branches, for kernels without registers for one beside their products.
 
     Where elements are too large for the shortest polynomial, they are replaced by their tangents, and its coefficients
     by those that multiply these by size.
@@ -86,10 +86,10 @@ def prepare(x: jax.Array, factor: Any, size: float) -> Prepared:
         # One after the other: with one inside of another, products wait for each other, for want of registers.
         for is_right, tangent in zip(_which(_largest(elements), nearest, factor), (_near, _far, _exact), strict=True):
 
-            def tangents(tangent: Callable[[Any, Any, float], Any] = tangent) -> list[Any]:
+            def as_tangents(tangent: Callable[[Any, Any, float], Any] = tangent) -> list[Any]:
                 return [*(tangent(x, factor, 1.0) for x in elements), *map(_constant, (size, 0.0, 0.0))]
 
-            found = _either(is_right, tangents, lambda found=found: found, count)
+            found = _either(is_right, as_tangents, lambda found=found: found, count)
         return _like(array, found), *(mgpu.FragmentedArray.splat(x, ()) for x in found[len(elements) :])
 
     x, *coefficients = emit(x, *scalars)
